@@ -1,0 +1,48 @@
+"""Per-token losses of the two passes to what the caller asked for; plain autograd throughout."""
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def reduce_loss(
+    losses: tuple[Tensor | None, Tensor | None],
+    target: Tensor,
+    ignore_index: int,
+    token_weight: Tensor | None,
+    pass_weights: tuple[float, float],
+    reduction: str,
+    num_tokens: Tensor | float | None,
+) -> Tensor | tuple[Tensor | None, Tensor | None]:
+    """Weigh and reduce: ``loss = sum_pass w_pass sum_i w_i loss_pass[i] / n``.
+
+    ``reduction="none"`` returns both passes' weighted losses [...] (None for an absent pass),
+    ``"sum"`` one scalar with n = 1, ``"mean"`` one scalar with n = ``num_tokens``: by default the
+    number of targets that are not ``ignore_index`` (at least 1, so that a batch without any gives
+    0); pass the global count, as a tensor or number, to average over data-parallel ranks.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"oput_loss: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if token_weight is not None and token_weight.shape != target.shape:
+        raise ValueError(
+            f"oput_loss: token_weight must have target's shape {list(target.shape)}, "
+            f"got {list(token_weight.shape)}"
+        )
+
+    def weigh(loss: Tensor | None, pass_weight: float) -> Tensor | None:
+        if loss is None:
+            return None
+        if token_weight is not None:
+            loss = loss * token_weight
+        return loss if pass_weight == 1.0 else loss * pass_weight
+
+    weighted = tuple(weigh(loss, weight) for loss, weight in zip(losses, pass_weights, strict=True))
+    if reduction == "none":
+        return weighted
+    total = sum(loss.sum() for loss in weighted if loss is not None)
+    if reduction == "sum":
+        return total
+    if num_tokens is None:
+        num_tokens = (target != ignore_index).sum().clamp(min=1)
+    return total / num_tokens

@@ -1,0 +1,72 @@
+"""Eqs. 5-6: cross-entropy of the masked and of the predicted pass against the clean tokens."""
+
+import torch
+from torch import Tensor
+
+from dmax_kernels.reduction import reduce_loss
+
+
+def token_loss(
+    logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
+) -> Tensor:
+    """Per-token loss of one pass, float32 [...]."""
+    x = logits.float()
+    keep = target != ignore_index
+    safe_target = torch.where(keep, target, 0).long()
+    logsumexp = x.logsumexp(dim=-1)
+    loss = logsumexp - x.gather(-1, safe_target.unsqueeze(-1)).squeeze(-1)
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss + label_smoothing * (logsumexp - x.mean(dim=-1))
+    if z_loss:
+        loss = loss + z_loss * logsumexp.square()
+    return torch.where(keep, loss, 0.0)
+
+
+def oput_loss(
+    logits_masked: Tensor | None,
+    logits_predicted: Tensor | None,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    pass_weights: tuple[float, float] = (1.0, 1.0),
+    reduction: str = "none",
+    num_tokens: Tensor | float | None = None,
+) -> Tensor | tuple[Tensor | None, Tensor | None]:
+    losses = tuple(
+        None if logits is None else token_loss(logits, target, ignore_index, label_smoothing, z_loss)
+        for logits in (logits_masked, logits_predicted)
+    )
+    return reduce_loss(losses, target, ignore_index, token_weight, pass_weights, reduction, num_tokens)
+
+
+def oput_loss_and_grad_(
+    logits_masked: Tensor | None,
+    logits_predicted: Tensor | None,
+    target: Tensor,
+    grad_masked: Tensor | None = None,
+    grad_predicted: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor | None, Tensor | None]:
+    def loss_and_grad_(logits: Tensor | None, grad: Tensor | None) -> Tensor | None:
+        if logits is None:
+            return None
+        with torch.enable_grad():
+            leaf = logits.detach().float().requires_grad_()
+            loss = token_loss(leaf, target, ignore_index, label_smoothing, z_loss)
+            (grad_logits,) = torch.autograd.grad(
+                loss, leaf, torch.ones_like(loss) if grad is None else grad
+            )
+        # an ignored row is 0 even where its logits are not finite
+        ignored = (target == ignore_index).unsqueeze(-1)
+        logits.copy_(grad_logits.masked_fill(ignored, 0.0))
+        return loss.detach()
+
+    return loss_and_grad_(logits_masked, grad_masked), loss_and_grad_(
+        logits_predicted, grad_predicted
+    )
