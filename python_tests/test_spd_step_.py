@@ -199,7 +199,13 @@ def test_converged_row_is_frozen(op, semantics):
     logits = torch.randn(3, 5, VOCAB)
     logits[1] = torch.nan  # not even read
     op(
-        logits, embedding, **state, mask_token_id=MASK, tau_dec=0.1, tau_acc=0.9, semantics=semantics
+        logits,
+        embedding,
+        **state,
+        mask_token_id=MASK,
+        tau_dec=0.1,
+        tau_acc=0.9,
+        semantics=semantics,
     )
     for name in WRITTEN:
         assert torch.equal(state[name][1], before[name][1]), name

@@ -51,9 +51,7 @@ def test_first_is_top1():
 
 # A suppressed winner, a suppressed token among the first k, and lists that only it can fill up
 @pytest.mark.parametrize("op", OPS, ids=("reference", "cpu"))
-@pytest.mark.parametrize(
-    ("vocab_size", "k", "suppressed"), [(5000, 8, 3), (9, 8, 2), (4, 4, 0)]
-)
+@pytest.mark.parametrize(("vocab_size", "k", "suppressed"), [(5000, 8, 3), (9, 8, 2), (4, 4, 0)])
 def test_suppressed_token(op, vocab_size, k, suppressed):
     names, logits = stacked_rows(vocab_size, torch.float32)
     tokens, confidences = op(logits, k, suppress_token=suppressed)
