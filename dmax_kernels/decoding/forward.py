@@ -53,7 +53,9 @@ class BlockForward:
             inputs_embeds = torch.cat([hard, inputs_embeds], dim=1)
         logits = self._forward(inputs_embeds)[:, -length:]
         if self.use_cache:
-            self.cache.crop(-length)  # negative: how many to drop, in every transformers version
+            self.cache.crop(
+                -length
+            )  # negative: how many to drop, in every transformers version
             self.cached = start
         return logits
 

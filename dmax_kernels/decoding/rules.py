@@ -44,7 +44,9 @@ RULES = {
 }
 
 
-def update_(ops: ModuleType, logits: Tensor, embedding: Tensor, state: BlockState, s: Settings):
+def update_(
+    ops: ModuleType, logits: Tensor, embedding: Tensor, state: BlockState, s: Settings
+):
     """One step after a forward pass: logits [B, K, V] of the block, state changed in place."""
     if s.rule == "spd" and s.convergence == "both":
         ops.spd_step_(
@@ -84,10 +86,14 @@ def composed_step_(
     if rule.revise:
         same = ((y == state.token) | ~state.editable).all(dim=-1) & (state.step >= 1)
         sure = ((c > s.tau_acc) | ~state.editable).all(dim=-1)
-        converged = {"both": same | sure, "consistency": same, "confidence": sure}[s.convergence]
+        converged = {"both": same | sure, "consistency": same, "confidence": sure}[
+            s.convergence
+        ]
     else:
         converged = ~masked.any(dim=-1)
-    masked = masked & ~converged.unsqueeze(-1)  # a commit takes every position: no mask is left
+    masked = masked & ~converged.unsqueeze(
+        -1
+    )  # a commit takes every position: no mask is left
 
     # Inputs of the next pass
     token = torch.where(state.editable, y, state.token)
@@ -104,7 +110,9 @@ def composed_step_(
     state.masked.copy_(torch.where(active, masked, state.masked))
     state.token.copy_(torch.where(active, token, state.token))
     state.confidence.copy_(torch.where(active & state.editable, c, state.confidence))
-    state.inputs_embeds.copy_(torch.where(active.unsqueeze(-1), embeds, state.inputs_embeds))
+    state.inputs_embeds.copy_(
+        torch.where(active.unsqueeze(-1), embeds, state.inputs_embeds)
+    )
     state.step.add_(~state.converged)
     state.converged.logical_or_(converged)
 

@@ -73,14 +73,27 @@ def resolve_settings(
     is_integer = not (input_ids.is_floating_point() or input_ids.is_complex())
     require(is_integer, "input_ids", "integer token ids", input_ids.dtype)
     require(input_ids.shape[0] > 0, "input_ids", "at least one row", "0 rows")
-    require(input_ids.shape[1] > 0, "input_ids", "at least one prompt token", "an empty prompt")
-    for name, count in (("block_length", block_length), ("max_new_tokens", max_new_tokens)):
+    require(
+        input_ids.shape[1] > 0,
+        "input_ids",
+        "at least one prompt token",
+        "an empty prompt",
+    )
+    for name, count in (
+        ("block_length", block_length),
+        ("max_new_tokens", max_new_tokens),
+    ):
         require(is_count(count), name, "a positive integer", count)
     for name, tau in (("tau_dec", tau_dec), ("tau_acc", tau_acc)):
         require(0 <= tau <= 1, name, "in [0, 1]", tau)
     require(rule in RULE_NAMES, "rule", one_of(RULE_NAMES), repr(rule))
     require(semantics in SEMANTICS, "semantics", one_of(SEMANTICS), repr(semantics))
-    require(convergence in CONVERGENCE, "convergence", one_of(CONVERGENCE), repr(convergence))
+    require(
+        convergence in CONVERGENCE,
+        "convergence",
+        one_of(CONVERGENCE),
+        repr(convergence),
+    )
     require(is_count(top_k) and top_k <= 8, "top_k", "an integer in [1, 8]", top_k)
     if max_steps_per_block is None:
         max_steps_per_block = block_length
@@ -108,7 +121,9 @@ def resolve_settings(
             "use a model trained for masked diffusion"
         )
     in_vocabulary = f"in [0, {vocabulary}), the model's vocabulary"
-    require(0 <= mask_token_id < vocabulary, "mask_token_id", in_vocabulary, mask_token_id)
+    require(
+        0 <= mask_token_id < vocabulary, "mask_token_id", in_vocabulary, mask_token_id
+    )
     # Read back once per call, not per step: an id out of range would fault inside the embedding
     lowest, highest = (int(bound) for bound in input_ids.aminmax())
     require(lowest >= 0, "input_ids", in_vocabulary, lowest)
@@ -127,7 +142,9 @@ def resolve_settings(
         eos_token_id = getattr(config, "eos_token_id", None)
     if eos_token_id is None:
         eos_token_id = ()
-    eos_token_ids = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+    eos_token_ids = (
+        (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+    )
     if pad_token_id is None:
         pad_token_id = getattr(config, "pad_token_id", None)
     if pad_token_id is None:

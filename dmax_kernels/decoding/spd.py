@@ -33,8 +33,12 @@ class GenerationOutput:
 
     sequences: Tensor  # int64 [B, T + max_new_tokens]; pad after a row's first eos
     num_tokens: Tensor  # int64 [B]: generated tokens, up to and including the first eos
-    block_forwards: Tensor  # int64 [B, N]: denoising passes per block, 0 after a row has ended
-    num_refreshes: Tensor  # int64 [B]: finished blocks whose hard tokens entered the cache later
+    block_forwards: (
+        Tensor  # int64 [B, N]: denoising passes per block, 0 after a row has ended
+    )
+    num_refreshes: (
+        Tensor  # int64 [B]: finished blocks whose hard tokens entered the cache later
+    )
     trace: Trace | None = None
 
     @property
@@ -127,7 +131,10 @@ def generate(
     device = input_ids.device
 
     sequences = torch.full(
-        (batch, starts[-1] + block_length), settings.pad_token_id, dtype=torch.int64, device=device
+        (batch, starts[-1] + block_length),
+        settings.pad_token_id,
+        dtype=torch.int64,
+        device=device,
     )
     sequences[:, :prompt_length] = input_ids
     num_tokens = torch.full((batch,), max_new_tokens, dtype=torch.int64, device=device)
@@ -145,7 +152,9 @@ def generate(
         sequences[rows, start : start + block_length] = token
         block_forwards[rows, n] = state.step.long()
         reached = start + length - prompt_length
-        num_tokens[rows] = torch.where(ended, reached.clamp(max=max_new_tokens), num_tokens[rows])
+        num_tokens[rows] = torch.where(
+            ended, reached.clamp(max=max_new_tokens), num_tokens[rows]
+        )
 
         # A host sync, once per block: rows that ended leave the batch and cost no further passes
         alive = torch.nonzero(~ended).flatten()
@@ -166,7 +175,9 @@ def generate(
     )
 
 
-def prefill(model: Any, tokens: Tensor, settings: Settings, use_cache: bool) -> BlockForward:
+def prefill(
+    model: Any, tokens: Tensor, settings: Settings, use_cache: bool
+) -> BlockForward:
     """Put the prompt's whole blocks, tokens [B, n * K], into a new KV cache."""
     forward = BlockForward(model, settings.block_length, use_cache)
     forward.prefill(tokens)
@@ -198,7 +209,9 @@ def denoise_block(
         # The one host sync per pass: whether another pass is needed decides what the host launches.
         if state.converged.all():
             return state
-    if settings.semantics == "paper":  # the released code stops with whatever the block holds
+    if (
+        settings.semantics == "paper"
+    ):  # the released code stops with whatever the block holds
         state.commit_()
         if trace is not None:
             trace.capped(state)
@@ -206,7 +219,11 @@ def denoise_block(
 
 
 def step(
-    forward: BlockForward, tokens: Tensor, state: BlockState, ops: ModuleType, settings: Settings
+    forward: BlockForward,
+    tokens: Tensor,
+    state: BlockState,
+    ops: ModuleType,
+    settings: Settings,
 ) -> None:
     """One forward pass over the block and one update of its state; no host sync of its own."""
     logits = forward.logits(tokens, state.inputs_embeds)
@@ -223,7 +240,11 @@ def end_at_eos(
     eos = torch.tensor(settings.eos_token_ids, dtype=token.dtype, device=token.device)
     is_eos = torch.isin(token, eos) & editable
     after = is_eos.cumsum(dim=-1) - is_eos.long() > 0
-    return token.masked_fill(after, settings.pad_token_id), is_eos.any(dim=-1), (~after).sum(dim=-1)
+    return (
+        token.masked_fill(after, settings.pad_token_id),
+        is_eos.any(dim=-1),
+        (~after).sum(dim=-1),
+    )
 
 
 def progress_bar(starts: range, show: bool) -> Iterable[int]:
