@@ -23,9 +23,7 @@ def make_config(**changes):
 class RandomModel(nn.Module):
     """Two random attention layers, sharp enough that confidences spread over [0, 1]."""
 
-    def __init__(
-        self, seed: int = 0, hidden: int = 16, layers: int = 2, sharpness: float = 3.0
-    ):
+    def __init__(self, seed: int = 0, hidden: int = 16, layers: int = 2, sharpness: float = 3.0):
         super().__init__()
         torch.manual_seed(seed)
         self.config = make_config()
@@ -58,13 +56,14 @@ class RandomModel(nn.Module):
                 3 * query, key, value, attn_mask=attention_mask
             ).squeeze(1)
         logits = self.sharpness * self.head(x)
-        return SimpleNamespace(
-            logits=logits, past_key_values=cache if use_cache else None
-        )
+        return SimpleNamespace(logits=logits, past_key_values=cache if use_cache else None)
 
 
 class ScriptedModel:
-    """Plays logits [passes, B, K, V] back, whatever it is given, and keeps what it was given."""
+    """Plays logits [passes, B, K, V] back, whatever it is given, and keeps what it was given.
+
+    Rows may leave the batch between passes: row r is known by its block's first token, 2 + r.
+    """
 
     def __init__(self, script: Tensor, hidden: int = 6, **config):
         self.script = script
@@ -73,18 +72,17 @@ class ScriptedModel:
         self.words = nn.Embedding.from_pretrained(
             torch.randn(script.shape[-1], hidden, generator=generator)
         )
-        self.inputs: list[Tensor] = []
+        self.inputs: list[dict[int, Tensor]] = []  # per pass and row: [K, D]
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.words
 
     def __call__(self, inputs_embeds, use_cache, **_):
         assert not use_cache, "a scripted model has no cache"
-        logits = self.script[len(self.inputs)]
-        length = logits.shape[1]
-        self.inputs.append(inputs_embeds[:, -length:].clone())
-        before = inputs_embeds.shape[1] - length
-        return SimpleNamespace(logits=F.pad(logits, (0, 0, before, 0)))
+        rows = torch.cdist(inputs_embeds[:, 0], self.words.weight).argmin(dim=-1) - 2
+        logits = self.script[len(self.inputs), rows]
+        self.inputs.append(dict(zip(rows.tolist(), inputs_embeds.clone(), strict=True)))
+        return SimpleNamespace(logits=logits)
 
 
 def random_prompts(rows: int, length: int, seed: int = 0) -> Tensor:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from decoding_models import EOS, MASK, PAD, RandomModel, random_prompts
 
-import dmax_kernels
 from dmax_kernels.decoding import RULES, generate
 
 K = 8
@@ -30,15 +29,9 @@ def decode(model, prompts, **changes):
     return generate(model, prompts, **{**arguments, **changes})
 
 
-def skip_unbuilt(ops):
-    if ops == "fused" and not hasattr(dmax_kernels, "spd_step_"):
-        pytest.skip("the fused ops are not built")
-
-
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize(("rule", "semantics"), RULE_GRID)
 def test_fused_ops_give_the_tokens_of_the_reference(rule, semantics, tau):
-    skip_unbuilt("fused")
     model, prompts = RandomModel(), random_prompts(5, 11)
     settings = {"rule": rule, "semantics": semantics, "tau_dec": tau}
     expected = decode(model, prompts, **settings)
@@ -49,7 +42,6 @@ def test_fused_ops_give_the_tokens_of_the_reference(rule, semantics, tau):
 
 @pytest.mark.parametrize("top_k", [2, 3])
 def test_fused_ops_give_the_tokens_of_the_reference_for_top_k(top_k):
-    skip_unbuilt("fused")
     model, prompts = RandomModel(), random_prompts(5, 11)
     for rule in ("spd", "hybrid"):
         expected = decode(model, prompts, rule=rule, top_k=top_k)
@@ -63,7 +55,7 @@ def test_top_k_changes_what_the_model_reads():
     assert not torch.equal(one.block_forwards, three.block_forwards)
 
 
-# Prompt lengths: shorter than a block (no prefill), whole blocks (no tail), a tail in the first block
+# Prompts: shorter than a block (no prefill), whole blocks (no tail), with a tail in the block
 @pytest.mark.parametrize("prompt_length", [3, 8, 16, 21])
 @pytest.mark.parametrize(("rule", "semantics"), RULE_GRID)
 def test_cache_gives_what_whole_sequence_passes_give(rule, semantics, prompt_length):
@@ -94,7 +86,6 @@ def test_refresh_rides_on_the_next_blocks_first_pass():
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize(("rule", "semantics"), RULE_GRID)
 def test_a_row_is_the_same_alone_and_in_a_batch(rule, semantics, tau, ops):
-    skip_unbuilt(ops)
     model, prompts = RandomModel(), random_prompts(5, 11)
     # This eos appears in some rows at different blocks, so rows leave the batch at different times
     settings = {
@@ -110,9 +101,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(rule, semantics, tau, ops):
         assert torch.equal(alone.sequences[0], together.sequences[row])
         assert alone.num_tokens[0] == together.num_tokens[row]
         blocks = alone.block_forwards.shape[1]
-        assert torch.equal(
-            alone.block_forwards[0], together.block_forwards[row, :blocks]
-        )
+        assert torch.equal(alone.block_forwards[0], together.block_forwards[row, :blocks])
         assert not together.block_forwards[row, blocks:].any()
 
 
@@ -136,9 +125,7 @@ def test_the_prompt_stays_and_its_tail_is_read_as_hard_tokens():
 
 def test_the_result_has_the_length_asked_for():
     for max_new_tokens in (1, 5, 8, 9):
-        output = decode(
-            RandomModel(), random_prompts(2, 11), max_new_tokens=max_new_tokens
-        )
+        output = decode(RandomModel(), random_prompts(2, 11), max_new_tokens=max_new_tokens)
         assert output.sequences.shape == (2, 11 + max_new_tokens)
         assert output.num_tokens.tolist() == [max_new_tokens] * 2
 
@@ -176,11 +163,8 @@ def test_an_eos_in_the_prompts_tail_ends_nothing():
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("rule", RULES)
 def test_step_cap_leaves_no_masks(rule, ops):
-    skip_unbuilt(ops)
     model, prompts = RandomModel(), random_prompts(4, 11)
-    output = decode(
-        model, prompts, rule=rule, tau_dec=0.95, max_steps_per_block=2, ops=ops
-    )
+    output = decode(model, prompts, rule=rule, tau_dec=0.95, max_steps_per_block=2, ops=ops)
     assert (output.sequences != MASK).all()
     assert output.block_forwards.max() == 2
     assert output.block_forwards.min() >= 1
@@ -197,7 +181,6 @@ def test_mask_token_is_predicted_only_when_allowed():
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize(("rule", "semantics"), RULE_GRID)
 def test_trace_agrees_with_the_output(rule, semantics, ops):
-    skip_unbuilt(ops)
     prompts = random_prompts(4, 11)
     output = decode(
         RandomModel(),
@@ -217,9 +200,7 @@ def test_trace_agrees_with_the_output(rule, semantics, ops):
         for n, block in enumerate(traced["blocks"]):
             check_block(block, rule, semantics)
             final = block["steps"][-1]["token"]
-            if n + 1 < len(
-                traced["blocks"]
-            ):  # the last block is cut at eos or at max_new_tokens
+            if n + 1 < len(traced["blocks"]):  # the last block is cut at eos or at max_new_tokens
                 start = block["start"]
                 assert output.sequences[row, start : start + K].tolist() == final
 
@@ -235,9 +216,7 @@ def check_block(block, rule, semantics):
         after = {j for j, m in enumerate(step["masked"]) if m}
         assert after == masked - promoted
         if token is not None:
-            decoded = {
-                j for j, editable in enumerate(block["editable"]) if editable
-            } - masked
+            decoded = {j for j, editable in enumerate(block["editable"]) if editable} - masked
             assert revised == {j for j in decoded if step["token"][j] != token[j]}
         if rule == "threshold":
             assert not revised

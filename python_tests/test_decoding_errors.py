@@ -107,7 +107,7 @@ def test_one_sentence_names_the_mistake(mistake):
         "ops": "reference",
         **changes,
     }
-    with pytest.raises(ValueError, match="^generate: ") as error:
+    with pytest.raises(ValueError, match=r"^generate: ") as error:
         generate(RandomModel(), **arguments)
     assert str(error.value) == f"generate: {sentence}"
 

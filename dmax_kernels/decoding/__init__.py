@@ -1,4 +1,4 @@
-"""Block-wise decoding of diffusion language models, with Soft Parallel Decoding as the default rule.
+"""Block-wise decoding of diffusion language models; Soft Parallel Decoding is the default rule.
 
 Read in this order: `spd.py` (generate -> prefill -> denoise_block -> step), `state.py` (what a step
 changes), `forward.py` (the forward pass and its KV cache), `rules.py` (the paper's ablations),

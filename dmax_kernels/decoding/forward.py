@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -53,16 +54,18 @@ class BlockForward:
             inputs_embeds = torch.cat([hard, inputs_embeds], dim=1)
         logits = self._forward(inputs_embeds)[:, -length:]
         if self.use_cache:
-            self.cache.crop(
-                -length
-            )  # negative: how many to drop, in every transformers version
+            self.cache.crop(-length)  # negative: how many to drop, in every transformers version
             self.cached = start
         return logits
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch in the cache."""
-        if self.cache is not None:
-            self.cache.batch_select_indices(rows)
+    def select_rows(self, rows: Tensor) -> BlockForward:
+        """The same for these rows of the batch alone; this one's cache stays as it is."""
+        part = copy.copy(self)
+        part.cache = None
+        if self.cached > 0:  # a cache cropped to nothing would still insist on its old batch size
+            part.cache = copy.deepcopy(self.cache)
+            part.cache.batch_select_indices(rows)
+        return part
 
     def _forward(self, inputs_embeds: Tensor) -> Tensor:
         begin, end = self.cached, self.cached + inputs_embeds.shape[1]

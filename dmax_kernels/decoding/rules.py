@@ -7,7 +7,6 @@ idea taken away. All of them work on a `BlockState` in place and leave converged
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -44,12 +43,10 @@ RULES = {
 }
 
 
-def update_(
-    ops: ModuleType, logits: Tensor, embedding: Tensor, state: BlockState, s: Settings
-):
+def update_(logits: Tensor, embedding: Tensor, state: BlockState, s: Settings) -> None:
     """One step after a forward pass: logits [B, K, V] of the block, state changed in place."""
     if s.rule == "spd" and s.convergence == "both":
-        ops.spd_step_(
+        s.ops.spd_step_(
             logits,
             embedding,
             **vars(state),
@@ -61,17 +58,15 @@ def update_(
             suppress_token=s.suppress_token,
         )
     else:
-        composed_step_(ops, logits, embedding, state, s)
+        composed_step_(logits, embedding, state, s)
 
 
-def composed_step_(
-    ops: ModuleType, logits: Tensor, embedding: Tensor, state: BlockState, s: Settings
-) -> None:
+def composed_step_(logits: Tensor, embedding: Tensor, state: BlockState, s: Settings) -> None:
     """The paper's step with the parts that `s.rule` and `s.convergence` name.
 
     For rule "spd" and both criteria this is `spd_step_`, which a test holds it to.
     """
-    rule = RULES[s.rule]
+    rule, ops = RULES[s.rule], s.ops
     y, c = ops.top1_confidence(logits, suppress_token=s.suppress_token)
     if not rule.revise:
         y = torch.where(state.masked, y, state.token)
@@ -86,14 +81,10 @@ def composed_step_(
     if rule.revise:
         same = ((y == state.token) | ~state.editable).all(dim=-1) & (state.step >= 1)
         sure = ((c > s.tau_acc) | ~state.editable).all(dim=-1)
-        converged = {"both": same | sure, "consistency": same, "confidence": sure}[
-            s.convergence
-        ]
+        converged = {"both": same | sure, "consistency": same, "confidence": sure}[s.convergence]
     else:
         converged = ~masked.any(dim=-1)
-    masked = masked & ~converged.unsqueeze(
-        -1
-    )  # a commit takes every position: no mask is left
+    masked = masked & ~converged.unsqueeze(-1)  # a commit takes every position: no mask is left
 
     # Inputs of the next pass
     token = torch.where(state.editable, y, state.token)
@@ -110,9 +101,7 @@ def composed_step_(
     state.masked.copy_(torch.where(active, masked, state.masked))
     state.token.copy_(torch.where(active, token, state.token))
     state.confidence.copy_(torch.where(active & state.editable, c, state.confidence))
-    state.inputs_embeds.copy_(
-        torch.where(active.unsqueeze(-1), embeds, state.inputs_embeds)
-    )
+    state.inputs_embeds.copy_(torch.where(active.unsqueeze(-1), embeds, state.inputs_embeds))
     state.step.add_(~state.converged)
     state.converged.logical_or_(converged)
 

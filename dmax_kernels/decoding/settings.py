@@ -1,4 +1,4 @@
-"""The arguments of `generate`, checked once; a mistake gives one sentence that says what to change."""
+"""The arguments of `generate`, checked once; a mistake gives one sentence that names it."""
 
 from __future__ import annotations
 
@@ -33,17 +33,12 @@ class Settings:
     convergence: str
     suppress_token: int
     max_steps_per_block: int
+    ops: ModuleType  # dmax_kernels or dmax_kernels.reference: the same function names
 
 
 def require(condition: bool, argument: str, need: str, got: object) -> None:
     if not condition:
         raise ValueError(f"generate: {argument} must be {need}, got {got}")
-
-
-def resolve_ops(name: str) -> ModuleType:
-    """The module whose ops the loop calls: the fused kernels or the eager reference."""
-    require(name in OPS, "ops", one_of(OPS), repr(name))
-    return importlib.import_module(OPS[name])
 
 
 def one_of(names: Iterable[str]) -> str:
@@ -67,6 +62,7 @@ def resolve_settings(
     convergence: str,
     suppress_mask: bool,
     max_steps_per_block: int | None,
+    ops: str,
 ) -> Settings:
     """Check the arguments against each other and the model; fill in what its config knows."""
     require(input_ids.dim() == 2, "input_ids", "2-D [B, T]", f"{input_ids.dim()}-D")
@@ -94,6 +90,7 @@ def resolve_settings(
         one_of(CONVERGENCE),
         repr(convergence),
     )
+    require(ops in OPS, "ops", one_of(OPS), repr(ops))
     require(is_count(top_k) and top_k <= 8, "top_k", "an integer in [1, 8]", top_k)
     if max_steps_per_block is None:
         max_steps_per_block = block_length
@@ -121,9 +118,7 @@ def resolve_settings(
             "use a model trained for masked diffusion"
         )
     in_vocabulary = f"in [0, {vocabulary}), the model's vocabulary"
-    require(
-        0 <= mask_token_id < vocabulary, "mask_token_id", in_vocabulary, mask_token_id
-    )
+    require(0 <= mask_token_id < vocabulary, "mask_token_id", in_vocabulary, mask_token_id)
     # Read back once per call, not per step: an id out of range would fault inside the embedding
     lowest, highest = (int(bound) for bound in input_ids.aminmax())
     require(lowest >= 0, "input_ids", in_vocabulary, lowest)
@@ -133,18 +128,16 @@ def resolve_settings(
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and length > context:
         raise ValueError(
-            f"generate: a prompt of {input_ids.shape[1]} tokens and max_new_tokens={max_new_tokens} "
-            f"need {length} positions in whole blocks of {block_length}, but the model's context "
-            f"is {context} (config.max_position_embeddings)"
+            f"generate: a prompt of {input_ids.shape[1]} tokens and "
+            f"max_new_tokens={max_new_tokens} need {length} positions in whole blocks of "
+            f"{block_length}, but the model's context is {context} (config.max_position_embeddings)"
         )
 
     if eos_token_id is None:
         eos_token_id = getattr(config, "eos_token_id", None)
     if eos_token_id is None:
         eos_token_id = ()
-    eos_token_ids = (
-        (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
-    )
+    eos_token_ids = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
     if pad_token_id is None:
         pad_token_id = getattr(config, "pad_token_id", None)
     if pad_token_id is None:
@@ -164,6 +157,7 @@ def resolve_settings(
         convergence=convergence,
         suppress_token=mask_token_id if suppress_mask else -1,
         max_steps_per_block=max_steps_per_block,
+        ops=importlib.import_module(OPS[ops]),
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from dmax_kernels.decoding.forward import BlockForward
 from dmax_kernels.decoding.rules import update_
-from dmax_kernels.decoding.settings import Settings, resolve_ops, resolve_settings
+from dmax_kernels.decoding.settings import Settings, resolve_settings
 from dmax_kernels.decoding.state import BlockState
 from dmax_kernels.decoding.trace import Trace
 
@@ -33,12 +32,8 @@ class GenerationOutput:
 
     sequences: Tensor  # int64 [B, T + max_new_tokens]; pad after a row's first eos
     num_tokens: Tensor  # int64 [B]: generated tokens, up to and including the first eos
-    block_forwards: (
-        Tensor  # int64 [B, N]: denoising passes per block, 0 after a row has ended
-    )
-    num_refreshes: (
-        Tensor  # int64 [B]: finished blocks whose hard tokens entered the cache later
-    )
+    block_forwards: Tensor  # int64 [B, N]: denoising passes per block, 0 after a row has ended
+    num_refreshes: Tensor  # int64 [B]: finished blocks whose hard tokens entered the cache later
     trace: Trace | None = None
 
     @property
@@ -77,8 +72,8 @@ def generate(
 
     The sequence is cut into absolute blocks of K positions. Each block starts fully masked and is
     denoised until it converges, per row: top-1 predictions equal twice in a row, or all confidences
-    above tau_acc. A prompt's tail inside the first decoded block is kept as it is. Rows converge and
-    end independently, so a row's result is the same alone and in any batch.
+    above tau_acc. A prompt's tail inside the first decoded block is kept as it is. Rows converge
+    and end independently, so a row's result is the same alone and in any batch.
 
     Args:
         model: a Hugging Face causal LM that takes `inputs_embeds`, a 4-D additive `attention_mask`,
@@ -107,7 +102,6 @@ def generate(
     Raises:
         ValueError: one sentence, for any argument that does not fit the model or the others.
     """
-    op_module = resolve_ops(ops)
     settings = resolve_settings(
         model,
         input_ids,
@@ -124,6 +118,7 @@ def generate(
         convergence=convergence,
         suppress_mask=suppress_mask,
         max_steps_per_block=max_steps_per_block,
+        ops=ops,
     )
     batch, prompt_length = input_ids.shape
     first, end = prompt_length // block_length, prompt_length + max_new_tokens
@@ -145,24 +140,30 @@ def generate(
     forward = prefill(model, sequences[:, : starts[0]], settings, use_cache)
     for n, start in enumerate(progress_bar(starts, progress)):
         tokens = sequences[rows, : start + block_length]
-        state = denoise_block(
-            forward, tokens, start, prompt_length, rows, op_module, settings, recorder
+        state = BlockState.fully_masked(
+            tokens[:, start:], prompt_length - start, forward.embedding, settings.mask_token_id
+        )
+        denoise_block(
+            forward,
+            tokens[:, :start],
+            state,
+            rows,
+            settings.max_steps_per_block,
+            settings,
+            recorder,
         )
         token, ended, length = end_at_eos(state.token, state.editable, settings)
         sequences[rows, start : start + block_length] = token
         block_forwards[rows, n] = state.step.long()
         reached = start + length - prompt_length
-        num_tokens[rows] = torch.where(
-            ended, reached.clamp(max=max_new_tokens), num_tokens[rows]
-        )
+        num_tokens[rows] = torch.where(ended, reached.clamp(max=max_new_tokens), num_tokens[rows])
 
         # A host sync, once per block: rows that ended leave the batch and cost no further passes
         alive = torch.nonzero(~ended).flatten()
         if len(alive) == 0:
             break
         if len(alive) < len(rows):
-            rows = rows[alive]
-            forward.select_rows(alive)
+            rows, forward = rows[alive], forward.select_rows(alive)
 
     block_forwards = block_forwards[:, : n + 1]
     blocks = (block_forwards > 0).sum(dim=1)
@@ -175,9 +176,7 @@ def generate(
     )
 
 
-def prefill(
-    model: Any, tokens: Tensor, settings: Settings, use_cache: bool
-) -> BlockForward:
+def prefill(model: Any, tokens: Tensor, settings: Settings, use_cache: bool) -> BlockForward:
     """Put the prompt's whole blocks, tokens [B, n * K], into a new KV cache."""
     forward = BlockForward(model, settings.block_length, use_cache)
     forward.prefill(tokens)
@@ -187,47 +186,56 @@ def prefill(
 def denoise_block(
     forward: BlockForward,
     tokens: Tensor,
-    start: int,
-    prompt_length: int,
+    state: BlockState,
     rows: Tensor,
-    ops: ModuleType,
+    steps: int,
     settings: Settings,
     trace: Trace | None,
-) -> BlockState:
-    """Denoise the last K of tokens [b, start + K] until every row converges."""
-    position = torch.arange(start, tokens.shape[1], device=tokens.device)
-    editable = (position >= prompt_length).expand(len(rows), -1).contiguous()
-    state = BlockState.fully_masked(
-        tokens[:, start:], editable, forward.embedding, settings.mask_token_id
-    )
-    for _ in range(settings.max_steps_per_block):
+) -> None:
+    """Step until every row of the block has converged, `steps` times at most.
+
+    tokens [b, start] are the committed ones before the block; rows [b] says which rows of the
+    whole batch these are, for the trace.
+    """
+    for n in range(steps):
         if trace is not None:
             trace.before(state)
-        step(forward, tokens[:, :start], state, ops, settings)
+        step(forward, tokens, state, settings)
         if trace is not None:
-            trace.after(state, start, rows)
-        # The one host sync per pass: whether another pass is needed decides what the host launches.
-        if state.converged.all():
-            return state
-    if (
-        settings.semantics == "paper"
-    ):  # the released code stops with whatever the block holds
+            trace.after(state, tokens.shape[1], rows)
+
+        # The one host sync per pass: how many rows are left decides what the host launches next
+        left = torch.nonzero(~state.converged).flatten()
+        if len(left) == 0:
+            return
+        if 2 * len(left) <= len(rows):  # frozen rows still cost their forward: go on without them
+            part = state.select_rows(left)
+            denoise_block(
+                forward.select_rows(left),
+                tokens[left],
+                part,
+                rows[left],
+                steps - n - 1,
+                settings,
+                trace,
+            )
+            state.write_rows_(left, part)
+            return
+    if settings.semantics == "paper":  # the released code stops with whatever the block holds
         state.commit_()
         if trace is not None:
             trace.capped(state)
-    return state
 
 
 def step(
     forward: BlockForward,
     tokens: Tensor,
     state: BlockState,
-    ops: ModuleType,
     settings: Settings,
 ) -> None:
     """One forward pass over the block and one update of its state; no host sync of its own."""
     logits = forward.logits(tokens, state.inputs_embeds)
-    update_(ops, logits, forward.embedding, state, settings)
+    update_(logits, forward.embedding, state, settings)
 
 
 def end_at_eos(

@@ -28,10 +28,15 @@ class BlockState:
 
     @classmethod
     def fully_masked(
-        cls, token: Tensor, editable: Tensor, embedding: Tensor, mask_token_id: int
+        cls, token: Tensor, prompt_tail: int, embedding: Tensor, mask_token_id: int
     ) -> BlockState:
-        """The state before the first step: every editable position holds the mask token."""
-        rows = token.shape[0]
+        """The state before the first step: all masks, but for a prompt's tail of that length.
+
+        token: [B, K], of which only the prompt's tail is read.
+        """
+        rows, length = token.shape
+        position = torch.arange(length, device=token.device)
+        editable = (position >= prompt_tail).expand(rows, -1).contiguous()
         token = token.masked_fill(editable, mask_token_id)
         return cls(
             editable=editable,
@@ -42,6 +47,15 @@ class BlockState:
             step=torch.zeros(rows, dtype=torch.int32, device=token.device),
             inputs_embeds=F.embedding(token, embedding),
         )
+
+    def select_rows(self, rows: Tensor) -> BlockState:
+        """A copy of these rows."""
+        return BlockState(**{name: buffer[rows] for name, buffer in vars(self).items()})
+
+    def write_rows_(self, rows: Tensor, part: BlockState) -> None:
+        """Put a copy made by `select_rows` back."""
+        for name, buffer in vars(part).items():
+            getattr(self, name)[rows] = buffer
 
     def commit_(self) -> None:
         """Stop every row where it is: the last top-1 of each position is its result."""

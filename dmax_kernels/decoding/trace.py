@@ -52,9 +52,7 @@ class Trace:
         )
 
     def after(self, state: BlockState, start: int, rows: Tensor) -> None:
-        assert self._before is not None, (
-            "Trace.before records the state a step starts from"
-        )
+        assert self._before is not None, "Trace.before records the state a step starts from"
         masked, token, converged = self._before
         self._steps.append(
             _Step(
@@ -86,16 +84,12 @@ class Trace:
                 blocks = rows.setdefault(row, [])
                 if not blocks or blocks[-1]["start"] != step.start:
                     editable = step.editable[i].int().tolist()
-                    blocks.append(
-                        {"start": step.start, "editable": editable, "steps": []}
-                    )
+                    blocks.append({"start": step.start, "editable": editable, "steps": []})
                 blocks[-1]["steps"].append(
                     {
                         "token": step.token[i].tolist(),
                         # Four digits: a trace is for reading, and the page shades cells with them
-                        "confidence": [
-                            round(c, 4) for c in step.confidence[i].tolist()
-                        ],
+                        "confidence": [round(c, 4) for c in step.confidence[i].tolist()],
                         "masked": step.masked[i].int().tolist(),
                         "promoted": torch.nonzero(step.promoted[i]).flatten().tolist(),
                         "revised": torch.nonzero(step.revised[i]).flatten().tolist(),
