@@ -53,6 +53,7 @@ LOSS_WINDOW = 50
 def train(output: Path, *, ops: str = "reference", command: str = "") -> dict[str, Any]:
     """Writes OUTPUT/{base,oput,control} and OUTPUT/training_log.json; returns the log."""
     state_dir = output / "state"
+    state_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows here
     log: dict[str, Any] = {
         "command": command,
         "ops": ops,
