@@ -1,0 +1,71 @@
+// oput_loss(logits_masked [..., V], logits_predicted [..., V], target [...]): both passes of Eq. 6
+#pragma once
+
+#include "common/tensor_checks.h"
+
+namespace dmax {
+
+struct OputLossSizes {
+  int64_t vocab;
+};
+
+inline void check_loss_options(const char* op, double label_smoothing, double z_loss) {
+  DMAX_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op,
+             ": label_smoothing must be in [0, 1], got ", label_smoothing);
+  DMAX_CHECK(z_loss >= 0 && std::isfinite(z_loss), op,
+             ": z_loss must be zero or positive and finite, got ", z_loss);
+}
+
+inline void check_target(const char* op, const Tensor& target, const char* logits_name,
+                         const Tensor& logits) {
+  check_integer(op, "target", target);
+  check_shape(op, "target", target, leading_sizes(logits), "one token per row of logits");
+  check_same_device(op, "target", target, logits_name, logits);
+}
+
+inline OputLossSizes check_oput_loss(const char* op, const OptionalTensor& logits_masked,
+                                     const OptionalTensor& logits_predicted, const Tensor& target,
+                                     double label_smoothing, double z_loss) {
+  DMAX_CHECK(logits_masked || logits_predicted, op,
+             ": logits_masked or logits_predicted must be given, got neither");
+  const char* first_name = logits_masked ? "logits_masked" : "logits_predicted";
+  const Tensor& first = logits_masked ? *logits_masked : *logits_predicted;
+  const int64_t vocab = check_logits(op, first_name, first);
+  if (logits_masked && logits_predicted) {
+    check_logits(op, "logits_predicted", *logits_predicted);
+    check_shape(op, "logits_predicted", *logits_predicted, logits_masked->sizes(),
+                "that of logits_masked");
+    check_dtype(op, "logits_predicted", *logits_predicted, logits_masked->scalar_type());
+    check_same_device(op, "logits_predicted", *logits_predicted, "logits_masked", *logits_masked);
+  }
+  check_target(op, target, first_name, first);
+  check_loss_options(op, label_smoothing, z_loss);
+  return {vocab};
+}
+
+inline OputLossSizes check_oput_loss_backward(const Tensor& grad_loss, const Tensor& logits,
+                                              const Tensor& target, const Tensor& logsumexp,
+                                              double label_smoothing, double z_loss) {
+  constexpr const char* op = "oput_loss_backward";
+  const int64_t vocab = check_logits(op, "logits", logits);
+  check_target(op, target, "logits", logits);
+  for (const auto& [name, t] :
+       {std::pair<const char*, const Tensor&>{"grad_loss", grad_loss}, {"logsumexp", logsumexp}}) {
+    check_dtype(op, name, t, ScalarType::Float);
+    check_shape(op, name, t, target.sizes(), "that of target");
+    check_same_device(op, name, t, "logits", logits);
+  }
+  check_loss_options(op, label_smoothing, z_loss);
+  return {vocab};
+}
+
+// The gradients of the per-token losses that oput_loss_and_grad_ multiplies in
+inline void check_loss_grad(const char* name, const OptionalTensor& grad, const Tensor& target) {
+  constexpr const char* op = "oput_loss_and_grad_";
+  if (!grad) return;
+  check_dtype(op, name, *grad, ScalarType::Float);
+  check_shape(op, name, *grad, target.sizes(), "that of target");
+  check_same_device(op, name, *grad, "target", target);
+}
+
+}  // namespace dmax

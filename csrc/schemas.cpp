@@ -1,0 +1,49 @@
+// The whole surface of torch.ops.dmax on one screen. Meanings: dmax_kernels/ops/<op>.py.
+#include "common/torch_stable.h"
+
+STABLE_TORCH_LIBRARY(dmax, m) {
+  m.def(
+      "top1_confidence(Tensor logits, *, float temperature=1.0, int suppress_token=-1)"
+      " -> (Tensor token, Tensor confidence)");
+  m.def(
+      "topk_confidence(Tensor logits, int k, *, float temperature=1.0, int suppress_token=-1)"
+      " -> (Tensor tokens, Tensor confidences)");
+  m.def(
+      "prefix_promote(Tensor confidence, Tensor masked, float threshold, *, bool inclusive=False)"
+      " -> Tensor promoted");
+  m.def(
+      "hybrid_embedding(Tensor embedding, Tensor token, Tensor confidence, Tensor masked,"
+      " int mask_token_id) -> Tensor");
+  m.def(
+      "hybrid_embedding_backward(Tensor grad_output, Tensor embedding, Tensor token,"
+      " Tensor confidence, Tensor masked, int mask_token_id)"
+      " -> (Tensor grad_embedding, Tensor grad_confidence)");
+  m.def(
+      "spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor(a!) masked,"
+      " Tensor(b!) token, Tensor(c!) confidence, Tensor(d!) converged, Tensor(e!) step,"
+      " Tensor(f!) inputs_embeds, int mask_token_id, float tau_dec, float tau_acc, *,"
+      " bool released=False, int top_k=1, float temperature=1.0, int suppress_token=-1,"
+      " Tensor? thresholds=None) -> ()");
+  m.def(
+      "sample_tokens(Tensor logits, Tensor seed, *, float temperature=1.0, int suppress_token=-1)"
+      " -> (Tensor token, Tensor probability)");
+  m.def(
+      "oput_loss(Tensor? logits_masked, Tensor? logits_predicted, Tensor target, *,"
+      " int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0)"
+      " -> (Tensor loss_masked, Tensor loss_predicted, Tensor logsumexp_masked,"
+      " Tensor logsumexp_predicted)");
+  m.def(
+      "oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor logsumexp, *,"
+      " int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0) -> Tensor grad_logits");
+  m.def(
+      "oput_loss_and_grad_(Tensor(a!)? logits_masked, Tensor(b!)? logits_predicted, Tensor target,"
+      " Tensor? grad_masked=None, Tensor? grad_predicted=None, *, int ignore_index=-100,"
+      " float label_smoothing=0.0, float z_loss=0.0) -> (Tensor loss_masked, Tensor "
+      "loss_predicted)");
+  m.def(
+      "top1_partial(Tensor logits_shard, int vocab_start, *, float temperature=1.0,"
+      " int suppress_token=-1) -> (Tensor maximum, Tensor sum_exp, Tensor token)");
+  m.def(
+      "top1_merge(Tensor maximum, Tensor sum_exp, Tensor token)"
+      " -> (Tensor token, Tensor confidence)");
+}
