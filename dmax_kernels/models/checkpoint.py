@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -39,6 +40,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def save_tokenizer(path: Path) -> None:
+    build_tokenizer().save_pretrained(path)
+    # transformers 5 writes a class name that 4.x does not know; this one both do.
+    config_file = path / "tokenizer_config.json"
+    config = json.loads(config_file.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def build_model(block_length: int) -> TinyDlmForCausalLM:
     """A new model for ring walks, initialised from torch's global generator."""
     return TinyDlmForCausalLM(
@@ -59,7 +69,7 @@ def save_checkpoint(model: TinyDlmForCausalLM, path: Path) -> None:
     try:
         model.config.auto_map = dict(AUTO_MAP)
         model.save_pretrained(temporary)
-        build_tokenizer().save_pretrained(temporary)
+        save_tokenizer(temporary)
         for name in REMOTE_CODE:
             shutil.copyfile(Path(__file__).parent / "tiny_dlm" / name, temporary / name)
         if path.exists():
@@ -91,7 +101,7 @@ def load_checkpoint(name: str | os.PathLike) -> tuple[TinyDlmForCausalLM, PreTra
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         else:
             model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
     finally:
         if bar:
             logging.enable_progress_bar()

@@ -20,6 +20,7 @@ import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 RING = 10
 MOVES = {"u1": 1, "d1": -1, "u2": 2, "d2": -2}
@@ -95,8 +96,9 @@ def draw_problem(rng: random.Random, num_moves: int, *, held_out: bool = False) 
 
 def evaluation_problems(count: int, num_moves: int = 6, *, seed: int = 0) -> list[Problem]:
     """`count` held-out problems with distinct walks, the same for the same seed."""
-    available = sum(1 for _ in _held_out_walks(num_moves)) if num_moves <= 3 else None
-    if available is not None and count > available:
+    walks = product(range(RING), product(MOVES, repeat=num_moves))
+    available = sum(is_held_out(start, moves) for start, moves in walks)
+    if count > available:
         raise ValueError(
             f"evaluation_problems: count must be at most {available} for {num_moves} moves, got {count}"
         )
@@ -195,12 +197,3 @@ def _draw_phrase(table: tuple[tuple[str, float], ...], rng: random.Random) -> li
         if draw < 0:
             return phrase.split()
     return table[-1][0].split()
-
-
-def _held_out_walks(num_moves: int):
-    from itertools import product
-
-    for start in range(RING):
-        for moves in product(MOVES, repeat=num_moves):
-            if is_held_out(start, moves):
-                yield start, moves
