@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 MAX_TOP_K = 8
+LEAST_TEMPERATURE = 1e-30  # below it, logits / temperature leaves float32's range
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NAMED = (
     *_FLOATS,
@@ -89,15 +90,8 @@ def check_logits(op: str, name: str, logits: Tensor) -> int:
 
 def check_temperature(op: str, temperature: float) -> None:
     check(
-        temperature > 0 and math.isfinite(temperature),
-        f"{op}: temperature must be positive and finite, got {temperature:g}",
-    )
-
-
-def check_temperature_or_greedy(op: str, temperature: float) -> None:
-    check(
-        temperature >= 0 and math.isfinite(temperature),
-        f"{op}: temperature must be zero (greedy) or positive and finite, got {temperature:g}",
+        temperature >= LEAST_TEMPERATURE and math.isfinite(temperature),
+        f"{op}: temperature must be at least 1e-30 and finite, got {temperature:g}",
     )
 
 

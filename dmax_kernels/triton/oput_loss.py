@@ -14,9 +14,9 @@ from dmax_kernels.triton.launch import (
     Rows,
     choose_tiles,
     device_of,
+    mutable_row_view,
     next_power_of_2,
     row_view,
-    rows_collapse,
 )
 from dmax_kernels.triton.stats import LOG2_E, load_tile, merge_sums, sum_of_exponentials
 
@@ -299,14 +299,7 @@ def oput_loss_and_grad_(
     def one_pass(name: str, logits: Tensor | None, grad: Tensor | None) -> Tensor:
         if logits is None:
             return torch.empty(0, dtype=torch.float32, device=target.device)
-        # A copy would lose the gradient
-        checks.check(
-            logits.numel() == 0 or rows_collapse(logits) is not None,
-            f"{op}: {name} is written in place: its last dimension must be adjacent in memory and "
-            f"its rows at one stride, got strides {list(logits.stride())} "
-            f"for shape {list(logits.shape)}",
-        )
-        rows = row_view(logits)
+        rows = mutable_row_view(op, name, logits)
         wanted = target.contiguous()
         result = pass_loss(rows, wanted, ignore_index, label_smoothing, z_loss, keep_parts=True)
         write_grad(

@@ -146,7 +146,8 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     op = "sample_tokens"
     vocab = checks.check_logits(op, "logits", logits)
-    checks.check_temperature_or_greedy(op, temperature)
+    if temperature != 0:  # 0: greedy
+        checks.check_temperature(op, temperature)
     checks.check_suppress_token(op, suppress_token, vocab)
     seed_per_row = checks.check_seed(op, logits, seed)
     with device_of(logits):
