@@ -26,13 +26,12 @@ def store_tile_sums(
     row, tile, vocab, log2_e, out_max, out_sum, out_logit_sum, MASKED: tl.constexpr,
     SMOOTHED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    offsets = tile * TILE + tl.arange(0, TILE)
-    x = load_tile(row, offsets, vocab, -1, MASKED)
+    ids, x = load_tile(row, tile * TILE, vocab, -1, MASKED, TILE)
     maximum = tl.max(x, axis=0)
     tl.store(out_max + tile, maximum)
     tl.store(out_sum + tile, sum_of_exponentials(x, maximum, log2_e))
     if SMOOTHED:
-        tl.store(out_logit_sum + tile, tl.sum(tl.where(offsets < vocab, x, 0.0), axis=0))
+        tl.store(out_logit_sum + tile, tl.sum(tl.where(ids < vocab, x, 0.0), axis=0))
 
 
 @triton.jit(do_not_specialize=["ignore_index", "num_tiles", "tiles_per_program"])
@@ -106,8 +105,7 @@ def store_tile_grad(
     row, out, tile, vocab, wanted, reference, log_sum, total, g, log2_e, label_smoothing, z_loss,
     MASKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    ids = tile * TILE + tl.arange(0, TILE)
-    x = load_tile(row, ids, vocab, -1, MASKED)
+    ids, x = load_tile(row, tile * TILE, vocab, -1, MASKED, TILE)
     probability = tl.exp2(((x - reference) - log_sum) * log2_e)
     grad = (1.0 + 2.0 * z_loss * total) * probability
     # The -1 joins before rounding: near probability 1 a 16-bit float would cancel

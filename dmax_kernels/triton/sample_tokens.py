@@ -41,8 +41,7 @@ def store_tile_sample(
     row, tile, vocab, suppress_token, scale, inverse_temperature, seed, row_number, offset,
     out_max, out_sum, out_score, out_token, MASKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    ids = tile * TILE + tl.arange(0, TILE)
-    x = load_tile(row, ids, vocab, suppress_token, MASKED)
+    ids, x = load_tile(row, tile * TILE, vocab, suppress_token, MASKED, TILE)
     maximum, sum_exp, token = tile_statistics(x, ids, scale)
     noise = gumbel_noise(seed, row_number, offset, tile, TILE)
     score, token = tile_sample(x, ids, sum_exp, token, inverse_temperature, noise)

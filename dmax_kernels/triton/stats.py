@@ -26,13 +26,17 @@ def softmax_scale(temperature: float) -> float:
 
 
 @triton.jit
-def load_tile(row, offsets, vocab, suppress_token, MASKED: tl.constexpr):
-    """float32 logits, -inf at the suppressed id and past the vocabulary's end."""
+def load_tile(row, start, vocab, suppress_token, MASKED: tl.constexpr, TILE: tl.constexpr):
+    """Ids and float32 logits of one tile, -inf at the suppressed id and past the end."""
+    ids = start + tl.arange(0, TILE)
     if MASKED:
-        x = tl.load(row + offsets, mask=offsets < vocab, other=float("-inf"))
+        x = tl.load(row + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
     else:
-        x = tl.load(row + offsets)
-    return tl.where(offsets == suppress_token, float("-inf"), x.to(tl.float32))
+        x = tl.load(row + ids).to(tl.float32)
+    # Only the one tile that holds it pays for the comparisons
+    if (suppress_token >= start) & (suppress_token < start + TILE):
+        x = tl.where(ids == suppress_token, float("-inf"), x)
+    return ids, x
 
 
 @triton.jit
@@ -103,9 +107,8 @@ def store_tile_statistics(
     row, tile, vocab, suppress_token, scale, out_max, out_sum, out_token, MASKED: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    offsets = tile * TILE + tl.arange(0, TILE)
-    x = load_tile(row, offsets, vocab, suppress_token, MASKED)
-    maximum, sum_exp, token = tile_statistics(x, offsets, scale)
+    ids, x = load_tile(row, tile * TILE, vocab, suppress_token, MASKED, TILE)
+    maximum, sum_exp, token = tile_statistics(x, ids, scale)
     tl.store(out_max + tile, maximum)
     tl.store(out_sum + tile, sum_exp)
     tl.store(out_token + tile, token)

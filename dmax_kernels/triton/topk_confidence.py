@@ -45,8 +45,7 @@ def store_tile_topk(
     row, tile, vocab, suppress_token, scale, out_max, out_sum, out_key, out_token,
     MASKED: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    ids = tile * TILE + tl.arange(0, TILE)
-    x = load_tile(row, ids, vocab, suppress_token, MASKED)
+    ids, x = load_tile(row, tile * TILE, vocab, suppress_token, MASKED, TILE)
     maximum = tl.max(x, axis=0)
     tl.store(out_max + tile, maximum)
     tl.store(out_sum + tile, sum_of_exponentials(x, maximum, scale))
