@@ -72,7 +72,10 @@ def inspect(cubin: bytes) -> dict[str, int]:
 
         usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", cuobjdump("-res-usage")))
         sass = cuobjdump("-sass")
-    widths = [int(bits or 32) // 8 for bits in re.findall(r"\bLDG\.E(?:\.\w+)*?(?:\.(64|128))?(?:\.\w+)* ", sass)]
+    widths = [
+        int(bits or 32) // 8
+        for bits in re.findall(r"\bLDG\.E(?:\.\w+)*?(?:\.(64|128))?(?:\.\w+)* ", sass)
+    ]
     return {
         "registers": int(usage["REG"]),
         "stack": int(usage["STACK"]),

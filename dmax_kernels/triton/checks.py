@@ -37,9 +37,7 @@ def check_float(op: str, name: str, t: Tensor) -> None:
 
 
 def check_dtype(op: str, name: str, t: Tensor, need: torch.dtype) -> None:
-    check(
-        t.dtype == need, f"{op}: {name} must be {dtype_name(need)}, got {dtype_name(t.dtype)}"
-    )
+    check(t.dtype == need, f"{op}: {name} must be {dtype_name(need)}, got {dtype_name(t.dtype)}")
 
 
 def check_integer(op: str, name: str, t: Tensor) -> None:

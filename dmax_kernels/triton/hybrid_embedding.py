@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmax_kernels.triton import checks
-from dmax_kernels.triton.launch import Rows, device_of, next_power_of_2, row_view
+from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
 
 # One program per position: 4 warps hold 1,024 of D at 8 elements per thread
 CHUNK = 1024
@@ -271,7 +271,7 @@ def table_grad_kernel(
     token = tl.load(sorted_token + first)
     if token == vocab:  # masked positions, and ids that are no token
         return
-    if first > 0:
+    if first > 0:  # noqa: SIM102 (`and` does not keep the load from being made)
         if tl.load(sorted_token + first - 1) == token:
             return
     at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)

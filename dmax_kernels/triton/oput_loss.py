@@ -183,7 +183,9 @@ def pass_loss(
     def per_row() -> Tensor:
         return torch.empty(target.shape, dtype=torch.float32, device=target.device)
 
-    result = PassLoss(per_row(), per_row(), *((per_row(), per_row()) if keep_parts else (None, None)))
+    result = PassLoss(
+        per_row(), per_row(), *((per_row(), per_row()) if keep_parts else (None, None))
+    )
     if rows.count == 0:
         return result
     tiles = choose_tiles(rows.count, rows.width, target.device)

@@ -165,7 +165,11 @@ class Partials(NamedTuple):
 
 
 def launch_tile_statistics(
-    rows: Rows, suppress_token: int, scale: float, frozen: Tensor | None = None, frozen_span: int = 1
+    rows: Rows,
+    suppress_token: int,
+    scale: float,
+    frozen: Tensor | None = None,
+    frozen_span: int = 1,
 ) -> Partials:
     """One read of the logits; rows of a frozen span are skipped and their partials left unset."""
     tiles = choose_tiles(rows.count, rows.width, rows.tensor.device)
