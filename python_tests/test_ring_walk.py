@@ -1,4 +1,4 @@
-"""The task: right derivations pass the grader, wrong ones do not, and held-out walks stay held out."""
+"""The task: right derivations pass the grader, wrong ones fail, held-out walks stay held out."""
 
 import random
 from itertools import islice

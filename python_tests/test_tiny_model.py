@@ -105,13 +105,17 @@ def test_only_relative_positions_matter(model, tokens):
 
 
 def test_errors(model, tokens):
-    with pytest.raises(ValueError, match="input_ids or inputs_embeds must be given .* got neither"):
+    with pytest.raises(
+        ValueError, match=r"input_ids or inputs_embeds must be given .* got neither"
+    ):
         model()
     with pytest.raises(ValueError, match="got both"):
         model(input_ids=tokens, inputs_embeds=model.get_input_embeddings()(tokens))
-    with pytest.raises(ValueError, match=r"attention_mask must be \[3 or 1, 1, 32, 32\].* \[3, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"attention_mask must be \[3 or 1, 1, 32, 32\].* \[3, 32\]"
+    ):
         model(input_ids=tokens, attention_mask=torch.ones(3, 32))
-    with pytest.raises(ValueError, match="attention_mask must be bool .* got torch.int64"):
+    with pytest.raises(ValueError, match=r"attention_mask must be bool .* got torch.int64"):
         model(input_ids=tokens, attention_mask=torch.ones(1, 1, 32, 32, dtype=torch.int64))
     with pytest.raises(ValueError, match="hidden_size must be a multiple"):
         TinyDlmConfig(hidden_size=60, num_attention_heads=8)
@@ -157,7 +161,8 @@ def test_shipped_checkpoints(name):
     folder = SHIPPED_DIR / name
     assert (folder / "model.safetensors").stat().st_size < 1_000_000
     for file in checkpoint.REMOTE_CODE:
-        assert filecmp.cmp(folder / file, Path(checkpoint.__file__).parent / "tiny_dlm" / file, False)
+        source = Path(checkpoint.__file__).parent / "tiny_dlm" / file
+        assert filecmp.cmp(folder / file, source, shallow=False), "save the checkpoint's code anew"
     model, tokenizer = load_checkpoint(name)
     assert model.config.block_length == 32
     assert tokenizer.get_vocab() == ring_walk.ID_OF
@@ -166,11 +171,12 @@ def test_shipped_checkpoints(name):
     assert remote(input_ids=ids).logits.equal(model(input_ids=ids).logits)
     log = json.loads((SHIPPED_DIR / "training_log.json").read_text())
     assert log["command"].startswith("python -m dmax_kernels train")
-    assert name in log["stages"] and name in log["evaluation"]
+    assert name in log["stages"]
+    assert name in log["evaluation"]
 
 
 def test_an_unknown_checkpoint_is_one_clear_line(tmp_path):
-    with pytest.raises(ValueError, match="one of base, oput, control or a folder .* got 'best'"):
+    with pytest.raises(ValueError, match=r"one of base, oput, control or a folder .* got 'best'"):
         load_checkpoint("best")
-    with pytest.raises(ValueError, match="a folder with a config.json"):
+    with pytest.raises(ValueError, match=r"a folder with a config\.json"):
         load_checkpoint(tmp_path)

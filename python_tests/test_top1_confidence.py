@@ -13,16 +13,20 @@ from dmax_kernels.testing.cases import (
     stacked_rows,
     strided_copies,
 )
-from dmax_kernels.testing.tolerances import CONFIDENCE_RTOL, assert_close
+from dmax_kernels.testing.tolerances import CONFIDENCE_RTOL, REFERENCE_RTOL, assert_close
 
-OPS = (reference.top1_confidence, dmax_kernels.top1_confidence)
+# (op, relative tolerance of its confidence)
+OPS = (
+    (reference.top1_confidence, REFERENCE_RTOL),
+    (dmax_kernels.top1_confidence, CONFIDENCE_RTOL),
+)
 
 
 # Every edge case in every dtype at every small V: tails, tiles, ties at each level of the reduction
-@pytest.mark.parametrize("op", OPS, ids=("reference", "cpu"))
+@pytest.mark.parametrize(("op", "rtol"), OPS, ids=("reference", "cpu"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", SMALL_VOCABS)
-def test_values(op, dtype, vocab_size):
+def test_values(op, rtol, dtype, vocab_size):
     names, logits = stacked_rows(vocab_size, dtype)
     token, confidence = op(logits)
     expected_token, expected_confidence = float64.top1_confidence(logits)
@@ -32,7 +36,7 @@ def test_values(op, dtype, vocab_size):
     assert not wrong
     assert token.dtype == torch.int64
     assert confidence.dtype == torch.float32
-    assert_close(confidence, expected_confidence, rtol=CONFIDENCE_RTOL)
+    assert_close(confidence, expected_confidence, rtol)
 
 
 # The real vocabulary, aligned and odd; three rows take the tiled path, eight the row path
@@ -48,15 +52,15 @@ def test_large_vocabulary(num_rows, dtype, vocab_size):
     assert_close(confidence, best, rtol=CONFIDENCE_RTOL)
 
 
-@pytest.mark.parametrize("op", OPS, ids=("reference", "cpu"))
+@pytest.mark.parametrize(("op", "rtol"), OPS, ids=("reference", "cpu"))
 @pytest.mark.parametrize("temperature", [1e-30, 1e-3, 0.7, 5.0, 1e6])
-def test_temperature(op, temperature):
+def test_temperature(op, rtol, temperature):
     names, logits = stacked_rows(5000, torch.float32)
     token, confidence = op(logits, temperature=temperature)
     expected_token, expected = float64.top1_confidence(logits, temperature)
     assert torch.equal(token, expected_token)
     if temperature >= 1e-3:  # below, float64 itself only knows one winner
-        assert_close(confidence, expected, rtol=CONFIDENCE_RTOL)
+        assert_close(confidence, expected, rtol)
     else:
         ties = {"flat", "tie_of_neighbours", "tie_across_vectors", "tie_across_tiles"}
         winners = {"normal", "peaked", "large_offset"}
@@ -66,14 +70,14 @@ def test_temperature(op, temperature):
 
 
 # First, last, the winner itself, one inside a vector, one at a tile's edge
-@pytest.mark.parametrize("op", OPS, ids=("reference", "cpu"))
+@pytest.mark.parametrize(("op", "rtol"), OPS, ids=("reference", "cpu"))
 @pytest.mark.parametrize("suppress_token", [0, 3, 6, 2047, 2048, 4999])
-def test_suppressed_token(op, suppress_token):
+def test_suppressed_token(op, rtol, suppress_token):
     _, logits = stacked_rows(5000, torch.float32)
     token, confidence = op(logits, suppress_token=suppress_token)
     expected_token, expected = float64.top1_confidence(logits, suppress_token=suppress_token)
     assert torch.equal(token, expected_token)
-    assert_close(confidence, expected, rtol=CONFIDENCE_RTOL)
+    assert_close(confidence, expected, rtol)
 
 
 def test_only_token_suppressed():
@@ -149,13 +153,13 @@ def test_no_gradient_is_an_error():
         ((torch.ones(2, 0), {}), r"logits must be \[..., V\] with V >= 1, got \[2, 0\]"),
         (
             (torch.ones(2, 3).double(), {}),
-            "logits must be float32, bfloat16 or float16, got float64",
+            "logits must be float32.*float16, got float64",
         ),
         ((torch.ones(2, 3).long(), {}), "logits must be float32, bfloat16 or float16, got int64"),
         ((torch.ones(2, 3), {"temperature": 0.0}), "temperature must be at least 1e-30 .*, got 0"),
         (
             (torch.ones(2, 3), {"temperature": -1.0}),
-            "temperature must be at least 1e-30 .*, got -1",
+            "temperature must be at least 1e-30.*, got -1",
         ),
         ((torch.ones(2, 3), {"temperature": float("nan")}), "temperature must be .*, got nan"),
         ((torch.ones(2, 3), {"suppress_token": 3}), "suppress_token must be -1 .* below 3, got 3"),

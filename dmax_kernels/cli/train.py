@@ -6,8 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-HELP = "train the tiny model: base (MDLM), OPUT, and the control, from nothing"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -32,14 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns the exit status; a user's mistake is one line on stderr."""
+    """Returns the exit status. What a user can mend is a ValueError or OSError."""
     if args.threads < 1:
-        print(f"train: --threads must be at least 1, got {args.threads}", file=sys.stderr)
-        return 2
+        raise ValueError(f"--threads must be at least 1, got {args.threads}")
     if args.output.exists() and not args.output.is_dir():
-        print(f"train: --output must be a folder, got the file {args.output}", file=sys.stderr)
-        return 2
-    # Imported here: torch and transformers take seconds that `--help` need not.
+        raise ValueError(f"--output must be a folder, got the file {args.output}")
+    # Imported here: transformers takes seconds that `--help` need not.
     import torch
 
     from dmax_kernels.training.train import train
@@ -50,12 +46,8 @@ def run(args: argparse.Namespace) -> int:
         train(args.output, ops=args.ops, command=command)
     except KeyboardInterrupt:
         print(
-            f"\ntrain: interrupted; the same command goes on from {args.output}/state",
-            file=sys.stderr,
+            f"\ninterrupted; the same command goes on from {args.output / 'state'}", file=sys.stderr
         )
         return 130
-    except (ValueError, OSError) as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 2
     print(f"wrote {args.output}/base, oput, control and training_log.json")
     return 0

@@ -5,7 +5,7 @@ A problem is a start in 0..9 and n moves labelled s1..sn (u1, d1, u2, d2 = +1, -
     prompt    ? ? s2 d1 s1 u2 start 4 =              labels shuffled, padded left to a whole block
     response  s1 so 4 u2 goes to 6 ; s2 6 d1 is 5 . answer 5 <eos>
 
-Every step is `label CONNECTIVE place move VERB place SEPARATOR`, and the end is `FINAL place <eos>`.
+A step is `label CONNECTIVE place move VERB place SEPARATOR`, and the end is `FINAL place <eos>`.
 The phrases are drawn at random and differ in length: which word stands at a position depends on
 every phrase before it, so that independent guesses in parallel misalign. That is the failure which
 OPUT and SPD are there to repair.
@@ -51,7 +51,7 @@ HELD_OUT_ONE_IN = 8
 
 @dataclass(frozen=True)
 class Problem:
-    """A walk: `moves[i]` carries label s(i+1); `order` is the order in which the prompt lists them."""
+    """A walk: `moves[i]` has label s(i+1); `order` is the order in which the prompt lists them."""
 
     start: int
     moves: tuple[str, ...]
@@ -68,7 +68,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Grade:
-    """`answer`: the last place named is right. `strict`: the whole derivation parses and is right."""
+    """`answer`: the last place named is right. `strict`: so is the whole derivation."""
 
     answer: bool
     strict: bool
@@ -100,7 +100,8 @@ def evaluation_problems(count: int, num_moves: int = 6, *, seed: int = 0) -> lis
     available = sum(is_held_out(start, moves) for start, moves in walks)
     if count > available:
         raise ValueError(
-            f"evaluation_problems: count must be at most {available} for {num_moves} moves, got {count}"
+            f"evaluation_problems: count must be at most {available} for {num_moves} moves, "
+            f"got {count}"
         )
     rng = random.Random(f"ring walk evaluation {seed}")
     problems: dict[tuple, Problem] = {}
@@ -137,7 +138,9 @@ def encode(words: Sequence[str]) -> list[int]:
     """Token ids of words; a word that the vocabulary lacks is an error."""
     unknown = [word for word in words if word not in ID_OF]
     if unknown:
-        raise ValueError(f"encode: words must be in the vocabulary of ring walks, got {unknown[0]!r}")
+        raise ValueError(
+            f"encode: words must be in the vocabulary of ring walks, got {unknown[0]!r}"
+        )
     return [ID_OF[word] for word in words]
 
 
@@ -174,7 +177,7 @@ def _is_derivation(problem: Problem, words: list[str]) -> bool:
         return found
 
     def take_phrase(table: tuple[tuple[str, float], ...], following: str) -> bool:
-        # No phrase is a prefix of another one followed by a place, so the first match is the only one.
+        # A place follows each phrase, so that only one of them can match.
         return any(take(*phrase.split(), following) for phrase, _ in table)
 
     for i, move in enumerate(problem.moves):

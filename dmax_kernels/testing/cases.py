@@ -1,4 +1,4 @@
-"""Rows of logits on which kernels go wrong; every op over the vocabulary is tried on all of them."""
+"""Rows of logits on which kernels go wrong; each op over the vocabulary is tried on them all."""
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ def logit_rows(vocab_size: int, seed: int = 0) -> dict[str, Tensor]:
     last = vocab_size - 1
     half = vocab_size // 2
     flat = torch.zeros(vocab_size)
+    first_tile = torch.arange(vocab_size) < min(2048, last)
     return {
         "normal": normal,
         "peaked": with_values(normal, {3: 60.0}),
@@ -48,9 +49,7 @@ def logit_rows(vocab_size: int, seed: int = 0) -> dict[str, Tensor]:
         "infs": with_values(normal, {6: INF, last: INF}),
         "one_minus_inf": with_values(normal, {2: -INF}),
         "minus_inf_but_last": with_values(flat - INF, {last: -3.0}),
-        "minus_inf_first_tile": torch.where(
-            torch.arange(vocab_size) < min(2048, last), -INF, normal
-        ),
+        "minus_inf_first_tile": normal.masked_fill(first_tile, -INF),
         "all_minus_inf": flat - INF,
     }
 

@@ -33,7 +33,7 @@ def block_mask(editable: Tensor, block_length: int, generator: torch.Generator) 
 def uniform_mask(
     editable: Tensor, ratio: tuple[float, float], generator: torch.Generator
 ) -> Tensor:
-    """Masks each editable position with probability t ~ Uniform(t_l, t_h), one t per row (Section 3.1).
+    """Masks each editable position with probability t ~ Uniform(t_l, t_h), one per row (Sec. 3.1).
 
     Args:
         editable: bool [B, L]; False (a prompt) is never masked.

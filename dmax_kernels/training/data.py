@@ -60,7 +60,7 @@ def repeated_examples(examples: list[Example], seed: int) -> Iterator[Example]:
 
 
 def batches(examples: Iterable[Example], block_length: int, batch_size: int) -> Iterator[Batch]:
-    """Groups a stream into batches of equal shape: nothing is padded beyond a response's last block."""
+    """Groups a stream into batches of one shape: no padding beyond a response's last block."""
     waiting: dict[tuple[int, int], list[list[int]]] = {}
     for example in examples:
         response = list(example.response)

@@ -10,12 +10,12 @@ from dmax_kernels.training.data import Batch
 from dmax_kernels.training.layout import Layout
 from dmax_kernels.training.ops import select_ops
 
-# Two independent corruptions share one pass over the clean tokens: more signal for the same clean work.
+# Two independent corruptions share one pass over the clean tokens.
 NUM_NOISY = 2
 
 
 def mdlm_loss(model: nn.Module, batch: Batch, generator: torch.Generator, *, ops: str) -> Tensor:
-    """Mean cross-entropy of the masked positions: -sum_i 1[x_t^i = MASK] log p(x_0^i | x_t) / count.
+    """Mean over masked positions: -sum_i 1[x_t^i = MASK] log p(x_0^i | x_t) / count.
 
     Each block draws its own t. Eq. 1 weighs a block's sum by 1/t; here all masked positions weigh
     the same, which has the same minimum and less variance (the weight is K at t = 1/K).

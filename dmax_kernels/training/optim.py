@@ -27,7 +27,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Momentum, orthogonalised: W <- W - lr sqrt(max(1, rows / columns)) orthogonalize(momentum)."""
+    """Orthogonal momentum: W <- W - lr sqrt(max(1, rows / columns)) orthogonalize(momentum)."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})

@@ -12,7 +12,7 @@ import torch
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes a temporary file beside `path`, then renames it: an interruption leaves no half file."""
+    """Writes a temporary file beside `path`, then renames it: an interruption leaves no half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

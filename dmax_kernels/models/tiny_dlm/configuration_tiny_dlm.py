@@ -1,4 +1,4 @@
-"""Configuration of the tiny block-diffusion language model. Self-contained: it ships as remote code."""
+"""Configuration of the tiny block-diffusion language model. Ships as remote code."""
 
 from transformers import PretrainedConfig
 
@@ -11,7 +11,6 @@ class TinyDlmConfig(PretrainedConfig):
     """
 
     model_type = "tiny_dlm"
-    keys_to_ignore_at_inference = ["past_key_values"]
 
     def __init__(
         self,
@@ -47,8 +46,7 @@ class TinyDlmConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.block_length = block_length
         self.mask_token_id = mask_token_id
-        # The head is a matrix of its own (untied): with a tied one the mask's embedding would be
-        # pushed away by every position that must not predict it.
+        # What follows from the others: a saved configuration brings them along.
         kwargs.pop("num_key_value_heads", None)
         kwargs.pop("head_dim", None)
         super().__init__(

@@ -1,4 +1,4 @@
-"""A tiny block-diffusion language model for transformers. Self-contained: it ships as remote code.
+"""A tiny block-diffusion language model for transformers. Ships as remote code.
 
 A pre-norm transformer whose attention is bidirectional within a block of `config.block_length`
 positions and causal between blocks. There is no shift: the logits at a position are for the token
@@ -96,7 +96,6 @@ class Layer(nn.Module):
 class TinyDlmPreTrainedModel(PreTrainedModel):
     config_class = TinyDlmConfig
     base_model_prefix = "model"
-    _no_split_modules = ["Layer"]
     _supports_sdpa = True
 
     def _init_weights(self, module):
@@ -134,7 +133,7 @@ class TinyDlmModel(TinyDlmPreTrainedModel):
         use_cache=None,
         **kwargs,
     ):
-        """Hidden states after the final norm, [B, T, D]. Arguments: see `TinyDlmForCausalLM.forward`."""
+        """States after the final norm, [B, T, D]. Arguments: see `TinyDlmForCausalLM.forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             got = "neither" if input_ids is None else "both"
             raise ValueError(
@@ -169,8 +168,8 @@ class TinyDlmModel(TinyDlmPreTrainedModel):
         shape = tuple(attention_mask.shape)
         if len(shape) != 4 or shape[0] not in (1, batch) or shape[1:] != expected:
             raise ValueError(
-                f"TinyDlmModel: attention_mask must be [{batch} or 1, 1, {length}, {cached + length}] "
-                f"(rows, 1, queries, cached and new keys), got {list(shape)}"
+                f"TinyDlmModel: attention_mask must be [{batch} or 1, 1, {length}, "
+                f"{cached + length}] (rows, 1, queries, cached and new keys), got {list(shape)}"
             )
         if attention_mask.dtype == torch.bool:
             return attention_mask
@@ -183,7 +182,7 @@ class TinyDlmModel(TinyDlmPreTrainedModel):
 
 
 class TinyDlmForCausalLM(TinyDlmPreTrainedModel):
-    """The model with its head. `model(...)` gives hidden states, `lm_head` turns them into logits."""
+    """The model with its head: `model` gives hidden states, `lm_head` makes logits of them."""
 
     def __init__(self, config):
         super().__init__(config)
