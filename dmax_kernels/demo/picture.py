@@ -52,7 +52,9 @@ def write_picture(results: dict[Cell, Result], problems: int, path: Path) -> Non
             if (model, rule) in LABELS and tau in (*TAUS, best_control(results)[0]):
                 offset, align = LABELS[model, rule]
                 if (model, tau) == ("oput", 0.5):  # its neighbour at tau 0 lies just above
-                    offset = (offset[0], -11)
+                    offset = (9, -11)
+                elif (model, tau) == ("oput", 0.95):  # the other rules lie to its right
+                    offset, align = (-9, -3), "right"
                 axes.annotate(
                     f"τ {tau:g}",
                     (cell_x, cell_y),
