@@ -179,14 +179,12 @@ def test_a_claim_follows_its_figures(claim, cell, fields):
 
 def test_the_caveat_names_the_controls_best_threshold():
     words = table.caveat(synthetic({Cell("control", "threshold", 0.8): {"strict": 0.96}}), 200)
-    assert "96.0 % of derivations right at 4.00 tokens per forward with an ordinary" not in words
+    assert "96.0% of derivations right at 4.00 tokens per forward with an ordinary" not in words
     fast = {"strict": 0.96, "tokens_per_forward": 7.0}
     words = table.caveat(synthetic({Cell("control", "threshold", 0.8): fast}), 200)
-    assert "96.0 % of derivations right at 7.00 tokens per forward" in words
+    assert "96.0% of derivations right at 7.00 tokens per forward" in words
     assert "threshold of 0.8;" in words
-    assert (
-        "most of the gain over the base's 1.00 comes from self-distillation (86 % of it)" in words
-    )
+    assert "most of the gain over the base's 1.00 comes from self-distillation (86% of it)" in words
     assert "OPUT with SPD adds is robustness" in words
 
 
@@ -198,7 +196,7 @@ def test_the_caveat_without_a_control_that_keeps_95_percent():
     }
     weak[Cell("control", "threshold", 0.7)] = {"strict": 0.6, "tokens_per_forward": 2.0}
     words = table.caveat(synthetic(weak), 200)
-    assert "60.0 % of derivations right at 2.00" in words
+    assert "60.0% of derivations right at 2.00" in words
     assert "less than half of the gain" in words
 
 
