@@ -65,10 +65,10 @@ def write_picture(results: dict[Cell, Result], problems: int, path: Path) -> Non
                     color=COLOURS[model],
                 )
     axes.set_xscale("log")
-    ticks = (0.5, 1, 2, 4, 8, 16, 32)
+    ticks = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
     axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlim(0.3, 40)
+    axes.set_xlim(0.2, 40)
     axes.set_ylim(-4, 108)
     axes.set_xlabel("tokens per forward pass")
     axes.set_ylabel("whole derivations right, %")
