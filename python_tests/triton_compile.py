@@ -117,6 +117,17 @@ def call_every_op() -> None:
         )  # fmt: skip
 
 
+def call_linear_ops() -> None:
+    """Every choice of tiles, over the vocabulary and the width of LLaDA-2.0-mini."""
+    weight = torch.empty(V, D, dtype=torch.bfloat16)
+    seed = torch.zeros(2, dtype=torch.int64)
+    for rows in (16, 32, 64, 128, 1024):
+        hidden = torch.empty(rows, D, dtype=torch.bfloat16)
+        OPS["linear_top1_confidence"](hidden, weight)
+        OPS["linear_sample_tokens"](hidden, weight, seed, weight[:, 0])
+    OPS["linear_top1_confidence"](torch.empty(32, D), torch.empty(V, D))
+
+
 def main(capability: int) -> dict[str, dict[str, int]]:
     driver.set_active(CompileOnlyDriver(capability))
     report: dict[str, dict[str, int]] = {}
@@ -137,6 +148,7 @@ def main(capability: int) -> dict[str, dict[str, int]]:
     seen: set[str] = set()
     JITFunction.run = compile_only
     call_every_op()
+    call_linear_ops()
     return report
 
 
