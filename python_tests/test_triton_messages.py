@@ -102,6 +102,24 @@ BAD = [
     ("top1_merge", (torch.ones(0, 3), X, X.long()), {}),
     ("top1_merge", (X, X[:2], X.long()), {}),
     ("top1_merge", (X, X, X.long()[:2]), {}),
+    *(
+        (op, (*arguments, *more), options)
+        for op, more in (("linear_top1_confidence", ()), ("linear_sample_tokens", (SEED,)))
+        for arguments, options in (
+            ((torch.ones(3, 4).long(), E), {}),
+            ((torch.ones(3, 4), torch.ones(6)), {}),
+            ((torch.ones(3, 4), torch.ones(0, 4)), {}),
+            ((torch.ones(3, 4), E.half()), {}),
+            ((torch.ones(3, 5), E), {}),
+            ((torch.tensor(1.0), E), {}),
+            ((torch.ones(3, 4), E), {"bias": torch.ones(6).half()}),
+            ((torch.ones(3, 4), E), {"bias": torch.ones(5)}),
+            ((torch.ones(3, 4), E), {"temperature": -1.0}),
+            ((torch.ones(3, 4), E), {"suppress_token": 6}),
+        )
+    ),
+    ("linear_sample_tokens", (torch.ones(3, 4), E, SEED.int()), {}),
+    ("linear_sample_tokens", (torch.ones(3, 4), E, torch.zeros(2, 2).long()), {}),
     spd(logits=X),
     spd(logits=torch.ones(2, 3, 6).long()),
     spd(embedding=torch.ones(5, 4)),

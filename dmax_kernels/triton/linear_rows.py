@@ -53,6 +53,8 @@ def choose_linear_tiles(
         block_n, block_k, num_warps, num_stages = 128, 128, 4, 3
     elif sampling:  # the noise needs registers beside the accumulators
         block_n, block_k, num_warps, num_stages = 64, 64, 4 if num_rows <= 64 else 8, 4
+        if num_rows <= 32:
+            block_k, num_stages = 128, 3
     elif num_rows <= 128:
         block_n, block_k, num_warps, num_stages = 128, 64, 4 if num_rows <= 64 else 8, 4
     elif compiles_for_hopper():  # twice as wide spills elsewhere
