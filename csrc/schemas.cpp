@@ -38,7 +38,8 @@ STABLE_TORCH_LIBRARY(dmax, m) {
   m.def(
       "oput_loss_and_grad_(Tensor(a!)? logits_masked, Tensor(b!)? logits_predicted, Tensor target,"
       " Tensor? grad_masked=None, Tensor? grad_predicted=None, *, int ignore_index=-100,"
-      " float label_smoothing=0.0, float z_loss=0.0) -> (Tensor loss_masked, Tensor loss_predicted)");
+      " float label_smoothing=0.0, float z_loss=0.0) -> (Tensor loss_masked, Tensor "
+      "loss_predicted)");
   m.def(
       "top1_partial(Tensor logits_shard, int vocab_start, *, float temperature=1.0,"
       " int suppress_token=-1) -> (Tensor maximum, Tensor sum_exp, Tensor token)");

@@ -1,6 +1,5 @@
 """Per-token losses of the two passes to what the caller asked for; plain autograd throughout."""
 
-import torch
 from torch import Tensor
 
 REDUCTIONS = ("none", "sum", "mean")

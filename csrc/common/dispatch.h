@@ -1,8 +1,8 @@
 // From a tensor's dtype to the element type of a kernel template.
 #pragma once
 
-#include "common/tensor_checks.h"
 #include "common/element_types.h"
+#include "common/tensor_checks.h"
 
 namespace dmax {
 

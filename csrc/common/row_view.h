@@ -49,9 +49,10 @@ inline RowView row_view(const Tensor& t) {
 // For tensors that are written in place: a copy would lose the result, so it is an error
 inline RowView mutable_row_view(const char* op, const char* name, const Tensor& t) {
   RowView view = row_view(t);
-  DMAX_CHECK(view.tensor.const_data_ptr() == t.const_data_ptr(), op, ": ", name,
+  const bool overlaps = view.rows > 1 && view.row_stride < view.width;
+  DMAX_CHECK(view.tensor.const_data_ptr() == t.const_data_ptr() && !overlaps, op, ": ", name,
              " is written in place: its last dimension must be adjacent in memory and its rows at "
-             "one stride, got strides ",
+             "one stride without overlap, got strides ",
              shape_text(t.strides()), " for shape ", shape_text(t.sizes()));
   return view;
 }

@@ -19,11 +19,11 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
-#define DMAX_CHECK(condition, ...)                      \
-  do {                                                  \
-    if (__builtin_expect(!(condition), 0)) {            \
-      ::dmax::fail(__VA_ARGS__);                        \
-    }                                                   \
+#define DMAX_CHECK(condition, ...)           \
+  do {                                       \
+    if (__builtin_expect(!(condition), 0)) { \
+      ::dmax::fail(__VA_ARGS__);             \
+    }                                        \
   } while (false)
 
 inline const char* dtype_name(ScalarType dtype) {
@@ -90,8 +90,8 @@ void check_shape(const char* op, const char* name, const Tensor& t, const Dims& 
                  const char* meaning) {
   bool same = t.dim() == static_cast<int64_t>(need.size());
   for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == need[i];
-  DMAX_CHECK(same, op, ": ", name, " must have shape ", shape_text(need), " (", meaning,
-             "), got ", shape_text(t.sizes()));
+  DMAX_CHECK(same, op, ": ", name, " must have shape ", shape_text(need), " (", meaning, "), got ",
+             shape_text(t.sizes()));
 }
 
 inline void check_same_device(const char* op, const char* name, const Tensor& t,
@@ -118,9 +118,12 @@ inline int64_t check_logits(const char* op, const char* name, const Tensor& logi
   return vocab;
 }
 
+// Below it, logits / temperature leaves float32's range
+constexpr double kLeastTemperature = 1e-30;
+
 inline void check_temperature(const char* op, double temperature) {
-  DMAX_CHECK(temperature > 0 && std::isfinite(temperature), op,
-             ": temperature must be positive and finite, got ", temperature);
+  DMAX_CHECK(temperature >= kLeastTemperature && std::isfinite(temperature), op,
+             ": temperature must be at least 1e-30 and finite, got ", temperature);
 }
 
 // A token id, or -1 for none

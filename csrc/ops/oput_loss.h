@@ -49,8 +49,8 @@ inline OputLossSizes check_oput_loss_backward(const Tensor& grad_loss, const Ten
   constexpr const char* op = "oput_loss_backward";
   const int64_t vocab = check_logits(op, "logits", logits);
   check_target(op, target, "logits", logits);
-  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"grad_loss", grad_loss},
-                                {"logsumexp", logsumexp}}) {
+  for (const auto& [name, t] :
+       {std::pair<const char*, const Tensor&>{"grad_loss", grad_loss}, {"logsumexp", logsumexp}}) {
     check_dtype(op, name, t, ScalarType::Float);
     check_shape(op, name, t, target.sizes(), "that of target");
     check_same_device(op, name, t, "logits", logits);

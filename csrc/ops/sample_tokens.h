@@ -1,4 +1,5 @@
-// sample_tokens(logits [..., V], seed i64 [2] or [..., 2]) -> token i64 [...], probability f32 [...]
+// sample_tokens(logits [..., V], seed i64 [2] or [..., 2]) -> token i64 [...], probability f32
+// [...]
 #pragma once
 
 #include "common/tensor_checks.h"
@@ -14,8 +15,7 @@ inline SampleTokensSizes check_sample_tokens(const Tensor& logits, const Tensor&
                                              double temperature, int64_t suppress_token) {
   constexpr const char* op = "sample_tokens";
   const int64_t vocab = check_logits(op, "logits", logits);
-  DMAX_CHECK(temperature >= 0 && std::isfinite(temperature), op,
-             ": temperature must be zero (greedy) or positive and finite, got ", temperature);
+  if (temperature != 0) check_temperature(op, temperature);  // 0: greedy
   check_suppress_token(op, suppress_token, vocab);
   check_dtype(op, "seed", seed, ScalarType::Long);
   check_same_device(op, "seed", seed, "logits", logits);

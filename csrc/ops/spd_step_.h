@@ -30,8 +30,7 @@ inline SpdStepSizes check_spd_step_(const Tensor& logits, const Tensor& embeddin
                                     int64_t suppress_token, const OptionalTensor& thresholds) {
   constexpr const char* op = "spd_step_";
   const int64_t vocab = check_logits(op, "logits", logits);
-  DMAX_CHECK(logits.dim() == 3, op, ": logits must be [B, K, V], got ",
-             shape_text(logits.sizes()));
+  DMAX_CHECK(logits.dim() == 3, op, ": logits must be [B, K, V], got ", shape_text(logits.sizes()));
   const int64_t batch = logits.size(0);
   const int64_t block = logits.size(1);
   check_float(op, "embedding", embedding);
@@ -57,7 +56,10 @@ inline SpdStepSizes check_spd_step_(const Tensor& logits, const Tensor& embeddin
       {"confidence", state.confidence, ScalarType::Float, per_position, "[B, K]"},
       {"converged", state.converged, ScalarType::Bool, per_row, "[B]"},
       {"step", state.step, ScalarType::Int, per_row, "[B]"},
-      {"inputs_embeds", state.inputs_embeds, embedding.scalar_type(), {batch, block, dim},
+      {"inputs_embeds",
+       state.inputs_embeds,
+       embedding.scalar_type(),
+       {batch, block, dim},
        "[B, K, D]"},
   };
   for (const Buffer& buffer : buffers) {

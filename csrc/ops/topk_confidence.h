@@ -13,8 +13,8 @@ struct TopkConfidenceSizes {
 
 inline void check_top_k(const char* op, const char* name, int64_t k, int64_t vocab) {
   DMAX_CHECK(k >= 1 && k <= kMaxTopK && k <= vocab, op, ": ", name, " must be in 1..",
-             vocab < kMaxTopK ? vocab : kMaxTopK, " (at most ", kMaxTopK,
-             " and at most V), got ", k);
+             vocab < kMaxTopK ? vocab : kMaxTopK, " (at most ", kMaxTopK, " and at most V), got ",
+             k);
 }
 
 inline TopkConfidenceSizes check_topk_confidence(const Tensor& logits, int64_t k,

@@ -36,10 +36,14 @@ def oput_loss(
     num_tokens: Tensor | float | None = None,
 ) -> Tensor | tuple[Tensor | None, Tensor | None]:
     losses = tuple(
-        None if logits is None else token_loss(logits, target, ignore_index, label_smoothing, z_loss)
+        None
+        if logits is None
+        else token_loss(logits, target, ignore_index, label_smoothing, z_loss)
         for logits in (logits_masked, logits_predicted)
     )
-    return reduce_loss(losses, target, ignore_index, token_weight, pass_weights, reduction, num_tokens)
+    return reduce_loss(
+        losses, target, ignore_index, token_weight, pass_weights, reduction, num_tokens
+    )
 
 
 def oput_loss_and_grad_(

@@ -10,7 +10,7 @@ def topk_confidence(
     logits: Tensor, k: int, *, temperature: float = 1.0, suppress_token: int = -1
 ) -> tuple[Tensor, Tensor]:
     visible = visible_logits(logits, suppress_token)
-    # torch.topk leaves the order of ties open; a stable sort puts the lowest id first, NaN before all
+    # torch.topk leaves the order of ties open; a stable sort gives lowest id first, NaN before all
     tokens = torch.sort(visible, dim=-1, descending=True, stable=True).indices[..., :k]
     probability = torch.softmax(visible / temperature, dim=-1)
     confidences = probability.gather(-1, tokens)

@@ -1,0 +1,52 @@
+# make demo | test | lint | bench | build | train | gpu | clean
+#
+# The first call makes .venv with everything the targets need. To use an environment of your own,
+# with torch in it: make test PYTHON=python3
+
+PYTHON ?= .venv/bin/python
+BUILD := build/dev
+export PATH := $(abspath $(dir $(PYTHON))):$(PATH)
+
+.PHONY: demo test lint format bench build train gpu clean
+
+demo: build
+	$(PYTHON) -m dmax_kernels demo
+
+test: build
+	$(PYTHON) -m pytest
+
+train: build
+	$(PYTHON) -m dmax_kernels train
+
+bench: build
+	$(PYTHON) -m pytest bench --benchmark-only
+
+CXX_FILES = git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'
+
+lint: $(PYTHON)
+	ruff check .
+	ruff format --check .
+	codespell
+	$(CXX_FILES) | xargs clang-format --dry-run -Werror
+
+format: $(PYTHON)
+	ruff check --fix .
+	ruff format .
+	$(CXX_FILES) | xargs clang-format -i
+
+# Compiles what has changed and puts the libraries into dmax_kernels/lib, beside the Python sources
+build: $(PYTHON)
+	@test -f $(BUILD)/build.ninja || cmake -S . -B $(BUILD) -G Ninja \
+	  -DPython_EXECUTABLE="$$($(PYTHON) -c 'import sys; print(sys.executable)')"
+	@cmake --build $(BUILD)
+	@cmake --install $(BUILD) --prefix . >/dev/null
+
+# dependency groups came with pip 25.1
+.venv/bin/python: pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/python -m pip install -q --upgrade "pip>=25.1"
+	.venv/bin/python -m pip install -q --group dev
+	@touch $@
+
+clean:
+	rm -rf build dist dmax_kernels/lib .pytest_cache .ruff_cache

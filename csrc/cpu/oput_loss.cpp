@@ -1,0 +1,230 @@
+// Cross-entropy of both passes and its gradient, row by row: no softmax is ever stored.
+#include "ops/oput_loss.h"
+
+#include "common/dispatch.h"
+#include "common/row_view.h"
+#include "cpu/vocab_stats.h"
+
+namespace dmax::cpu {
+
+namespace {
+
+struct LossOptions {
+  int64_t ignore_index;
+  double label_smoothing;
+  double z_loss;
+};
+
+// Targets as int64, each ignore_index or inside the vocabulary
+Tensor checked_targets(const char* op, const Tensor& target, int64_t vocab, int64_t ignore_index) {
+  const Tensor wide = torch::stable::contiguous(torch::stable::to(target, ScalarType::Long));
+  const int64_t* data = wide.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < wide.numel(); ++i) {
+    DMAX_CHECK(data[i] == ignore_index || (data[i] >= 0 && data[i] < vocab), op,
+               ": target must be ", ignore_index, " (ignore_index) or a token id in [0, ", vocab,
+               "), got ", data[i], " at position ", i);
+  }
+  return wide;
+}
+
+// The rows of one pass that are not ignored: ignored rows load no logits
+std::vector<int64_t> rows_with_target(const Tensor& target, int64_t ignore_index) {
+  const int64_t* data = target.const_data_ptr<int64_t>();
+  std::vector<int64_t> rows;
+  for (int64_t i = 0; i < target.numel(); ++i) {
+    if (data[i] != ignore_index) rows.push_back(i);
+  }
+  return rows;
+}
+
+template <class T>
+double row_loss(const TileKernels<T>& kernels, const T* row, int64_t vocab, int64_t target,
+                const RowStats& stats, const LossOptions& options) {
+  // maximum - logit + log(sum): each part keeps its precision where the loss is close to 0
+  const double logit = kernels.value(row + target);
+  const double log_rest = std::log1p(stats.rest);
+  double loss = (static_cast<double>(stats.maximum) - logit) + log_rest;
+  if (options.label_smoothing != 0) {
+    const double mean = kernels.sum(row, vocab) / vocab;
+    const double smooth = (static_cast<double>(stats.maximum) - mean) + log_rest;
+    loss = (1 - options.label_smoothing) * loss + options.label_smoothing * smooth;
+  }
+  if (options.z_loss != 0) loss += options.z_loss * stats.log_sum_exp() * stats.log_sum_exp();
+  return loss;
+}
+
+// grad * [(1 + 2 z lse) softmax - (1 - s) onehot(target) - s / V]; y may be the logits themselves
+template <class T>
+void row_gradient(const TileKernels<T>& kernels, const T* row, T* y, int64_t vocab, int64_t target,
+                  double log_sum_exp, float grad, const LossOptions& options) {
+  // A row without a softmax gets NaN throughout; the loop below would clamp it away
+  const double mass = std::isnan(log_sum_exp) ? log_sum_exp : 1 + 2 * options.z_loss * log_sum_exp;
+  const double shift = -options.label_smoothing / vocab;
+  const double logit = kernels.value(row + target);
+  const auto write = [&](int64_t from, int64_t to) {
+    kernels.softmax_grad(row + from, y + from, to - from, static_cast<float>(log_sum_exp),
+                         static_cast<float>(grad * mass), static_cast<float>(grad * shift));
+  };
+  write(0, vocab);
+  // p - 1 before the one rounding to T
+  const double at_target =
+      std::exp(logit - log_sum_exp) * mass - (1 - options.label_smoothing) + shift;
+  const float at_target_grad = static_cast<float>(grad * at_target);
+  kernels.store_scaled(y + target, &at_target_grad, 1.0f, 1);
+}
+
+void fill_zero(void* row, int64_t bytes) {
+  std::fill_n(static_cast<unsigned char*>(row), bytes, static_cast<unsigned char>(0));
+}
+
+struct PassResult {
+  Tensor loss;
+  Tensor logsumexp;
+};
+
+PassResult pass_loss(const OptionalTensor& logits, const Tensor& like, const Tensor& target,
+                     const Tensor& target_ids, int64_t vocab, const LossOptions& options) {
+  if (!logits) {
+    return {empty_like_device(like, {0}, ScalarType::Float),
+            empty_like_device(like, {0}, ScalarType::Float)};
+  }
+  PassResult result{torch::stable::new_zeros(like, sizes_of(target), ScalarType::Float),
+                    torch::stable::new_zeros(like, sizes_of(target), ScalarType::Float)};
+  const RowView view = row_view(*logits);
+  const std::vector<int64_t> rows = rows_with_target(target_ids, options.ignore_index);
+  const int64_t* targets = target_ids.const_data_ptr<int64_t>();
+  float* loss_out = result.loss.mutable_data_ptr<float>();
+  float* logsumexp_out = result.logsumexp.mutable_data_ptr<float>();
+  dispatch_float(logits->scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const TileKernels<T>& kernels = tile_kernels<T>();
+    const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
+    const auto row_of = [&](int64_t i) { return data + rows[i] * view.row_stride; };
+    scan_rows<T>(
+        static_cast<int64_t>(rows.size()), {vocab}, row_of, [&](int64_t i, const RowStats& stats) {
+          const int64_t row = rows[i];
+          loss_out[row] =
+              static_cast<float>(row_loss(kernels, row_of(i), vocab, targets[row], stats, options));
+          logsumexp_out[row] = static_cast<float>(stats.log_sum_exp());
+        });
+  });
+  return result;
+}
+
+// Loss of one pass; every logit is overwritten with its gradient while the row is in the cache
+Tensor pass_loss_and_grad_(const char* name, const OptionalTensor& logits,
+                           const OptionalTensor& grad, const Tensor& like, const Tensor& target,
+                           const Tensor& target_ids, int64_t vocab, const LossOptions& options) {
+  if (!logits) return empty_like_device(like, {0}, ScalarType::Float);
+  const RowView view = mutable_row_view("oput_loss_and_grad_", name, *logits);
+  Tensor loss = torch::stable::new_zeros(like, sizes_of(target), ScalarType::Float);
+  OptionalTensor grad_c;
+  if (grad) grad_c = torch::stable::contiguous(*grad);
+  const float* grads = grad_c ? grad_c->const_data_ptr<float>() : nullptr;
+  const int64_t* targets = target_ids.const_data_ptr<int64_t>();
+  float* loss_out = loss.mutable_data_ptr<float>();
+  dispatch_float(logits->scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const TileKernels<T>& kernels = tile_kernels<T>();
+    const VocabScan scan{vocab};
+    T* data = static_cast<T*>(view.tensor.mutable_data_ptr());
+    parallel_for(view.rows, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> tile_maxima(scan.num_tiles());
+      for (int64_t row = begin; row < end; ++row) {
+        T* x = data + row * view.row_stride;
+        if (targets[row] == options.ignore_index) {
+          fill_zero(x, vocab * sizeof(T));
+          continue;
+        }
+        const RowStats stats = scan_row<T>(kernels, x, scan, tile_maxima.data());
+        loss_out[row] =
+            static_cast<float>(row_loss<T>(kernels, x, vocab, targets[row], stats, options));
+        row_gradient<T>(kernels, x, x, vocab, targets[row], stats.log_sum_exp(),
+                        grads ? grads[row] : 1.0f, options);
+      }
+    });
+  });
+  return loss;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> oput_loss(OptionalTensor logits_masked,
+                                                     OptionalTensor logits_predicted, Tensor target,
+                                                     int64_t ignore_index, double label_smoothing,
+                                                     double z_loss) {
+  constexpr const char* op = "oput_loss";
+  const auto sizes =
+      check_oput_loss(op, logits_masked, logits_predicted, target, label_smoothing, z_loss);
+  const LossOptions options{ignore_index, label_smoothing, z_loss};
+  const Tensor ids = checked_targets(op, target, sizes.vocab, ignore_index);
+  const Tensor& like = logits_masked ? *logits_masked : *logits_predicted;
+  const PassResult masked = pass_loss(logits_masked, like, target, ids, sizes.vocab, options);
+  const PassResult predicted = pass_loss(logits_predicted, like, target, ids, sizes.vocab, options);
+  return {masked.loss, predicted.loss, masked.logsumexp, predicted.logsumexp};
+}
+
+Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor logsumexp,
+                          int64_t ignore_index, double label_smoothing, double z_loss) {
+  constexpr const char* op = "oput_loss_backward";
+  const auto sizes =
+      check_oput_loss_backward(grad_loss, logits, target, logsumexp, label_smoothing, z_loss);
+  const LossOptions options{ignore_index, label_smoothing, z_loss};
+  const Tensor ids = checked_targets(op, target, sizes.vocab, ignore_index);
+  Tensor grad_logits = empty_like_device(logits, sizes_of(logits), logits.scalar_type());
+  const RowView view = row_view(logits);
+  const Tensor grad_c = torch::stable::contiguous(grad_loss);  // an expanded 1 comes with stride 0
+  const Tensor logsumexp_c = torch::stable::contiguous(logsumexp);
+  const int64_t* targets = ids.const_data_ptr<int64_t>();
+  const float* grads = grad_c.const_data_ptr<float>();
+  const float* log_sums = logsumexp_c.const_data_ptr<float>();
+  dispatch_float(logits.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const TileKernels<T>& kernels = tile_kernels<T>();
+    const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
+    T* out = static_cast<T*>(grad_logits.mutable_data_ptr());
+    parallel_for(view.rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        T* y = out + row * sizes.vocab;
+        if (targets[row] == ignore_index) {
+          fill_zero(y, sizes.vocab * sizeof(T));
+          continue;
+        }
+        row_gradient<T>(kernels, data + row * view.row_stride, y, sizes.vocab, targets[row],
+                        log_sums[row], grads[row], options);
+      }
+    });
+  });
+  return grad_logits;
+}
+
+std::tuple<Tensor, Tensor> oput_loss_and_grad_(OptionalTensor logits_masked,
+                                               OptionalTensor logits_predicted, Tensor target,
+                                               OptionalTensor grad_masked,
+                                               OptionalTensor grad_predicted, int64_t ignore_index,
+                                               double label_smoothing, double z_loss) {
+  constexpr const char* op = "oput_loss_and_grad_";
+  const auto sizes =
+      check_oput_loss(op, logits_masked, logits_predicted, target, label_smoothing, z_loss);
+  check_loss_grad("grad_masked", grad_masked, target);
+  check_loss_grad("grad_predicted", grad_predicted, target);
+  // Nothing is written before everything is checked
+  if (logits_masked) mutable_row_view(op, "logits_masked", *logits_masked);
+  if (logits_predicted) mutable_row_view(op, "logits_predicted", *logits_predicted);
+  const LossOptions options{ignore_index, label_smoothing, z_loss};
+  const Tensor ids = checked_targets(op, target, sizes.vocab, ignore_index);
+  const Tensor& like = logits_masked ? *logits_masked : *logits_predicted;
+  Tensor loss_masked = pass_loss_and_grad_("logits_masked", logits_masked, grad_masked, like,
+                                           target, ids, sizes.vocab, options);
+  Tensor loss_predicted = pass_loss_and_grad_("logits_predicted", logits_predicted, grad_predicted,
+                                              like, target, ids, sizes.vocab, options);
+  return {loss_masked, loss_predicted};
+}
+
+}  // namespace dmax::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(dmax, CPU, m) {
+  m.impl("oput_loss", TORCH_BOX(&dmax::cpu::oput_loss));
+  m.impl("oput_loss_backward", TORCH_BOX(&dmax::cpu::oput_loss_backward));
+  m.impl("oput_loss_and_grad_", TORCH_BOX(&dmax::cpu::oput_loss_and_grad_));
+}

@@ -1,0 +1,19 @@
+// Threads, as PyTorch's own CPU ops use them.
+#pragma once
+
+#include <algorithm>
+
+#include "common/torch_stable.h"
+
+namespace dmax::cpu {
+
+// f(begin, end) over [0, count), each thread given at least `grain` of them
+template <class F>
+void parallel_for(int64_t count, int64_t grain, const F& f) {
+  if (count <= 0) return;
+  torch::stable::parallel_for(0, count, std::max<int64_t>(grain, 1), f);
+}
+
+inline int64_t num_threads() { return torch::stable::get_num_threads(); }
+
+}  // namespace dmax::cpu

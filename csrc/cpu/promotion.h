@@ -1,0 +1,26 @@
+// Algorithm 1, lines 5-8, for one block; shared by prefix_promote and spd_step_.
+#pragma once
+
+#include <cstdint>
+
+namespace dmax::cpu {
+
+// A NaN passes neither test, so it is never promoted for its confidence
+inline bool passes(float confidence, float threshold, bool inclusive) {
+  return inclusive ? confidence >= threshold : confidence > threshold;
+}
+
+inline void promote_prefix(const float* confidence, const bool* masked, int64_t block,
+                           float threshold, bool inclusive, bool* promoted) {
+  bool open = true;   // no masked position has failed yet
+  bool first = true;  // no masked position has been seen yet
+  for (int64_t j = 0; j < block; ++j) {
+    promoted[j] = false;
+    if (!masked[j]) continue;
+    open = open && passes(confidence[j], threshold, inclusive);
+    promoted[j] = open || first;  // the leftmost goes in any case: decoding always advances
+    first = false;
+  }
+}
+
+}  // namespace dmax::cpu

@@ -1,0 +1,237 @@
+// The loops of tile_kernels.h; compiled once per instruction set (DMAX_ISA).
+#include "cpu/simd.h"
+#include "cpu/tile_kernels.h"
+
+namespace dmax::cpu::DMAX_ISA {
+
+namespace {
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kInfinity = __builtin_inff();
+
+// f(vector, place) over x[0, n), the last vector filled up with `filler`
+template <class T, class F>
+DMAX_INLINE void for_each_vector(const T* x, int64_t n, float filler, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(load(x + i), i);
+  if (i < n) f(load_tail(x + i, static_cast<int>(n - i), filler), i);
+}
+
+template <class T>
+float value(const T* x) {
+  return load_one(x);
+}
+
+template <class T>
+float maximum(const T* x, int64_t n) {
+  // Four chains hide the latency of the comparison
+  VecF best[4];
+  VecI nan[4];
+  for (int j = 0; j < 4; ++j) {
+    best[j] = splat(-kInfinity);
+    nan[j] = splat<int32_t>(0);
+  }
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) {
+      const VecF v = load(x + i + j * kLanes);
+      best[j] = max(v, best[j]);  // drops NaN, which is why they are looked for beside it
+      nan[j] = nan[j] | (v != v);
+    }
+  }
+  for_each_vector(x + i, n - i, -kInfinity, [&](VecF v, int64_t) {
+    best[0] = max(v, best[0]);
+    nan[0] = nan[0] | (v != v);
+  });
+  if (any(nan[0] | nan[1] | nan[2] | nan[3])) return __builtin_nanf("");
+  return reduce_max(max(max(best[0], best[1]), max(best[2], best[3])));
+}
+
+template <class T, class Test>
+DMAX_INLINE int64_t find_first(const T* x, int64_t n, const Test& test) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int count = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+    const VecF v = count == kLanes ? load(x + i) : load_tail(x + i, count, 0.0f);
+    const VecI hit = test(v);
+    if (!any(hit)) continue;
+    for (int lane = 0; lane < count; ++lane) {
+      if (hit[lane]) return i + lane;
+    }
+  }
+  return n;
+}
+
+template <class T>
+int64_t find(const T* x, int64_t n, float value) {
+  if (value != value) {
+    return find_first(x, n, [](VecF v) { return v != v; });
+  }
+  const VecF wanted = splat(value);
+  return find_first(x, n, [&](VecF v) { return v == wanted; });
+}
+
+template <class T>
+int64_t find_above(const T* x, int64_t n, float threshold) {
+  const VecF bound = splat(threshold);
+  return find_first(x, n, [&](VecF v) { return (v > bound) | (v != v); });
+}
+
+template <class T>
+float sum_exp(const T* x, int64_t n, float maximum, float scale) {
+  // The difference first: it is exact near the maximum, where a common offset of 1e4 would cancel
+  VecF sum[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int j = 0; j < 4; ++j) {
+      sum[j] = sum[j] + exp2((load(x + i + j * kLanes) - maximum) * scale);
+    }
+  }
+  for (; i + kLanes <= n; i += kLanes) {
+    sum[0] = sum[0] + exp2((load(x + i) - maximum) * scale);
+  }
+  if (i < n) {
+    const int count = static_cast<int>(n - i);
+    const VecF last = exp2((load_tail(x + i, count, maximum) - maximum) * scale);
+    sum[1] = sum[1] + select(lane_index() < splat(count), last, splat(0.0f));
+  }
+  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+template <class T>
+double sum(const T* x, int64_t n) {
+  // A double per 256 elements keeps the error flat in n
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += 256) {
+    const int64_t count = n - begin < 256 ? n - begin : 256;
+    VecF part = splat(0.0f);
+    for_each_vector(x + begin, count, 0.0f, [&](VecF v, int64_t) { part = part + v; });
+    total += reduce_add(part);
+  }
+  return total;
+}
+
+template <class T>
+void softmax_grad(const T* x, T* y, int64_t n, float maximum, float factor, float shift) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    store(y + i, exp2((load(x + i) - maximum) * kLog2E) * factor + shift);
+  }
+  if (i < n) {
+    const int count = static_cast<int>(n - i);
+    const VecF v = load_tail(x + i, count, maximum);
+    store_tail(y + i, count, exp2((v - maximum) * kLog2E) * factor + shift);
+  }
+}
+
+// Exp(1) noise of ids 64 * chunk .. 64 * chunk + 63
+void exponential_noise(uint32_t chunk, const NoiseKey& key, float* noise) {
+  VecU c[4] = {bits_as<uint32_t>(lane_index()) + chunk * 16u, splat(key.row),
+               splat(static_cast<uint32_t>(key.offset)),
+               splat(static_cast<uint32_t>(key.offset >> 32))};
+  uint32_t k0 = static_cast<uint32_t>(key.seed);
+  uint32_t k1 = static_cast<uint32_t>(key.seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    VecU high0, low0, high1, low1;
+    multiply_wide(c[0], 0xD2511F53u, &high0, &low0);
+    multiply_wide(c[2], 0xCD9E8D57u, &high1, &low1);
+    c[0] = high1 ^ c[1] ^ k0;
+    c[1] = low1;
+    c[2] = high0 ^ c[3] ^ k1;
+    c[3] = low0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  for (int j = 0; j < 4; ++j) {
+    const VecF v = min((convert<float>(c[j]) + 0.5f) * 2.3283064365386963e-10f,  // 2^-32
+                       splat(1.0f - 5.9604644775390625e-8f));
+    // -log1p(-v) = -log(u) + (v - (1 - u)) / u with u = 1 - v rounded: exact down to tiny v
+    const VecF one = splat(1.0f);
+    const VecF u = one - v;
+    const VecF e = (v - (one - u)) / u - log(u);
+    for (int g = 0; g < kLanes; ++g) noise[4 * g + j] = e[g];
+  }
+}
+
+template <class T>
+PerturbedBest sample(const T* x, int64_t n, int64_t first_id, NoiseKey key, float temperature,
+                     PerturbedBest best) {
+  // No noise exceeds -log(-log1p(-2^-33)) = 22.9: whatever lies further below cannot win, and
+  // needs no random numbers
+  constexpr float kMostNoise = 23.0f;
+  constexpr int64_t kChunk = 64;
+  float noise[kChunk];
+  const int64_t end_id = first_id + n;
+  for (int64_t chunk = first_id / kChunk; chunk * kChunk < end_id; ++chunk) {
+    const int64_t begin = chunk * kChunk > first_id ? chunk * kChunk : first_id;
+    const int64_t end = (chunk + 1) * kChunk < end_id ? (chunk + 1) * kChunk : end_id;
+    const T* logits = x + (begin - first_id);
+    if (!(maximum(logits, end - begin) / temperature + kMostNoise >= best.score)) continue;
+    exponential_noise(static_cast<uint32_t>(chunk), key, noise);
+    for (int64_t i = 0; i < end - begin; i += kLanes) {
+      const int64_t left = end - begin - i;
+      const int count = left < kLanes ? static_cast<int>(left) : kLanes;
+      const VecF logit =
+          count == kLanes ? load(logits + i) : load_tail(logits + i, count, -kInfinity);
+      const VecF e = load_tail(noise + (begin - chunk * kChunk) + i, count, 1.0f);
+      const VecF score = logit / temperature - log(e);
+      for (int lane = 0; lane < count; ++lane) {
+        const int64_t id = begin + i + lane;
+        if (score[lane] > best.score || (score[lane] == best.score && id < best.id)) {
+          best = {score[lane], id};
+        }
+      }
+    }
+  }
+  return best;
+}
+
+template <class T>
+double dot(const T* a, const T* b, int64_t n) {
+  // Block sums in double: the norm of a long row keeps float32's precision
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += 512) {
+    const int64_t end = n - begin < 512 ? n : begin + 512;
+    VecF part = splat(0.0f);
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
+      part = part + load(a + i) * load(b + i);
+    }
+    if (i < end) {
+      const int count = static_cast<int>(end - i);
+      part = part + load_tail(a + i, count, 0.0f) * load_tail(b + i, count, 0.0f);
+    }
+    total += reduce_add(part);
+  }
+  return total;
+}
+
+template <class T>
+void add_scaled(float* sum, const T* x, float factor, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(sum + i, load(sum + i) + load(x + i) * factor);
+  for (; i < n; ++i) sum[i] += load_one(x + i) * factor;
+}
+
+template <class T>
+void store_scaled(T* y, const float* x, float factor, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i) * factor);
+  if (i < n) {
+    const int count = static_cast<int>(n - i);
+    store_tail(y + i, count, load_tail(x + i, count, 0.0f) * factor);
+  }
+}
+
+template <class T>
+constexpr TileKernels<T> kernels() {
+  return {value<T>,        maximum<T>, find<T>, find_above<T>, sum_exp<T>,     sum<T>,
+          softmax_grad<T>, sample<T>,  dot<T>,  add_scaled<T>, store_scaled<T>};
+}
+
+}  // namespace
+
+extern const TileKernels<float> kFloat32Kernels = kernels<float>();
+extern const TileKernels<BFloat16> kBFloat16Kernels = kernels<BFloat16>();
+extern const TileKernels<Float16> kFloat16Kernels = kernels<Float16>();
+
+}  // namespace dmax::cpu::DMAX_ISA

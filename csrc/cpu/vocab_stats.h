@@ -1,0 +1,167 @@
+// Top-1 and softmax normaliser of rows of logits.
+//
+// A row is read from memory once. First the maximum of every tile; then, with the row's maximum
+// known, the exponentials of the tiles that can matter, from a cache that still holds the row.
+// Tiles and their order are fixed, so a row's bits depend neither on the number of threads nor on
+// how many rows there are, and a tile far below the maximum is never exponentiated.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "cpu/tile_kernels.h"
+
+namespace dmax::cpu {
+
+struct RowStats {
+  float maximum;  // of the visible logits; NaN if any is NaN
+  // Sum of exp((x - maximum) / temperature) over all tokens but the winner, whose term is 1: kept
+  // apart, a probability next to 1 and a loss next to 0 keep their precision. NaN if not defined.
+  double rest;
+  int64_t token;
+
+  float confidence() const { return static_cast<float>(1.0 / (1.0 + rest)); }
+  double log_sum_exp() const { return maximum + std::log1p(rest); }  // at temperature 1
+};
+
+// Which logits count: `suppress` is left out (-1: none)
+struct VocabScan {
+  int64_t vocab;
+  int64_t suppress = -1;
+  double temperature = 1.0;
+
+  int64_t num_tiles() const { return (vocab + kTile - 1) / kTile; }
+  float scale() const { return static_cast<float>(1.4426950408889634 / temperature); }
+};
+
+// f(begin, end) over the tile without the places `a` and `b` (-1 or outside: no such place)
+template <class F>
+void for_each_range(int64_t begin, int64_t end, int64_t a, int64_t b, const F& f) {
+  if (a > b) std::swap(a, b);
+  for (int64_t hole : {a, b}) {
+    if (hole < begin || hole >= end) continue;
+    if (hole > begin) f(begin, hole);
+    begin = hole + 1;
+  }
+  if (begin < end) f(begin, end);
+}
+
+template <class T>
+float tile_maximum(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+                   int64_t tile) {
+  float best = -std::numeric_limits<float>::infinity();
+  const int64_t end = std::min(scan.vocab, (tile + 1) * kTile);
+  for_each_range(tile * kTile, end, scan.suppress, -1, [&](int64_t from, int64_t to) {
+    const float maximum = kernels.maximum(row + from, to - from);
+    if (maximum > best || std::isnan(maximum)) best = maximum;
+  });
+  return best;
+}
+
+// The row's maximum and its first place, from the maxima of the tiles
+template <class T>
+RowStats find_top1(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+                   const float* tile_maxima) {
+  int64_t best_tile = 0;
+  for (int64_t tile = 0; tile < scan.num_tiles(); ++tile) {
+    if (std::isnan(tile_maxima[tile])) {
+      best_tile = tile;
+      break;
+    }
+    if (tile_maxima[tile] > tile_maxima[best_tile]) best_tile = tile;
+  }
+  RowStats stats{tile_maxima[best_tile], std::numeric_limits<double>::quiet_NaN(), -1};
+  if (stats.maximum == -std::numeric_limits<float>::infinity()) {
+    stats.token = 0;  // nothing visible has any mass
+    return stats;
+  }
+  const int64_t end = std::min(scan.vocab, (best_tile + 1) * kTile);
+  for_each_range(best_tile * kTile, end, scan.suppress, -1, [&](int64_t from, int64_t to) {
+    if (stats.token >= 0) return;
+    const int64_t place = kernels.find(row + from, to - from, stats.maximum);
+    if (place < to - from) stats.token = from + place;
+  });
+  if (std::isfinite(stats.maximum)) stats.rest = 0;
+  return stats;
+}
+
+// One tile's share of `rest`
+template <class T>
+double tile_rest(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+                 const RowStats& stats, float tile_max, int64_t tile) {
+  // exp(-30) from each of 262,144 tokens adds less than 3e-8 in all
+  constexpr double kNegligible = 30.0;
+  if (!((static_cast<double>(stats.maximum) - tile_max) / scan.temperature < kNegligible)) return 0;
+  double rest = 0;
+  const int64_t end = std::min(scan.vocab, (tile + 1) * kTile);
+  for_each_range(tile * kTile, end, scan.suppress, stats.token, [&](int64_t from, int64_t to) {
+    rest += kernels.sum_exp(row + from, to - from, stats.maximum, scan.scale());
+  });
+  return rest;
+}
+
+// Statistics of one row on the calling thread; `tile_maxima` has room for scan.num_tiles()
+template <class T>
+RowStats scan_row(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+                  float* tile_maxima) {
+  const int64_t num_tiles = scan.num_tiles();
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    tile_maxima[tile] = tile_maximum(kernels, row, scan, tile);
+  }
+  RowStats stats = find_top1(kernels, row, scan, tile_maxima);
+  if (std::isnan(stats.rest)) return stats;
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    stats.rest += tile_rest(kernels, row, scan, stats, tile_maxima[tile], tile);
+  }
+  return stats;
+}
+
+// Statistics of rows row_of(0..count): stats_of(i, stats) receives each once.
+//
+// With rows enough for every thread, a thread takes whole rows; with few, all threads share the
+// tiles of every row. Both add the same tiles in the same order.
+template <class T, class RowOf, class StatsOf>
+void scan_rows(int64_t count, const VocabScan& scan, const RowOf& row_of, const StatsOf& stats_of) {
+  const TileKernels<T>& kernels = tile_kernels<T>();
+  const int64_t num_tiles = scan.num_tiles();
+  if (count >= 2 * num_threads() || num_threads() == 1) {
+    parallel_for(count, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> tile_maxima(num_tiles);
+      for (int64_t i = begin; i < end; ++i) {
+        stats_of(i, scan_row(kernels, row_of(i), scan, tile_maxima.data()));
+      }
+    });
+    return;
+  }
+  constexpr int64_t kGrain =
+      4;  // tiles: below about 8,192 logits a thread costs more than it saves
+  std::vector<float> tile_maxima(count * num_tiles);
+  std::vector<double> rests(count * num_tiles);
+  std::vector<RowStats> stats(count);
+  parallel_for(count * num_tiles, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      tile_maxima[i] = tile_maximum(kernels, row_of(i / num_tiles), scan, i % num_tiles);
+    }
+  });
+  for (int64_t row = 0; row < count; ++row) {
+    stats[row] = find_top1(kernels, row_of(row), scan, &tile_maxima[row * num_tiles]);
+  }
+  parallel_for(count * num_tiles, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / num_tiles;
+      if (std::isnan(stats[row].rest)) continue;
+      rests[i] = tile_rest(kernels, row_of(row), scan, stats[row], tile_maxima[i], i % num_tiles);
+    }
+  });
+  for (int64_t row = 0; row < count; ++row) {
+    for (int64_t tile = 0; tile < num_tiles; ++tile)
+      stats[row].rest += rests[row * num_tiles + tile];
+    stats_of(row, stats[row]);
+  }
+}
+
+}  // namespace dmax::cpu

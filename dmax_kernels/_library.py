@@ -1,0 +1,63 @@
+"""Loads the compiled libraries and decides, once, which backend serves each op on which device.
+
+PyTorch's dispatcher picks by device: the CPU slot is C++ (csrc/cpu), the CUDA slot is C++ where the
+CUDA library was built and can run here, else Triton, else empty. This module is the only place that
+knows that rule.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+MIN_TORCH = (2, 10)
+CPU_LIBRARY = "libdmax_cpu.so"
+CUDA_LIBRARY = "libdmax_cuda.so"
+
+
+class Libraries:
+    """What was loaded, and why what is absent is absent (one line each, for ``info``)."""
+
+    def __init__(self) -> None:
+        self.cpu: Path | None = None
+        self.cuda: Path | None = None
+        self.cuda_reason = ""
+        self.triton_ops: tuple[str, ...] = ()
+        self.triton_reason = ""
+
+    def instruction_set(self) -> str:
+        """The CPU instruction set the kernels run in: avx512, avx2 or portable."""
+        function = ctypes.CDLL(str(self.cpu)).dmax_cpu_instruction_set
+        function.restype = ctypes.c_char_p
+        return function().decode()
+
+
+def _find(name: str) -> Path | None:
+    import dmax_kernels
+
+    # An editable install has two folders: the sources, and what CMake installed
+    for folder in dmax_kernels.__path__:
+        path = Path(folder) / "lib" / name
+        if path.is_file():
+            return path
+    return None
+
+
+def load() -> Libraries:
+    installed = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if installed < MIN_TORCH:
+        raise ImportError(
+            f"dmax_kernels needs PyTorch {MIN_TORCH[0]}.{MIN_TORCH[1]} or newer, "
+            f"found {torch.__version__}."
+        )
+    libraries = Libraries()
+    libraries.cpu = _find(CPU_LIBRARY)
+    if libraries.cpu is None:
+        raise ImportError(
+            f"dmax_kernels: {CPU_LIBRARY} is not there, so the package was not built. "
+            "Run `pip install .` in the source folder (or `make build` to work on it)."
+        )
+    torch.ops.load_library(str(libraries.cpu))
+    return libraries

@@ -1,0 +1,1 @@
+"""The commands of ``python -m dmax_kernels``, one file each."""
