@@ -1,10 +1,7 @@
 // The executor itself, for python_tests/test_simt_executor.py
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <stdexcept>
 
-#include <string>
-#include <vector>
-
+#include "simt/bindings.h"
 #include "simt/planted_bugs.cuh"
 
 namespace simt::planted {
@@ -36,8 +33,8 @@ static Kernel find(const std::string& name) {
 }
 
 // Input 1, 2, 3, ...; returns the output
-static std::vector<float> run_kernel(const std::string& name, bool fixed, unsigned blocks,
-                                     unsigned cluster) {
+std::vector<float> run_kernel(const std::string& name, bool fixed, unsigned blocks,
+                              unsigned cluster) {
   std::vector<float> in(kThreads);
   std::vector<float> out(kThreads, 0.0f);
   for (int i = 0; i < kThreads; ++i) in[i] = static_cast<float>(i + 1);
@@ -48,29 +45,13 @@ static std::vector<float> run_kernel(const std::string& name, bool fixed, unsign
 }
 
 // Returns the sum, and the counter after it: 0 where it has reset itself
-static std::pair<float, unsigned> run_last_block_sums(int fence, unsigned blocks) {
+std::pair<float, unsigned> run_last_block_sums(int fence, unsigned blocks) {
   std::vector<float> parts(blocks);
   unsigned counter = 0;
   float out = 0;
   run(Grid{blocks, 32}, [&] { last_block_sums(parts.data(), &counter, &out, fence); },
       planted_dynamic_base);
   return {out, counter};
-}
-
-static void set_options(const std::string& order, uint64_t seed, int resident_blocks) {
-  options().order = order == "reversed" ? Order::kReversed
-                    : order == "random" ? Order::kRandom
-                                        : Order::kInOrder;
-  options().seed = seed;
-  options().resident_blocks = resident_blocks;
-}
-
-void bind(pybind11::module_& m) {
-  m.def("set_options", set_options);
-  m.def("take_launch_count", take_launch_count);
-  m.def("run_planted", run_kernel, pybind11::arg("name"), pybind11::arg("fixed"),
-        pybind11::arg("blocks") = 1, pybind11::arg("cluster") = 1);
-  m.def("run_last_block_sums", run_last_block_sums);
 }
 
 }  // namespace simt::planted
