@@ -45,8 +45,7 @@ double row_loss(const TileKernels<T>& kernels, const T* row, int64_t vocab, int6
   const double log_rest = std::log1p(stats.rest);
   double loss = (static_cast<double>(stats.maximum) - logit) + log_rest;
   if (options.label_smoothing != 0) {
-    const double mean = kernels.sum(row, vocab) / vocab;
-    const double smooth = (static_cast<double>(stats.maximum) - mean) + log_rest;
+    const double smooth = log_rest - kernels.sum(row, vocab, stats.maximum) / vocab;
     loss = (1 - options.label_smoothing) * loss + options.label_smoothing * smooth;
   }
   if (options.z_loss != 0) loss += options.z_loss * stats.log_sum_exp() * stats.log_sum_exp();

@@ -38,8 +38,8 @@ struct TileKernels {
   int64_t (*find_above)(const T* x, int64_t n, float threshold);
   // Sum of 2^((x - maximum) * scale)
   float (*sum_exp)(const T* x, int64_t n, float maximum, float scale);
-  // Sum of x
-  double (*sum)(const T* x, int64_t n);
+  // Sum of x - shift; the difference comes first, so that a common offset costs no precision
+  double (*sum)(const T* x, int64_t n, float shift);
   // y = factor * 2^((x - maximum) * log2(e)) + shift; y may be x
   void (*softmax_grad)(const T* x, T* y, int64_t n, float maximum, float factor, float shift);
   // Arg-max of x / temperature + Gumbel noise over ids first_id..first_id + n, if above `best`

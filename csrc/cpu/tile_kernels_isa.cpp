@@ -98,13 +98,13 @@ float sum_exp(const T* x, int64_t n, float maximum, float scale) {
 }
 
 template <class T>
-double sum(const T* x, int64_t n) {
+double sum(const T* x, int64_t n, float shift) {
   // A double per 256 elements keeps the error flat in n
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += 256) {
     const int64_t count = n - begin < 256 ? n - begin : 256;
     VecF part = splat(0.0f);
-    for_each_vector(x + begin, count, 0.0f, [&](VecF v, int64_t) { part = part + v; });
+    for_each_vector(x + begin, count, shift, [&](VecF v, int64_t) { part = part + (v - shift); });
     total += reduce_add(part);
   }
   return total;

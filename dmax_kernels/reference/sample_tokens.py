@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dmax_kernels.reference.top1_confidence import top1_confidence, visible_logits
+from dmax_kernels.reference.top1_confidence import softmax_of, top1_confidence, visible_logits
 
 MASK32 = 0xFFFFFFFF
 PHILOX_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -63,5 +63,5 @@ def sample_tokens(
     perturbed = visible / temperature - noise.log()
     broken = visible.isnan().any(dim=-1) | (visible == torch.inf).any(dim=-1)
     token = torch.where(broken, visible.argmax(dim=-1), perturbed.argmax(dim=-1))
-    probability = torch.softmax(visible / temperature, dim=-1)
+    probability = softmax_of(visible, temperature)
     return token, probability.gather(-1, token.unsqueeze(-1)).squeeze(-1)

@@ -36,9 +36,11 @@ def spd_step_(
 
     # Top-1 of every position, top-k where the hybrid embedding asks for it
     y, c = top1_confidence(logits, temperature=temperature, suppress_token=suppress_token)
-    tokens_k, confidences_k = topk_confidence(
-        logits, top_k, temperature=temperature, suppress_token=suppress_token
-    )
+    tokens_k, confidences_k = y.unsqueeze(-1), c.unsqueeze(-1)
+    if top_k > 1:
+        tokens_k, confidences_k = topk_confidence(
+            logits, top_k, temperature=temperature, suppress_token=suppress_token
+        )
 
     # Promotion: the confident prefix of the masked positions
     promoted = prefix_promote(c, masked, tau_dec, inclusive=released)

@@ -13,11 +13,16 @@ def visible_logits(logits: Tensor, suppress_token: int) -> Tensor:
     return visible
 
 
+def softmax_of(visible: Tensor, temperature: float) -> Tensor:
+    """softmax(visible / temperature); the difference comes first, or a common offset cancels."""
+    return torch.softmax((visible - visible.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
+
+
 def top1_confidence(
     logits: Tensor, *, temperature: float = 1.0, suppress_token: int = -1
 ) -> tuple[Tensor, Tensor]:
     visible = visible_logits(logits, suppress_token)
     token = visible.argmax(dim=-1)  # the first maximum; a NaN counts as the maximum
-    probability = torch.softmax(visible / temperature, dim=-1)
+    probability = softmax_of(visible, temperature)
     confidence = probability.gather(-1, token.unsqueeze(-1)).squeeze(-1)
     return token, confidence

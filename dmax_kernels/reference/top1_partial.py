@@ -14,9 +14,9 @@ def top1_partial(
     on_shard = suppress_token >= 0 and 0 <= local < shard_size
     visible = visible_logits(logits_shard, local if on_shard else -1)
     local_token = visible.argmax(dim=-1, keepdim=True)
-    scaled = visible / temperature
-    maximum = scaled.gather(-1, local_token)
-    sum_exp = torch.exp(scaled - maximum).sum(dim=-1)
+    largest = visible.gather(-1, local_token)
+    sum_exp = torch.exp((visible - largest) / temperature).sum(dim=-1)
+    maximum = (largest / temperature).squeeze(-1)
     # exp(-inf - -inf) is NaN, but a shard of nothing but -inf holds no mass
-    sum_exp = torch.where(maximum.squeeze(-1) == -torch.inf, 0.0, sum_exp)
-    return maximum.squeeze(-1), sum_exp, local_token.squeeze(-1) + vocab_start
+    sum_exp = torch.where(maximum == -torch.inf, 0.0, sum_exp)
+    return maximum, sum_exp, local_token.squeeze(-1) + vocab_start

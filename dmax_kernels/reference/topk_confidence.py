@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dmax_kernels.reference.top1_confidence import visible_logits
+from dmax_kernels.reference.top1_confidence import softmax_of, visible_logits
 
 
 def topk_confidence(
@@ -12,7 +12,7 @@ def topk_confidence(
     visible = visible_logits(logits, suppress_token)
     # torch.topk leaves the order of ties open; a stable sort gives lowest id first, NaN before all
     tokens = torch.sort(visible, dim=-1, descending=True, stable=True).indices[..., :k]
-    probability = torch.softmax(visible / temperature, dim=-1)
+    probability = softmax_of(visible, temperature)
     confidences = probability.gather(-1, tokens)
     broken = probability.isnan().any(dim=-1, keepdim=True)  # NaN, +inf, or nothing but -inf
     return tokens, torch.where(broken, torch.nan, confidences)

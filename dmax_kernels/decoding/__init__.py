@@ -1,0 +1,13 @@
+"""Block-wise decoding of diffusion language models; Soft Parallel Decoding is the default rule.
+
+Read in this order: `spd.py` (generate -> prefill -> denoise_block -> step), `state.py` (what a step
+changes), `forward.py` (the forward pass and its KV cache), `rules.py` (the paper's ablations),
+`settings.py` (arguments and their errors), `trace.py` (what happened, as JSON).
+"""
+
+from dmax_kernels.decoding.rules import RULES
+from dmax_kernels.decoding.spd import GenerationOutput, generate
+from dmax_kernels.decoding.state import BlockState
+from dmax_kernels.decoding.trace import Trace
+
+__all__ = ["RULES", "BlockState", "GenerationOutput", "Trace", "generate"]

@@ -1,0 +1,1 @@
+"""The tiny block-diffusion model, its task and its checkpoints."""

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: the edge cases, the tolerances with their reasons, the timer."""

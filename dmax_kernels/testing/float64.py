@@ -1,0 +1,41 @@
+"""The ops' values in float64, from the definitions: what the references are held against."""
+
+import torch
+from torch import Tensor
+
+
+def softmax_of(logits: Tensor, temperature: float = 1.0, suppress_token: int = -1) -> Tensor:
+    x = logits.double()
+    if suppress_token >= 0:
+        x = x.clone()
+        x[..., suppress_token] = -torch.inf
+    return torch.softmax(x / temperature, dim=-1)
+
+
+def top1_confidence(logits: Tensor, temperature: float = 1.0, suppress_token: int = -1):
+    """By a loop over the row: the first NaN, else the first maximum."""
+    probability = softmax_of(logits, temperature, suppress_token)
+    tokens = []
+    for row in logits.reshape(-1, logits.shape[-1]).double().tolist():
+        best, best_id = -torch.inf, 0
+        for token, value in enumerate(row):
+            if token == suppress_token:
+                continue
+            if value != value:
+                best_id = token
+                break
+            if value > best:
+                best, best_id = value, token
+        tokens.append(best_id)
+    token = torch.tensor(tokens, dtype=torch.int64).reshape(logits.shape[:-1])
+    return token, probability.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
+def token_loss(
+    logits: Tensor, target: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> Tensor:
+    x = logits.double()
+    lse = x.logsumexp(dim=-1)
+    loss = lse - x.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    loss = (1 - label_smoothing) * loss + label_smoothing * (lse - x.mean(dim=-1))
+    return loss + z_loss * lse.square()

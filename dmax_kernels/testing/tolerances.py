@@ -1,0 +1,23 @@
+"""How far a result may lie from float64, and why."""
+
+import torch
+from torch import Tensor
+
+# Confidence: float32 sums of up to 262,144 exponentials, each rounded a few times
+CONFIDENCE_RTOL = 2e-6
+# The references sum in whatever order eager PyTorch does
+REFERENCE_RTOL = 1e-5
+# Loss: maximum - logit + log(sum), each part in double after float32 exponentials
+LOSS_RTOL = 1e-6
+# A loss next to 0 is the sum of small exponentials, each good to a few float32 roundings
+LOSS_ATOL = 1e-7
+# Gradients and embeddings end in one rounding to the output's dtype: half a unit in the last place,
+# and a few float32 roundings before it
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def assert_close(actual: Tensor, expected: Tensor, rtol: float, atol: float = 0.0) -> None:
+    """Equal to the tolerance in float64; NaN where NaN, infinities where infinities."""
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=rtol, atol=atol, equal_nan=True
+    )

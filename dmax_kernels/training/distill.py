@@ -1,0 +1,104 @@
+"""Self-distillation: the base model writes the responses that OPUT and the control learn from."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from dmax_kernels.decoding import generate
+from dmax_kernels.models import ring_walk
+from dmax_kernels.training.data import Example
+from dmax_kernels.training.run_stage import check_same_stage, plain
+from dmax_kernels.training.stages import Distillation
+from dmax_kernels.training.state import load_state, save_state
+
+# The longest right derivation of 6 moves has 73 tokens.
+MAX_NEW_TOKENS = 96
+
+
+def distill(
+    settings: Distillation, model: nn.Module, state_path: Path, *, ops: str = "reference"
+) -> dict[str, Any]:
+    """Answers training problems by confidence-threshold decoding and keeps what was completed.
+
+    Works in chunks of `batch_size` problems and saves after each, so that it resumes. The state's
+    `responses` holds, for each problem in order, the token ids up to `<eos>`, or an empty list for
+    a response without one.
+    """
+    problems = draw_problems(settings)
+    state = load_state(state_path)
+    if state is not None:
+        check_same_stage(state["stage"], settings, state_path)
+    else:
+        state = {"stage": plain(settings), "responses": [], "seconds": 0.0, "forwards": 0}
+    responses = state["responses"]
+    model.eval()
+    first = len(responses)
+    with tqdm(total=len(problems), initial=first, desc="distillation", unit="problem") as progress:
+        for begin in range(first, len(problems), settings.batch_size):
+            started = time.perf_counter()
+            chunk = problems[begin : begin + settings.batch_size]
+            written, forwards = respond(model, chunk, settings.threshold, ops)
+            responses += written
+            state["forwards"] += forwards
+            state["seconds"] += time.perf_counter() - started
+            save_state(state_path, state)
+            progress.update(len(chunk))
+    return state
+
+
+def draw_problems(settings: Distillation) -> list[ring_walk.Problem]:
+    """Distinct walks of the training side."""
+    rng = random.Random(f"ring walk distillation {settings.seed}")
+    problems: dict[tuple, ring_walk.Problem] = {}
+    while len(problems) < settings.problems:
+        problem = ring_walk.draw_problem(rng, settings.num_moves)
+        problems.setdefault((problem.start, problem.moves), problem)
+    return list(problems.values())
+
+
+def respond(
+    model: nn.Module, problems: list[ring_walk.Problem], threshold: float, ops: str
+) -> tuple[list[list[int]], int]:
+    """Responses up to `<eos>`, empty where there is none, and the denoising passes they took."""
+    prompts = torch.tensor(
+        [ring_walk.encode_prompt(problem, model.config.block_length) for problem in problems]
+    )
+    out = generate(
+        model,
+        prompts,
+        block_length=model.config.block_length,
+        max_new_tokens=MAX_NEW_TOKENS,
+        tau_dec=threshold,
+        rule="threshold",
+        ops=ops,
+    )
+    written = []
+    for row, count in zip(out.sequences[:, prompts.shape[1] :], out.num_tokens, strict=True):
+        ids = row[:count].tolist()
+        written.append(ids if ids[-1] == ring_walk.EOS_ID else [])
+    return written, int(out.num_forwards.sum())
+
+
+def distilled_examples(
+    settings: Distillation, responses: list[list[int]], block_length: int
+) -> list[Example]:
+    """Training examples of the completed responses."""
+    problems = draw_problems(settings)
+    examples = [
+        Example(tuple(ring_walk.encode_prompt(problem, block_length)), tuple(response))
+        for problem, response in zip(problems, responses, strict=True)
+        if response
+    ]
+    if not examples:
+        raise ValueError(
+            "distill: the base model must complete at least one response, got none in "
+            f"{len(problems)} problems"
+        )
+    return examples

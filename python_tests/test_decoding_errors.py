@@ -1,0 +1,138 @@
+"""Every mistake in the arguments of `generate` gives one sentence that names it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from decoding_models import RandomModel, make_config, random_prompts
+
+from dmax_kernels.decoding import generate
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """These tensors are tiny: a second thread only costs its synchronisation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+MISTAKES = {
+    "tau_dec above 1": ({"tau_dec": 1.5}, "tau_dec must be in [0, 1], got 1.5"),
+    "tau_acc below 0": ({"tau_acc": -0.1}, "tau_acc must be in [0, 1], got -0.1"),
+    "tau_dec is NaN": ({"tau_dec": float("nan")}, "tau_dec must be in [0, 1], got nan"),
+    "rule": (
+        {"rule": "soft"},
+        "rule must be one of 'spd', 'hybrid', 'hard_prefix', 'hard', 'threshold', got 'soft'",
+    ),
+    "semantics": (
+        {"semantics": "dinfer"},
+        "semantics must be one of 'paper', 'released', got 'dinfer'",
+    ),
+    "ops": ({"ops": "cuda"}, "ops must be one of 'fused', 'reference', got 'cuda'"),
+    "convergence": (
+        {"convergence": "none"},
+        "convergence must be one of 'both', 'consistency', 'confidence', got 'none'",
+    ),
+    "released with another rule": (
+        {"semantics": "released", "rule": "hard"},
+        (
+            "semantics must be 'paper' unless rule is 'spd' and convergence is 'both', "
+            "got 'released' with rule 'hard' and convergence 'both'"
+        ),
+    ),
+    "block_length": (
+        {"block_length": 0},
+        "block_length must be a positive integer, got 0",
+    ),
+    "max_new_tokens": (
+        {"max_new_tokens": 0},
+        "max_new_tokens must be a positive integer, got 0",
+    ),
+    "max_new_tokens is a float": (
+        {"max_new_tokens": 2.5},
+        "max_new_tokens must be a positive integer, got 2.5",
+    ),
+    "top_k": ({"top_k": 9}, "top_k must be an integer in [1, 8], got 9"),
+    "max_steps_per_block": (
+        {"max_steps_per_block": 0},
+        "max_steps_per_block must be a positive integer or None, got 0",
+    ),
+    "mask id": (
+        {"mask_token_id": 23},
+        "mask_token_id must be in [0, 23), the model's vocabulary, got 23",
+    ),
+    "context": (
+        {"max_new_tokens": 250},
+        (
+            "a prompt of 11 tokens and max_new_tokens=250 need 264 positions in whole blocks of 8, "
+            "but the model's context is 256 (config.max_position_embeddings)"
+        ),
+    ),
+    "input_ids is 1-D": (
+        {"input_ids": torch.zeros(4).long()},
+        "input_ids must be 2-D [B, T], got 1-D",
+    ),
+    "input_ids is float": (
+        {"input_ids": torch.zeros(1, 4)},
+        "input_ids must be integer token ids, got torch.float32",
+    ),
+    "no rows": (
+        {"input_ids": torch.zeros(0, 4).long()},
+        "input_ids must be at least one row, got 0 rows",
+    ),
+    "empty prompt": (
+        {"input_ids": torch.zeros(2, 0).long()},
+        "input_ids must be at least one prompt token, got an empty prompt",
+    ),
+    "token outside the vocabulary": (
+        {"input_ids": torch.full((1, 4), 99)},
+        "input_ids must be in [0, 23), the model's vocabulary, got 99",
+    ),
+    "negative token": (
+        {"input_ids": torch.full((1, 4), -3)},
+        "input_ids must be in [0, 23), the model's vocabulary, got -3",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_one_sentence_names_the_mistake(mistake):
+    changes, sentence = MISTAKES[mistake]
+    arguments = {
+        "input_ids": random_prompts(2, 11),
+        "block_length": 8,
+        "max_new_tokens": 8,
+        "ops": "reference",
+        **changes,
+    }
+    with pytest.raises(ValueError, match=r"^generate: ") as error:
+        generate(RandomModel(), **arguments)
+    assert str(error.value) == f"generate: {sentence}"
+
+
+def test_a_model_without_mask_token():
+    model = RandomModel()
+    model.config = SimpleNamespace()
+    with pytest.raises(ValueError, match=r"^generate: the model has no mask token"):
+        generate(model, random_prompts(1, 8), max_new_tokens=8, ops="reference")
+
+
+def test_a_config_without_eos_and_context_decodes_to_the_end():
+    model = RandomModel()
+    model.config = make_config(eos_token_id=None, pad_token_id=None)
+    del model.config.max_position_embeddings
+    output = generate(
+        model, random_prompts(2, 8), block_length=8, max_new_tokens=20, ops="reference"
+    )
+    assert output.num_tokens.tolist() == [20, 20]
+
+
+def test_a_model_that_returns_no_cache():
+    class Uncached(RandomModel):
+        def forward(self, *args, **kwargs):
+            return SimpleNamespace(logits=super().forward(*args, **kwargs).logits)
+
+    with pytest.raises(ValueError, match="got NoneType; pass use_cache=False"):
+        generate(Uncached(), random_prompts(1, 8), max_new_tokens=8, ops="reference")

@@ -1,0 +1,162 @@
+"""Every op as a citizen of PyTorch: opcheck, fullgraph compile, meta tensors."""
+
+import pytest
+import torch
+
+import dmax_kernels
+from dmax_kernels import reference
+
+
+def spd_arguments():
+    generator = torch.manual_seed(0)
+    embedding = torch.randn(30, 8, generator=generator)
+    editable = torch.tensor([[False, True, True, True], [True, True, True, True]])
+    token = torch.where(editable, 29, 3)
+    state = (
+        editable,
+        editable.clone(),
+        token,
+        torch.zeros(2, 4),
+        torch.zeros(2, dtype=torch.bool),
+        torch.zeros(2, dtype=torch.int32),
+        embedding[token].clone(),
+    )
+    return torch.randn(2, 4, 30, generator=generator), embedding, *state, 29, 0.1, 0.9
+
+
+def samples():
+    """op -> its arguments and keyword arguments, with leaves that require a gradient."""
+    generator = torch.manual_seed(1)
+
+    def randn(*shape, grad=False, dtype=torch.float32):
+        return torch.randn(*shape, generator=generator).to(dtype).requires_grad_(grad)
+
+    logits = randn(3, 4, 50)
+    target = torch.randint(0, 50, (3, 4), generator=generator)
+    target[0, 0] = -100
+    token = torch.randint(0, 20, (3, 4, 2), generator=generator)
+    confidence = (torch.rand(3, 4, 2, generator=generator) / 2).requires_grad_()
+    masked = torch.rand(3, 4, generator=generator) < 0.5
+    partial = torch.ops.dmax.top1_partial(logits, 0)
+    stacked = tuple(torch.stack([t, t + 1]) for t in partial)
+    hybrid = (randn(20, 6, grad=True), token, confidence, masked, 5)
+    lse = logits.logsumexp(-1)
+    return {
+        "top1_confidence": ((logits,), {"temperature": 0.5, "suppress_token": 3}),
+        "topk_confidence": ((logits, 3), {}),
+        "prefix_promote": ((torch.rand(3, 4), masked, 0.4), {"inclusive": True}),
+        "hybrid_embedding": (hybrid, {}),
+        "hybrid_embedding_backward": (
+            (randn(3, 4, 6), *(t.detach() if torch.is_tensor(t) else t for t in hybrid)),
+            {},
+        ),
+        "spd_step_": (spd_arguments(), {"top_k": 2}),
+        "sample_tokens": ((logits, torch.tensor([1, 2])), {}),
+        "oput_loss": (
+            (randn(3, 4, 50, grad=True), randn(3, 4, 50, grad=True), target),
+            {"label_smoothing": 0.1},
+        ),
+        "oput_loss_backward": ((randn(3, 4), logits, target, lse), {}),
+        "oput_loss_and_grad_": ((logits.clone(), None, target, randn(3, 4)), {}),
+        "top1_partial": ((logits, 100), {}),
+        "top1_merge": (stacked, {}),
+    }
+
+
+def test_every_op_has_a_sample():
+    names = {
+        schema.name.removeprefix("dmax::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("dmax::")
+    }
+    assert names == set(samples())
+
+
+# Mutation and aliasing as the schema says, autograd registered, fake and real results of one shape,
+# dtype and stride, and AOTDispatch with dynamic shapes
+@pytest.mark.parametrize("op", samples())
+def test_opcheck(op):
+    arguments, options = samples()[op]
+    torch.library.opcheck(getattr(torch.ops.dmax, op).default, arguments, options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", ["top1_confidence", "oput_loss", "hybrid_embedding"])
+def test_opcheck_of_other_dtypes(op, dtype):
+    arguments, options = samples()[op]
+    arguments = tuple(
+        t.detach().to(dtype).requires_grad_(t.requires_grad)
+        if torch.is_tensor(t) and t.is_floating_point() and not (op[0] == "h" and i == 2)
+        else t
+        for i, t in enumerate(arguments)
+    )
+    torch.library.opcheck(getattr(torch.ops.dmax, op).default, arguments, options)
+
+
+def decode(logits, embedding, seed, state):
+    """Every decoding op in one graph."""
+    token, confidence = dmax_kernels.top1_confidence(logits)
+    tokens, confidences = dmax_kernels.topk_confidence(logits, 2)
+    promoted = dmax_kernels.prefix_promote(confidence, state["masked"], 0.2)
+    embeds = dmax_kernels.hybrid_embedding(embedding, tokens, confidences, ~promoted, 29)
+    sampled, probability = dmax_kernels.sample_tokens(logits, seed)
+    shards = [
+        dmax_kernels.top1_partial(shard.contiguous(), start)
+        for shard, start in ((logits[..., :20], 0), (logits[..., 20:], 20))
+    ]
+    merged, _ = dmax_kernels.top1_merge(*(torch.stack(s) for s in zip(*shards, strict=True)))
+    dmax_kernels.spd_step_(
+        logits, embedding, **state, mask_token_id=29, tau_dec=0.1, tau_acc=0.9, top_k=2
+    )
+    return token + 0, confidence * 1, promoted, embeds, sampled, probability, merged
+
+
+def train(masked, predicted, target):
+    return dmax_kernels.oput_loss(masked, predicted, target, reduction="mean")
+
+
+STATE = ("editable", "masked", "token", "confidence", "converged", "step", "inputs_embeds")
+
+
+def test_fullgraph_compile_of_decoding():
+    logits, embedding, *state = spd_arguments()
+    state = dict(zip(STATE, state[:7], strict=True))
+    copies = [{k: v.clone() for k, v in state.items()} for _ in range(2)]
+    seed = torch.tensor([3, 4])
+    expected = decode(logits, embedding, seed, copies[0])
+    compiled = torch.compile(decode, fullgraph=True)
+    actual = compiled(logits, embedding, seed, copies[1])
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+    for name in STATE:
+        assert torch.equal(copies[0][name], copies[1][name]), name
+
+
+def test_fullgraph_compile_of_training_with_dynamic_rows():
+    compiled = torch.compile(train, fullgraph=True, dynamic=True)
+    for rows in (3, 7):
+        leaves = [torch.randn(rows, 50, requires_grad=True) for _ in range(2)]
+        target = torch.randint(0, 50, (rows,))
+        loss = compiled(*leaves, target)
+        grads = torch.autograd.grad(loss, leaves)
+        plain = reference.oput_loss(*leaves, target, reduction="mean")
+        torch.testing.assert_close(loss, plain)
+        for grad, expected in zip(grads, torch.autograd.grad(plain, leaves), strict=True):
+            torch.testing.assert_close(grad, expected)
+
+
+def test_meta_tensors():
+    """Shapes without memory: what a planner asks before it allocates."""
+    logits = torch.empty(4096, 157184, dtype=torch.bfloat16, device="meta")
+    token, confidence = dmax_kernels.top1_confidence(logits)
+    assert (token.shape, token.dtype) == ((4096,), torch.int64)
+    assert (confidence.shape, confidence.dtype) == ((4096,), torch.float32)
+    loss, absent = dmax_kernels.oput_loss(logits, None, torch.empty(4096, device="meta").long())
+    assert loss.shape == (4096,)
+    assert absent is None
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        token, _ = dmax_kernels.top1_confidence(torch.randn(2, 9))
+    assert token.shape == (2,)
