@@ -1,5 +1,5 @@
-// (maximum, sum of exponentials, id) of part of a row, and how two parts become one.
-// The same rules on the host and on the device: every backend, split and shard goes through here.
+// (maximum, sum of exponentials, id) of part of a row, and how two parts become one: the same rules
+// on the host and on the device, for warps, splits and shards.
 #pragma once
 
 #include <cmath>
@@ -13,10 +13,11 @@
 
 namespace dmax {
 
-// The sum is of exp((x - max) / temperature). NaN or +inf in the part makes it NaN.
 struct SoftmaxStats {
   float max;
-  float sum;
+  // Sum of exp((x - max) / temperature) over all elements but the one at max, whose term is 1. Kept
+  // apart, a probability next to 1 and a loss next to 0 keep their precision. NaN where one is.
+  float rest;
   int32_t id;  // first element that equals max; of a NaN, the first NaN
 };
 
@@ -34,24 +35,26 @@ DMAX_HOST_DEVICE bool ranks_before(float value_a, Id id_a, float value_b, Id id_
 }
 
 // `decay(d)` is exp(d / temperature) for d <= 0. Symmetric in a and b to the last bit: the part
-// with the maximum keeps its sum as it is, and fmaf leaves the compiler no choice of rounding.
+// with the maximum keeps its rest as it is, and fmaf leaves the compiler no choice of rounding.
 template <class Decay>
 DMAX_HOST_DEVICE SoftmaxStats merge_stats(const SoftmaxStats& a, const SoftmaxStats& b,
                                           const Decay& decay) {
   const bool a_first = ranks_before(a.max, a.id, b.max, b.id);
   // Selected value by value: a reference to either would put both into local memory
   const float top_max = a_first ? a.max : b.max;
-  const float top_sum = a_first ? a.sum : b.sum;
-  const float rest_max = a_first ? b.max : a.max;
-  const float rest_sum = a_first ? b.sum : a.sum;
+  const float top_rest = a_first ? a.rest : b.rest;
+  const float low_max = a_first ? b.max : a.max;
+  const float low_rest = a_first ? b.rest : a.rest;
   // -inf - -inf is NaN, but a part of nothing but -inf holds no mass
-  const float weight = rest_max == -INFINITY ? 0.0f : decay(rest_max - top_max);
-  return {top_max, fmaf(rest_sum, weight, top_sum), a_first ? a.id : b.id};
+  const float weight = low_max == -INFINITY ? 0.0f : decay(low_max - top_max);
+  return {top_max, fmaf(low_rest, weight, top_rest) + weight, a_first ? a.id : b.id};
 }
 
-// exp(0) / sum, NaN where the row holds NaN, +inf or nothing but -inf
+DMAX_HOST_DEVICE bool is_finite(float x) { return x - x == 0.0f; }
+
+// NaN where the row holds NaN, +inf or nothing but -inf
 DMAX_HOST_DEVICE float top1_probability(const SoftmaxStats& stats) {
-  return stats.sum >= 1.0f ? 1.0f / stats.sum : NAN;
+  return is_finite(stats.max) ? 1.0f / (1.0f + stats.rest) : NAN;
 }
 
 }  // namespace dmax

@@ -1,7 +1,7 @@
 // oput_loss: per-token cross-entropy of both passes, its gradient, and both at once in place.
 //
 // Per row with target y: loss = (1 - s) (lse - x_y) + s (lse - mean x) + z lse^2. Every difference
-// is taken from the row's maximum, (max - x_y) + log(sum): lse - x_y would lose the digits of logits
+// is taken from the row's maximum, (max - x_y) + log(1 + rest): lse - x_y would lose the digits of logits
 // with a large common offset.
 #pragma once
 
@@ -11,7 +11,7 @@ namespace dmax::cuda {
 
 struct alignas(16) LossPartial {
   float max;
-  float sum;    // of exp(x - max); +inf counts 1, so that lse is +inf there and not NaN
+  float rest;   // as SoftmaxStats::rest
   float below;  // sum of max - x
   float count;  // of elements, for merging `below`
 
@@ -19,48 +19,34 @@ struct alignas(16) LossPartial {
   // Symmetric in a and b to the last bit
   static __device__ __forceinline__ LossPartial merge(const LossPartial& a, const LossPartial& b,
                                                       float scale) {
-    const bool a_first = a.max > b.max || b.max != b.max;
+    const bool a_first = a.max > b.max;
     const float max = a_first ? a.max : b.max;
-    const float other = a_first ? b.max : a.max;
-    const float rest = a_first ? b.sum : a.sum;
-    const float other_count = a_first ? b.count : a.count;
-    const float weight = other == max             ? 1.0f
-                         : other == -INFINITY     ? 0.0f
-                                                  : exp2_approx((other - max) * scale);
-    const float shift = other_count == 0.0f || other == max ? 0.0f : (max - other) * other_count;
-    return {max, fmaf(rest, weight, a_first ? a.sum : b.sum), (a.below + b.below) + shift,
-            a.count + b.count};
+    const float low = a_first ? b.max : a.max;
+    const float low_rest = a_first ? b.rest : a.rest;
+    const float low_count = a_first ? b.count : a.count;
+    const float weight = low == -INFINITY ? 0.0f : exp2_approx((low - max) * scale);
+    const float shift = low_count == 0.0f || low == max ? 0.0f : (max - low) * low_count;
+    return {max, fmaf(low_rest, weight, a_first ? a.rest : b.rest) + weight,
+            (a.below + b.below) + shift, a.count + b.count};
   }
   __device__ __forceinline__ LossPartial shuffle_xor(int lanes) const {
-    return {__shfl_xor_sync(kFullMask, max, lanes), __shfl_xor_sync(kFullMask, sum, lanes),
+    return {__shfl_xor_sync(kFullMask, max, lanes), __shfl_xor_sync(kFullMask, rest, lanes),
             __shfl_xor_sync(kFullMask, below, lanes), __shfl_xor_sync(kFullMask, count, lanes)};
   }
 };
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-template <class T>
-__device__ __forceinline__ LossPartial loss_tile(const Tile<T>& tile, const Row<T>& row,
-                                                 bool with_mean) {
+// kMean: label smoothing asks for the mean
+template <class T, bool kMean>
+__device__ __forceinline__ LossPartial loss_tile(const Tile<T>& tile, const Row<T>& row) {
   LossPartial partial;
-  partial.max = warp_max(vector_maxima(tile).lane);
-  partial.sum = tile_sum(tile, partial.max, kLog2E);
-  if (partial.sum != partial.sum && partial.max == INFINITY &&
-      first_where(row, tile.begin, -1, [](float x) { return x != x; }) == kNoId)
-    partial.sum = 1.0f;
-  const int count = min(kTileSize<T>, row.vocab - tile.begin);
-  partial.count = static_cast<float>(count);
+  const VectorMaxima<T> maxima = vector_maxima(tile);
+  partial.max = warp_max(maxima.lane);
   partial.below = 0.0f;
-  if (!with_mean) return partial;
-  const float reference = finite_reference(partial.max);
-  float sums[2] = {0.0f, 0.0f};
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-    for (int e = 0; e < kWidth<T>; ++e)
-      sums[e % 2] += tile.id(v, e) < row.vocab ? reference - tile.at(v, e) : 0.0f;
-  }
-  partial.below = warp_sum(sums[0] + sums[1]);
+  partial.rest =
+      tile_rest<T, kMean>(tile, maxima, partial.max, kLog2E, row.vocab, &partial.below);
+  partial.count = static_cast<float>(min(kTileSize<T>, row.vocab - tile.begin));
   return partial;
 }
 
@@ -85,7 +71,8 @@ struct RowLoss {
 // `x_target` is NaN where the target lies outside the vocabulary
 __device__ __forceinline__ RowLoss row_loss(const LossPartial& row, float x_target, int vocab,
                                             const LossOptions& options) {
-  const float log_sum = logf(row.sum);
+  if (row.max == INFINITY) return {NAN, NAN};  // as log_softmax
+  const float log_sum = log1pf(row.rest);
   const float lse = row.max + log_sum;
   float loss = (row.max - x_target) + log_sum;
   const float s = options.label_smoothing;
@@ -187,8 +174,8 @@ struct LossOutput {
   }
 };
 
-template <class T>
-__global__ void __launch_bounds__(kRowThreads, 4)
+template <class T, bool kMean>
+__global__ void __launch_bounds__(kRowThreads, kMean ? 3 : 4)
     oput_loss_kernel(const __grid_constant__ LossRows<T> rows,
                      const __grid_constant__ RowSplit split,
                      const __grid_constant__ LossOptions options,
@@ -205,7 +192,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   for (int t = range.begin + warp_id(); t < range.end; t += kRowWarps) {
     Tile<T> tile;
     load_tile(tile, row, t, -1);
-    const LossPartial partial = loss_tile(tile, row, options.label_smoothing != 0.0f);
+    const LossPartial partial = loss_tile<T, kMean>(tile, row);
     if (lane_id() == 0) *partial_of<LossPartial>(split, range.row, t) = partial;
   }
   if (!last_of_row(split, range.row) || warp_id() != 0) return;
@@ -222,7 +209,9 @@ RowLaunch choose_oput_loss_launch(int64_t rows_of_all_passes, int64_t vocab, con
 template <class T>
 auto launch_oput_loss(const LossRows<T>& rows, const RowLaunch& chosen, const RowSplit& split,
                       const LossOptions& options, const LossOutput& out, Stream stream) {
-  return launch(chosen.shape, stream, oput_loss_kernel<T>, rows, split, options, out);
+  if (options.label_smoothing == 0.0f)
+    return launch(chosen.shape, stream, oput_loss_kernel<T, false>, rows, split, options, out);
+  return launch(chosen.shape, stream, oput_loss_kernel<T, true>, rows, split, options, out);
 }
 
 // ---- Backward of one pass, from the saved logsumexp ----

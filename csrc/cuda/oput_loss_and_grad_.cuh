@@ -24,7 +24,7 @@ __device__ __forceinline__ GradScale finish_row(const LossPartial& merged, float
                                                 int64_t target, float grad, int vocab,
                                                 const LossOptions& options, RowLoss* loss) {
   *loss = row_loss(merged, x_target, vocab, options);
-  return grad_scale(grad, merged.max, merged.sum, loss->logsumexp, target, vocab, options);
+  return grad_scale(grad, merged.max, 1.0f + merged.rest, loss->logsumexp, target, vocab, options);
 }
 
 template <class T>
@@ -46,7 +46,7 @@ __device__ __forceinline__ int slice_begin(int tiles, int cluster, int rank) {
 }
 
 // Dynamic shared memory: the slice's tiles as they are in memory, then its partial results.
-template <class T>
+template <class T, bool kMean>
 __global__ void __launch_bounds__(kRowThreads, 3)
     loss_and_grad_cluster_kernel(const __grid_constant__ LossRows<T> rows, int tiles, int cluster,
                                  int slice_tiles, const __grid_constant__ LossOptions options,
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kRowThreads, 3)
     uint4* kept = slice + (t - begin) * kTileVectors + lane_id();
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) kept[v * kWarpSize] = tile.raw[v];
-    const LossPartial partial = loss_tile(tile, row, options.label_smoothing != 0.0f);
+    const LossPartial partial = loss_tile<T, kMean>(tile, row);
     if (lane_id() == 0) partials[t - begin] = partial;
   }
   cluster_sync();
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kRowThreads, 3)
 
 // ---- Two reads, one write: one block per row ----
 
-template <class T>
+template <class T, bool kMean>
 __global__ void __launch_bounds__(kRowThreads, 3)
     loss_and_grad_two_pass_kernel(const __grid_constant__ LossRows<T> rows, int tiles,
                                   const __grid_constant__ LossOptions options,
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kRowThreads, 3)
   for (int t = warp_id(); t < tiles; t += kRowWarps) {
     Tile<T> tile;
     load_tile<T, Access::kReadFirst>(tile, row, t, -1);
-    const LossPartial partial = loss_tile(tile, row, options.label_smoothing != 0.0f);
+    const LossPartial partial = loss_tile<T, kMean>(tile, row);
     if (lane_id() == 0) *partial_of<LossPartial>(whole, index, t) = partial;
   }
   __shared__ LossPartial of_row;
@@ -214,11 +214,16 @@ template <class T>
 auto launch_loss_and_grad(const LossRows<T>& rows, const LossAndGradLaunch& chosen,
                           const LossOptions& options, const LossGrad& grad, const LossOutput& out,
                           Stream stream) {
-  if (chosen.cluster == 0)
-    return launch(chosen.shape, stream, loss_and_grad_two_pass_kernel<T>, rows, chosen.tiles,
-                  options, grad, out);
-  return launch(chosen.shape, stream, loss_and_grad_cluster_kernel<T>, rows, chosen.tiles,
-                chosen.cluster, chosen.slice_tiles, options, grad, out);
+  const bool mean = options.label_smoothing != 0.0f;
+  if (chosen.cluster == 0) {
+    const auto kernel =
+        mean ? loss_and_grad_two_pass_kernel<T, true> : loss_and_grad_two_pass_kernel<T, false>;
+    return launch(chosen.shape, stream, kernel, rows, chosen.tiles, options, grad, out);
+  }
+  const auto kernel =
+      mean ? loss_and_grad_cluster_kernel<T, true> : loss_and_grad_cluster_kernel<T, false>;
+  return launch(chosen.shape, stream, kernel, rows, chosen.tiles, chosen.cluster,
+                chosen.slice_tiles, options, grad, out);
 }
 
 }  // namespace dmax::cuda

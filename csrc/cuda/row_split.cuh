@@ -85,7 +85,7 @@ struct alignas(16) Top1Partial {
   }
   __device__ __forceinline__ Top1Partial shuffle_xor(int lanes) const {
     return {{__shfl_xor_sync(kFullMask, stats.max, lanes),
-             __shfl_xor_sync(kFullMask, stats.sum, lanes),
+             __shfl_xor_sync(kFullMask, stats.rest, lanes),
              __shfl_xor_sync(kFullMask, stats.id, lanes)}};
   }
 };

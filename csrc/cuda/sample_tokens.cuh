@@ -48,7 +48,7 @@ struct alignas(16) SamplePartial {
   }
   __device__ __forceinline__ SamplePartial shuffle_xor(int lanes) const {
     return {{__shfl_xor_sync(kFullMask, stats.max, lanes),
-             __shfl_xor_sync(kFullMask, stats.sum, lanes),
+             __shfl_xor_sync(kFullMask, stats.rest, lanes),
              __shfl_xor_sync(kFullMask, stats.id, lanes)},
             {__shfl_xor_sync(kFullMask, sample.score, lanes),
              __shfl_xor_sync(kFullMask, sample.logit, lanes),
@@ -77,7 +77,7 @@ __device__ __forceinline__ float reach(float max, float best, float inverse_temp
   return exp2_approx((max * inverse_temperature - best + slack) * kLog2E);
 }
 
-// The tile's sum, and the best of its samples and `best`; both the same on every lane
+// The tile's SoftmaxStats::rest, and the best of its samples and `best`; both the same on every lane
 template <class T>
 __device__ __forceinline__ float sample_tile(const Tile<T>& tile, const Row<T>& row,
                                              const VectorMaxima<T>& maxima, float max,
@@ -92,7 +92,7 @@ __device__ __forceinline__ float sample_tile(const Tile<T>& tile, const Row<T>& 
   }
   const float within = reach(max, warp_max(mine.score), inverse_temperature);
 
-  // The sum of tile_sum, and one bit per element that may beat that
+  // The sum of exponentials, and one bit per element that may beat that
   float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   uint32_t candidates[2] = {0, 0};
   const float reference = finite_reference(max);
@@ -134,7 +134,7 @@ __device__ __forceinline__ float sample_tile(const Tile<T>& tile, const Row<T>& 
     }
   }
   *best = warp_best(mine);
-  return warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) - 1.0f;
 }
 
 template <class T>
@@ -154,9 +154,9 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     load_tile(tile, row, t, logits.suppress);
     const VectorMaxima<T> maxima = vector_maxima(tile);
     SoftmaxStats stats{warp_max(maxima.lane), 0.0f, kNoId};
-    stats.sum = sample_tile(tile, row, maxima, stats.max, noise, logits, args.inverse_temperature,
-                            &best);
-    if (stats.sum != stats.sum) stats = broken_tile_stats(tile, row, logits.suppress, stats);
+    stats.rest = sample_tile(tile, row, maxima, stats.max, noise, logits,
+                             args.inverse_temperature, &best);
+    if (stats.rest != stats.rest) find_broken(tile, row, logits.suppress, &stats);
     if (lane_id() == 0)
       *partial_of<SamplePartial>(split, range.row, t) = {stats, best, {0, 0}};
   }
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const bool empty = merged.stats.max == -INFINITY;
   args.token[range.row] = broken ? merged.stats.id : empty ? 0 : merged.sample.id;
   const float weight = exp2_approx((merged.sample.logit - merged.stats.max) * logits.scale);
-  args.probability[range.row] = broken || empty ? NAN : weight / merged.stats.sum;
+  args.probability[range.row] = broken || empty ? NAN : weight / (1.0f + merged.stats.rest);
 }
 
 template <class T>

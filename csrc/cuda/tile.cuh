@@ -181,29 +181,56 @@ __device__ __forceinline__ float finite_reference(float max) {
   return max == -INFINITY ? 0.0f : max;
 }
 
-// Sum of 2^((x - max) * scale). The subtraction comes first: x * scale - max * scale would lose
-// the digits of logits with a large common offset, and overflow at extreme temperatures.
-template <class T>
-__device__ __forceinline__ float tile_sum(const Tile<T>& tile, float max, float scale) {
+// Sum of 2^((x - max) * scale) over the elements below max, and the number of those at max less
+// one: SoftmaxStats::rest. The subtraction comes first: x * scale - max * scale would lose the
+// digits of logits with a large common offset, and overflow at extreme temperatures.
+// kBelow: also the sum of max - x, over the elements inside the vocabulary.
+template <class T, bool kBelow = false>
+__device__ __forceinline__ float tile_rest(const Tile<T>& tile, const VectorMaxima<T>& maxima,
+                                           float max, float scale, int vocab = 0,
+                                           float* below = nullptr) {
   const float reference = finite_reference(max);
   float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  float distances[2] = {0.0f, 0.0f};
+  float at_max = 0.0f;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
+    if (maxima.of[v] == max) {  // few of the tile's 256 vectors
 #pragma unroll
-    for (int e = 0; e < kWidth<T>; ++e)
-      sums[e % 4] += exp2_approx((tile.at(v, e) - reference) * scale);
+      for (int e = 0; e < kWidth<T>; ++e) {
+        const float x = tile.at(v, e);
+        const float d = x - reference;
+        if (x == max) {
+          at_max += 1.0f;
+        } else {
+          sums[e % 4] += exp2_approx(d * scale);
+        }
+        if (kBelow && tile.id(v, e) < vocab) distances[e % 2] -= d;
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < kWidth<T>; ++e) {
+        const float d = tile.at(v, e) - reference;
+        sums[e % 4] += exp2_approx(d * scale);
+        if (kBelow && tile.id(v, e) < vocab) distances[e % 2] -= d;
+      }
+    }
   }
-  return warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  if (kBelow) *below = warp_sum(distances[0] + distances[1]);
+  const float others = warp_sum(at_max) - 1.0f;
+  return warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + others;
 }
 
-// The statistics of a tile whose sum is NaN: the first NaN, else the first +inf
+// max and id of a tile whose sum is NaN: its first NaN, else its first +inf
 template <class T>
-__device__ __forceinline__ SoftmaxStats broken_tile_stats(const Tile<T>& tile, const Row<T>& row,
-                                                          int suppress, SoftmaxStats stats) {
-  const int nan = first_where(row, tile.begin, suppress, [](float x) { return x != x; });
-  if (nan != kNoId) return {NAN, stats.sum, nan};
-  stats.id = first_where(row, tile.begin, suppress, [](float x) { return x == INFINITY; });
-  return stats;
+__device__ __forceinline__ void find_broken(const Tile<T>& tile, const Row<T>& row, int suppress,
+                                            SoftmaxStats* stats) {
+  stats->id = first_where(row, tile.begin, suppress, [](float x) { return x != x; });
+  if (stats->id != kNoId) {
+    stats->max = NAN;
+  } else {
+    stats->id = first_where(row, tile.begin, suppress, [](float x) { return x == INFINITY; });
+  }
 }
 
 template <class T>
@@ -212,9 +239,9 @@ __device__ __forceinline__ SoftmaxStats tile_stats(const Tile<T>& tile, const Ro
   const VectorMaxima<T> maxima = vector_maxima(tile);
   SoftmaxStats stats;
   stats.max = warp_max(maxima.lane);
-  stats.sum = tile_sum(tile, stats.max, scale);
-  if (stats.sum != stats.sum) return broken_tile_stats(tile, row, suppress, stats);
+  stats.rest = tile_rest(tile, maxima, stats.max, scale);
   stats.id = warp_first(maxima.lane == stats.max ? lane_argmax(tile, maxima) : kNoId);
+  if (stats.rest != stats.rest) find_broken(tile, row, suppress, &stats);
   return stats;
 }
 

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     total = fmaf(args.sum_exp[s * args.rows + row], weight, total);
   }
   args.merged_token[row] = token;
-  args.confidence[row] = top1_probability({best, total, 0});
+  args.confidence[row] = is_finite(best) ? 1.0f / total : NAN;
 }
 
 inline LaunchShape choose_top1_merge_launch(int64_t rows) {
