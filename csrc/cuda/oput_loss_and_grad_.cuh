@@ -198,8 +198,8 @@ LossAndGradLaunch choose_loss_and_grad_launch(int64_t rows_of_all_passes, int64_
   for (int cluster = 1; device.major >= 9 && cluster <= 8; cluster *= 2) {
     const int slice_tiles = (launch.tiles + cluster - 1) / cluster;
     const int bytes = slice_tiles * (kTileBytes + static_cast<int>(sizeof(LossPartial)));
-    if (bytes > kComfortable && (cluster < 8 || bytes > device.max_shared_per_block - 1024))
-      continue;
+    const int most = device.max_shared_per_block - 1024;  // beside the static shared memory
+    if (bytes > most || (bytes > kComfortable && cluster < 8)) continue;
     launch.cluster = cluster;
     launch.slice_tiles = slice_tiles;
     launch.shape = {rows * static_cast<unsigned>(cluster), kRowThreads, static_cast<size_t>(bytes),

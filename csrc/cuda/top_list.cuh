@@ -15,7 +15,7 @@ __device__ __forceinline__ Rank rank_of(float value, int id) {
   const float canonical = value + 0.0f;  // -0 and +0 are equal
   const uint32_t bits = __float_as_uint(canonical);
   const uint32_t ordered = (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
-  const uint32_t key = value != value ? 0xffffffffu : ordered;
+  const uint32_t key = value != value ? 0xfffffffeu : ordered;  // above +inf
   return static_cast<Rank>(key) << 32 | (0xffffffffu - static_cast<uint32_t>(id));
 }
 __device__ __forceinline__ int id_of(Rank rank) {
