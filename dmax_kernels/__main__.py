@@ -16,36 +16,34 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m dmax_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    arguments = sys.argv[1:] if argv is None else argv
-    for name, summary in COMMANDS.items():
-        command = commands.add_parser(
-            name, help=summary, description=summary[0].upper() + summary[1:]
-        )
-        if name in arguments[:1]:
-            try:
-                module = importlib.import_module(f"dmax_kernels.cli.{name}")
-            except ModuleNotFoundError as error:
-                if error.name and error.name.startswith("dmax_kernels"):
-                    raise
-                print(
-                    f"dmax_kernels {name}: needs the Python package {error.name!r}; "
-                    "install the loops' needs with: pip install 'dmax-kernels[loops]'",
-                    file=sys.stderr,
-                )
-                return 1
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
+    chosen = arguments[0] if arguments else None
     try:
+        for name, summary in COMMANDS.items():
+            description = summary[0].upper() + summary[1:]
+            command = commands.add_parser(name, help=summary, description=description)
+            if name == chosen:
+                module = importlib.import_module(f"dmax_kernels.cli.{name}")
+                module.add_arguments(command)
+                command.set_defaults(run=module.run)
+        options = parser.parse_args(arguments)
         return options.run(options) or 0
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("dmax_kernels"):
+            raise
+        problem = (
+            f"needs the Python package {error.name!r}; the loops' needs come with: "
+            "pip install 'dmax-kernels[loops]'"
+        )
+        status = 1
     except (ValueError, RuntimeError, OSError) as error:  # a user's mistake reads as one line
-        print(f"dmax_kernels {options.command}: {error}", file=sys.stderr)
-        return 1
+        problem, status = str(error), 1
     except KeyboardInterrupt:
-        print(f"\ndmax_kernels {options.command}: interrupted", file=sys.stderr)
-        return 130
+        problem, status = "interrupted", 130
+    print(f"dmax_kernels {chosen}: {problem}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

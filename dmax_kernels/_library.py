@@ -8,6 +8,7 @@ knows that rule.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ class Libraries:
         self.cuda_reason = ""
         self.triton_ops: tuple[str, ...] = ()
         self.triton_reason = ""
+        self.triton_slot: torch.library.Library | None = None
 
     def instruction_set(self) -> str:
         """The CPU instruction set the kernels run in: avx512, avx2 or portable."""
@@ -60,4 +62,35 @@ def load() -> Libraries:
             "Run `pip install .` in the source folder (or `make build` to work on it)."
         )
     torch.ops.load_library(str(libraries.cpu))
+    _load_cuda(libraries)
+    if libraries.cuda is None:
+        _register_triton(libraries)
     return libraries
+
+
+def _load_cuda(libraries: Libraries) -> None:
+    """C++ kernels where they were built: the library loads without a GPU, and without a driver."""
+    path = _find(CUDA_LIBRARY)
+    if path is None:
+        libraries.cuda_reason = "not built (no nvcc when the package was installed)"
+        return
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:  # say, a CUDA runtime of another major version
+        libraries.cuda_reason = f"{path.name} does not load: {error}"
+        return
+    libraries.cuda = path
+
+
+def _register_triton(libraries: Libraries) -> None:
+    """Triton for the whole CUDA slot; Triton itself is imported when an op first runs."""
+    if importlib.util.find_spec("triton") is None:
+        libraries.triton_reason = "not installed"
+        return
+    from dmax_kernels.triton import IMPLEMENTATIONS
+
+    slot = torch.library.Library("dmax", "IMPL", "CUDA")
+    for name, implementation in IMPLEMENTATIONS.items():
+        slot.impl(name, implementation)
+    libraries.triton_ops = tuple(IMPLEMENTATIONS)
+    libraries.triton_slot = slot  # the registrations live as long as this object

@@ -43,6 +43,12 @@ def version(package: str) -> str:
         return "not installed"
 
 
+def triton_state() -> str:
+    if libraries.triton_ops:
+        return f"serve {len(libraries.triton_ops)} ops on CUDA devices"
+    return libraries.triton_reason or "not needed: the CUDA library serves every op"
+
+
 def collect() -> dict:
     gpu = "none"
     if torch.cuda.is_available():
@@ -59,8 +65,8 @@ def collect() -> dict:
         "CPU instruction set": libraries.instruction_set(),
         "CPU threads": torch.get_num_threads(),
         "CPU library": str(libraries.cpu),
-        "CUDA library": str(libraries.cuda or libraries.cuda_reason or "not built"),
-        "Triton kernels": libraries.triton_reason or f"{len(libraries.triton_ops)} ops",
+        "CUDA library": str(libraries.cuda or libraries.cuda_reason),
+        "Triton kernels": triton_state(),
         "backends": backends(),
     }
 

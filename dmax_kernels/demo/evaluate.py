@@ -1,0 +1,178 @@
+"""Accuracy and speed of every model, decoder and threshold that the demo's tables compare."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dmax_kernels.decoding import GenerationOutput, generate
+from dmax_kernels.models import ring_walk
+from dmax_kernels.models.checkpoint import load_checkpoint
+
+MODELS = ("base", "oput", "control")
+TAUS = (0.95, 0.5, 0.0)
+# More thresholds for the control, to find what self-distillation alone reaches at its best
+CONTROL_TAUS = (0.9, 0.85, 0.8, 0.7)
+MAX_NEW_TOKENS = 96  # three blocks of 32; the longest right derivation of 6 moves has 73 tokens
+# A cell goes on past this many problems only if it does not collapse (see `evaluate_cell`)
+FIRST_PROBLEMS = 50
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to decode: a checkpoint, a rule of `generate`, and its settings."""
+
+    model: str
+    rule: str
+    tau_dec: float
+    convergence: str = "both"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Means over `problems` problems; the first two are shares in [0, 1]."""
+
+    answer: float
+    strict: float
+    tokens_per_forward: float
+    forwards_per_block: float
+    problems: int
+    collapsed: bool
+
+
+def ablation_rows() -> Iterator[tuple[str, str]]:
+    """(model, rule) of the paper's Table 3, and the control's rows beside it."""
+    for model in MODELS:
+        for rule in ("threshold", "hard", "hard_prefix", "hybrid", "spd"):
+            # The prefix without hybrid embeddings is a question about the trained model alone
+            if rule != "hard_prefix" or model == "oput":
+                yield model, rule
+
+
+def all_cells() -> list[Cell]:
+    cells = [Cell(model, rule, tau) for model, rule in ablation_rows() for tau in TAUS]
+    cells += [Cell("oput", "spd", 0.5, criterion) for criterion in ("consistency", "confidence")]
+    return cells + [Cell("control", "threshold", tau) for tau in CONTROL_TAUS]
+
+
+def encode_prompts(problems: list[ring_walk.Problem], block_length: int) -> torch.Tensor:
+    """Prompts [B, T]; problems of one number of moves have prompts of one length."""
+    return torch.tensor([ring_walk.encode_prompt(problem, block_length) for problem in problems])
+
+
+def decode(
+    model: Any, problems: list[ring_walk.Problem], cell: Cell, ops: str, trace: bool = False
+) -> GenerationOutput:
+    return generate(
+        model,
+        encode_prompts(problems, model.config.block_length),
+        block_length=model.config.block_length,
+        max_new_tokens=MAX_NEW_TOKENS,
+        tau_dec=cell.tau_dec,
+        rule=cell.rule,
+        convergence=cell.convergence,
+        ops=ops,
+        trace=trace,
+    )
+
+
+def response_words(output: GenerationOutput) -> list[list[str]]:
+    """Each row's decoded words, up to and including its first eos."""
+    responses = output.sequences[:, -MAX_NEW_TOKENS:]
+    lengths = output.num_tokens.tolist()
+    return [
+        ring_walk.decode(row[:length])
+        for row, length in zip(responses.tolist(), lengths, strict=True)
+    ]
+
+
+def evaluate_cell(model: Any, problems: list[ring_walk.Problem], cell: Cell, ops: str) -> Result:
+    """Decode the problems in two batches; the second is left out where the first collapses.
+
+    Collapse: no derivation right, and blocks that use more than half of their step cap on average.
+    Such a cell costs ten times the passes of the others, and further problems would only repeat
+    its zero; its result says how many problems it stands on.
+    """
+    outputs, grades, collapsed = [], [], False
+    for batch in (problems[:FIRST_PROBLEMS], problems[FIRST_PROBLEMS:]):
+        if not batch or collapsed:
+            break
+        output = decode(model, batch, cell, ops)
+        outputs.append(output)
+        grades += map(ring_walk.grade, batch, response_words(output))
+        blocks = sum(int(output.num_blocks.sum()) for output in outputs)
+        passes = sum(int(output.num_forwards.sum()) for output in outputs)
+        right = any(grade.strict for grade in grades)
+        collapsed = not right and passes > blocks * model.config.block_length / 2
+
+    tokens = torch.cat([output.num_tokens for output in outputs])
+    forwards = torch.cat([output.num_forwards for output in outputs])
+    return Result(
+        answer=sum(grade.answer for grade in grades) / len(grades),
+        strict=sum(grade.strict for grade in grades) / len(grades),
+        tokens_per_forward=float((tokens / forwards).mean()),
+        forwards_per_block=passes / blocks,
+        problems=len(grades),
+        collapsed=collapsed,
+    )
+
+
+def evaluate_cells(
+    cells: list[Cell],
+    checkpoints: dict[str, Any],
+    problems: list[ring_walk.Problem],
+    ops: str,
+    workers: int,
+) -> Iterator[tuple[Cell, Result]]:
+    """Results as they come, from as many processes, one thread each.
+
+    Processes, because the tensors are too small to share among threads: on two busy cores a second
+    thread made a cell ten times slower.
+    """
+    if workers == 1:
+        _load(checkpoints, problems, ops)
+        yield from map(_evaluate, cells)
+        return
+    executor = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),  # a fork would copy torch's thread pools
+        initializer=_load,
+        initargs=(checkpoints, problems, ops, True),
+    )
+    try:
+        for done in as_completed([executor.submit(_evaluate, cell) for cell in cells]):
+            yield done.result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+# One worker's models and problems, loaded once
+_loaded: dict[str, Any] = {}
+
+
+def _load(
+    checkpoints: dict[str, Any],
+    problems: list[ring_walk.Problem],
+    ops: str,
+    is_worker: bool = False,
+) -> None:
+    if is_worker:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers an interrupt, in one line
+        torch.set_num_threads(1)
+    models = {name: load_checkpoint(checkpoint)[0] for name, checkpoint in checkpoints.items()}
+    _loaded.update(models=models, problems=problems, ops=ops)
+
+
+def _evaluate(cell: Cell) -> tuple[Cell, Result]:
+    model = _loaded["models"][cell.model]
+    return cell, evaluate_cell(model, _loaded["problems"], cell, _loaded["ops"])
+
+
+def as_json(results: dict[Cell, Result]) -> list[dict[str, Any]]:
+    return [{**asdict(cell), **asdict(result)} for cell, result in results.items()]

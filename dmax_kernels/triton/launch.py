@@ -1,0 +1,99 @@
+"""What every launch needs: rows without a copy, the split of a row over programs, the device."""
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmax_kernels.triton.checks import check
+
+# Vocabulary tile of one reduction: 32 logits per thread at TILE_WARPS warps, in registers. It is a
+# constant because a row's bits must not depend on how many rows there are: tiles are always summed
+# alike and always merged in the same order, however they are spread over programs.
+TILE = 4096
+TILE_WARPS = 4
+
+
+class Rows(NamedTuple):
+    """[..., width] as rows of one stride (in elements)."""
+
+    tensor: Tensor
+    count: int
+    width: int
+    stride: int
+
+
+def rows_collapse(t: Tensor) -> tuple[int, int] | None:
+    """(rows, stride) where a row's elements are adjacent and the rows lie at one stride."""
+    if t.shape[-1] > 1 and t.stride(-1) != 1:
+        return None
+    rows, row_stride = 1, None
+    for size, stride in zip(reversed(t.shape[:-1]), reversed(t.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if row_stride is None:
+            row_stride = stride
+        elif stride != row_stride * rows:
+            return None
+        rows *= size
+    return rows, t.shape[-1] if row_stride is None else row_stride
+
+
+def row_view(t: Tensor) -> Rows:
+    collapsed = rows_collapse(t) if t.numel() > 0 else None
+    if collapsed is None:
+        t = t.contiguous()
+        width = t.shape[-1]
+        return Rows(t, t.numel() // width if width else 0, width, width)
+    rows, stride = collapsed
+    return Rows(t, rows, t.shape[-1], stride)
+
+
+def mutable_row_view(op: str, name: str, t: Tensor) -> Rows:
+    """For tensors written in place: a copy would lose the result, so it is an error."""
+    rows = row_view(t)
+    overlaps = rows.count > 1 and rows.stride < rows.width
+    check(
+        rows.tensor.data_ptr() == t.data_ptr() and not overlaps,
+        f"{op}: {name} is written in place: its last dimension must be adjacent in memory and its "
+        f"rows at one stride without overlap, got strides {list(t.stride())} "
+        f"for shape {list(t.shape)}",
+    )
+    return rows
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # Triton's interpreter runs one program at a time
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Tiles(NamedTuple):
+    """A row's vocabulary tiles, and how many of them one program takes."""
+
+    count: int
+    per_program: int
+    programs: int
+
+
+def choose_tiles(num_rows: int, vocab: int, device: torch.device) -> Tiles:
+    """One tile per program until the device is full four times over, then up to eight.
+
+    About eight programs of TILE_WARPS warps fit a multiprocessor. Not timed yet.
+    """
+    count = -(-vocab // TILE)
+    full_device = num_multiprocessors(device) * 8 * 4
+    per_program = max(1, min(8, num_rows * count // full_device))
+    return Tiles(count, per_program, -(-count // per_program))
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def device_of(t: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()

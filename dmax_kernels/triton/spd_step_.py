@@ -1,0 +1,211 @@
+"""One step of Soft Parallel Decoding in place: top-1, decisions, then the next step's inputs.
+
+Every launch is on the device's stream and none depends on a value read by the host. Rows that had
+converged are skipped by all of them: their logits are not read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmax_kernels.triton import checks
+from dmax_kernels.triton.hybrid_embedding import chunk_of, copy_row, write_hybrid
+from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
+from dmax_kernels.triton.prefix_promote import passes_threshold, promotable
+from dmax_kernels.triton.top1_confidence import top1_of_rows
+from dmax_kernels.triton.topk_confidence import topk_of_rows
+
+# What a position's next input embedding is
+KEEP = tl.constexpr(0)
+MASK = tl.constexpr(1)
+HYBRID = tl.constexpr(2)
+HARD = tl.constexpr(3)
+
+
+@triton.jit(do_not_specialize=["mask_token_id", "block"])
+def decide_kernel(
+    top_tokens, top_confidences, editable, masked, token, confidence, converged, step,
+    mask_token_id, tau_dec, tau_acc, thresholds, source, block,
+    RELEASED: tl.constexpr, HAS_THRESHOLDS: tl.constexpr, TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Steps 2-4 for one row of the batch; source [B, K] says how to embed each position."""
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.arange(0, BLOCK)
+    inside = position < block
+    at = row * block + position
+    if tl.load(converged + row):
+        tl.store(source + at, tl.zeros([BLOCK], tl.int8) + KEEP, mask=inside)
+        return
+    if HAS_THRESHOLDS:
+        tau_dec = tl.load(thresholds + row * 2)
+        tau_acc = tl.load(thresholds + row * 2 + 1)
+    is_editable = tl.load(editable + at, mask=inside, other=0) != 0
+    is_masked = tl.load(masked + at, mask=inside, other=0) != 0
+    old_token = tl.load(token + at, mask=inside, other=0)
+    y = tl.load(top_tokens + at * TOP_K, mask=inside, other=0)
+    c = tl.load(top_confidences + at * TOP_K, mask=inside, other=0.0)
+    steps = tl.load(step + row)
+
+    # Promote the confident prefix of the masked positions
+    fails = is_masked & (passes_threshold(c, tau_dec, RELEASED) == 0)
+    first_masked = tl.min(tl.where(is_masked, position, block), axis=0)
+    first_failure = tl.min(tl.where(fails, position, block), axis=0)
+    promoted = promotable(position, is_masked, first_masked, first_failure)
+
+    # Converged: consistent with the last step, or confident everywhere
+    unsure = is_editable & (passes_threshold(c, tau_acc, RELEASED) == 0)
+    confident = tl.max(unsure.to(tl.int32), axis=0) == 0
+    num_editable = tl.sum(is_editable.to(tl.int32), axis=0)
+    if RELEASED:
+        updated = promoted | (is_editable & (is_masked == 0))
+        changed = tl.max((updated & (y != old_token)).to(tl.int32), axis=0) > 0
+        done = confident | (changed == 0)
+        new_token = tl.where(updated, y, old_token)
+        still_masked = is_editable & (new_token == mask_token_id)
+        keep = done & (num_editable > 0)
+    else:
+        changed = tl.max((is_editable & (y != old_token)).to(tl.int32), axis=0) > 0
+        done = confident | ((steps >= 1) & (changed == 0))
+        new_token = tl.where(is_editable, y, old_token)
+        # The commit takes every position: no mask is left behind (Algorithm 1, line 13)
+        still_masked = is_masked & (promoted == 0) & (done == 0)
+        keep = num_editable < 0  # never
+
+    tl.store(token + at, new_token, mask=inside)
+    tl.store(confidence + at, c, mask=inside & is_editable)
+    tl.store(masked + at, still_masked, mask=inside)
+    tl.store(converged + row, done)
+    tl.store(step + row, steps + 1)
+    embed = tl.where(still_masked, MASK, tl.where(is_editable, HYBRID, HARD))
+    tl.store(source + at, tl.where(keep, KEEP, embed).to(tl.int8), mask=inside)
+
+
+@triton.jit(do_not_specialize=["mask_token_id"])
+def embed_kernel(
+    embedding, row_stride, source, token, top_tokens, top_confidences, mask_token_id, vocab, dim,
+    inputs_embeds, TOP_K: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Step 5 for one position."""
+    position = tl.program_id(0).to(tl.int64)
+    how = tl.load(source + position).to(tl.int32)
+    out = inputs_embeds + position * dim
+    mask_token = mask_token_id.to(tl.int64)
+    if how == HYBRID:
+        write_hybrid(
+            embedding, row_stride, top_tokens, top_confidences, position, mask_token, vocab, dim,
+            out, TOP_K, CHUNK,
+        )  # fmt: skip
+    elif how != KEEP:
+        own_token = tl.load(token + position)
+        copy_row(
+            embedding, row_stride, tl.where(how == MASK, mask_token, own_token), vocab, dim,
+            out, CHUNK,
+        )  # fmt: skip
+
+
+def check_spd_step(
+    logits: Tensor, embedding: Tensor, state: dict[str, Tensor], mask_token_id: int,
+    tau_dec: float, tau_acc: float, top_k: int, temperature: float, suppress_token: int,
+    thresholds: Tensor | None,
+) -> None:  # fmt: skip
+    op = "spd_step_"
+    vocab = checks.check_logits(op, "logits", logits)
+    checks.check(logits.dim() == 3, f"{op}: logits must be [B, K, V], got {list(logits.shape)}")
+    batch, block = logits.shape[:2]
+    checks.check_float(op, "embedding", embedding)
+    checks.check(
+        embedding.dim() == 2 and embedding.shape[0] == vocab and embedding.shape[1] >= 1,
+        f"{op}: embedding must be [V, D] with V = {vocab} as in logits and D >= 1, "
+        f"got {list(embedding.shape)}",
+    )
+    dim = embedding.shape[1]
+    checks.check_same_device(op, "embedding", embedding, "logits", logits)
+    per_position = (torch.Size([batch, block]), "[B, K]")
+    per_row = (torch.Size([batch]), "[B]")
+    needs = {
+        "editable": (torch.bool, *per_position),
+        "masked": (torch.bool, *per_position),
+        "token": (torch.int64, *per_position),
+        "confidence": (torch.float32, *per_position),
+        "converged": (torch.bool, *per_row),
+        "step": (torch.int32, *per_row),
+        "inputs_embeds": (embedding.dtype, torch.Size([batch, block, dim]), "[B, K, D]"),
+    }
+    for name, (dtype, shape, meaning) in needs.items():
+        checks.check_dtype(op, name, state[name], dtype)
+        checks.check_shape(op, name, state[name], shape, meaning)
+        checks.check_same_device(op, name, state[name], "logits", logits)
+        checks.check_contiguous(op, name, state[name])
+    if thresholds is not None:
+        checks.check_dtype(op, "thresholds", thresholds, torch.float32)
+        checks.check_shape(
+            op, "thresholds", thresholds, [batch, 2], "tau_dec and tau_acc of each row"
+        )
+        checks.check_same_device(op, "thresholds", thresholds, "logits", logits)
+    checks.check_mask_token_id(op, mask_token_id, vocab)
+    checks.check_threshold(op, "tau_dec", tau_dec)
+    checks.check_threshold(op, "tau_acc", tau_acc)
+    checks.check_top_k(op, "top_k", top_k, vocab)
+    checks.check_temperature(op, temperature)
+    checks.check_suppress_token(op, suppress_token, vocab)
+
+
+def spd_step_(
+    logits: Tensor,
+    embedding: Tensor,
+    editable: Tensor,
+    masked: Tensor,
+    token: Tensor,
+    confidence: Tensor,
+    converged: Tensor,
+    step: Tensor,
+    inputs_embeds: Tensor,
+    mask_token_id: int,
+    tau_dec: float,
+    tau_acc: float,
+    *,
+    released: bool = False,
+    top_k: int = 1,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+    thresholds: Tensor | None = None,
+) -> None:
+    state = {
+        "editable": editable,
+        "masked": masked,
+        "token": token,
+        "confidence": confidence,
+        "converged": converged,
+        "step": step,
+        "inputs_embeds": inputs_embeds,
+    }
+    check_spd_step(
+        logits, embedding, state, mask_token_id, tau_dec, tau_acc, top_k, temperature,
+        suppress_token, thresholds,
+    )  # fmt: skip
+    batch, block, vocab = logits.shape
+    if batch == 0:
+        return
+    rows, embedding_rows = row_view(logits), row_view(embedding)
+    source = torch.empty((batch, block), dtype=torch.int8, device=logits.device)
+    with device_of(logits):
+        if top_k == 1:
+            top = top1_of_rows(rows, temperature, suppress_token, converged, block)
+        else:
+            top = topk_of_rows(rows, top_k, temperature, suppress_token, converged, block)
+        decide_kernel[(batch,)](
+            *top, editable, masked, token, confidence, converged, step,
+            mask_token_id, float(tau_dec), float(tau_acc),
+            None if thresholds is None else thresholds.contiguous(), source, block,
+            RELEASED=released, HAS_THRESHOLDS=thresholds is not None, TOP_K=top_k,
+            BLOCK=next_power_of_2(block), num_warps=1 if block <= 64 else 4,
+        )  # fmt: skip
+        if block == 0:
+            return
+        embed_kernel[(batch * block,)](
+            embedding_rows.tensor, embedding_rows.stride, source, token, *top,
+            mask_token_id, vocab, embedding.shape[1], inputs_embeds,
+            TOP_K=top_k, CHUNK=chunk_of(embedding.shape[1]), num_warps=4,
+        )  # fmt: skip

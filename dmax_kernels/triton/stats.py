@@ -1,0 +1,189 @@
+"""Online softmax statistics of a row, tile by tile; shared by every op that reads logits.
+
+A row's tiles give partial results (maximum, sum of exponentials, token id), which are merged in
+one fixed order. The rules: a NaN wins over everything and a +inf over the rest; ties go to the
+lowest id; a -inf has no mass. Sums carry the news: a tile's sum of exponentials is NaN exactly
+where the tile holds a NaN, and +inf where it holds a +inf, so the common case pays nothing for
+looking.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmax_kernels.triton.launch import TILE, TILE_WARPS, Rows, choose_tiles
+
+NO_ID = tl.constexpr(0x7FFFFFFF)
+LOG2_E = 1.4426950408889634
+
+
+def softmax_scale(temperature: float) -> float:
+    """log2(e) / temperature: one multiplication per logit gives the exponent of exp2."""
+    return LOG2_E / temperature
+
+
+@triton.jit
+def load_tile(row, start, vocab, suppress_token, MASKED: tl.constexpr, TILE: tl.constexpr):
+    """Ids and float32 logits of one tile, -inf at the suppressed id and past the end."""
+    ids = start + tl.arange(0, TILE)
+    if MASKED:
+        x = tl.load(row + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+    else:
+        x = tl.load(row + ids).to(tl.float32)
+    # Only the one tile that holds it pays for the comparisons
+    if (suppress_token >= start) & (suppress_token < start + TILE):
+        x = tl.where(ids == suppress_token, float("-inf"), x)
+    return ids, x
+
+
+@triton.jit
+def finite_or_zero(maximum):
+    """What exponents are taken relative to: inf - inf would be a NaN that no logit holds."""
+    return tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
+
+
+@triton.jit
+def sum_of_exponentials(x, maximum, scale):
+    # Subtracting before scaling keeps full precision under an offset common to all logits
+    return tl.sum(tl.exp2((x - finite_or_zero(maximum)) * scale), axis=0)
+
+
+@triton.jit
+def merge_sums(maximum, sum_exp, best, scale):
+    """Tiles' sums of exponentials, each relative to its maximum -> the row's, relative to best."""
+    return tl.sum(sum_exp * tl.exp2((maximum - finite_or_zero(best)) * scale), axis=0)
+
+
+@triton.jit
+def first_where(found, ids):
+    """Lowest id at which found holds, NO_ID if there is none."""
+    return tl.min(tl.where(found, ids, NO_ID), axis=0)
+
+
+@triton.jit
+def tile_statistics(x, ids, scale):
+    """(maximum, sum of exponentials, lowest id of the maximum) of one tile."""
+    maximum = tl.max(x, axis=0)
+    sum_exp = sum_of_exponentials(x, maximum, scale)
+    token = first_where(x == maximum, ids)
+    if sum_exp != sum_exp:
+        nan_token = first_where(x != x, ids)
+        if nan_token != NO_ID:
+            token = nan_token
+            maximum = float("nan")
+    return maximum, sum_exp, token
+
+
+@triton.jit
+def merge_statistics(maximum, sum_exp, token, scale):
+    """A row's partial results [tiles], padded with (-inf, 0, NO_ID) -> those of the row."""
+    best = tl.max(maximum, axis=0)
+    winner = first_where(maximum == best, token)
+    nan_token = first_where(maximum != maximum, token)
+    total = merge_sums(maximum, sum_exp, best, scale)
+    if nan_token != NO_ID:
+        winner = nan_token
+        best = float("nan")
+    return best, total, winner
+
+
+@triton.jit
+def load_partials(partial_max, partial_sum, partial_token, row, num_tiles, TILES: tl.constexpr):
+    tiles = tl.arange(0, TILES)
+    at = row * num_tiles + tiles
+    valid = tiles < num_tiles
+    return (
+        tl.load(partial_max + at, mask=valid, other=float("-inf")),
+        tl.load(partial_sum + at, mask=valid, other=0.0),
+        tl.load(partial_token + at, mask=valid, other=NO_ID),
+    )
+
+
+@triton.jit
+def store_tile_statistics(
+    row, tile, vocab, suppress_token, scale, out_max, out_sum, out_token, MASKED: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    ids, x = load_tile(row, tile * TILE, vocab, suppress_token, MASKED, TILE)
+    maximum, sum_exp, token = tile_statistics(x, ids, scale)
+    tl.store(out_max + tile, maximum)
+    tl.store(out_sum + tile, sum_exp)
+    tl.store(out_token + tile, token)
+
+
+# Ids and scale are run-time values that change between calls: no recompilation for them
+@triton.jit(do_not_specialize=["suppress_token", "num_tiles", "tiles_per_program", "frozen_span"])
+def tile_statistics_kernel(
+    logits,
+    row_stride,
+    vocab,
+    suppress_token,
+    scale,
+    frozen,  # bool, one per frozen_span rows: their logits are not read (HAS_FROZEN)
+    frozen_span,
+    partial_max,
+    partial_sum,
+    partial_token,
+    num_tiles,
+    tiles_per_program,
+    HAS_FROZEN: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row_id = tl.program_id(0).to(tl.int64)  # int32 overflows at row 13,663 of V = 157,184
+    if HAS_FROZEN:  # noqa: SIM102 (the kernel language has no `and` over a constexpr and a load)
+        if tl.load(frozen + row_id // frozen_span):
+            return
+    row = logits + row_id * row_stride
+    out_max = partial_max + row_id * num_tiles
+    out_sum = partial_sum + row_id * num_tiles
+    out_token = partial_token + row_id * num_tiles
+
+    first = tl.program_id(1) * tiles_per_program
+    last = tl.minimum(first + tiles_per_program, num_tiles)
+    full_tiles = vocab // TILE
+    for tile in range(first, tl.minimum(last, full_tiles)):
+        store_tile_statistics(
+            row, tile, vocab, suppress_token, scale, out_max, out_sum, out_token, False, TILE
+        )
+    # The mask of a tile cut off by V would keep a V that 8 does not divide from 16-byte loads
+    if last > full_tiles:
+        store_tile_statistics(
+            row, full_tiles, vocab, suppress_token, scale, out_max, out_sum, out_token, True, TILE
+        )
+
+
+class Partials(NamedTuple):
+    """Statistics of every tile of every row, [rows, tiles] each."""
+
+    maximum: Tensor
+    sum_exp: Tensor
+    token: Tensor
+    num_tiles: int
+
+
+def launch_tile_statistics(
+    rows: Rows,
+    suppress_token: int,
+    scale: float,
+    frozen: Tensor | None = None,
+    frozen_span: int = 1,
+) -> Partials:
+    """One read of the logits; rows of a frozen span are skipped and their partials left unset."""
+    tiles = choose_tiles(rows.count, rows.width, rows.tensor.device)
+    # One allocation each: their alignment, hence the kernel, is then the same for any row count
+    partials = Partials(
+        *(
+            torch.empty((rows.count, tiles.count), dtype=dtype, device=rows.tensor.device)
+            for dtype in (torch.float32, torch.float32, torch.int32)
+        ),
+        tiles.count,
+    )
+    tile_statistics_kernel[(rows.count, tiles.programs)](
+        rows.tensor, rows.stride, rows.width, suppress_token, scale,
+        frozen, frozen_span, *partials, tiles.per_program,
+        HAS_FROZEN=frozen is not None, TILE=TILE, num_warps=TILE_WARPS,
+    )  # fmt: skip
+    return partials

@@ -1,0 +1,146 @@
+"""The wheel, and what an install says where something is missing."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SITE = str(Path(torch.__file__).parent.parent)
+
+
+def run(*command, env=None, cwd=None):
+    return subprocess.run(
+        [str(part) for part in command],
+        env=env,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """Built as a user builds it: with isolation, from the tracked files, against this torch."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    tracked = run("git", "ls-files", cwd=ROOT)
+    if tracked.returncode != 0:
+        pytest.skip("not a git checkout: the list of source files is not known")
+    for name in tracked.stdout.split("\n"):
+        if name and (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    built = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, source)
+    if "No matching distribution found for scikit-build-core" in built.stdout + built.stderr:
+        pytest.skip("no package registry to fetch the build tools from")
+    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory):
+    """The wheel unpacked into a folder of its own."""
+    folder = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def python(installed, code, cwd, blocked=()):
+    """Run code on the installed wheel, as if the blocked packages were not there."""
+    hide = f"import sys; sys.modules.update(dict.fromkeys({list(blocked)!r}))\n"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), SITE])}
+    return run(sys.executable, "-c", hide + code, env=env, cwd=cwd)
+
+
+def test_one_wheel_for_every_python(wheel):
+    assert wheel.name.split("-")[2:4] == ["py3", "none"]
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "dmax_kernels/lib/libdmax_cpu.so" in names
+    assert not [
+        name for name in names if name.startswith(("csrc", "python_tests", "bench", "build"))
+    ]
+    assert not [name for name in names if name.endswith((".cu", ".cuh", ".cpp", ".h"))]
+
+
+def test_works_elsewhere_without_triton_and_transformers(installed, tmp_path):
+    code = (
+        "import torch, dmax_kernels\n"
+        f"assert dmax_kernels.__file__.startswith({str(installed)!r}), dmax_kernels.__file__\n"
+        "token, confidence = torch.ops.dmax.top1_confidence(torch.eye(4) * 9)\n"
+        "assert token.tolist() == [0, 1, 2, 3]\n"
+        "assert 'triton' not in [n for n, m in sys.modules.items() if m]\n"
+        "from dmax_kernels.__main__ import main\n"
+        "sys.exit(main(['info']))\n"
+    )
+    result = python(installed, code, tmp_path, blocked=("triton", "transformers"))
+    assert result.returncode == 0, result.stderr
+    assert "top1_confidence" in result.stdout
+
+
+def test_commands_name_the_package_they_miss(installed, tmp_path):
+    code = "from dmax_kernels.__main__ import main; sys.exit(main(['train']))"
+    result = python(installed, code, tmp_path, blocked=("transformers",))
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "transformers" in result.stderr
+    assert "pip install 'dmax-kernels[loops]'" in result.stderr
+
+
+def test_stable_abi_only(installed):
+    """Every symbol taken from torch is one of the stable ABI's C functions."""
+    if not shutil.which("nm"):
+        pytest.skip("nm (binutils) is not installed")
+    symbols = run("nm", "-D", "--undefined-only", installed / "dmax_kernels/lib/libdmax_cpu.so")
+    names = [line.split()[-1] for line in symbols.stdout.splitlines()]
+    torch_names = [n for n in names if "torch" in n or "c10" in n or "at6" in n]
+    assert torch_names
+    assert all(n.startswith(("aoti_torch_", "torch_")) for n in torch_names), torch_names
+
+
+def configure(tmp_path, **options):
+    env = options.pop("env", None)
+    flags = [f"-D{name}={value}" for name, value in options.items()]
+    cmake = shutil.which("cmake", path=os.path.dirname(sys.executable) + ":" + os.environ["PATH"])
+    return run(cmake, "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", *flags, env=env)
+
+
+def test_without_torch_the_build_says_so(tmp_path):
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
+    result = configure(tmp_path, Python_EXECUTABLE=bare / "bin/python")
+    assert result.returncode != 0
+    message = " ".join(result.stderr.split())
+    assert "dmax_kernels builds against the installed PyTorch and found none" in message
+    assert "pip install 'torch>=2.10'" in message
+
+
+def test_without_a_compiler_the_build_says_so(tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    path = os.path.dirname(sys.executable) + ":" + os.environ["PATH"]
+    (tools / "ninja").symlink_to(shutil.which("ninja", path=path))
+    env = {k: v for k, v in os.environ.items() if k not in ("CXX", "CC")} | {"PATH": str(tools)}
+    result = configure(tmp_path, env=env, Python_EXECUTABLE=sys.executable)
+    assert result.returncode != 0
+    message = " ".join(result.stderr.split())
+    assert "dmax_kernels needs a C++17 compiler (g++ or clang++) and found none" in message
+
+
+def test_unbuilt_sources_say_so(tmp_path):
+    shutil.copytree(ROOT / "dmax_kernels", tmp_path / "dmax_kernels", ignore=lambda *_: ["lib"])
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = run(sys.executable, "-c", "import dmax_kernels", env=env, cwd=tmp_path)
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert "was not built" in last
+    assert "pip install ." in last

@@ -1,0 +1,26 @@
+"""Calls a Triton op where it can run: on the GPU, else under the interpreter on the CPU."""
+
+import torch
+
+from dmax_kernels.triton import IMPLEMENTATIONS
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def on_device(x):
+    return x.to(DEVICE) if torch.is_tensor(x) else x
+
+
+def triton_op(op, *arguments, **options):
+    """The op on copies on DEVICE; results on the CPU."""
+    results = IMPLEMENTATIONS[op](
+        *map(on_device, arguments), **{name: on_device(x) for name, x in options.items()}
+    )
+    if torch.is_tensor(results):
+        return results.cpu()
+    return results if results is None else tuple(t.cpu() for t in results)
+
+
+def cpp_op(op, *arguments, **options):
+    """The same op of the C++ library, on the CPU."""
+    return getattr(torch.ops.dmax, op)(*arguments, **options)
