@@ -253,11 +253,16 @@ __global__ void __launch_bounds__(kRowThreads, 4)
 }
 
 template <class T>
+int backward_blocks_per_row(int64_t vocab) {
+  const int64_t block = int64_t{kTileSize<T>} * kRowWarps;
+  return static_cast<int>((vocab + block - 1) / block);
+}
+
+template <class T>
 auto launch_oput_loss_backward(const T* logits, int64_t row_stride, int64_t rows, int vocab,
                                const LossOptions& options, const LossBackwardInputs& inputs,
                                T* grad_logits, Stream stream) {
-  const int tiles = (vocab + kTileSize<T> - 1) / kTileSize<T>;
-  const int row_blocks = (tiles + kRowWarps - 1) / kRowWarps;
+  const int row_blocks = backward_blocks_per_row<T>(vocab);
   const LaunchShape shape{static_cast<unsigned>(rows * row_blocks), kRowThreads, 0};
   return launch(shape, stream, oput_loss_backward_kernel<T>, logits, row_stride, vocab, row_blocks,
                 options, inputs, grad_logits);
