@@ -10,6 +10,7 @@ import contextlib
 
 import numpy as np
 import torch
+from simt_arrays import arrays_in, memory_of, resolve, snapshot
 from simt_build import load
 from torch import Tensor
 
@@ -24,91 +25,36 @@ ONE_MULTIPROCESSOR = (1, 9, 227 * 1024)
 CHOSEN: list = []  # what choose_launch chose, newest last
 
 
-class Recorder:
-    """Calls with copies of their arrays, so that a sanitizer's process can repeat them."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, list]] = []
-        self.results: list[list[np.ndarray]] = []
-
-
-_recorder: Recorder | None = None
+# Calls as (name, arguments before, memory of their arrays after), where a test records them
+_recorded: list | None = None
 
 
 @contextlib.contextmanager
 def recording():
-    global _recorder
-    _recorder = Recorder()
+    """Collects the calls made inside, so that a sanitizer's process can repeat them."""
+    global _recorded
+    _recorded = []
     try:
-        yield _recorder
+        yield _recorded
     finally:
-        _recorder = None
+        _recorded = None
 
 
 def raw(tensor: Tensor | None) -> np.ndarray | None:
-    """The tensor's memory as an array (bfloat16 as its bits); None for an absent one."""
+    """The tensor's memory as an array (16-bit floats as their bits); None for an absent one."""
     if tensor is None:
         return None
     bits = {torch.bfloat16: torch.int16, torch.float16: torch.int16}.get(tensor.dtype)
     return (tensor.view(bits) if bits else tensor).numpy()
 
 
-def arrays_in(arguments: list) -> list[np.ndarray]:
-    found = []
-    for each in arguments:
-        if isinstance(each, np.ndarray):
-            found.append(each)
-        elif isinstance(each, tuple):
-            found += arrays_in(list(each[1:]))
-    return found
-
-
-def resolve(module, argument):
-    """Arrays become addresses; ("LogitsInput", ...) becomes that struct."""
-    if argument is None:
-        return 0
-    if isinstance(argument, np.ndarray):
-        return argument.__array_interface__["data"][0]
-    if isinstance(argument, tuple):
-        return getattr(module, argument[0])(*(resolve(module, each) for each in argument[1:]))
-    return argument
-
-
-def exact_copy(array: np.ndarray) -> np.ndarray:
-    """Same strides and place within 16 bytes, in an allocation that ends where the array ends."""
-    extent = array.itemsize + sum(
-        (n - 1) * abs(s) for n, s in zip(array.shape, array.strides, strict=True) if n > 0
-    )
-    if array.size == 0:
-        return array.copy()
-    lead = array.__array_interface__["data"][0] % 16
-    block = np.zeros(lead + extent, np.uint8)
-    assert block.__array_interface__["data"][0] % 16 == 0
-    copy = np.ndarray(array.shape, array.dtype, block.data, lead, array.strides)
-    if 0 not in array.strides:
-        copy[...] = array
-    else:  # expanded: each element once
-        index = tuple(slice(0, 1) if s == 0 else slice(None) for s in array.strides)
-        copy[index] = array[index]
-    return copy
-
-
-def copy_arguments(arguments: list) -> list:
-    return [
-        exact_copy(each) if isinstance(each, np.ndarray)
-        else tuple(copy_arguments(list(each))) if isinstance(each, tuple)
-        else each
-        for each in arguments
-    ]  # fmt: skip
-
-
 def call(name: str, *arguments):
     module = load()
-    if _recorder is not None:
-        _recorder.calls.append((name, copy_arguments(list(arguments))))
+    before = snapshot(arguments) if _recorded is not None else None
     chosen = getattr(module, name)(*(resolve(module, each) for each in arguments))
-    if _recorder is not None:
-        _recorder.results.append([each.copy() for each in arrays_in(list(arguments))])
+    if _recorded is not None:
+        after = [memory_of(each) for each in arrays_in(arguments)]
+        _recorded.append((name, before, after))
     CHOSEN.append(chosen)
     return chosen
 
