@@ -46,4 +46,10 @@ STABLE_TORCH_LIBRARY(dmax, m) {
   m.def(
       "top1_merge(Tensor maximum, Tensor sum_exp, Tensor token)"
       " -> (Tensor token, Tensor confidence)");
+  m.def(
+      "linear_top1_confidence(Tensor hidden, Tensor weight, Tensor? bias=None, *,"
+      " float temperature=1.0, int suppress_token=-1) -> (Tensor token, Tensor confidence)");
+  m.def(
+      "linear_sample_tokens(Tensor hidden, Tensor weight, Tensor seed, Tensor? bias=None, *,"
+      " float temperature=1.0, int suppress_token=-1) -> (Tensor token, Tensor probability)");
 }

@@ -63,8 +63,7 @@ def load() -> Libraries:
         )
     torch.ops.load_library(str(libraries.cpu))
     _load_cuda(libraries)
-    if libraries.cuda is None:
-        _register_triton(libraries)
+    _register_triton(libraries)
     return libraries
 
 
@@ -83,14 +82,21 @@ def _load_cuda(libraries: Libraries) -> None:
 
 
 def _register_triton(libraries: Libraries) -> None:
-    """Triton for the whole CUDA slot; Triton itself is imported when an op first runs."""
+    """Triton where the CUDA slot is empty: without the CUDA library every op, with it those that
+    have no CUDA C++ (the ones with a matrix product). Triton is imported when an op first runs.
+    """
     if importlib.util.find_spec("triton") is None:
         libraries.triton_reason = "not installed"
         return
     from dmax_kernels.triton import IMPLEMENTATIONS
 
     slot = torch.library.Library("dmax", "IMPL", "CUDA")
-    for name, implementation in IMPLEMENTATIONS.items():
-        slot.impl(name, implementation)
-    libraries.triton_ops = tuple(IMPLEMENTATIONS)
+    missing = [
+        name
+        for name in IMPLEMENTATIONS
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dmax::{name}", "CUDA")
+    ]
+    for name in missing:
+        slot.impl(name, IMPLEMENTATIONS[name])
+    libraries.triton_ops = tuple(missing)
     libraries.triton_slot = slot  # the registrations live as long as this object

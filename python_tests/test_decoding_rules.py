@@ -70,6 +70,7 @@ def paper_algorithm_1(script, editable, tau_dec, tau_acc, rule, convergence="bot
     """Algorithm 1 and its ablations on script [STEPS, K, V]. Returns tokens and steps taken."""
     masked, decoded, previous = set(editable), {}, None
     for step in range(K):
+        undecided = bool(masked)
         top = {j: most_likely(script[step, j], MASK) for j in editable}
         if rule == "threshold":
             top = {j: decoded.get(j, top[j]) for j in editable}
@@ -81,7 +82,7 @@ def paper_algorithm_1(script, editable, tau_dec, tau_acc, rule, convergence="bot
         masked -= promoted
         decoded.update({j: top[j] for j in promoted})
         tokens = {j: top[j][0] for j in editable}
-        same = tokens == previous
+        same = tokens == previous and not undecided
         sure = min(top[j][1] for j in editable) > tau_acc
         if rule == "threshold":
             done = not masked

@@ -60,6 +60,8 @@ def samples():
         "oput_loss_and_grad_": ((logits.clone(), None, target, randn(3, 4)), {}),
         "top1_partial": ((logits, 100), {}),
         "top1_merge": (stacked, {}),
+        "linear_top1_confidence": ((randn(3, 4, 6), randn(50, 6), randn(50)), {}),
+        "linear_sample_tokens": ((randn(3, 4, 6), randn(50, 6), torch.tensor([1, 2])), {}),
     }
 
 

@@ -68,7 +68,9 @@ def in_plain_python(state, y, c, embedding, tau_dec, tau_acc, semantics):
             consistent = all(y[b, j] == token[j] for j in updated)
         else:
             updated = [j for j in positions if editable[j]]
-            consistent = state["step"][b] >= 1 and all(y[b, j] == token[j] for j in updated)
+            consistent = state["step"][b] >= 1 and all(
+                y[b, j] == token[j] and not masked[j] for j in updated
+            )
         converged = bool(confident or consistent or not any(editable))
         for j in updated:
             token[j] = int(y[b, j])
@@ -126,7 +128,12 @@ def test_two_steps_by_hand(op):
     hybrid = mix / mix.norm() * (p * e.norm() + (1 - p) * m.norm())
     assert_close(state["inputs_embeds"][0, 1], hybrid, 1e-5, 1e-6)
 
-    # The same predictions again: converged by consistency, masks or not, and all are committed
+    # The same predictions again, but two are still masks: nothing is settled by repeating those
+    op(logits_for(y, torch.full((1, 5), 0.6)), embedding, **state, **options)
+    assert state["masked"].tolist() == [[False] * 5]
+    assert state["converged"].tolist() == [False]
+
+    # And once more, without masks: converged by consistency
     op(logits_for(y, torch.full((1, 5), 0.3)), embedding, **state, **options)
     assert state["converged"].tolist() == [True]
     assert not state["masked"].any()

@@ -2,7 +2,8 @@
 
 Runs the ops' own host code on CPU tensors, with a driver that names the wanted GPU and with every
 launch turned into a compilation, so that what is inspected is what a user's call launches. Prints
-one JSON object: kernel -> registers, stack, shared, spills and widest global load in bytes.
+one JSON object: kernel -> registers, stack, shared memory, 16-byte loads,
+matrix instructions.
 """
 
 import json
@@ -20,12 +21,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from dmax_kernels.triton import IMPLEMENTATIONS as OPS
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 V, D, K, ROWS = 157184, 2048, 32, 32
 
 
@@ -59,31 +61,22 @@ class CompileOnlyDriver(DriverBase):
         raise NotImplementedError
 
 
-def inspect(cubin: bytes) -> dict[str, int]:
+def inspect(kernel: CompiledKernel) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(kernel.asm["cubin"])
         file.flush()
-
-        def cuobjdump(flag: str) -> str:
-            tool = str(TOOLS / "cuobjdump")
-            return subprocess.run(
-                [tool, flag, file.name], capture_output=True, text=True, check=True
-            ).stdout
-
-        usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", cuobjdump("-res-usage")))
-        sass = cuobjdump("-sass")
-    widths = [
-        int(bits or 32) // 8
-        for bits in re.findall(r"\bLDG\.E(?:\.\w+)*?(?:\.(64|128))?(?:\.\w+)* ", sass)
-    ]
+        command = [str(CUOBJDUMP), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text))
+    ptx = kernel.asm["ptx"]
     return {
         "registers": int(usage["REG"]),
-        "stack": int(usage["STACK"]),
-        "local": int(usage["LOCAL"]),
-        "shared": int(usage["SHARED"]),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "widest_load": 16 if re.search(r"LDG\.E[.\w]*\.128", sass) else max(widths, default=0),
-        "tensor_core": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", sass)),
+        "stack": int(usage["STACK"]) + int(usage["LOCAL"]),  # spills are in the stack frame
+        "shared": kernel.metadata.shared,
+        "wide_loads": len(
+            re.findall(r"ld\.global[.\w]*\.v4\.b32|cp\.async[.\w]* .*, (?:0x)?10", ptx)
+        ),
+        "tensor_core": len(re.findall(r"(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)", ptx)),
     }
 
 
@@ -124,6 +117,17 @@ def call_every_op() -> None:
         )  # fmt: skip
 
 
+def call_linear_ops() -> None:
+    """Every choice of tiles, over the vocabulary and the width of LLaDA-2.0-mini."""
+    weight = torch.empty(V, D, dtype=torch.bfloat16)
+    seed = torch.zeros(2, dtype=torch.int64)
+    for rows in (16, 32, 64, 128, 1024):
+        hidden = torch.empty(rows, D, dtype=torch.bfloat16)
+        OPS["linear_top1_confidence"](hidden, weight)
+        OPS["linear_sample_tokens"](hidden, weight, seed, weight[:, 0])
+    OPS["linear_top1_confidence"](torch.empty(32, D), torch.empty(V, D))
+
+
 def main(capability: int) -> dict[str, dict[str, int]]:
     driver.set_active(CompileOnlyDriver(capability))
     report: dict[str, dict[str, int]] = {}
@@ -138,12 +142,13 @@ def main(capability: int) -> dict[str, dict[str, int]]:
             while name in report:
                 number += 1
                 name = f"{self.fn.__name__}#{number}"
-            report[name] = inspect(kernel.asm["cubin"])
+            report[name] = inspect(kernel)
         return kernel
 
     seen: set[str] = set()
     JITFunction.run = compile_only
     call_every_op()
+    call_linear_ops()
     return report
 
 

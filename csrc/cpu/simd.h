@@ -6,7 +6,7 @@
 // with a body of its own may be used from here.
 #pragma once
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -277,7 +277,21 @@ DMAX_INLINE void store_tail(T* p, int count, VecF x) {
 
 // ---- reductions and functions ----
 
-DMAX_INLINE VecF max(VecF a, VecF b) { return select(a > b, a, b); }
+// b where either is NaN. gcc 12 makes two instructions of the comparison, hence the intrinsics.
+DMAX_INLINE VecF max(VecF a, VecF b) {
+#if defined(__AVX512F__)
+  a.part[0] = (VecF::Native)_mm512_maskz_max_ps(0xffff, (__m512)a.part[0], (__m512)b.part[0]);
+  return a;
+#elif defined(__AVX2__)
+  for (int i = 0; i < kParts; ++i) {
+    a.part[i] = (VecF::Native)_mm256_max_ps((__m256)a.part[i], (__m256)b.part[i]);
+  }
+  return a;
+#else
+  return select(a > b, a, b);
+#endif
+}
+
 DMAX_INLINE VecF min(VecF a, VecF b) { return select(a < b, a, b); }
 
 // A fixed tree, so that a sum's bits depend on the values alone

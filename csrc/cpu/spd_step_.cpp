@@ -56,7 +56,9 @@ bool update_row(const RowState& row, int64_t block, const int64_t* y, const floa
   for (int64_t j = 0; j < block; ++j) {
     const bool updated =
         options.released ? promoted[j] || (row.editable[j] && !row.masked[j]) : row.editable[j];
-    if (updated && y[j] != row.token[j]) consistent = false;
+    // A prediction at a mask position is no decision yet, repeated or not
+    const bool undecided = !options.released && row.masked[j];
+    if (updated && (undecided || y[j] != row.token[j])) consistent = false;
     if (!row.editable[j]) continue;
     any_editable = true;
     if (!passes(c[j], tau_acc, options.released)) confident = false;

@@ -24,27 +24,82 @@ float value(const T* x) {
 
 template <class T>
 float maximum(const T* x, int64_t n) {
-  // Four chains hide the latency of the comparison
-  VecF best[4];
-  VecI nan[4];
-  for (int j = 0; j < 4; ++j) {
-    best[j] = splat(-kInfinity);
-    nan[j] = splat<int32_t>(0);
-  }
+  // Two chains hide the latency of the comparison. The maximum drops NaN, so they are looked for
+  // beside it.
+  VecF best0 = splat(-kInfinity), best1 = best0;
+  VecI nan0 = splat<int32_t>(0), nan1 = nan0;
   int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    for (int j = 0; j < 4; ++j) {
-      const VecF v = load(x + i + j * kLanes);
-      best[j] = max(v, best[j]);  // drops NaN, which is why they are looked for beside it
-      nan[j] = nan[j] | (v != v);
-    }
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const VecF first = load(x + i), second = load(x + i + kLanes);
+    best0 = max(first, best0);
+    nan0 = nan0 | (first != first);
+    best1 = max(second, best1);
+    nan1 = nan1 | (second != second);
   }
-  for_each_vector(x + i, n - i, -kInfinity, [&](VecF v, int64_t) {
-    best[0] = max(v, best[0]);
-    nan[0] = nan[0] | (v != v);
-  });
-  if (any(nan[0] | nan[1] | nan[2] | nan[3])) return __builtin_nanf("");
-  return reduce_max(max(max(best[0], best[1]), max(best[2], best[3])));
+  for (; i < n; i += kLanes) {
+    const int64_t left = n - i;
+    const VecF last =
+        left >= kLanes ? load(x + i) : load_tail(x + i, static_cast<int>(left), -kInfinity);
+    best0 = max(last, best0);
+    nan0 = nan0 | (last != last);
+  }
+  if (any(nan0 | nan1)) return __builtin_nanf("");
+  return reduce_max(max(best0, best1));
+}
+
+// 16-bit floats are compared as integers, without widening: with the magnitude of negative numbers
+// inverted, their bits sort as their values do. NaNs sort beyond the infinities, at both ends.
+template <class T>
+float maximum_of_bits(const T* x, int64_t n, int16_t infinity) {
+  constexpr int kShorts = kNativeBytes / 2;
+  typedef int16_t Shorts __attribute__((vector_size(kNativeBytes)));
+  const int16_t minus_infinity = static_cast<int16_t>(~infinity);
+  const auto larger = [](Shorts a, Shorts b) { return a > b ? a : b; };
+  const auto smaller = [](Shorts a, Shorts b) { return a < b ? a : b; };
+  const auto sortable = [](Shorts bits) { return bits ^ ((bits >> 15) & 0x7fff); };
+  // Two chains of plain values: what has its address taken, gcc stores in every turn of the loop
+  Shorts most0 = Shorts{} + minus_infinity, most1 = most0;
+  Shorts least0 = Shorts{} + infinity, least1 = least0;
+  int64_t i = 0;
+  for (; i + 2 * kShorts <= n; i += 2 * kShorts) {
+    Shorts bits[2];
+    __builtin_memcpy(bits, x + i, sizeof(bits));
+    const Shorts first = sortable(bits[0]), second = sortable(bits[1]);
+    most0 = larger(first, most0);
+    least0 = smaller(first, least0);
+    most1 = larger(second, most1);
+    least1 = smaller(second, least1);
+  }
+  int16_t lanes[2][kShorts];
+  const Shorts most = larger(most0, most1), least = smaller(least0, least1);
+  __builtin_memcpy(lanes[0], &most, sizeof(most));
+  __builtin_memcpy(lanes[1], &least, sizeof(least));
+  int16_t best = minus_infinity;
+  int16_t worst = infinity;
+  for (int lane = 0; lane < kShorts; ++lane) {
+    best = lanes[0][lane] > best ? lanes[0][lane] : best;
+    worst = lanes[1][lane] < worst ? lanes[1][lane] : worst;
+  }
+  for (; i < n; ++i) {
+    int16_t bits;
+    __builtin_memcpy(&bits, x + i, sizeof(bits));
+    const int16_t value = bits ^ ((bits >> 15) & 0x7fff);
+    best = value > best ? value : best;
+    worst = value < worst ? value : worst;
+  }
+  if (best > infinity || worst < minus_infinity) return __builtin_nanf("");
+  const T result{static_cast<uint16_t>(best ^ ((best >> 15) & 0x7fff))};
+  return load_one(&result);
+}
+
+template <>
+float maximum(const BFloat16* x, int64_t n) {
+  return maximum_of_bits(x, n, 0x7f80);
+}
+
+template <>
+float maximum(const Float16* x, int64_t n) {
+  return maximum_of_bits(x, n, 0x7c00);
 }
 
 template <class T, class Test>

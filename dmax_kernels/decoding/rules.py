@@ -79,7 +79,9 @@ def composed_step_(logits: Tensor, embedding: Tensor, state: BlockState, s: Sett
         promoted = promote_all(c, state.masked, s.tau_dec)
     masked = state.masked & ~promoted
     if rule.revise:
-        same = ((y == state.token) | ~state.editable).all(dim=-1) & (state.step >= 1)
+        # A prediction at a mask position is no decision yet, repeated or not
+        decided = (y == state.token) & ~state.masked
+        same = (decided | ~state.editable).all(dim=-1) & (state.step >= 1)
         sure = ((c > s.tau_acc) | ~state.editable).all(dim=-1)
         converged = {"both": same | sure, "consistency": same, "confidence": sure}[s.convergence]
     else:

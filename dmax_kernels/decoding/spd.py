@@ -71,9 +71,10 @@ def generate(
     """Decode `max_new_tokens` after each prompt, several tokens per forward pass.
 
     The sequence is cut into absolute blocks of K positions. Each block starts fully masked and is
-    denoised until it converges, per row: top-1 predictions equal twice in a row, or all confidences
-    above tau_acc. A prompt's tail inside the first decoded block is kept as it is. Rows converge
-    and end independently, so a row's result is the same alone and in any batch.
+    denoised until it converges, per row: no mask left and the top-1 predictions equal twice in a
+    row, or all confidences above tau_acc. A prompt's tail inside the first decoded block is kept as
+    it is. Rows converge and end independently, so a row's result is the same alone and in any
+    batch.
 
     Args:
         model: a Hugging Face causal LM that takes `inputs_embeds`, a 4-D additive `attention_mask`,

@@ -35,9 +35,10 @@ class Trace:
              "revised": [...], "converged": false}]}]}]}
 
     token, confidence: the step's top-1 and its probability (the prompt's tokens where not
-    editable); masked: 1 where still masked after the step; promoted and revised: positions inside
-    the block that left the mask in this step, or changed the token they already had; converged: the
-    block was committed with this step (its last masks then count as promoted).
+    editable; the mask token where still masked under "released" semantics); masked: 1 where still
+    masked after the step; promoted and revised: positions inside the block that left the mask in
+    this step, or changed the token they already had; converged: the block was committed with this
+    step (its last masks then count as promoted).
     """
 
     def __init__(self) -> None:

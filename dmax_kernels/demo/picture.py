@@ -52,7 +52,9 @@ def write_picture(results: dict[Cell, Result], problems: int, path: Path) -> Non
             if (model, rule) in LABELS and tau in (*TAUS, best_control(results)[0]):
                 offset, align = LABELS[model, rule]
                 if (model, tau) == ("oput", 0.5):  # its neighbour at tau 0 lies just above
-                    offset = (offset[0], -11)
+                    offset = (9, -11)
+                elif (model, tau) == ("oput", 0.95):  # the other rules lie to its right
+                    offset, align = (-9, -3), "right"
                 axes.annotate(
                     f"τ {tau:g}",
                     (cell_x, cell_y),
@@ -63,10 +65,10 @@ def write_picture(results: dict[Cell, Result], problems: int, path: Path) -> Non
                     color=COLOURS[model],
                 )
     axes.set_xscale("log")
-    ticks = (0.5, 1, 2, 4, 8, 16, 32)
+    ticks = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
     axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlim(0.3, 40)
+    axes.set_xlim(0.2, 40)
     axes.set_ylim(-4, 108)
     axes.set_xlabel("tokens per forward pass")
     axes.set_ylabel("whole derivations right, %")

@@ -98,20 +98,20 @@ def findings(results: dict[Cell, Result], problems: int) -> list[Finding]:
         Finding(
             "An aggressive threshold breaks the base model",
             strict("base", "threshold", 0.5) < strict("base", "threshold", 0.95) - 20,
-            f"{over_taus('base', 'threshold')} % of its derivations are right at tau_dec "
+            f"{over_taus('base', 'threshold')}% of its derivations are right at tau_dec "
             "0.95 / 0.5 / 0",
         ),
         Finding(
             "SPD collapses without OPUT",
             collapse < 5,
-            f"base {over_taus('base', 'spd')} %, control {over_taus('control', 'spd')} % right",
+            f"base {over_taus('base', 'spd')}%, control {over_taus('control', 'spd')}% right",
         ),
         Finding(
             "OPUT with SPD keeps the derivations at several times the base's tokens per forward",
             strict("oput", "spd", 0.5) >= 95
             and strict("oput", "spd", 0.0) >= 88
             and min(ratios.values()) >= 3,
-            f"{over_taus('oput', 'spd')} % right; {speed('oput', 'spd', 0.5):.2f} tokens per "
+            f"{over_taus('oput', 'spd')}% right; {speed('oput', 'spd', 0.5):.2f} tokens per "
             f"forward at 0.5 ({ratios[0.5]:.1f}x the base at 0.95) and "
             f"{speed('oput', 'spd', 0.0):.2f} at 0 ({ratios[0.0]:.1f}x)",
         ),
@@ -143,7 +143,7 @@ def caveat(results: dict[Cell, Result], problems: int) -> str:
     share = (control.tokens_per_forward - base.tokens_per_forward) / gain if gain > 0 else 1.0
     verdict = "most" if share >= 0.5 else "less than half"
     robust = " and ".join(
-        f"{100 * ours.strict:.1f} against {100 * theirs.strict:.1f} % of derivations right at "
+        f"{100 * ours.strict:.1f} against {100 * theirs.strict:.1f}% of derivations right at "
         f"tau_dec {tau:g}"
         for tau, ours, theirs in against_control(results)
     )
@@ -151,15 +151,15 @@ def caveat(results: dict[Cell, Result], problems: int) -> str:
     return (
         "What it does not show: that OPUT and SPD make all of the speed. The control, trained as "
         "long on the same self-distilled data by plain masked diffusion, gets "
-        f"{100 * control.strict:.1f} % of derivations right at {control.tokens_per_forward:.2f} "
+        f"{100 * control.strict:.1f}% of derivations right at {control.tokens_per_forward:.2f} "
         f"tokens per forward with an ordinary threshold of {tau:g}; OPUT with SPD at 0.5 gets "
-        f"{100 * spd.strict:.1f} % at {spd.tokens_per_forward:.2f}. So at this scale {verdict} of "
+        f"{100 * spd.strict:.1f}% at {spd.tokens_per_forward:.2f}. So at this scale {verdict} of "
         f"the gain over the base's {base.tokens_per_forward:.2f} comes from self-distillation "
-        f"({100 * min(share, 1):.0f} % of it). "
+        f"({100 * min(share, 1):.0f}% of it). "
         f"{'What OPUT with SPD adds is' if adds else 'Nor does OPUT with SPD add'} robustness to "
         f"an aggressive threshold: {robust}. This is one model of 0.2 million parameters, one task "
         f"and one seed; with {problems} problems one standard error is "
-        f"{standard_error(0.9, problems):.1f} points at 90 %. Tokens per forward counts passes, "
+        f"{standard_error(0.9, problems):.1f} points at 90%. Tokens per forward counts passes, "
         "not seconds, and the base's differ from the paper's, so the two ratios do not compare."
     )
 

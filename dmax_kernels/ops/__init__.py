@@ -1,6 +1,8 @@
 """One file per op: the public function with its maths, its fake kernel, its gradient."""
 
 from dmax_kernels.ops.hybrid_embedding import hybrid_embedding
+from dmax_kernels.ops.linear_sample_tokens import linear_sample_tokens
+from dmax_kernels.ops.linear_top1_confidence import linear_top1_confidence
 from dmax_kernels.ops.oput_loss import oput_loss, oput_loss_and_grad_
 from dmax_kernels.ops.prefix_promote import prefix_promote
 from dmax_kernels.ops.sample_tokens import sample_tokens
@@ -12,6 +14,8 @@ from dmax_kernels.ops.topk_confidence import topk_confidence
 
 __all__ = [
     "hybrid_embedding",
+    "linear_sample_tokens",
+    "linear_top1_confidence",
     "oput_loss",
     "oput_loss_and_grad_",
     "prefix_promote",

@@ -32,9 +32,11 @@ def spd_step_(
 
     1. y, c = top1_confidence(logits).
     2. Promote, in ``masked``, the longest prefix with c > tau_dec, or its first position.
-    3. A row converges when y equals ``token`` at every editable position (from its second step on),
-       or when c > tau_acc at every editable position. It then commits y at all of them, and later
-       calls leave all of its state alone: its logits are not even read.
+    3. A row converges when y equals ``token`` at every editable position and none of them was
+       still masked, or when c > tau_acc at every editable position. It then commits y at all of
+       them, and later calls leave all of its state alone: its logits are not even read.
+       (Algorithm 1 leaves open whether predictions at mask positions may settle a block by
+       repeating themselves; here as in the released code they may not.)
     4. token, confidence := y, c where editable; step += 1.
     5. inputs_embeds: e(mask) where masked, the hybrid of Eqs. 8-10 where editable and not masked,
        e(token) elsewhere.

@@ -6,6 +6,8 @@ them when asked with ``ops="reference"``.
 """
 
 from dmax_kernels.reference.hybrid_embedding import hybrid_embedding
+from dmax_kernels.reference.linear_sample_tokens import linear_sample_tokens
+from dmax_kernels.reference.linear_top1_confidence import linear_top1_confidence
 from dmax_kernels.reference.oput_loss import oput_loss, oput_loss_and_grad_
 from dmax_kernels.reference.prefix_promote import prefix_promote
 from dmax_kernels.reference.sample_tokens import sample_tokens
@@ -17,6 +19,8 @@ from dmax_kernels.reference.topk_confidence import topk_confidence
 
 __all__ = [
     "hybrid_embedding",
+    "linear_sample_tokens",
+    "linear_top1_confidence",
     "oput_loss",
     "oput_loss_and_grad_",
     "prefix_promote",

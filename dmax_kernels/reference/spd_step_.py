@@ -54,7 +54,8 @@ def spd_step_(
         next_token = torch.where(updated, y, token)
         next_masked = editable & (next_token == mask_token_id)
     else:
-        consistent = (step >= 1) & ((y == token) | ~editable).all(dim=-1)
+        # A prediction at a mask position is no decision yet, repeated or not
+        consistent = (step >= 1) & ((y == token) & ~masked | ~editable).all(dim=-1)
         next_token = torch.where(editable, y, token)
         next_masked = masked & ~promoted
     nothing_to_decode = ~editable.any(dim=-1)

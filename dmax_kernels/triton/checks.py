@@ -129,6 +129,27 @@ def check_seed(op: str, logits: Tensor, seed: Tensor, logits_name: str = "logits
     return per_row
 
 
+def check_linear(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    """hidden [..., D], weight [V, D], bias [V]; returns V."""
+    check_float(op, "hidden", hidden)
+    check(
+        weight.dim() == 2 and weight.shape[0] >= 1 and weight.shape[1] >= 1,
+        f"{op}: weight must be [V, D] with V, D >= 1, got {list(weight.shape)}",
+    )
+    check_dtype(op, "weight", weight, hidden.dtype)
+    check(
+        hidden.dim() >= 1 and hidden.shape[-1] == weight.shape[1],
+        f"{op}: hidden must be [..., D] with D = {weight.shape[1]} as in weight, "
+        f"got {list(hidden.shape)}",
+    )
+    check_same_device(op, "weight", weight, "hidden", hidden)
+    if bias is not None:
+        check_dtype(op, "bias", bias, hidden.dtype)
+        check_shape(op, "bias", bias, weight.shape[:1], "one per token")
+        check_same_device(op, "bias", bias, "hidden", hidden)
+    return weight.shape[0]
+
+
 def check_hybrid_embedding(
     embedding: Tensor, token: Tensor, confidence: Tensor, masked: Tensor, mask_token_id: int
 ) -> int:

@@ -82,6 +82,7 @@ def loss_kernel(
     sums = tl.load(partial_sum + at, mask=valid, other=0.0)
     best = tl.max(maxima, axis=0)
     log_sum = tl.log(merge_sums(maxima, sums, best, log2_e))
+    log_sum = tl.where(tl.abs(best) == float("inf"), float("nan"), log_sum)
     total = best + log_sum
 
     # A target outside the vocabulary is not read and makes this row's loss NaN

@@ -66,7 +66,8 @@ def decide_kernel(
         still_masked = is_editable & (new_token == mask_token_id)
         keep = done & (num_editable > 0)
     else:
-        changed = tl.max((is_editable & (y != old_token)).to(tl.int32), axis=0) > 0
+        # A prediction at a mask position is no decision yet, repeated or not
+        changed = tl.max((is_editable & (is_masked | (y != old_token))).to(tl.int32), axis=0) > 0
         done = confident | ((steps >= 1) & (changed == 0))
         new_token = tl.where(is_editable, y, old_token)
         # The commit takes every position: no mask is left behind (Algorithm 1, line 13)

@@ -1,0 +1,240 @@
+"""hidden @ weight^T tile by tile, reduced to softmax statistics (or a sample) before it is stored.
+
+One program takes BLOCK_M rows and some vocabulary tiles of BLOCK_N tokens: a matrix product with
+float32 accumulators, then the online update of every row's (maximum, sum of exponentials, id).
+Only those leave the chip. The logit is the float32 accumulator plus the bias, never rounded to the
+inputs' dtype. Programs of one vocabulary tile run side by side, so that a weight tile is read from
+memory once and from L2 by the others.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmax_kernels.triton.launch import Rows, next_power_of_2, num_multiprocessors
+from dmax_kernels.triton.philox import gumbel_of_word, philox_words
+from dmax_kernels.triton.stats import NO_ID, finite_or_zero, softmax_scale
+
+# Rows per launch: bounds the partial results (below 8 MB), at no cost, since so many rows are
+# bound by the matrix product and not by reading the weight
+MOST_ROWS = 8192
+
+
+class LinearTiles(NamedTuple):
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    tiles_per_program: int
+
+
+def compiles_for_hopper() -> bool:
+    if triton.knobs.runtime.interpret:
+        return False
+    return triton.runtime.driver.active.get_current_target().arch == 90
+
+
+def choose_linear_tiles(
+    num_rows: int, vocab: int, dtype: torch.dtype, device: torch.device, sampling: bool
+) -> LinearTiles:
+    """Few rows are bound by reading the weight: small tiles, several programs per multiprocessor,
+    each with four stages of loads in flight. Many rows are bound by the tensor cores: the largest
+    tile whose accumulators fit the registers. Not timed yet.
+    """
+    block_m = min(num_rows, 128 if num_rows > 64 else 64)
+    if dtype == torch.float32:  # no tensor cores at full precision, and rows twice as wide
+        block_m, block_n, block_k, num_warps, num_stages = min(block_m, 64), 64, 32, 4, 3
+    elif num_rows <= 16:
+        block_n, block_k, num_warps, num_stages = 128, 128, 4, 3
+    elif sampling:  # the noise needs registers beside the accumulators
+        block_n, block_k, num_warps, num_stages = 64, 64, 4 if num_rows <= 64 else 8, 4
+        if num_rows <= 32:
+            block_k, num_stages = 128, 3
+    elif num_rows <= 128:
+        block_n, block_k, num_warps, num_stages = 128, 64, 4 if num_rows <= 64 else 8, 4
+    elif compiles_for_hopper():  # twice as wide spills elsewhere
+        block_n, block_k, num_warps, num_stages = 256, 64, 8, 3
+    else:
+        block_n, block_k, num_warps, num_stages = 128, 64, 8, 3
+    block_m = max(16, next_power_of_2(block_m))  # 16 is the least the tensor cores take
+    tiles = -(-num_rows // block_m) * -(-vocab // block_n)
+    per_program = max(1, min(8, tiles // (4 * num_multiprocessors(device))))
+    return LinearTiles(block_m, block_n, block_k, num_warps, num_stages, per_program)
+
+
+@triton.jit
+def logits_tile(
+    hidden_rows, weight, weight_stride, bias, first, vocab, dim, suppress_token,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Ids [N] and logits [M, N] of one vocabulary tile, -inf at the suppressed id and past the end.
+
+    Tokens past the end are computed from the last token's weights, which costs no masks.
+    """
+    ids = first + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    token = tl.minimum(ids, vocab - 1).to(tl.int64)
+    hidden_at = hidden_rows[:, None] + k[None, :]
+    weight_at = weight + token[None, :] * weight_stride + k[:, None]
+    x = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, dim, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(hidden_at)
+            b = tl.load(weight_at)
+        else:
+            a = tl.load(hidden_at, mask=(k < dim - start)[None, :], other=0.0)
+            b = tl.load(weight_at, mask=(k < dim - start)[:, None], other=0.0)
+        x = tl.dot(a, b, x, input_precision=PRECISION)
+        hidden_at += BLOCK_K
+        weight_at += BLOCK_K
+    if HAS_BIAS:
+        x += tl.load(bias + token).to(tl.float32)[None, :]
+    visible = (ids < vocab) & (ids != suppress_token)
+    return ids, tl.where(visible[None, :], x, float("-inf"))
+
+
+@triton.jit
+def tile_noise(seed, row, offset, first, BLOCK_N: tl.constexpr):
+    """Gumbel noise [M, N] of the rows' keys for the ids first, first + 1, ..."""
+    group = first // 4 + tl.arange(0, BLOCK_N // 4)[None, :] + row.to(tl.int32)[:, None] * 0
+    word0, word1, word2, word3 = philox_words(seed[:, None], row[:, None], offset[:, None], group)
+    word = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
+    return gumbel_of_word(word)
+
+
+@triton.jit(do_not_specialize=["num_rows", "suppress_token", "num_groups", "tiles_per_program"])
+def linear_statistics_kernel(
+    hidden, hidden_stride, weight, weight_stride, bias, num_rows, vocab, dim, suppress_token, scale,
+    seed, first_row, inverse_temperature,
+    partial_max, partial_sum, partial_token, partial_score, partial_value,
+    num_groups, tiles_per_program,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, SAMPLE: tl.constexpr,
+    SEED_PER_ROW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    group = tl.program_id(1)
+    safe_row = tl.minimum(row, num_rows - 1).to(tl.int64)
+    hidden_rows = hidden + safe_row * hidden_stride
+    if SAMPLE:
+        if SEED_PER_ROW:
+            key = tl.load(seed + safe_row * 2)
+            offset = tl.load(seed + safe_row * 2 + 1)
+            counter_row = safe_row * 0
+        else:
+            key = tl.load(seed + safe_row * 0)
+            offset = tl.load(seed + safe_row * 0 + 1)
+            counter_row = safe_row + first_row
+
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    sum_exp = tl.zeros([BLOCK_M], tl.float32)
+    token = tl.full([BLOCK_M], NO_ID, tl.int32)
+    nan_token = tl.full([BLOCK_M], NO_ID, tl.int32)
+    best_score = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    value = tl.full([BLOCK_M], float("-inf"), tl.float32)
+
+    num_tiles = tl.cdiv(vocab, BLOCK_N)
+    first_tile = group * tiles_per_program
+    for tile in range(first_tile, tl.minimum(first_tile + tiles_per_program, num_tiles)):
+        ids, x = logits_tile(
+            hidden_rows, weight, weight_stride, bias, tile * BLOCK_N, vocab, dim, suppress_token,
+            PRECISION, EVEN_K, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+        # The tile's maximum, and the sum relative to the larger of both maxima
+        tile_max = tl.max(x, axis=1)
+        new_max = tl.maximum(maximum, tile_max)
+        reference = finite_or_zero(new_max)
+        tile_sum = tl.sum(tl.exp2((x - reference[:, None]) * scale), axis=1)
+        sum_exp = sum_exp * tl.exp2((maximum - reference) * scale) + tile_sum
+
+        # Its id. `token` is NO_ID before the first tile, which an all -inf row must leave too
+        if SAMPLE:
+            score = x * inverse_temperature + tile_noise(
+                key, counter_row, offset, tile * BLOCK_N, BLOCK_N
+            )
+            top_score = tl.max(score, axis=1)
+            top = tl.min(tl.where(score == top_score[:, None], ids[None, :], NO_ID), axis=1)
+            better = (top_score > best_score) | (token == NO_ID)
+            top_value = tl.max(tl.where(ids[None, :] == top[:, None], x, float("-inf")), axis=1)
+            value = tl.where(better, top_value, value)
+            best_score = tl.where(better, top_score, best_score)
+        else:
+            top = tl.min(tl.where(x == tile_max[:, None], ids[None, :], NO_ID), axis=1)
+            better = (tile_max > maximum) | (token == NO_ID)
+        token = tl.where(better, top, token)
+        maximum = new_max
+
+        # NaN, rare: the first one's id
+        if tl.max((tile_sum != tile_sum).to(tl.int32), axis=0) > 0:
+            first_nan = tl.min(tl.where(x != x, ids[None, :], NO_ID), axis=1)
+            nan_token = tl.minimum(nan_token, first_nan)
+
+    maximum = tl.where(nan_token != NO_ID, float("nan"), maximum)
+    token = tl.where(nan_token != NO_ID, nan_token, token)
+    at = safe_row * num_groups + group
+    valid = row < num_rows
+    tl.store(partial_max + at, maximum, mask=valid)
+    tl.store(partial_sum + at, sum_exp, mask=valid)
+    tl.store(partial_token + at, token, mask=valid)
+    if SAMPLE:
+        tl.store(partial_score + at, best_score, mask=valid)
+        tl.store(partial_value + at, value, mask=valid)
+
+
+class LinearPartials(NamedTuple):
+    """[rows, groups of tiles] each; score and value (the sampled logit) only where sampling."""
+
+    maximum: Tensor
+    sum_exp: Tensor
+    token: Tensor
+    score: Tensor | None
+    value: Tensor | None
+    num_groups: int
+
+
+def launch_linear_statistics(
+    hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
+    seed: Tensor | None = None, first_row: int = 0,
+) -> LinearPartials:  # fmt: skip
+    """``seed`` [2] or [rows, 2] asks for samples; ``first_row`` counts earlier launches' rows."""
+    device, dtype, dim = hidden.tensor.device, hidden.tensor.dtype, hidden.width
+    sampling = seed is not None
+    tiles = choose_linear_tiles(hidden.count, weight.count, dtype, device, sampling)
+    num_groups = -(-weight.count // (tiles.block_n * tiles.tiles_per_program))
+
+    def partial(kind: torch.dtype) -> Tensor:
+        return torch.empty((hidden.count, num_groups), dtype=kind, device=device)
+
+    partials = LinearPartials(
+        partial(torch.float32), partial(torch.float32), partial(torch.int32),
+        partial(torch.float32) if sampling else None,
+        partial(torch.float32) if sampling else None,
+        num_groups,
+    )  # fmt: skip
+    grid = (-(-hidden.count // tiles.block_m), num_groups)
+    linear_statistics_kernel[grid](
+        hidden.tensor, hidden.stride, weight.tensor, weight.stride, bias,
+        hidden.count, weight.count, dim, suppress_token, softmax_scale(temperature),
+        seed, first_row, 1.0 / temperature, *partials, tiles.tiles_per_program,
+        PRECISION="ieee" if dtype == torch.float32 else "tf32",
+        EVEN_K=dim % tiles.block_k == 0, HAS_BIAS=bias is not None,
+        SAMPLE=sampling, SEED_PER_ROW=sampling and seed.dim() == 2,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    return partials
+
+
+def row_chunks(rows: Rows) -> Iterator[tuple[int, Rows]]:
+    """(first row, rows) of every launch."""
+    flat = rows.tensor.as_strided((rows.count, rows.width), (rows.stride, 1))
+    for first in range(0, rows.count, MOST_ROWS):
+        part = flat[first : first + MOST_ROWS]
+        yield first, Rows(part, part.shape[0], rows.width, rows.stride)

@@ -1,0 +1,73 @@
+"""sample_tokens(hidden @ weight^T + bias) without stored logits."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmax_kernels.triton import checks
+from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
+from dmax_kernels.triton.linear_rows import launch_linear_statistics, row_chunks
+from dmax_kernels.triton.linear_top1_confidence import linear_top1_confidence
+from dmax_kernels.triton.sample_tokens import merge_samples
+from dmax_kernels.triton.stats import NO_ID, softmax_scale
+
+
+@triton.jit(do_not_specialize=["num_groups"])
+def linear_sample_merge_kernel(
+    partial_max, partial_sum, partial_token, partial_score, partial_value, num_groups, scale,
+    out_token, out_probability, GROUPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    groups = tl.arange(0, GROUPS)
+    valid = groups < num_groups
+    at = row * num_groups + groups
+    maxima = tl.load(partial_max + at, mask=valid, other=float("-inf"))
+    sums = tl.load(partial_sum + at, mask=valid, other=0.0)
+    tokens = tl.load(partial_token + at, mask=valid, other=NO_ID)
+    scores = tl.load(partial_score + at, mask=valid, other=float("-inf"))
+    values = tl.load(partial_value + at, mask=valid, other=float("-inf"))
+    best, total, token = merge_samples(maxima, sums, scores, tokens, scale)
+    value = tl.max(tl.where(tokens == token, values, float("-inf")), axis=0)
+    tl.store(out_token + row, token.to(tl.int64))
+    tl.store(out_probability + row, tl.exp2((value - best) * scale) / total)
+
+
+def linear_sample_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    seed: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+) -> tuple[Tensor, Tensor]:
+    op = "linear_sample_tokens"
+    vocab = checks.check_linear(op, hidden, weight, bias)
+    if temperature != 0:  # 0: greedy
+        checks.check_temperature(op, temperature)
+    checks.check_suppress_token(op, suppress_token, vocab)
+    per_row = checks.check_seed(op, hidden, seed, "hidden")
+    if temperature == 0:
+        return linear_top1_confidence(hidden, weight, bias, suppress_token=suppress_token)
+    shape, device = hidden.shape[:-1], hidden.device
+    token = torch.empty(shape, dtype=torch.int64, device=device)
+    probability = torch.empty(shape, dtype=torch.float32, device=device)
+    if token.numel() == 0:
+        return token, probability
+    bias = None if bias is None else bias.contiguous()
+    seed = seed.reshape(-1, 2).contiguous() if per_row else seed.contiguous()
+    weight_rows = row_view(weight)
+    with device_of(hidden):
+        for first, rows in row_chunks(row_view(hidden)):
+            some = slice(first, first + rows.count)
+            partials = launch_linear_statistics(
+                rows, weight_rows, bias, temperature, suppress_token,
+                seed[some] if per_row else seed, first,
+            )  # fmt: skip
+            linear_sample_merge_kernel[(rows.count,)](
+                *partials, softmax_scale(temperature),
+                token.view(-1)[some], probability.view(-1)[some],
+                GROUPS=next_power_of_2(partials.num_groups), num_warps=4,
+            )  # fmt: skip
+    return token, probability

@@ -1,0 +1,146 @@
+"""linear_top1_confidence on every backend at hand: values, edges, memory, precision."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from triton_device import DEVICE, triton_op
+
+import dmax_kernels
+from dmax_kernels import reference
+from dmax_kernels.testing import float64
+from dmax_kernels.testing.tolerances import assert_close
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's inf - inf
+
+
+def triton(hidden, weight, bias=None, **options):
+    return triton_op("linear_top1_confidence", hidden, weight, bias, **options)
+
+
+BACKENDS = {
+    "reference": reference.linear_top1_confidence,
+    "cpu": dmax_kernels.linear_top1_confidence,
+    "triton": triton,
+}
+# Triton's interpreter multiplies the bits of bfloat16 as integers: float16 stands in for it there
+DTYPES = (torch.float32, torch.float16) if DEVICE.type == "cpu" else (torch.float32, torch.bfloat16)
+
+
+def held_inputs(rows, vocab_size, dim, dtype=torch.float32):
+    """Small integers: every product and sum is exact in float32, whatever the order."""
+    generator = torch.manual_seed(rows + vocab_size)
+
+    def integers(*shape):
+        return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+
+    return integers(rows, dim), integers(vocab_size, dim), integers(vocab_size)
+
+
+# One row and the least that a tensor core takes and more; one token, part of a tile, several tiles;
+# a width of part of a step, of several steps with a cut one. 1,100 tokens and 520 rows: two blocks
+# of the CPU's in both directions (not under the interpreter, for time)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "vocab_size", "dim"), [
+    (1, 1, 1), (3, 300, 40), (17, 130, 33), (520, 1100, 24),
+])  # fmt: skip
+def test_exact_against_float64(backend, dtype, rows, vocab_size, dim):
+    if rows == 520 and backend == "triton" and DEVICE.type == "cpu":
+        rows = 66
+    hidden, weight, bias = held_inputs(rows, vocab_size, dim, dtype)
+    for given in (None, bias):
+        options = {"temperature": 5.0, "suppress_token": vocab_size // 2 if vocab_size > 1 else -1}
+        logits = hidden.double() @ weight.double().t()
+        if given is not None:
+            logits = logits + given.double()
+        token, confidence = BACKENDS[backend](hidden, weight, given, **options)
+        expected, expected_confidence = float64.top1_confidence(logits, **options)
+        assert torch.equal(token, expected)  # ties and all
+        assert_close(confidence, expected_confidence, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_are_not_rounded(dtype):
+    """257 and 256 are one number in bfloat16; in float16, 4097 and 4096."""
+    step = 256.0 if dtype == torch.bfloat16 else 4096.0
+    hidden = torch.tensor([[step / 64, 1.0]], dtype=dtype)
+    weight = torch.tensor([[64.0, 0.0], [64.0, 1.0]], dtype=dtype)
+    token, _ = dmax_kernels.linear_top1_confidence(hidden, weight)
+    assert token.item() == 1
+    assert (hidden @ weight.t()).argmax().item() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_undefined_logits(backend):
+    """Logits are the weight itself (hidden 1, D = 1): the first NaN, else the first +inf."""
+    weight = torch.zeros(300, 1)
+    weight[140], weight[299] = torch.inf, torch.inf
+    for expected in (140, 200):
+        token, confidence = BACKENDS[backend](torch.ones(1, 1), weight)
+        assert token.tolist() == [expected]
+        assert confidence.isnan().all()
+        weight[200], weight[250] = torch.nan, torch.nan
+    minus_inf = torch.full((300, 1), -torch.inf)
+    token, confidence = BACKENDS[backend](torch.ones(1, 1), minus_inf)
+    assert token.tolist() == [0]
+    assert confidence.isnan().all()
+    minus_inf[170] = -1.0
+    token, confidence = BACKENDS[backend](torch.ones(1, 1), minus_inf)
+    assert (token.item(), confidence.item()) == (170, 1.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_and_shapes(backend):
+    op = BACKENDS[backend]
+    hidden, weight, bias = held_inputs(6, 140, 24)
+    expected = reference.linear_top1_confidence(hidden, weight, bias)
+    padded = torch.full((6, 31), 7.0)[:, :24].copy_(hidden)
+    for given in (padded, hidden.t().contiguous().t()):
+        assert torch.equal(op(given, weight.t().contiguous().t(), bias)[0], expected[0])
+    two_d = op(hidden.view(2, 3, 24).transpose(0, 1), weight, bias)[0]
+    assert torch.equal(two_d, expected[0].view(2, 3).t())
+    assert op(hidden[0], weight, bias)[0].shape == ()
+    assert op(hidden[:0], weight)[0].shape == (0,)
+
+
+def test_autocast_changes_nothing():
+    hidden, weight, bias = held_inputs(6, 140, 24)
+    hidden += 2**-12  # needs more than a bfloat16
+    expected = dmax_kernels.linear_top1_confidence(hidden, weight, bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = dmax_kernels.linear_top1_confidence(hidden, weight, bias)
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+
+
+def test_no_gradient_is_an_error():
+    hidden = torch.randn(3, 4, requires_grad=True)
+    _, confidence = dmax_kernels.linear_top1_confidence(hidden, torch.randn(9, 4))
+    with pytest.raises(RuntimeError, match="linear_top1_confidence: has no gradient"):
+        confidence.sum().backward()
+
+
+MEMORY = """
+import resource, sys, torch, dmax_kernels
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+torch.set_num_threads(1)
+hidden = torch.ones(256, 64, dtype=torch.bfloat16)
+def run(vocab_size):
+    weight = torch.ones(vocab_size, 64, dtype=torch.bfloat16)
+    before = peak()
+    dmax_kernels.linear_top1_confidence(hidden, weight)
+    return peak() - before
+run(2048)
+print(run(int(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("vocab_size", [8192, 157184])
+def test_cpu_memory_does_not_depend_on_the_vocabulary(vocab_size):
+    """Float32 logits would take 8 and 154 MiB, the widened weight 2 and 38."""
+    result = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(vocab_size)], capture_output=True, text=True, check=True
+    )
+    assert float(result.stdout) < 4
