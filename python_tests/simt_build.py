@@ -40,8 +40,9 @@ def compiler() -> str:
 
 def build(variant: str = "plain") -> Path:
     """Path of the module, built where csrc/cuda or csrc/simt changed since the last time."""
-    import pybind11
     import sysconfig
+
+    import pybind11
 
     units = sorted((CSRC / "simt").glob("*.cpp"))
     headers = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh"))
@@ -68,7 +69,9 @@ def build(variant: str = "plain") -> Path:
     with ThreadPoolExecutor(max_workers=2) as pool:
         objects = list(pool.map(compile_unit, units))
     unfinished = folder / f"dmax_simt.{os.getpid()}.so"
-    run_checked([compiler(), *flags, "-shared", *map(str, objects), "-o", str(unfinished), "-pthread"])
+    run_checked(
+        [compiler(), *flags, "-shared", *map(str, objects), "-o", str(unfinished), "-pthread"]
+    )
     for each in objects:
         each.unlink()
     unfinished.replace(module)  # two processes may build at once
@@ -105,6 +108,4 @@ def run_sanitized(variant: str, script: str, *arguments: str, timeout: float = 6
     command = [sys.executable, str(ROOT / "python_tests" / script), str(build(variant)), *arguments]
     if variant == "tsan":  # its shadow memory has no room for a randomised layout
         command = ["setarch", "-R", *command]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=timeout
-    )
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)

@@ -227,5 +227,3 @@ def order(name: str, seed: int = 0, resident_blocks: int = 1):
         yield
     finally:
         load().set_options("in order", 0, 1)
-
-

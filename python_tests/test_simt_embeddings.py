@@ -109,7 +109,9 @@ def test_hybrid_embedding_token_types_and_launches():
 @pytest.mark.parametrize("dim", [37, 40, 264])
 def test_hybrid_embedding_backward(dtype, k, dim):
     # 150 positions: three slices of the mask's sum; few ids, so most tokens are named several times
-    embedding, token, confidence, masked = mix_case(k, positions=150, vocab=50, dtype=dtype, dim=dim)
+    embedding, token, confidence, masked = mix_case(
+        k, positions=150, vocab=50, dtype=dtype, dim=dim
+    )
     embedding[5] = embedding[6]  # at a vanishing mix there is no gradient to compare
     grad = torch.randn(150, dim, generator=torch.manual_seed(3)).to(dtype)
     actual = simt_ops.hybrid_embedding_backward(grad, embedding, token, confidence, masked, 49)
@@ -148,7 +150,9 @@ def spd_case(batch, block, vocab=40, dim=24, dtype=torch.float32, embedding_dtyp
     }
     logits = 2 * torch.randn(batch, block, vocab, generator=generator)
     # peaks at the tokens already there (consistency), and at others; some rows sure, some not
-    peak = torch.where(torch.rand(batch, block, generator=generator) < 0.7, token, (token + 1) % vocab)
+    peak = torch.where(
+        torch.rand(batch, block, generator=generator) < 0.7, token, (token + 1) % vocab
+    )
     height = 2 + 8 * torch.rand(batch, block, generator=generator)
     logits.scatter_(-1, peak.unsqueeze(-1), height.unsqueeze(-1))
     if batch > 2:
@@ -156,6 +160,7 @@ def spd_case(batch, block, vocab=40, dim=24, dtype=torch.float32, embedding_dtyp
         editable[2], masked[2] = False, False  # nothing to decode
     if batch > 4:
         consistent = torch.where(editable[3], token[3], 0)
+        masked[3] = False
         state["token"][3] = token[3]
         logits[3].zero_().scatter_(-1, consistent.unsqueeze(-1), 3.0)
         state["step"][3] = 1

@@ -214,7 +214,13 @@ def test_sample_split_rows(gpu, splits):
 # Random and reversed orders of threads, warps and blocks; few and many resident blocks
 @pytest.mark.parametrize(
     ("name", "seed", "resident"),
-    [("in order", 0, 4), ("reversed", 0, 1), ("reversed", 0, 4), ("random", 0, 1), ("random", 1, 4)],
+    [
+        ("in order", 0, 4),
+        ("reversed", 0, 1),
+        ("reversed", 0, 4),
+        ("random", 0, 1),
+        ("random", 1, 4),
+    ],
 )
 def test_rows_in_any_order(name, seed, resident):
     logits = random_rows(2, SPLIT_VOCAB, torch.bfloat16)

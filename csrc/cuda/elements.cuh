@@ -87,8 +87,7 @@ __device__ __forceinline__ float vector_max<float>(const uint4& raw) {
 }
 template <>
 __device__ __forceinline__ float vector_max<BFloat16>(const uint4& raw) {
-  const uint32_t pair =
-      max_bfloat16x2(max_bfloat16x2(raw.x, raw.y), max_bfloat16x2(raw.z, raw.w));
+  const uint32_t pair = max_bfloat16x2(max_bfloat16x2(raw.x, raw.y), max_bfloat16x2(raw.z, raw.w));
   return fmaxf(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 template <>

@@ -1,8 +1,8 @@
 // Tensors of the embedding ops as what hybrid_rows.cuh takes.
 #pragma once
 
-#include "cuda/hybrid_embedding.cuh"
 #include "cuda/host.h"
+#include "cuda/hybrid_embedding.cuh"
 
 namespace dmax::cuda {
 

@@ -82,7 +82,8 @@ class CounterPool {
 
 unsigned* zeroed_counters(const char* op, int64_t count, int device_index, cudaStream_t stream) {
   static std::mutex mutex;
-  static std::map<int, CounterPool>* pools = new std::map<int, CounterPool>();  // outlives the driver
+  static std::map<int, CounterPool>* pools =
+      new std::map<int, CounterPool>();  // outlives the driver
   const std::lock_guard<std::mutex> lock(mutex);
   CounterPool& pool = (*pools)[device_index];
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -95,14 +96,14 @@ cudaStream_t current_stream(int device_index) {
   using GetStream = int32_t (*)(int32_t, void**);
   static const GetStream get_stream = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library == nullptr ? nullptr
-                              : reinterpret_cast<GetStream>(
-                                    dlsym(library, "aoti_torch_get_current_cuda_stream"));
+    return library == nullptr
+               ? nullptr
+               : reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
   }();
   DMAX_CHECK(get_stream != nullptr, "dmax: this PyTorch was built without CUDA");
   void* stream = nullptr;
-  DMAX_CHECK(get_stream(device_index, &stream) == 0, "dmax: PyTorch has no current stream on cuda:",
-             device_index);
+  DMAX_CHECK(get_stream(device_index, &stream) == 0,
+             "dmax: PyTorch has no current stream on cuda:", device_index);
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -120,9 +121,9 @@ const Device& device_properties(const char* op, int device_index) {
   const Device device{attribute(cudaDevAttrMultiProcessorCount),
                       attribute(cudaDevAttrComputeCapabilityMajor),
                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
-  DMAX_CHECK(device.major >= 8, op, ": needs a GPU of compute capability 8.0 or newer, cuda:",
-             device_index, " has ", device.major, ".",
-             attribute(cudaDevAttrComputeCapabilityMinor));
+  DMAX_CHECK(device.major >= 8, op,
+             ": needs a GPU of compute capability 8.0 or newer, cuda:", device_index, " has ",
+             device.major, ".", attribute(cudaDevAttrComputeCapabilityMinor));
   return known->emplace(device_index, device).first->second;
 }
 

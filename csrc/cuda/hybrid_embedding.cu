@@ -45,8 +45,7 @@ std::tuple<Tensor, Tensor> hybrid_embedding_backward(Tensor grad_output, Tensor 
                                                      masked, mask_token_id);
   const Call call("hybrid_embedding_backward", embedding);
   Tensor grad_embedding = torch::stable::new_zeros(embedding, sizes_of(embedding));
-  Tensor grad_confidence =
-      empty_like_device(confidence, sizes_of(confidence), ScalarType::Float);
+  Tensor grad_confidence = empty_like_device(confidence, sizes_of(confidence), ScalarType::Float);
   if (sizes.positions == 0) return {grad_embedding, grad_confidence};
 
   const RowView table = row_view(embedding);
@@ -56,8 +55,8 @@ std::tuple<Tensor, Tensor> hybrid_embedding_backward(Tensor grad_output, Tensor 
   const Tensor ids = empty_like_device(embedding, {entries}, ScalarType::Long);
   const Tensor positions = call.scratch(embedding, sizes.positions * sizeof(PositionGrad));
   const Tensor of_token = empty_like_device(embedding, {entries}, ScalarType::Float);
-  const Tensor mask_sums = empty_like_device(
-      embedding, {mask_slices(sizes.positions), sizes.dim}, ScalarType::Float);
+  const Tensor mask_sums =
+      empty_like_device(embedding, {mask_slices(sizes.positions), sizes.dim}, ScalarType::Float);
   HybridBackwardArgs args{};
   args.forward = mix.args(embedding_table(table, mask_token_id, grad), sizes.positions, sizes.k);
   args.grad_output = grad.const_data_ptr();

@@ -7,9 +7,9 @@ namespace dmax::cuda {
 
 struct HybridArgs {
   EmbeddingTable table;
-  const void* token;         // [positions, k], int64 or int32
-  const float* confidence;   // [positions, k]
-  const bool* masked;        // [positions]
+  const void* token;        // [positions, k], int64 or int32
+  const float* confidence;  // [positions, k]
+  const bool* masked;       // [positions]
   int64_t positions;
   int k;
   bool wide_tokens;  // int64

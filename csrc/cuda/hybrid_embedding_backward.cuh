@@ -127,8 +127,7 @@ __device__ __forceinline__ void position_backward(const HybridBackwardArgs& args
   }
 
   // What (2) and (3) need
-  const float of_token =
-      lane_id() < k ? mix.probability * dt * inverse(norms.token_norm) : 0.0f;
+  const float of_token = lane_id() < k ? mix.probability * dt * inverse(norms.token_norm) : 0.0f;
   const bool is_mask = lane_id() < k && mix.token == table.mask_token_id;
   const float mask_p = warp_sum(is_mask ? mix.probability : 0.0f);
   const float mask_of_token = warp_sum(is_mask ? of_token : 0.0f);
@@ -182,7 +181,7 @@ __device__ __forceinline__ void token_backward(const HybridBackwardArgs& args, i
   const EmbeddingTable& table = args.forward.table;
   const int64_t entries = args.forward.positions * args.forward.k;
   const int64_t token = args.sorted_ids[slot];
-  if (token >= table.vocab) return;                              // no contribution
+  if (token >= table.vocab) return;                            // no contribution
   if (slot > 0 && args.sorted_ids[slot - 1] == token) return;  // its first entry's warp has it
   const int d = (chunk * kWarpSize + lane_id()) * kW;
   const bool inside = d < table.dim;
@@ -200,8 +199,7 @@ __device__ __forceinline__ void token_backward(const HybridBackwardArgs& args, i
     const float p = args.forward.confidence[entry];
     const float of_token = args.of_token[entry];
 #pragma unroll
-    for (int e = 0; e < kW; ++e)
-      total[e] += fmaf(p, ds[e], of_token * values[e]);
+    for (int e = 0; e < kW; ++e) total[e] += fmaf(p, ds[e], of_token * values[e]);
   }
   if (inside)
     store_elements<E, kW>(static_cast<E*>(args.grad_embedding) + token * table.dim + d, total);
@@ -243,8 +241,7 @@ __device__ __forceinline__ void mask_slice(const HybridBackwardArgs& args, int64
     float ds[kW];
     position_ds<E, kW, kTokens>(args, i, scale, at, ds);
 #pragma unroll
-    for (int e = 0; e < kW; ++e)
-      total[e] += fmaf(scale.of_ds, ds[e], scale.of_mask * values[e]);
+    for (int e = 0; e < kW; ++e) total[e] += fmaf(scale.of_ds, ds[e], scale.of_mask * values[e]);
   }
   if (!inside) return;
 #pragma unroll

@@ -28,8 +28,13 @@ inline EmbeddingTable make_table(const void* data, int64_t row_stride, int64_t v
   const bool vectors = !unaligned(reinterpret_cast<intptr_t>(data)) &&
                        !unaligned(reinterpret_cast<intptr_t>(rows)) &&
                        !unaligned(row_stride * bytes) && !unaligned(dim * bytes);
-  return {data, row_stride, static_cast<int>(vocab), static_cast<int>(dim),
-          static_cast<int>(mask_token_id), type, vectors};
+  return {data,
+          row_stride,
+          static_cast<int>(vocab),
+          static_cast<int>(dim),
+          static_cast<int>(mask_token_id),
+          type,
+          vectors};
 }
 
 template <class E, int kW>
@@ -157,7 +162,8 @@ __device__ __forceinline__ MixNorms mix_norms(const EmbeddingTable& table, const
   for (int j = 0; j < kTokens; ++j) {
     if (j >= mix.k) break;
     const float norm = sqrtf(warp_sum(squares[j]));
-    const float weight = kTokens == 1 ? mix.probability : __shfl_sync(kFullMask, mix.probability, j);
+    const float weight =
+        kTokens == 1 ? mix.probability : __shfl_sync(kFullMask, mix.probability, j);
     norms.target = fmaf(weight, norm, norms.target);
     if (lane_id() == j) norms.token_norm = norm;
   }

@@ -26,8 +26,7 @@ LossRows<T> loss_rows(const std::vector<Pass>& passes) {
   rows.vocab = static_cast<int>(passes[0].rows.width);
   for (size_t i = 0; i < passes.size(); ++i) {
     // oput_loss only reads: its kernel takes the same view as the one that writes in place
-    rows.logits[i] =
-        static_cast<T*>(const_cast<void*>(passes[i].rows.tensor.const_data_ptr()));
+    rows.logits[i] = static_cast<T*>(const_cast<void*>(passes[i].rows.tensor.const_data_ptr()));
     rows.row_stride[i] = passes[i].rows.row_stride;
   }
   return rows;

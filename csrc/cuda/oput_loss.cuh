@@ -1,8 +1,8 @@
 // oput_loss: per-token cross-entropy of both passes, its gradient, and both at once in place.
 //
 // Per row with target y: loss = (1 - s) (lse - x_y) + s (lse - mean x) + z lse^2. Every difference
-// is taken from the row's maximum, (max - x_y) + log(1 + rest): lse - x_y would lose the digits of logits
-// with a large common offset.
+// is taken from the row's maximum, (max - x_y) + log(1 + rest): lse - x_y would lose the digits of
+// logits with a large common offset.
 #pragma once
 
 #include "cuda/row_split.cuh"
@@ -44,8 +44,7 @@ __device__ __forceinline__ LossPartial loss_tile(const Tile<T>& tile, const Row<
   const VectorMaxima<T> maxima = vector_maxima(tile);
   partial.max = warp_max(maxima.lane);
   partial.below = 0.0f;
-  partial.rest =
-      tile_rest<T, kMean>(tile, maxima, partial.max, kLog2E, row.vocab, &partial.below);
+  partial.rest = tile_rest<T, kMean>(tile, maxima, partial.max, kLog2E, row.vocab, &partial.below);
   partial.count = static_cast<float>(min(kTileSize<T>, row.vocab - tile.begin));
   return partial;
 }

@@ -33,8 +33,8 @@ __device__ __forceinline__ void zero_tiles(T* row, int vocab, int begin, int end
   for (int t = begin + warp_id(); t < end; t += kRowWarps) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
-      store_vector(row, aligned, vocab,
-                   t * kTileSize<T> + (v * kWarpSize + lane_id()) * kWidth<T>, uint4{0, 0, 0, 0});
+      store_vector(row, aligned, vocab, t * kTileSize<T> + (v * kWarpSize + lane_id()) * kWidth<T>,
+                   uint4{0, 0, 0, 0});
   }
 }
 
@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(kRowThreads, 3)
 
   // Overwrite the slice with its gradient
   RowLoss loss;
-  const GradScale scale = finish_row<T>(of_row, x_target, target, grad.of(pass, row_index),
-                                        rows.vocab, options, &loss);
+  const GradScale scale =
+      finish_row<T>(of_row, x_target, target, grad.of(pass, row_index), rows.vocab, options, &loss);
   if (rank == 0 && threadIdx.x == 0) out.store(pass, row_index, loss);
   for (int t = begin + warp_id(); t < end; t += kRowWarps) {
     const uint4* kept = slice + (t - begin) * kTileVectors + lane_id();
@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(kRowThreads, 3)
 
   // The row's gradient
   RowLoss loss;
-  const GradScale scale = finish_row<T>(of_row, x_target, target, grad.of(pass, row_index),
-                                        rows.vocab, options, &loss);
+  const GradScale scale =
+      finish_row<T>(of_row, x_target, target, grad.of(pass, row_index), rows.vocab, options, &loss);
   if (threadIdx.x == 0) out.store(pass, row_index, loss);
   for (int t = warp_id(); t < tiles; t += kRowWarps) {
     Tile<T> tile;

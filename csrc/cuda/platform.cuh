@@ -52,10 +52,9 @@ cudaError_t launch(const LaunchShape& shape, Stream stream, void (*kernel)(Param
   }
   // More than 48 KB of shared memory is given only to kernels that ask
   if (shape.shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shape.shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shape.shared_bytes));
     if (error != cudaSuccess) return error;
   }
   return cudaLaunchKernelEx(&config, kernel, arguments...);
@@ -196,8 +195,8 @@ uint32_t max_of_halves(uint32_t a, uint32_t b, const ToFloat& to_float) {
          static_cast<uint32_t>(larger(a >> 16, b >> 16)) << 16;
 }
 inline uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
-  return max_of_halves(
-      a, b, [](uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); });
+  return max_of_halves(a, b,
+                       [](uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); });
 }
 inline uint32_t max_half2(uint32_t a, uint32_t b) { return max_of_halves(a, b, half_to_float); }
 
@@ -215,8 +214,8 @@ T* in_cluster_rank(T* shared, unsigned rank) {
 // What choose_launch asks about the GPU
 struct Device {
   int multiprocessors;
-  int major;                // of the compute capability
-  int max_shared_per_block; // bytes, with the kernel's consent
+  int major;                 // of the compute capability
+  int max_shared_per_block;  // bytes, with the kernel's consent
 };
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }

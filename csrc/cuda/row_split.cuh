@@ -13,9 +13,9 @@ constexpr int kRowWarps = 8;
 constexpr int kRowThreads = kRowWarps * kWarpSize;
 
 struct RowSplit {
-  int tiles;        // of a row
-  int splits;       // blocks per row
-  void* partials;   // [rows, tiles] where splits > 1
+  int tiles;           // of a row
+  int splits;          // blocks per row
+  void* partials;      // [rows, tiles] where splits > 1
   unsigned* counters;  // [rows], zero before and after the launch, where splits > 1
 };
 
@@ -157,7 +157,8 @@ LogitsView<T> make_logits_view(const void* data, int64_t row_stride, int64_t voc
   const double scale = 1.4426950408889634 / temperature;
   constexpr double kLargest = 3.4028234663852886e38;  // infinity would make 0 * scale a NaN
   return {static_cast<const T*>(data), row_stride, static_cast<int>(vocab),
-          static_cast<int>(suppress_token), static_cast<float>(scale < kLargest ? scale : kLargest)};
+          static_cast<int>(suppress_token),
+          static_cast<float>(scale < kLargest ? scale : kLargest)};
 }
 
 inline RowSplit row_split(const RowLaunch& launch, void* scratch, unsigned* counters) {

@@ -2,9 +2,9 @@
 //
 // The noise of an element is needed only where it can win. With v uniform and E = -log1p(-v) >= v,
 // an element x beats a score S only if v <= exp(x / T - S), and exp(x / T - max / T) is at hand for
-// the softmax; so most elements cost a Philox word and a comparison, and a vector whose best element
-// is out of reach of the smallest v costs not even that. What remains is scored exactly; leaving
-// out what cannot win changes no bit.
+// the softmax; so most elements cost a Philox word and a comparison, and a vector whose best
+// element is out of reach of the smallest v costs not even that. What remains is scored exactly;
+// leaving out what cannot win changes no bit.
 #pragma once
 
 #include "cuda/philox.cuh"
@@ -77,7 +77,8 @@ __device__ __forceinline__ float reach(float max, float best, float inverse_temp
   return exp2_approx((max * inverse_temperature - best + slack) * kLog2E);
 }
 
-// The tile's SoftmaxStats::rest, and the best of its samples and `best`; both the same on every lane
+// The tile's SoftmaxStats::rest, and the best of its samples and `best`; both the same on every
+// lane
 template <class T>
 __device__ __forceinline__ float sample_tile(const Tile<T>& tile, const Row<T>& row,
                                              const VectorMaxima<T>& maxima, float max,
@@ -154,11 +155,10 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     load_tile(tile, row, t, logits.suppress);
     const VectorMaxima<T> maxima = vector_maxima(tile);
     SoftmaxStats stats{warp_max(maxima.lane), 0.0f, kNoId};
-    stats.rest = sample_tile(tile, row, maxima, stats.max, noise, logits,
-                             args.inverse_temperature, &best);
+    stats.rest =
+        sample_tile(tile, row, maxima, stats.max, noise, logits, args.inverse_temperature, &best);
     if (stats.rest != stats.rest) find_broken(tile, row, logits.suppress, &stats);
-    if (lane_id() == 0)
-      *partial_of<SamplePartial>(split, range.row, t) = {stats, best, {0, 0}};
+    if (lane_id() == 0) *partial_of<SamplePartial>(split, range.row, t) = {stats, best, {0, 0}};
   }
   if (!last_of_row(split, range.row) || warp_id() != 0) return;
 

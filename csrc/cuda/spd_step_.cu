@@ -45,9 +45,8 @@ void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, 
     // One allocation: partial results, lists, listed, predictions; each a multiple of 16 bytes
     const SpdScratch bytes = spd_scratch(chosen, sizes.batch, sizes.block, args.top_k);
     const auto padded = [](size_t size) { return (size + 15) / 16 * 16; };
-    const Tensor scratch =
-        call.scratch(logits, padded(chosen.scratch_bytes) + padded(bytes.lists) +
-                                 padded(bytes.listed) + bytes.predictions);
+    const Tensor scratch = call.scratch(logits, padded(chosen.scratch_bytes) + padded(bytes.lists) +
+                                                    padded(bytes.listed) + bytes.predictions);
     char* next = static_cast<char*>(scratch.mutable_data_ptr());
     const auto take = [&](size_t size) {
       char* taken = next;
@@ -67,6 +66,4 @@ void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, 
 
 }  // namespace dmax::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(dmax, CUDA, m) {
-  m.impl("spd_step_", TORCH_BOX(&dmax::cuda::spd_step_));
-}
+STABLE_TORCH_LIBRARY_IMPL(dmax, CUDA, m) { m.impl("spd_step_", TORCH_BOX(&dmax::cuda::spd_step_)); }

@@ -35,9 +35,9 @@ struct SpdArgs {
   bool* masked;
   int64_t* token;
   float* confidence;
-  bool* converged;    // [batch]
-  int32_t* step;      // [batch]
-  void* inputs_embeds;  // [batch, block, dim]
+  bool* converged;          // [batch]
+  int32_t* step;            // [batch]
+  void* inputs_embeds;      // [batch, block, dim]
   const float* thresholds;  // [batch, 2] = tau_dec, tau_acc, or null
   EmbeddingTable table;
   int block;  // K
@@ -153,13 +153,15 @@ __device__ __forceinline__ bool update_state(const SpdArgs& args, int64_t batch_
   bool same = true;
   for (int i = thread; i < args.block; i += kRowThreads) {
     const Prediction p = load_other_block(args.predictions + base + i);
-    if (args.masked[base + i]) {
+    const bool masked = args.masked[base + i];
+    if (masked) {
       first_masked = min(first_masked, i);
       if (!passes(p.confidence, tau.decode, args.released)) first_failed = min(first_failed, i);
     }
     if (args.editable[base + i]) {
       sure = sure && passes(p.confidence, tau.accept, args.released);
-      same = same && p.token == args.token[base + i];
+      // A prediction at a mask position is no decision yet, repeated or not
+      same = same && !masked && p.token == args.token[base + i];
     }
   }
   first_masked = block_min(first_masked);

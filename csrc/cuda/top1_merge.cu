@@ -15,11 +15,11 @@ std::tuple<Tensor, Tensor> top1_merge(Tensor maximum, Tensor sum_exp, Tensor tok
   const Tensor maxima = torch::stable::contiguous(maximum);
   const Tensor sums = torch::stable::contiguous(sum_exp);
   const Tensor tokens = torch::stable::contiguous(token);
-  call.check(launch_top1_merge(
-      {maxima.const_data_ptr<float>(), sums.const_data_ptr<float>(),
-       tokens.const_data_ptr<int64_t>(), merged_token.mutable_data_ptr<int64_t>(),
-       confidence.mutable_data_ptr<float>(), sizes.shards, sizes.rows},
-      call.stream));
+  call.check(
+      launch_top1_merge({maxima.const_data_ptr<float>(), sums.const_data_ptr<float>(),
+                         tokens.const_data_ptr<int64_t>(), merged_token.mutable_data_ptr<int64_t>(),
+                         confidence.mutable_data_ptr<float>(), sizes.shards, sizes.rows},
+                        call.stream));
   return {merged_token, confidence};
 }
 

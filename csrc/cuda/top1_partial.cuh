@@ -14,9 +14,7 @@ struct Top1PartialFinish {
 
   __device__ __forceinline__ void operator()(int64_t row, const SoftmaxStats& stats) const {
     maximum[row] = stats.max / temperature;
-    sum_exp[row] = is_finite(stats.max) ? 1.0f + stats.rest
-                   : stats.max == -INFINITY ? 0.0f
-                                            : NAN;
+    sum_exp[row] = is_finite(stats.max) ? 1.0f + stats.rest : stats.max == -INFINITY ? 0.0f : NAN;
     token[row] = vocab_start + stats.id;
   }
 };

@@ -9,7 +9,8 @@ namespace dmax::cuda {
 template <class T, class Finish>
 __global__ void __launch_bounds__(kRowThreads, 4)
     top1_rows_kernel(const __grid_constant__ LogitsView<T> logits,
-                     const __grid_constant__ RowSplit split, const __grid_constant__ Finish finish) {
+                     const __grid_constant__ RowSplit split,
+                     const __grid_constant__ Finish finish) {
   const TileRange range = block_tiles(split);
   scan_tiles(logits, split, range);
   if (!last_of_row(split, range.row) || warp_id() != 0) return;

@@ -81,8 +81,8 @@ __device__ __forceinline__ Rank best_below(Tile<T>& tile, int vocab, Rank bound)
 
 // Takes the tile's elements into the list. Most tiles of a long row have none that belongs there.
 template <class T>
-__device__ __forceinline__ void list_tile(TopList& list, Tile<T>& tile,
-                                          const SoftmaxStats& stats, int vocab) {
+__device__ __forceinline__ void list_tile(TopList& list, Tile<T>& tile, const SoftmaxStats& stats,
+                                          int vocab) {
   if (rank_of(stats.max, stats.id) <= list.worst) return;
   Rank best = ~Rank{0};
   Rank mine = best;
@@ -94,7 +94,8 @@ __device__ __forceinline__ void list_tile(TopList& list, Tile<T>& tile,
   }
 }
 
-// Lists of a row on their way to its last block: [rows, splits, k] behind the tiles' partial results
+// Lists of a row on their way to its last block: [rows, splits, k] behind the tiles' partial
+// results
 __device__ __forceinline__ Rank* lists_of(const RowSplit& split, Rank* lists, int64_t row, int k) {
   return lists + row * split.splits * k;
 }

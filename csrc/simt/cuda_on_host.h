@@ -79,7 +79,8 @@ T __shfl_xor_sync(uint32_t mask, T value, int lanes, SIMT_SITE) {
 }
 template <class T>
 T __shfl_up_sync(uint32_t mask, T value, unsigned lanes, SIMT_SITE) {
-  return simt::shuffle(simt::WarpOp::kShuffleUp, mask, value, static_cast<int>(lanes), {file, line});
+  return simt::shuffle(simt::WarpOp::kShuffleUp, mask, value, static_cast<int>(lanes),
+                       {file, line});
 }
 template <class T>
 T __shfl_down_sync(uint32_t mask, T value, unsigned lanes, SIMT_SITE) {

@@ -27,9 +27,10 @@ constexpr size_t kStackBytes = 128 * 1024;
 enum class State { kRunnable, kBarrier, kWarp, kClusterBarrier, kLeft };
 
 const char* name_of(WarpOp op) {
-  static const char* const names[] = {"__syncwarp",        "__shfl_sync",       "__shfl_xor_sync",
-                                      "__shfl_up_sync",    "__shfl_down_sync",  "a vote",
-                                      "__reduce_max_sync", "__reduce_min_sync", "__reduce_add_sync"};
+  static const char* const names[] = {
+      "__syncwarp",        "__shfl_sync",       "__shfl_xor_sync",
+      "__shfl_up_sync",    "__shfl_down_sync",  "a vote",
+      "__reduce_max_sync", "__reduce_min_sync", "__reduce_add_sync"};
   return names[static_cast<int>(op)];
 }
 
@@ -159,7 +160,8 @@ void enter(Worker& w, Fiber& fiber) {
     __sanitizer_start_switch_fiber(&fake_stack, fiber.stack, kStackBytes);
   tsan::switch_to(fiber.tsan_fiber);
   switch_context(&w.scheduler, &fiber.context);
-  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+  if (__sanitizer_finish_switch_fiber)
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
 
 void leave(Fiber& fiber) {
@@ -258,7 +260,8 @@ int choose_worker(const Worker& from) {
     if (engine->workers[id]->status == Worker::Status::kReady) ready.push_back(id);
   }
   if (ready.empty()) return -1;
-  return engine->options.order == Order::kRandom ? ready[engine->random() % ready.size()] : ready[0];
+  return engine->options.order == Order::kRandom ? ready[engine->random() % ready.size()]
+                                                 : ready[0];
 }
 
 // Returns when it is this block's turn again, or the launch is over
@@ -266,9 +269,9 @@ void pass_turn(Worker& w) {
   const int next = choose_worker(w);
   if (next == w.id) return;
   if (next < 0) {
-    const bool finished = std::all_of(engine->workers.begin(), engine->workers.end(), [](auto& each) {
-      return each->status == Worker::Status::kFinished;
-    });
+    const bool finished =
+        std::all_of(engine->workers.begin(), engine->workers.end(),
+                    [](auto& each) { return each->status == Worker::Status::kFinished; });
     if (!finished) return give_up("deadlock: nothing can end these waits");
     std::lock_guard<std::mutex> lock(engine->mutex);
     engine->over = true;
@@ -360,8 +363,8 @@ void start_block(Worker& w) {
     fiber.state = State::kRunnable;
     fiber.has_fenced = false;
     fiber.seen_by_atomics.clear();
-    fiber.at = {dim3(i), dim3(w.block), dim3(w.live), dim3(engine->grid.blocks), w.rank,
-                engine->grid.cluster};
+    fiber.at = {dim3(i), dim3(w.block),       dim3(w.live), dim3(engine->grid.blocks),
+                w.rank,  engine->grid.cluster};
     fiber.asan_fake_stack = nullptr;
     if (tsan::active()) fiber.tsan_fiber = __tsan_create_fiber(0);
     prepare(&fiber.context, fiber.stack, kStackBytes, fiber_entry);
@@ -392,7 +395,8 @@ bool run_block(Worker& w) {
       --w.live;
       if (tsan::active()) __tsan_destroy_fiber(fiber.tsan_fiber);
       const unsigned first_lane = fiber.index / kWarpSize * kWarpSize;
-      for (unsigned i = first_lane; i < std::min<size_t>(first_lane + kWarpSize, w.fibers.size()); ++i)
+      for (unsigned i = first_lane; i < std::min<size_t>(first_lane + kWarpSize, w.fibers.size());
+           ++i)
         if (w.fibers[i].state == State::kWarp)
           complete_warp_if_ready(w, first_lane, w.fibers[i].mask, nullptr);
       if (engine->over) return false;
@@ -471,9 +475,9 @@ void complete_warp_if_ready(Worker& w, unsigned first_lane, uint32_t mask, Fiber
     if (source < 0 || source >= kWarpSize) source = lane;
     if (shuffle && !lanes[source]) {
       std::ostringstream text;
-      text << name_of(fiber->op) << " at " << fiber->site.file << ":" << fiber->site.line << ": lane "
-           << lane << " reads lane " << source << ", which is outside mask 0x" << std::hex << mask
-           << " or has left";
+      text << name_of(fiber->op) << " at " << fiber->site.file << ":" << fiber->site.line
+           << ": lane " << lane << " reads lane " << source << ", which is outside mask 0x"
+           << std::hex << mask << " or has left";
       return give_up(text.str());
     }
     fiber->result = shuffle ? lanes[source]->value : combined;
@@ -506,7 +510,8 @@ uint64_t warp_collective(WarpOp op, uint32_t mask, uint64_t value, int argument,
   fiber.argument = argument;
   fiber.site = site;
   if (!(mask >> lane & 1))
-    give_up_from_fiber(fiber, std::string(name_of(op)) + ": the calling lane is not in its own mask");
+    give_up_from_fiber(fiber,
+                       std::string(name_of(op)) + ": the calling lane is not in its own mask");
   for (int other = 0; other < kWarpSize; ++other) {
     if (!(mask >> other & 1) || first_lane + other >= w.fibers.size()) continue;
     const Fiber& peer = w.fibers[first_lane + other];
@@ -548,7 +553,8 @@ int block_barrier(BarrierKind kind, int predicate, Site site) {
     w.arrived = 0;
     w.barrier_parity ^= 1;  // a slow thread of this barrier never takes in the next one's clocks
     for (unsigned i = 0; i < w.fibers.size(); ++i) {
-      const unsigned index = engine->options.order == Order::kReversed ? w.fibers.size() - 1 - i : i;
+      const unsigned index =
+          engine->options.order == Order::kReversed ? w.fibers.size() - 1 - i : i;
       make_runnable(w, w.fibers[index]);
     }
     w.give_way = engine->workers.size() > 1 && coin();
@@ -642,7 +648,8 @@ void run(const Grid& grid, const std::function<void()>& thread_main, void* (*dyn
   // Clusters of blocks, in the order in which they start
   const unsigned clusters = grid.blocks / grid.cluster;
   const unsigned wanted = static_cast<unsigned>(launch.options.resident_blocks) / grid.cluster;
-  // Under TSan two blocks never share stacks and shared memory, or their reuse would look like races
+  // Under TSan two blocks never share stacks and shared memory, or their reuse would look like
+  // races
   const unsigned groups = tsan::active() ? clusters : std::min(clusters, std::max(1u, wanted));
   for (unsigned i = 0; i < clusters; ++i) launch.cluster_order.push_back(i);
   if (launch.options.order == Order::kReversed)
@@ -665,7 +672,8 @@ void run(const Grid& grid, const std::function<void()>& thread_main, void* (*dyn
       w.fibers.resize(grid.threads);
       w.stacks = static_cast<char*>(mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE,
                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-      if (w.stacks == MAP_FAILED) throw std::runtime_error("launch: no memory for the fibers' stacks");
+      if (w.stacks == MAP_FAILED)
+        throw std::runtime_error("launch: no memory for the fibers' stacks");
       for (unsigned i = 0; i < grid.threads; ++i) {
         w.fibers[i].index = i;
         w.fibers[i].stack = w.stacks + i * kStackBytes;

@@ -33,7 +33,8 @@ PYBIND11_MODULE(dmax_simt, m) {
       .def(py::init<int, Address, int64_t, int64_t, int64_t, int64_t, double>());
   py::class_<EmbeddingInput>(m, "EmbeddingInput")
       .def(py::init<int, Address, int64_t, int64_t, int64_t, int64_t>());
-  py::class_<MixInput>(m, "MixInput").def(py::init<Address, bool, Address, Address, int64_t, int>());
+  py::class_<MixInput>(m, "MixInput")
+      .def(py::init<Address, bool, Address, Address, int64_t, int>());
   py::class_<StateInput>(m, "StateInput")
       .def(py::init<Address, Address, Address, Address, Address, Address, Address, Address, int64_t,
                     int64_t>());

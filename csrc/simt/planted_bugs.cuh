@@ -41,8 +41,7 @@ __global__ void dynamic_shared_overrun(const float* in, float* out, bool fixed) 
 
 __global__ void misaligned_vector(const float* in, float* out, bool fixed) {
   if (threadIdx.x >= kThreads / 4 - 1) return;
-  const uint4 raw =
-      *reinterpret_cast<const uint4*>(in + 4 * threadIdx.x + (fixed ? 0 : 1));
+  const uint4 raw = *reinterpret_cast<const uint4*>(in + 4 * threadIdx.x + (fixed ? 0 : 1));
   out[threadIdx.x] = __uint_as_float(raw.x);
 }
 

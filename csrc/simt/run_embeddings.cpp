@@ -99,8 +99,8 @@ Chosen spd_step_(Gpu gpu, LogitsInput logits, EmbeddingInput embedding, StateInp
     args.lists = static_cast<Rank*>(lists.data());
     args.listed = static_cast<Listed*>(listed.data());
     args.row_counters = row_counters.data();
-    launch_spd_step(view_of<T>(logits), launch,
-                    row_split(launch, partials.data(), counters.data()), args, Stream{});
+    launch_spd_step(view_of<T>(logits), launch, row_split(launch, partials.data(), counters.data()),
+                    args, Stream{});
     result = chosen(launch);
   });
   return result;

@@ -49,7 +49,8 @@ std::pair<float, unsigned> run_last_block_sums(int fence, unsigned blocks) {
   std::vector<float> parts(blocks);
   unsigned counter = 0;
   float out = 0;
-  run(Grid{blocks, 32}, [&] { last_block_sums(parts.data(), &counter, &out, fence); },
+  run(
+      Grid{blocks, 32}, [&] { last_block_sums(parts.data(), &counter, &out, fence); },
       planted_dynamic_base);
   return {out, counter};
 }

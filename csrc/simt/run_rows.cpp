@@ -75,19 +75,23 @@ Chosen sample_tokens(Gpu gpu, LogitsInput in, Address seed, bool seed_per_row, A
 
 Chosen top1_merge(Address maximum, Address sum_exp, Address token, int64_t shards, int64_t rows,
                   Address merged_token, Address confidence) {
-  launch_top1_merge({pointer<const float>(maximum), pointer<const float>(sum_exp),
-                     pointer<const int64_t>(token), pointer<int64_t>(merged_token),
-                     pointer<float>(confidence), shards, rows},
-                    Stream{});
+  launch_top1_merge(
+      {pointer<const float>(maximum), pointer<const float>(sum_exp), pointer<const int64_t>(token),
+       pointer<int64_t>(merged_token), pointer<float>(confidence), shards, rows},
+      Stream{});
   return {1, 1, choose_top1_merge_launch(rows).blocks, kMergeThreads};
 }
 
 Chosen prefix_promote(Address confidence, Address masked, int64_t rows, int block, float threshold,
                       bool inclusive, Address promoted) {
-  const PrefixPromoteArgs args{pointer<const float>(confidence), pointer<const bool>(masked),
-                               pointer<bool>(promoted),          rows,
-                               block,                            block,
-                               block,                            threshold,
+  const PrefixPromoteArgs args{pointer<const float>(confidence),
+                               pointer<const bool>(masked),
+                               pointer<bool>(promoted),
+                               rows,
+                               block,
+                               block,
+                               block,
+                               threshold,
                                inclusive};
   launch_prefix_promote(args, Stream{});
   return {1, 1, choose_prefix_promote_launch(rows).blocks, kPromoteWarps * kWarpSize};
