@@ -1,4 +1,4 @@
-"""Arrays as arguments of the executor's module; numpy only, so that a sanitizer's process can use it.
+"""Arrays as arguments of the executor's module; numpy only, for the sanitizers' processes.
 
 An argument is an array (passed as its address), a tuple ("LogitsInput", ...) (that struct of the
 module), None (a null address), or a plain value.
@@ -33,7 +33,7 @@ class Memory:
     data: bytes
 
     def allocate(self) -> np.ndarray:
-        """In an allocation that ends where the array ends, so that AddressSanitizer sees overruns."""
+        """In an allocation that ends where the array ends: AddressSanitizer then sees overruns."""
         block = np.zeros(self.lead + len(self.data), np.uint8)
         assert address_of(block) % 16 == 0
         block[self.lead :] = np.frombuffer(self.data, np.uint8)

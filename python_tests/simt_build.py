@@ -1,7 +1,7 @@
 """Builds and loads the module that runs csrc/cuda/*.cuh on the CPU (csrc/simt), on demand.
 
-``load()`` gives the plain build in this process. ``run_sanitized()`` runs a script of this folder in
-a Python of its own with a sanitizer's library preloaded, since a sanitizer must be there first.
+``load()`` gives the plain build in this process. ``run_sanitized()`` runs a script of this folder
+in a Python of its own with a sanitizer's library preloaded, since a sanitizer must be there first.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The ops as citizens of CUDA: opcheck, compile, graphs, streams, no host sync, launches counted."""
+"""The ops as citizens of CUDA: opcheck, compile, graphs, streams, no sync, launches counted."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def capture(function):
 
 
 def test_spd_graph_replays_1000_times_on_changing_inputs():
-    """Every replay as an eager step on the same state and logits, bit for bit; rows get finished."""
+    """Every replay as an eager step on the same state and logits, bit for bit."""
     logits, embedding, state = gpu_step_case(vocab=20_000)
     start = copy_of(state)
     graph, _ = capture(lambda: dmax_kernels.spd_step_(logits, embedding, **state, **SPD))

@@ -132,7 +132,7 @@ def test_more_than_2_to_31_elements():
     assert_close(
         loss.cpu(), far.cpu().double().log_softmax(-1)[[0, 1], [1, 4321]].neg(), 1e-5, 1e-6
     )
-    many = memory[: 13_800 * 157184 + 0].view(13_800, 157184)
+    many = memory[: 13_800 * 157184].view(13_800, 157184)
     many[-1].zero_()
     many[-1, 77] = 5.0
     token, _ = dmax_kernels.top1_confidence(many)

@@ -166,7 +166,9 @@ def test_merge_of_shards(shards):
     parts = [
         simt_ops.top1_partial(logits[:, s * size : (s + 1) * size], s * size) for s in range(shards)
     ]
-    token, confidence = simt_ops.top1_merge(*(torch.stack(each) for each in zip(*parts)))
+    token, confidence = simt_ops.top1_merge(
+        *(torch.stack(each) for each in zip(*parts, strict=True))
+    )
     assert_top1(logits, token, confidence)
 
 

@@ -1,7 +1,7 @@
 """Keeps what ptxas says of every kernel: registers, shared memory, spills.
 
-As a compiler launcher, ``compile_report.py -- nvcc ... -o X.o``, it runs the compiler, saves ptxas's
-lines as ``X.o.ptxas`` and passes on everything else. ``--merge`` makes one JSON of all of them.
+As a compiler launcher, ``compile_report.py -- nvcc ... -o X.o``, it runs the compiler, saves
+ptxas's lines as ``X.o.ptxas`` and passes on everything else. ``--merge`` makes one JSON of all of them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def short_name(demangled: str) -> str:
-    """void dmax::cuda::top1_rows_kernel<dmax::BFloat16, ...>(...) -> top1_rows_kernel<BFloat16, ...>"""
+    """void dmax::cuda::topk_rows_kernel<dmax::BFloat16>(...) -> topk_rows_kernel<BFloat16>"""
     name = demangled.removeprefix("void ").replace("dmax::cuda::", "").replace("dmax::", "")
     return name.split("(", 1)[0].replace("(", "")
 
