@@ -1,7 +1,7 @@
 """Keeps what ptxas says of every kernel: registers, shared memory, spills.
 
 As a compiler launcher, ``compile_report.py -- nvcc ... -o X.o``, it runs the compiler, saves
-ptxas's lines as ``X.o.ptxas`` and passes on everything else. ``--merge`` makes one JSON of all of them.
+ptxas's lines as ``X.o.ptxas`` and passes on everything else. ``--merge`` makes one JSON of them.
 """
 
 from __future__ import annotations
