@@ -22,6 +22,7 @@ def test_every_op_has_its_files():
             f"csrc/cpu/{op}.cpp",
             f"dmax_kernels/ops/{op}.py",
             f"dmax_kernels/reference/{op}.py",
+            f"dmax_kernels/triton/{op}.py",
             f"python_tests/test_{SHARED_TEST.get(op, op)}.py",
             f"bench/bench_{SHARED_TEST.get(op, op)}.py",
         )

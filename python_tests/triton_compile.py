@@ -80,6 +80,17 @@ def inspect(kernel: CompiledKernel) -> dict[str, int]:
     }
 
 
+def spd_step(top_k, mask_token_id=5, tau_dec=0.5, tau_acc=0.9, suppress_token=-1) -> None:
+    editable = torch.empty(1, K, dtype=torch.bool)
+    OPS["spd_step_"](
+        torch.empty(1, K, 64, dtype=torch.bfloat16), torch.empty(64, D, dtype=torch.bfloat16),
+        editable, editable.clone(), torch.zeros(1, K, dtype=torch.int64), torch.empty(1, K),
+        editable[:, 0].contiguous(), torch.zeros(1, dtype=torch.int32),
+        torch.empty(1, K, D, dtype=torch.bfloat16), mask_token_id, tau_dec, tau_acc,
+        top_k=top_k, suppress_token=suppress_token,
+    )  # fmt: skip
+
+
 def call_every_op() -> None:
     """The sizes of LLaDA-2.0-mini in bfloat16; the two dtypes of the plain reads in float32 too."""
 
@@ -109,12 +120,7 @@ def call_every_op() -> None:
     OPS["oput_loss_and_grad_"](logits(), None, target)
 
     for top_k in (1, 4):
-        OPS["spd_step_"](
-            torch.empty(1, K, 64, dtype=torch.bfloat16), embedding, masked[:1], masked[:1].clone(),
-            token[None], confidence[:1], masked[:1, 0].contiguous(),
-            torch.zeros(1, dtype=torch.int32), torch.empty(1, K, D, dtype=torch.bfloat16),
-            5, 0.5, 0.9, top_k=top_k,
-        )  # fmt: skip
+        spd_step(top_k)
 
 
 def call_linear_ops() -> None:
@@ -128,28 +134,52 @@ def call_linear_ops() -> None:
     OPS["linear_top1_confidence"](torch.empty(32, D), torch.empty(V, D))
 
 
-def main(capability: int) -> dict[str, dict[str, int]]:
+def call_with_other_values() -> None:
+    """Run-time values that Triton would compile a kernel anew for if it were let: 1, 16, others."""
+    logits, hidden = torch.empty(ROWS, V, dtype=torch.bfloat16), torch.empty(32, D)
+    confidence, masked = torch.empty(ROWS, K), torch.empty(ROWS, K, dtype=torch.bool)
+    embedding = torch.empty(64, D, dtype=torch.bfloat16)
+    position = (embedding, torch.zeros(K, dtype=torch.int64), confidence[0], masked[0])
+    target = torch.zeros(ROWS, dtype=torch.int64)
+    for value in (0, 1, 16, 37):
+        options = {"temperature": 0.5 + value, "suppress_token": value}
+        OPS["top1_confidence"](logits, **options)
+        OPS["top1_confidence"](logits[: value + 1], **options)
+        OPS["topk_confidence"](logits, 8, **options)
+        OPS["top1_partial"](logits, value, **options)
+        OPS["sample_tokens"](logits, torch.zeros(2, dtype=torch.int64), **options)
+        OPS["prefix_promote"](confidence, masked, value)
+        OPS["hybrid_embedding"](*position, value)
+        OPS["hybrid_embedding_backward"](torch.empty(K, D, dtype=torch.bfloat16), *position, value)
+        losses = {"ignore_index": value, "label_smoothing": 1 / (value + 2), "z_loss": value}
+        OPS["oput_loss"](logits, None, target, **losses)
+        OPS["linear_top1_confidence"](hidden, torch.empty(V, D), **options)
+        spd_step(1, mask_token_id=value, tau_dec=float(value), tau_acc=value, suppress_token=value)
+
+
+def main(capability: int) -> dict[str, object]:
     driver.set_active(CompileOnlyDriver(capability))
-    report: dict[str, dict[str, int]] = {}
+    kernels: dict[str, dict[str, int]] = {}
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        key = kernel.hash
-        if key not in seen:
-            seen.add(key)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
             name, number = self.fn.__name__, 1
-            while name in report:
+            while name in kernels:
                 number += 1
                 name = f"{self.fn.__name__}#{number}"
-            report[name] = inspect(kernel)
+            kernels[name] = inspect(kernel)
         return kernel
 
     seen: set[str] = set()
     JITFunction.run = compile_only
     call_every_op()
     call_linear_ops()
-    return report
+    before = set(kernels)
+    call_with_other_values()
+    return {"kernels": kernels, "recompiled": sorted(set(kernels) - before)}
 
 
 if __name__ == "__main__":

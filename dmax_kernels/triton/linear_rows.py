@@ -21,7 +21,9 @@ from dmax_kernels.triton.stats import NO_ID, finite_or_zero, softmax_scale
 
 # Rows per launch: bounds the partial results (below 8 MB), at no cost, since so many rows are
 # bound by the matrix product and not by reading the weight
-MOST_ROWS = 8192
+MOST_ROWS = 4096
+# Tokens per program at most, for the same bound
+MOST_TOKENS = 2048
 
 
 class LinearTiles(NamedTuple):
@@ -63,7 +65,8 @@ def choose_linear_tiles(
         block_n, block_k, num_warps, num_stages = 128, 64, 8, 3
     block_m = max(16, next_power_of_2(block_m))  # 16 is the least the tensor cores take
     tiles = -(-num_rows // block_m) * -(-vocab // block_n)
-    per_program = max(1, min(8, tiles // (4 * num_multiprocessors(device))))
+    wanted = tiles // (4 * num_multiprocessors(device))
+    per_program = max(1, min(MOST_TOKENS // block_n, wanted))
     return LinearTiles(block_m, block_n, block_k, num_warps, num_stages, per_program)
 
 

@@ -18,12 +18,18 @@ from dmax_kernels.triton.launch import (
     next_power_of_2,
     row_view,
 )
-from dmax_kernels.triton.stats import LOG2_E, load_tile, merge_sums, sum_of_exponentials
+from dmax_kernels.triton.stats import (
+    LOG2_E,
+    finite_or_zero,
+    load_tile,
+    merge_sums,
+    sum_of_exponentials,
+)
 
 
 @triton.jit
 def store_tile_sums(
-    row, tile, vocab, log2_e, out_max, out_sum, out_logit_sum, MASKED: tl.constexpr,
+    row, tile, vocab, log2_e, out_max, out_sum, out_below, MASKED: tl.constexpr,
     SMOOTHED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     ids, x = load_tile(row, tile * TILE, vocab, -1, MASKED, TILE)
@@ -31,13 +37,15 @@ def store_tile_sums(
     tl.store(out_max + tile, maximum)
     tl.store(out_sum + tile, sum_of_exponentials(x, maximum, log2_e))
     if SMOOTHED:
-        tl.store(out_logit_sum + tile, tl.sum(tl.where(ids < vocab, x, 0.0), axis=0))
+        # Relative to the maximum: a plain sum would lose its digits to an offset common to all
+        below = tl.where(ids < vocab, finite_or_zero(maximum) - x, 0.0)
+        tl.store(out_below + tile, tl.sum(below, axis=0))
 
 
 @triton.jit(do_not_specialize=["ignore_index", "num_tiles", "tiles_per_program"])
 def tile_sums_kernel(
     logits, row_stride, vocab, target, ignore_index, log2_e,
-    partial_max, partial_sum, partial_logit_sum, num_tiles, tiles_per_program,
+    partial_max, partial_sum, partial_below, num_tiles, tiles_per_program,
     SMOOTHED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row_id = tl.program_id(0).to(tl.int64)
@@ -46,26 +54,26 @@ def tile_sums_kernel(
     row = logits + row_id * row_stride
     out_max = partial_max + row_id * num_tiles
     out_sum = partial_sum + row_id * num_tiles
-    out_logit_sum = partial_logit_sum + row_id * num_tiles
+    out_below = partial_below + row_id * num_tiles
 
     first = tl.program_id(1) * tiles_per_program
     last = tl.minimum(first + tiles_per_program, num_tiles)
     full_tiles = vocab // TILE
     for tile in range(first, tl.minimum(last, full_tiles)):
         store_tile_sums(
-            row, tile, vocab, log2_e, out_max, out_sum, out_logit_sum, False, SMOOTHED, TILE
+            row, tile, vocab, log2_e, out_max, out_sum, out_below, False, SMOOTHED, TILE
         )
     if last > full_tiles:
         store_tile_sums(
-            row, full_tiles, vocab, log2_e, out_max, out_sum, out_logit_sum, True, SMOOTHED, TILE
+            row, full_tiles, vocab, log2_e, out_max, out_sum, out_below, True, SMOOTHED, TILE
         )
 
 
 @triton.jit(do_not_specialize=["ignore_index", "num_tiles"])
 def loss_kernel(
     logits, row_stride, vocab, target, ignore_index, log2_e, label_smoothing, z_loss,
-    partial_max, partial_sum, partial_logit_sum, num_tiles, loss, logsumexp, row_max, row_log_sum,
-    SMOOTHED: tl.constexpr, KEEP_PARTS: tl.constexpr, TILES: tl.constexpr,
+    partial_max, partial_sum, partial_below, num_tiles, loss, logsumexp, row_max, row_log_sum,
+    SMOOTHED: tl.constexpr, KEEP_PARTS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     wanted = tl.load(target + row).to(tl.int64)
@@ -90,8 +98,11 @@ def loss_kernel(
     x = tl.load(logits + row * row_stride + wanted, mask=known, other=float("nan")).to(tl.float32)
     value = (best - x) + log_sum  # best - x first: exact where the target is the best
     if SMOOTHED:
-        logit_sum = tl.sum(tl.load(partial_logit_sum + at, mask=valid, other=0.0), axis=0)
-        smooth = total - logit_sum / vocab
+        # logsumexp - mean = log_sum + mean of (best - x), from every tile's sum of (maximum - x)
+        below = tl.load(partial_below + at, mask=valid, other=0.0)
+        in_tile = tl.minimum(vocab - tiles * TILE, TILE).to(tl.float32)
+        below += tl.where(valid & (maxima != best), in_tile * (best - maxima), 0.0)
+        smooth = log_sum + tl.sum(below, axis=0) / vocab
         value = (1.0 - label_smoothing) * value + label_smoothing * smooth
     value += tl.where(z_loss > 0.0, z_loss * total * total, 0.0)  # not 0 * inf
     tl.store(loss + row, tl.where(known, value, float("nan")))
@@ -205,7 +216,8 @@ def pass_loss(
     loss_kernel[(rows.count,)](
         rows.tensor, rows.stride, rows.width, target, ignore_index, LOG2_E,
         float(label_smoothing), float(z_loss), *partials, tiles.count, *result,
-        SMOOTHED=smoothed, KEEP_PARTS=keep_parts, TILES=next_power_of_2(tiles.count), num_warps=1,
+        SMOOTHED=smoothed, KEEP_PARTS=keep_parts, TILES=next_power_of_2(tiles.count), TILE=TILE,
+        num_warps=1,
     )  # fmt: skip
     return result
 

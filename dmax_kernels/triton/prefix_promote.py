@@ -65,7 +65,7 @@ def prefix_promote(
         return promoted
     with device_of(confidence):
         prefix_promote_kernel[(promoted.numel() // block,)](
-            confidence, masked, threshold, promoted, block,
+            confidence, masked, float(threshold), promoted, block,
             INCLUSIVE=inclusive, CHUNK=min(next_power_of_2(block), 1024), num_warps=1,
         )  # fmt: skip
     return promoted

@@ -1,0 +1,168 @@
+"""The Triton kernels at real sizes on a GPU: streams, graphs, memory, 64-bit offsets, exact ids."""
+
+import pytest
+import torch
+from triton_device import cpp_op
+
+from dmax_kernels.testing.tolerances import CONFIDENCE_RTOL, assert_close
+from dmax_kernels.triton import IMPLEMENTATIONS as TRITON
+
+pytestmark = pytest.mark.gpu
+
+V, D = 157184, 2048
+
+
+def logits_of(rows, dtype=torch.bfloat16, vocab_size=V):
+    generator = torch.Generator("cuda").manual_seed(rows)
+    return (3 * torch.randn(rows, vocab_size, generator=generator, device="cuda")).to(dtype)
+
+
+def head(rows, dtype=torch.bfloat16):
+    generator = torch.Generator("cuda").manual_seed(rows)
+    hidden = torch.randn(rows, D, generator=generator, device="cuda").to(dtype)
+    weight = torch.randn(V, D, generator=generator, device="cuda").mul_(D**-0.5).to(dtype)
+    return hidden, weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab_size", [V, V - 1])
+def test_ids_as_in_cpp(dtype, vocab_size):
+    logits = logits_of(32, dtype, vocab_size)
+    seed = torch.tensor([7, 8])
+    for op, more in (
+        ("top1_confidence", ()),
+        ("topk_confidence", (8,)),
+        ("sample_tokens", (seed,)),
+    ):
+        on_gpu = (x.cuda() if torch.is_tensor(x) else x for x in more)
+        token, confidence = TRITON[op](logits, *on_gpu, suppress_token=156895)
+        expected, expected_confidence = cpp_op(op, logits.cpu(), *more, suppress_token=156895)
+        assert torch.equal(token.cpu(), expected), op
+        assert_close(confidence.cpu(), expected_confidence, 2 * CONFIDENCE_RTOL)
+
+
+def test_same_row_same_bits():
+    logits = logits_of(4096)
+    token, confidence = TRITON["top1_confidence"](logits)
+    for some in (slice(5, 6), slice(0, 32), slice(1000, 1256)):
+        some_token, some_confidence = TRITON["top1_confidence"](logits[some])
+        assert torch.equal(some_token, token[some])
+        assert torch.equal(some_confidence, confidence[some])
+
+
+def test_more_than_2_to_31_elements():
+    logits = torch.zeros(14000, V, dtype=torch.bfloat16, device="cuda")
+    wanted = torch.arange(14000, device="cuda") * 11
+    logits.scatter_(1, wanted[:, None], 5.0)
+    assert torch.equal(TRITON["top1_confidence"](logits)[0], wanted)
+    loss, *_ = TRITON["oput_loss"](logits, None, wanted)
+    assert (loss == loss[0]).all()
+
+
+def test_linear_head_is_exact_on_held_inputs():
+    """Small integers in bfloat16: every product and sum is exact in float32."""
+    for rows in (1, 16, 32, 64, 128, 200, 1000):
+        generator = torch.Generator("cuda").manual_seed(rows)
+        shape = {"low": -2, "high": 3, "generator": generator, "device": "cuda"}
+        hidden = torch.randint(size=(rows, D), **shape).bfloat16()
+        weight = torch.randint(size=(9973, D), **shape).bfloat16()
+        logits = hidden.double() @ weight.double().t()
+        token, confidence = TRITON["linear_top1_confidence"](hidden, weight, temperature=40.0)
+        best = logits.amax(dim=-1)
+        assert torch.equal(token, (logits == best[:, None]).int().argmax(dim=-1))
+        probability = torch.softmax(logits / 40, dim=-1).amax(dim=-1)
+        assert_close(confidence, probability, 1e-5)
+        seed = torch.tensor([rows, 3], device="cuda")
+        sampled, _ = TRITON["linear_sample_tokens"](hidden, weight, seed, temperature=40.0)
+        stored, _ = TRITON["sample_tokens"](logits.float(), seed, temperature=40.0)
+        assert (sampled == stored).float().mean() >= 0.99
+
+
+@pytest.mark.parametrize("rows", [1, 64, 4096, 8192])
+def test_linear_head_takes_less_than_8_megabytes(rows):
+    hidden, weight = head(rows)
+    TRITON["linear_top1_confidence"](hidden[:1], weight)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    TRITON["linear_top1_confidence"](hidden, weight)
+    assert torch.cuda.max_memory_allocated() - before < 8e6
+
+
+def test_sample_distribution():
+    """chi-squared of 100,000 draws from 5 classes: 4 degrees of freedom, p = 1e-4 at 23.5."""
+    probability = torch.tensor([0.5, 0.25, 0.15, 0.08, 0.02], device="cuda")
+    draws = 100_000
+    seed = torch.tensor([17, 1], device="cuda")
+    stored, _ = TRITON["sample_tokens"](probability.log().expand(draws, 5), seed)
+    hidden = torch.ones(draws, 1, device="cuda")
+    linear, _ = TRITON["linear_sample_tokens"](hidden, probability.log()[:, None], seed)
+    for token in (stored, linear):
+        counts = torch.bincount(token, minlength=5)
+        chi_squared = ((counts - draws * probability).square() / (draws * probability)).sum()
+        assert chi_squared < 23.5
+
+
+def spd_arguments(block=32):
+    embedding = torch.randn(V, D, device="cuda").bfloat16()
+    editable = torch.ones(2, block, dtype=torch.bool, device="cuda")
+    token = torch.full((2, block), 156895, device="cuda")
+    return (
+        logits_of(2 * block).view(2, block, V), embedding, editable, editable.clone(), token,
+        torch.zeros(2, block, device="cuda"), torch.zeros(2, dtype=torch.bool, device="cuda"),
+        torch.zeros(2, dtype=torch.int32, device="cuda"), embedding[token], 156895, 0.3, 0.9,
+    )  # fmt: skip
+
+
+def test_no_host_sync():
+    arguments = spd_arguments()
+    hidden, weight = head(32)
+    seed = torch.tensor([1, 2], device="cuda")
+    target = torch.zeros(64, dtype=torch.int64, device="cuda")
+    logits = arguments[0].view(64, V)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        TRITON["spd_step_"](*arguments)
+        TRITON["sample_tokens"](logits, seed)
+        TRITON["linear_top1_confidence"](hidden, weight)
+        TRITON["linear_sample_tokens"](hidden, weight, seed)
+        TRITON["oput_loss_and_grad_"](logits, None, target)
+        hybrid = (arguments[1][:1000], target[:32], arguments[5][0], arguments[2][0], 5)
+        TRITON["hybrid_embedding_backward"](arguments[8][0], *hybrid)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_graph_replay_steps_on_and_draws_anew():
+    arguments = spd_arguments()
+    logits, step = arguments[0], arguments[7]
+    seed = torch.tensor([1, 0], device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles before the capture, on a stream of its own
+        TRITON["spd_step_"](*arguments)
+        TRITON["sample_tokens"](logits, seed)
+    torch.cuda.current_stream().wait_stream(side)
+    step.zero_()
+    arguments[6].zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        TRITON["spd_step_"](*arguments)
+        sampled, _ = TRITON["sample_tokens"](logits, seed)
+        seed[1] += 1
+    draws = []
+    for _ in range(3):
+        graph.replay()
+        draws.append(sampled.clone())
+    assert (step > 0).all()
+    assert not torch.equal(draws[0], draws[1])
+    again, _ = TRITON["sample_tokens"](logits, torch.tensor([1, 1], device="cuda"))
+    assert torch.equal(again, draws[1])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_device_that_is_not_the_current_one():
+    logits = torch.randn(3, 5000, device="cuda:1")
+    token, _ = TRITON["top1_confidence"](logits)
+    assert token.device == logits.device
+    assert torch.equal(token, logits.argmax(-1))
