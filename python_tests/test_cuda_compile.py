@@ -77,13 +77,13 @@ def test_no_spill_no_stack(report):
     assert not bad
 
 
-# Blocks of 256 threads: 64 registers let four share a multiprocessor, 80 three, 128 two
+# Blocks of 256 threads: 64 registers let four share a multiprocessor, 80 three, 128 two; the others
+# have blocks of 128 threads, and four of those fit with 128
 def test_registers(report):
-    limits = {"top1_rows_kernel": 64, "oput_loss_backward_kernel": 64, "spd_step_kernel": 80,
-              "sample_rows_kernel": 128}  # fmt: skip
+    limits = dict.fromkeys(STREAMING, 80) | dict.fromkeys(OTHERS, 128)
+    limits |= {"top1_rows_kernel": 64, "oput_loss_backward_kernel": 64, "sample_rows_kernel": 128}
     for kernel in report["kernels"]:
-        limit = limits.get(kernel["kernel"].split("<")[0], 80)
-        assert kernel["registers"] <= limit, kernel
+        assert kernel["registers"] <= limits[kernel["kernel"].split("<")[0]], kernel
 
 
 def cuobjdump() -> str | None:
@@ -143,9 +143,7 @@ def test_in_place_kernels_do_not_use_the_read_only_path(machine_code):
 
 def test_library_loads_in_a_fresh_process_without_a_gpu():
     """Nothing of the driver or of libtorch_cuda is needed before a kernel is launched."""
-    code = (
-        "import dmax_kernels as d, torch; print(d.libraries.cuda is not None, len(d.__all__) > 5)"
-    )
+    code = "import dmax_kernels; print(dmax_kernels.libraries.cuda is not None)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
 

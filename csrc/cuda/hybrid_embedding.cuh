@@ -28,7 +28,7 @@ __device__ __forceinline__ Mix load_mix(const HybridArgs& args, int64_t position
 constexpr int kHybridWarps = 4;
 
 template <class E, int kTokens>
-__global__ void __launch_bounds__(kHybridWarps* kWarpSize)
+__global__ void __launch_bounds__(kHybridWarps* kWarpSize, 4)
     hybrid_embedding_kernel(const __grid_constant__ HybridArgs args, void* out) {
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
   const int64_t position = static_cast<int64_t>(blockIdx.x) * warps + warp_id();

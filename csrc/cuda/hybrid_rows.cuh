@@ -136,7 +136,7 @@ __device__ __forceinline__ MixNorms mix_norms(const EmbeddingTable& table, const
   float mix_square = 0.0f;
   const int lane_begin = lane_id() * kW;
   const int last = (table.dim - 1) / (kWarpSize * kW);
-#pragma unroll(kW == 1 ? 1 : 4)
+#pragma unroll(kW == 1 || kTokens > 1 ? 1 : 4)
   for (int i = 0; i <= last; ++i) {
     const int d = lane_begin + i * kWarpSize * kW;
     const bool inside = d < table.dim;  // all lanes stay, for the shuffles
@@ -175,7 +175,7 @@ __device__ __forceinline__ void hybrid_row(const EmbeddingTable& table, const Mi
   const MixNorms norms = mix_norms<E, kW, kTokens>(table, mix);
   const float scale = norms.scale();
   const int last = (table.dim - 1) / (kWarpSize * kW);
-#pragma unroll(kW == 1 ? 1 : 2)
+#pragma unroll(kW == 1 || kTokens > 1 ? 1 : 2)
   for (int i = 0; i <= last; ++i) {
     const int d = (i * kWarpSize + lane_id()) * kW;
     const bool inside = d < table.dim;
