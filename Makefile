@@ -21,6 +21,11 @@ train: build
 bench: build
 	$(PYTHON) -m pytest bench --benchmark-only
 
+# Offline, with the Python that has this machine's CUDA build of PyTorch: build, test, sanitize, time
+GPU_PYTHON ?= python3
+gpu:
+	$(GPU_PYTHON) bench/gpu_session.py
+
 CXX_FILES = git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'
 
 lint: $(PYTHON)

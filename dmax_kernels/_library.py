@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import json
 from pathlib import Path
 
 import torch
@@ -28,6 +29,11 @@ class Libraries:
         self.triton_ops: tuple[str, ...] = ()
         self.triton_reason = ""
         self.triton_slot: torch.library.Library | None = None
+
+    def cuda_report(self) -> dict | None:
+        """What the CUDA library was built for and with, and what ptxas said of every kernel."""
+        path = self.cuda.with_suffix(".json") if self.cuda else None
+        return json.loads(path.read_text()) if path and path.is_file() else None
 
     def instruction_set(self) -> str:
         """The CPU instruction set the kernels run in: avx512, avx2 or portable."""

@@ -31,6 +31,13 @@ def test_every_op_has_its_files():
     assert not missing
 
 
+def test_cuda_ops_have_a_host_and_a_device_side():
+    """csrc/cuda/<op>.cu and <op>.cuh; the ops with a matrix product are Triton's."""
+    host = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")} - {"host"}
+    assert host == {op for op in OPS if not op.startswith("linear_")}
+    assert all((ROOT / f"csrc/cuda/{op}.cuh").is_file() for op in host)
+
+
 def test_no_op_file_without_an_op():
     helpers = {"__init__", "_register"}
     for folder, pattern in (

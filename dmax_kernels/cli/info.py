@@ -49,6 +49,24 @@ def triton_state() -> str:
     return libraries.triton_reason or "not needed: the CUDA library serves every op"
 
 
+def cuda_build() -> dict:
+    """What the CUDA library was built for and with; of each kernel, its most demanding build."""
+    report = libraries.cuda_report()
+    if report is None:
+        return {}
+    kernels: dict[str, dict[str, int]] = {}
+    for entry in report["kernels"]:
+        name = entry["kernel"].split("<")[0].removesuffix("_kernel")
+        most = kernels.setdefault(name, {"registers": 0, "shared_bytes": 0, "spill_bytes": 0})
+        for key in most:
+            most[key] = max(most[key], entry[key])
+    return {
+        "CUDA architectures": " ".join(f"sm_{each}" for each in report["architectures"]),
+        "CUDA compiler": f"{report['compiler']}, for torch {report['torch_target']} and newer",
+        "CUDA kernels": kernels,
+    }
+
+
 def collect() -> dict:
     gpu = "none"
     if torch.cuda.is_available():
@@ -66,6 +84,7 @@ def collect() -> dict:
         "CPU threads": torch.get_num_threads(),
         "CPU library": str(libraries.cpu),
         "CUDA library": str(libraries.cuda or libraries.cuda_reason),
+        **cuda_build(),
         "Triton kernels": triton_state(),
         "backends": backends(),
     }
@@ -77,6 +96,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     table = facts.pop("backends")
+    kernels = facts.pop("CUDA kernels", {})
     width = max(map(len, facts))
     for name, fact in facts.items():
         print(f"{name:<{width}}  {fact}")
@@ -84,4 +104,10 @@ def run(options: argparse.Namespace) -> int:
     print(f"\n{'op':<{width}}  cpu     cuda")
     for op, by_device in table.items():
         print(f"{op:<{width}}  {by_device['cpu']:<6}  {by_device['cuda']}")
+    if kernels:
+        width = max(map(len, kernels))
+        print(f"\n{'CUDA kernel':<{width}}  registers  static shared  spilled")
+        for name, most in sorted(kernels.items()):
+            registers, shared, spilled = most.values()
+            print(f"{name:<{width}}  {registers:>9}  {shared:>11} B  {spilled:>5} B")
     return 0

@@ -52,9 +52,8 @@ class Distillation:
     seed: int
 
 
-# Learning rates, batch size and warm-up: searched by hand on this task, starting from the values
-# that Muon's authors use for small transformers (0.02 with AdamW at 3e-3). Block 32 learnt from
-# scratch does not take off in this time; from weights of block 16 and shorter walks it does.
+# Learning rates, batch size, warm-up and the start at block 16 come from an earlier trial of this
+# task, where block 32 learnt from scratch had 2 % of derivations right after 11 minutes.
 BASE_BLOCK16 = Stage(
     name="base_block16",
     start_from=None,

@@ -1,0 +1,60 @@
+// (maximum, sum of exponentials, id) of part of a row, and how two parts become one: the same rules
+// on the host and on the device, for warps, splits and shards.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define DMAX_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define DMAX_HOST_DEVICE inline
+#endif
+
+namespace dmax {
+
+struct SoftmaxStats {
+  float max;
+  // Sum of exp((x - max) / temperature) over all elements but the one at max, whose term is 1. Kept
+  // apart, a probability next to 1 and a loss next to 0 keep their precision. NaN where one is.
+  float rest;
+  int32_t id;  // first element that equals max; of a NaN, the first NaN
+};
+
+constexpr int32_t kNoId = 0x7fffffff;
+
+DMAX_HOST_DEVICE SoftmaxStats empty_stats() { return {-INFINITY, 0.0f, kNoId}; }
+
+// A NaN wins, the first one; then the larger value; ties go to the lowest id
+template <class Id>
+DMAX_HOST_DEVICE bool ranks_before(float value_a, Id id_a, float value_b, Id id_b) {
+  const bool nan_a = value_a != value_a;
+  const bool nan_b = value_b != value_b;
+  if (nan_a || nan_b) return nan_a && (!nan_b || id_a < id_b);
+  return value_a > value_b || (value_a == value_b && id_a < id_b);
+}
+
+// `decay(d)` is exp(d / temperature) for d <= 0. Symmetric in a and b to the last bit: the part
+// with the maximum keeps its rest as it is, and fmaf leaves the compiler no choice of rounding.
+template <class Decay>
+DMAX_HOST_DEVICE SoftmaxStats merge_stats(const SoftmaxStats& a, const SoftmaxStats& b,
+                                          const Decay& decay) {
+  const bool a_first = ranks_before(a.max, a.id, b.max, b.id);
+  // Selected value by value: a reference to either would put both into local memory
+  const float top_max = a_first ? a.max : b.max;
+  const float top_rest = a_first ? a.rest : b.rest;
+  const float low_max = a_first ? b.max : a.max;
+  const float low_rest = a_first ? b.rest : a.rest;
+  // -inf - -inf is NaN, but a part of nothing but -inf holds no mass
+  const float weight = low_max == -INFINITY ? 0.0f : decay(low_max - top_max);
+  return {top_max, fmaf(low_rest, weight, top_rest) + weight, a_first ? a.id : b.id};
+}
+
+DMAX_HOST_DEVICE bool is_finite(float x) { return x - x == 0.0f; }
+
+// NaN where the row holds NaN, +inf or nothing but -inf
+DMAX_HOST_DEVICE float top1_probability(const SoftmaxStats& stats) {
+  return is_finite(stats.max) ? 1.0f / (1.0f + stats.rest) : NAN;
+}
+
+}  // namespace dmax

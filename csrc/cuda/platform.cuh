@@ -1,0 +1,236 @@
+// What the kernels need beyond the CUDA language: wrappers around single instructions, each with a
+// host twin, so that csrc/simt/ runs every kernel unchanged on the CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "common/element_types.h"
+
+#if defined(__CUDACC__)
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#else
+#include "simt/cuda_on_host.h"
+#endif
+
+namespace dmax::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr uint32_t kFullMask = 0xffffffffu;
+
+// One array and type for all kernels of the library; each views it as what it needs
+extern __shared__ uint4 dynamic_shared[];
+
+struct LaunchShape {
+  unsigned blocks;
+  unsigned threads;
+  size_t shared_bytes;
+  unsigned cluster = 1;
+};
+
+#if defined(__CUDACC__)
+
+using Stream = cudaStream_t;
+
+// The one way a kernel is started
+template <class... Parameters, class... Arguments>
+cudaError_t launch(const LaunchShape& shape, Stream stream, void (*kernel)(Parameters...),
+                   const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(shape.blocks);
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  if (shape.cluster > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {shape.cluster, 1, 1};
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  // More than 48 KB of shared memory is given only to kernels that ask
+  if (shape.shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shape.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// 2^x, about 2 ulp
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Makes the compiler forget what it has computed from v, where keeping it would cost registers
+__device__ __forceinline__ void forget(uint4& v) {
+  asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
+}
+
+// Both halves at once; of a NaN and a number the number, as fmaxf
+__device__ __forceinline__ uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+__device__ __forceinline__ uint32_t max_half2(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+// Read once, written by nobody while the kernel runs
+__device__ __forceinline__ uint4 load_constant(const void* p) {
+  uint4 v;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(p));
+  return v;
+}
+
+// What another block has just written: past the L1, which other blocks' stores do not reach
+template <class T>
+__device__ __forceinline__ T load_other_block(const T* p) {
+  static_assert(sizeof(T) % 16 == 0, "16-byte loads");
+  constexpr int kParts = sizeof(T) / 16;
+  uint4 parts[kParts];
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) parts[i] = __ldcg(reinterpret_cast<const uint4*>(p) + i);
+  T value;
+  memcpy(&value, parts, sizeof(T));
+  return value;
+}
+
+__device__ __forceinline__ uint64_t load_other_block_8(const uint64_t* p) {
+  return __ldcg(reinterpret_cast<const unsigned long long*>(p));
+}
+
+__device__ __forceinline__ float half_to_float(uint16_t bits) {
+  return __half2float(__ushort_as_half(bits));
+}
+__device__ __forceinline__ uint16_t float_to_half(float x) {
+  return __half_as_ushort(__float2half_rn(x));
+}
+__device__ __forceinline__ uint16_t float_to_bfloat16(float x) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+
+// Clusters are an sm_90 feature; choose_launch never starts a cluster kernel on an older GPU
+__device__ __forceinline__ unsigned cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().block_rank();
+#else
+  __trap();
+  return 0;
+#endif
+}
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().sync();
+#else
+  __trap();
+#endif
+}
+template <class T>
+__device__ __forceinline__ T* in_cluster_rank(T* shared, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+#else
+  __trap();
+  return shared + rank;
+#endif
+}
+
+#else  // host twins
+
+struct Stream {};
+
+template <class... Parameters, class... Arguments>
+int launch(const LaunchShape& shape, Stream, void (*kernel)(Parameters...),
+           const Arguments&... arguments) {
+  simt::launch({shape.blocks, shape.threads, shape.shared_bytes, shape.cluster}, kernel,
+               arguments...);
+  return 0;
+}
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+inline void forget(uint4&) {}
+inline uint4 load_constant(const void* p) { return *static_cast<const uint4*>(p); }
+template <class T>
+T load_other_block(const T* p) {
+  return *p;
+}
+inline uint64_t load_other_block_8(const uint64_t* p) { return *p; }
+
+inline float half_to_float(uint16_t bits) {
+  _Float16 value;
+  std::memcpy(&value, &bits, sizeof(bits));
+  return static_cast<float>(value);
+}
+inline uint16_t float_to_half(float x) {
+  const auto value = static_cast<_Float16>(x);
+  uint16_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+inline uint16_t float_to_bfloat16(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  if (x != x) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest even
+}
+
+template <class ToFloat>
+uint32_t max_of_halves(uint32_t a, uint32_t b, const ToFloat& to_float) {
+  const auto larger = [&](uint16_t x, uint16_t y) {
+    const float fx = to_float(x);
+    const float fy = to_float(y);
+    return fx > fy || fy != fy ? x : y;
+  };
+  return larger(static_cast<uint16_t>(a), static_cast<uint16_t>(b)) |
+         static_cast<uint32_t>(larger(a >> 16, b >> 16)) << 16;
+}
+inline uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
+  return max_of_halves(a, b,
+                       [](uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); });
+}
+inline uint32_t max_half2(uint32_t a, uint32_t b) { return max_of_halves(a, b, half_to_float); }
+
+inline unsigned cluster_rank() { return simt::self().cluster_rank; }
+inline void cluster_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  simt::cluster_barrier({file, line});
+}
+template <class T>
+T* in_cluster_rank(T* shared, unsigned rank) {
+  return static_cast<T*>(simt::map_shared_rank(shared, rank));
+}
+
+#endif
+
+// What choose_launch asks about the GPU
+struct Device {
+  int multiprocessors;
+  int major;                 // of the compute capability
+  int max_shared_per_block;  // bytes, with the kernel's consent
+};
+
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+
+// Butterflies: every lane gets the same bits, since a + b and max(a, b) do not depend on order
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kFullMask, x, lanes));
+  return x;
+}
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kFullMask, x, lanes);
+  return x;
+}
+
+}  // namespace dmax::cuda

@@ -1,0 +1,168 @@
+// Rows x vocabulary splits: who works on which tiles, and how their statistics become the row's.
+//
+// Every tile leaves one partial result, in shared memory where one block has the whole row, else in
+// global scratch. The last block of a row to finish merges them; which block that is, and how many
+// there are, changes no bit: lane l takes the tiles l, l + 32, ... in order, then a butterfly.
+#pragma once
+
+#include "cuda/tile.cuh"
+
+namespace dmax::cuda {
+
+constexpr int kRowWarps = 8;
+constexpr int kRowThreads = kRowWarps * kWarpSize;
+
+struct RowSplit {
+  int tiles;           // of a row
+  int splits;          // blocks per row
+  void* partials;      // [rows, tiles] where splits > 1
+  unsigned* counters;  // [rows], zero before and after the launch, where splits > 1
+};
+
+struct TileRange {
+  int64_t row;
+  int begin, end;
+};
+
+__device__ __forceinline__ TileRange block_tiles(const RowSplit& split) {
+  const int64_t row = blockIdx.x / static_cast<unsigned>(split.splits);
+  const auto part = static_cast<int64_t>(blockIdx.x % static_cast<unsigned>(split.splits));
+  return {row, static_cast<int>(split.tiles * part / split.splits),
+          static_cast<int>(split.tiles * (part + 1) / split.splits)};
+}
+
+// Where tile `index` of this block's row leaves its partial result
+template <class Partial>
+__device__ __forceinline__ Partial* partial_of(const RowSplit& split, int64_t row, int index) {
+  if (split.splits == 1) return reinterpret_cast<Partial*>(dynamic_shared) + index;
+  return static_cast<Partial*>(split.partials) + row * split.tiles + index;
+}
+
+// True in the last of `blocks` blocks to get here, on all of its threads. The counter resets
+// itself, so a captured graph replays for ever.
+__device__ __forceinline__ bool last_to_arrive(unsigned* counter, int blocks) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();  // what this block wrote comes before its count
+    const auto top = static_cast<unsigned>(blocks - 1);
+    last = atomicInc(counter, top) == top;
+    __threadfence();  // what the others wrote before theirs is read after it
+  }
+  __syncthreads();
+  return last;
+}
+
+// True in the block that holds or sees all partial results of its row
+__device__ __forceinline__ bool last_of_row(const RowSplit& split, int64_t row) {
+  if (split.splits > 1) return last_to_arrive(split.counters + row, split.splits);
+  __syncthreads();
+  return true;
+}
+
+// The row's result, by one warp, the same on every lane. Partial: merge(a, b, scale),
+// shuffle_xor(lanes), and 16-byte size.
+template <class Partial>
+__device__ __forceinline__ Partial merge_row(const RowSplit& split, int64_t row, float scale) {
+  Partial merged = Partial::empty();
+  for (int t = lane_id(); t < split.tiles; t += kWarpSize) {
+    const Partial* p = partial_of<Partial>(split, row, t);
+    merged = Partial::merge(merged, split.splits == 1 ? *p : load_other_block(p), scale);
+  }
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2)
+    merged = Partial::merge(merged, merged.shuffle_xor(lanes), scale);
+  return merged;
+}
+
+struct alignas(16) Top1Partial {
+  SoftmaxStats stats;
+
+  static __device__ __forceinline__ Top1Partial empty() { return {empty_stats()}; }
+  static __device__ __forceinline__ Top1Partial merge(const Top1Partial& a, const Top1Partial& b,
+                                                      float scale) {
+    return {merge_stats(a.stats, b.stats, [=](float d) { return exp2_approx(d * scale); })};
+  }
+  __device__ __forceinline__ Top1Partial shuffle_xor(int lanes) const {
+    return {{__shfl_xor_sync(kFullMask, stats.max, lanes),
+             __shfl_xor_sync(kFullMask, stats.rest, lanes),
+             __shfl_xor_sync(kFullMask, stats.id, lanes)}};
+  }
+};
+
+// Logits [rows, vocab] in memory; the stride is in elements
+template <class T>
+struct LogitsView {
+  const T* data;
+  int64_t row_stride;
+  int vocab;
+  int suppress;  // id read as -inf, or -1
+  float scale;   // log2(e) / temperature
+
+  __device__ __forceinline__ Row<T> row(int64_t index) const {
+    return make_row(data + index * row_stride, vocab);
+  }
+};
+
+// All of this block's tiles of a row: each warp's partial results
+template <class T>
+__device__ __forceinline__ void scan_tiles(const LogitsView<T>& logits, const RowSplit& split,
+                                           const TileRange& range) {
+  const Row<T> row = logits.row(range.row);
+  for (int t = range.begin + warp_id(); t < range.end; t += kRowWarps) {
+    Tile<T> tile;
+    load_tile(tile, row, t, logits.suppress);
+    const SoftmaxStats stats = tile_stats(tile, row, logits.suppress, logits.scale);
+    if (lane_id() == 0) *partial_of<Top1Partial>(split, range.row, t) = {stats};
+  }
+}
+
+// ---- Host side ----
+
+struct RowLaunch {
+  int tiles;
+  int splits;
+  LaunchShape shape;
+  size_t scratch_bytes;  // for RowSplit::partials
+  int64_t counters;      // for RowSplit::counters
+};
+
+// Shared memory for a whole row's partial results: beyond it they go through global memory
+constexpr int kMaxSharedPartials = 48 * 1024;
+
+// Chosen by arithmetic, not yet measured: 4 blocks of 256 threads per multiprocessor keep 128 KB of
+// loads in flight, several times what hides 600 ns at 36 GB/s per multiprocessor (H200). With fewer
+// rows than that many blocks, a row is split; one tile per warp is the finest split there is.
+inline RowLaunch choose_row_launch(int64_t rows, int64_t vocab, int tile_size, size_t partial_bytes,
+                                   const Device& device) {
+  RowLaunch launch{};
+  launch.tiles = static_cast<int>((vocab + tile_size - 1) / tile_size);
+  const int64_t wanted = 4 * static_cast<int64_t>(device.multiprocessors);
+  const int64_t finest = (launch.tiles + kRowWarps - 1) / kRowWarps;
+  int64_t splits = rows >= wanted ? 1 : (wanted + rows - 1) / rows;
+  const size_t row_bytes = launch.tiles * partial_bytes;
+  if (row_bytes > kMaxSharedPartials && splits < 2) splits = 2;
+  if (splits > finest) splits = finest;
+  launch.splits = static_cast<int>(splits);
+  const bool split = splits > 1;
+  launch.shape = {static_cast<unsigned>(rows * splits), kRowThreads, split ? 0 : row_bytes};
+  launch.scratch_bytes = split ? static_cast<size_t>(rows) * row_bytes : 0;
+  launch.counters = split ? rows : 0;
+  return launch;
+}
+
+template <class T>
+LogitsView<T> make_logits_view(const void* data, int64_t row_stride, int64_t vocab,
+                               int64_t suppress_token, double temperature) {
+  const double scale = 1.4426950408889634 / temperature;
+  constexpr double kLargest = 3.4028234663852886e38;  // infinity would make 0 * scale a NaN
+  return {static_cast<const T*>(data), row_stride, static_cast<int>(vocab),
+          static_cast<int>(suppress_token),
+          static_cast<float>(scale < kLargest ? scale : kLargest)};
+}
+
+inline RowSplit row_split(const RowLaunch& launch, void* scratch, unsigned* counters) {
+  return {launch.tiles, launch.splits, scratch, counters};
+}
+
+}  // namespace dmax::cuda

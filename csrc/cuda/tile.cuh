@@ -1,0 +1,248 @@
+// A row's vocabulary in tiles of 4 KB, one warp per tile: the fixed grain of every sum over a row.
+//
+// Lane l's v-th vector of a tile holds the elements [(v * 32 + l) * width, ... + width), whatever
+// the alignment of the row and whoever works on the tile. A tile's statistics so have the same bits
+// in every launch, and so have the row's, since they are merged in an order fixed by the number of
+// tiles alone (row_split.cuh).
+#pragma once
+
+#include "common/softmax_stats.h"
+#include "cuda/elements.cuh"
+
+namespace dmax::cuda {
+
+constexpr int kVectors = 8;  // 16-byte loads in flight per lane
+
+template <class T>
+constexpr int kTileSize = kWarpSize * kVectors * kWidth<T>;
+
+template <class T>
+struct Row {
+  const T* data;
+  int vocab;
+  bool aligned;  // data is a multiple of 16 bytes
+};
+
+template <class T>
+__device__ __forceinline__ Row<T> make_row(const T* data, int vocab) {
+  return {data, vocab, aligned_16(data)};
+}
+
+template <class T>
+struct Tile {
+  uint4 raw[kVectors];
+  int begin;  // id of its first element
+
+  // Id of element e of this lane's vector v
+  __device__ __forceinline__ int id(int v, int e) const {
+    return begin + (v * kWarpSize + lane_id()) * kWidth<T> + e;
+  }
+  __device__ __forceinline__ float at(int v, int e) const { return element<T>(raw[v], e); }
+};
+
+// Who else writes the row while it is read
+enum class Access {
+  kConstant,     // nobody in this kernel: the read-only path
+  kReadFirst,    // this kernel, after all of the row has been read
+  kInterleaved,  // this kernel, other elements at any time: only whole elements are then read
+};
+
+// Sixteen bytes from any address: the two aligned vectors around it, shifted together. Both must
+// lie inside the row.
+template <Access kAccess>
+__device__ __forceinline__ uint4 load_vector(const void* p) {
+  return kAccess == Access::kConstant ? load_constant(p) : *static_cast<const uint4*>(p);
+}
+
+template <Access kAccess>
+__device__ __forceinline__ uint4 load_shifted(const char* p) {
+  const auto offset = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p) & 15);
+  const uint4 low = load_vector<kAccess>(p - offset);
+  const uint4 high = load_vector<kAccess>(p - offset + 16);
+  const bool by_8 = (offset & 8) != 0;
+  const bool by_4 = (offset & 4) != 0;
+  const uint32_t a0 = by_8 ? low.z : low.x, a1 = by_8 ? low.w : low.y;
+  const uint32_t a2 = by_8 ? high.x : low.z, a3 = by_8 ? high.y : low.w;
+  const uint32_t a4 = by_8 ? high.z : high.x, a5 = by_8 ? high.w : high.y;
+  const uint32_t b0 = by_4 ? a1 : a0, b1 = by_4 ? a2 : a1, b2 = by_4 ? a3 : a2;
+  const uint32_t b3 = by_4 ? a4 : a3, b4 = by_4 ? a5 : a4;
+  const uint32_t bits = (offset & 3) * 8;
+  return {__funnelshift_r(b0, b1, bits), __funnelshift_r(b1, b2, bits),
+          __funnelshift_r(b2, b3, bits), __funnelshift_r(b3, b4, bits)};
+}
+
+// One vector of a row that is not aligned or ends inside the tile; elements past the end are -inf
+template <class T, Access kAccess>
+__device__ __forceinline__ uint4 load_edge_vector(const Row<T>& row, int first) {
+  const T* p = row.data + first;
+  const bool whole = first + kWidth<T> <= row.vocab;
+  if (whole && row.aligned) return load_vector<kAccess>(p);
+  // The aligned vectors around p reach less than one vector to either side of it
+  if (kAccess != Access::kInterleaved && whole && first >= kWidth<T> &&
+      first + 2 * kWidth<T> <= row.vocab)
+    return load_shifted<kAccess>(reinterpret_cast<const char*>(p));
+  uint4 raw{0, 0, 0, 0};
+#pragma unroll
+  for (int e = 0; e < kWidth<T>; ++e) {
+    const bool inside = first + e < row.vocab;
+    set_element_bits<T>(raw, e, inside ? bits_of(p[e]) : minus_infinity_bits<T>());
+  }
+  return raw;
+}
+
+// `suppress` is an id to be read as -inf, or -1
+template <class T, Access kAccess = Access::kConstant>
+__device__ __forceinline__ void load_tile(Tile<T>& tile, const Row<T>& row, int index,
+                                          int suppress) {
+  tile.begin = index * kTileSize<T>;
+  if (row.aligned && tile.begin + kTileSize<T> <= row.vocab) {
+    const T* p = row.data + tile.begin + lane_id() * kWidth<T>;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v)
+      tile.raw[v] = load_vector<kAccess>(p + v * kWarpSize * kWidth<T>);
+  } else {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v)
+      tile.raw[v] = load_edge_vector<T, kAccess>(row, tile.id(v, 0));
+  }
+
+  // The suppressed element, where it lies in this tile
+  const int place = suppress - tile.begin;
+  if (place >= 0 && place < kTileSize<T> && suppress >= 0) {
+    if (place / kWidth<T> % kWarpSize == lane_id()) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int e = 0; e < kWidth<T>; ++e)
+          if (tile.id(v, e) == suppress)
+            set_element_bits<T>(tile.raw[v], e, minus_infinity_bits<T>());
+      }
+    }
+  }
+}
+
+// ---- Statistics of a tile: the same on every lane ----
+
+// The largest element of each of this lane's vectors; a NaN counts as nothing here
+template <class T>
+struct VectorMaxima {
+  float of[kVectors];
+  float lane;
+};
+
+template <class T>
+__device__ __forceinline__ VectorMaxima<T> vector_maxima(const Tile<T>& tile) {
+  VectorMaxima<T> maxima;
+  maxima.lane = -INFINITY;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    maxima.of[v] = vector_max<T>(tile.raw[v]);
+    maxima.lane = fmaxf(maxima.lane, maxima.of[v]);
+  }
+  return maxima;
+}
+
+// This lane's first element that equals its maximum, kNoId where it has none but NaN
+template <class T>
+__device__ __forceinline__ int lane_argmax(const Tile<T>& tile, const VectorMaxima<T>& maxima) {
+  uint4 chosen{0, 0, 0, 0};
+  int vector = -1;
+#pragma unroll
+  for (int v = kVectors - 1; v >= 0; --v) {
+    if (maxima.of[v] == maxima.lane) {
+      chosen = tile.raw[v];
+      vector = v;
+    }
+  }
+  int id = kNoId;
+#pragma unroll
+  for (int e = kWidth<T> - 1; e >= 0; --e)
+    if (element<T>(chosen, e) == maxima.lane) id = tile.id(vector, e);
+  return vector < 0 ? kNoId : id;
+}
+
+__device__ __forceinline__ int warp_first(int id) {
+  return static_cast<int>(__reduce_min_sync(kFullMask, static_cast<uint32_t>(id)));
+}
+
+// The tile's first element that `is`, or kNoId. Rare, so it reads the row again and costs no
+// registers.
+template <class T, class Is>
+__device__ __forceinline__ int first_where(const Row<T>& row, int begin, int suppress,
+                                           const Is& is) {
+  int first = kNoId;
+  for (int id = begin + lane_id(); id < begin + kTileSize<T> && id < row.vocab; id += kWarpSize)
+    if (first == kNoId && id != suppress && is(to_float(row.data[id]))) first = id;
+  return warp_first(first);
+}
+
+// Subtracted before exp: -inf - -inf would be NaN
+__device__ __forceinline__ float finite_reference(float max) {
+  return max == -INFINITY ? 0.0f : max;
+}
+
+// Sum of 2^((x - max) * scale) over the elements below max, and the number of those at max less
+// one: SoftmaxStats::rest. The subtraction comes first: x * scale - max * scale would lose the
+// digits of logits with a large common offset, and overflow at extreme temperatures.
+// kBelow: also the sum of max - x, over the elements inside the vocabulary.
+template <class T, bool kBelow = false>
+__device__ __forceinline__ float tile_rest(const Tile<T>& tile, const VectorMaxima<T>& maxima,
+                                           float max, float scale, int vocab = 0,
+                                           float* below = nullptr) {
+  const float reference = finite_reference(max);
+  float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  float distances[2] = {0.0f, 0.0f};
+  float at_max = 0.0f;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    if (maxima.of[v] == max) {  // few of the tile's 256 vectors
+#pragma unroll
+      for (int e = 0; e < kWidth<T>; ++e) {
+        const float x = tile.at(v, e);
+        const float d = x - reference;
+        if (x == max) {
+          at_max += 1.0f;
+        } else {
+          sums[e % 4] += exp2_approx(d * scale);
+        }
+        if (kBelow && tile.id(v, e) < vocab) distances[e % 2] -= d;
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < kWidth<T>; ++e) {
+        const float d = tile.at(v, e) - reference;
+        sums[e % 4] += exp2_approx(d * scale);
+        if (kBelow && tile.id(v, e) < vocab) distances[e % 2] -= d;
+      }
+    }
+  }
+  if (kBelow) *below = warp_sum(distances[0] + distances[1]);
+  const float others = warp_sum(at_max) - 1.0f;
+  return warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + others;
+}
+
+// max and id of a tile whose sum is NaN: its first NaN, else its first +inf
+template <class T>
+__device__ __forceinline__ void find_broken(const Tile<T>& tile, const Row<T>& row, int suppress,
+                                            SoftmaxStats* stats) {
+  stats->id = first_where(row, tile.begin, suppress, [](float x) { return x != x; });
+  if (stats->id != kNoId) {
+    stats->max = NAN;
+  } else {
+    stats->id = first_where(row, tile.begin, suppress, [](float x) { return x == INFINITY; });
+  }
+}
+
+template <class T>
+__device__ __forceinline__ SoftmaxStats tile_stats(const Tile<T>& tile, const Row<T>& row,
+                                                   int suppress, float scale) {
+  const VectorMaxima<T> maxima = vector_maxima(tile);
+  SoftmaxStats stats;
+  stats.max = warp_max(maxima.lane);
+  stats.rest = tile_rest(tile, maxima, stats.max, scale);
+  stats.id = warp_first(maxima.lane == stats.max ? lane_argmax(tile, maxima) : kNoId);
+  if (stats.rest != stats.rest) find_broken(tile, row, suppress, &stats);
+  return stats;
+}
+
+}  // namespace dmax::cuda

@@ -1,0 +1,146 @@
+// The k best elements of a row, held by a warp: lane j has the j-th best.
+#pragma once
+
+#include "cuda/row_split.cuh"
+
+namespace dmax::cuda {
+
+constexpr int kMaxListed = 8;
+
+// A number that orders elements as the ops do: NaN first, then the larger value, then the lower id.
+// No two elements of a row have the same rank; 0 is no element.
+using Rank = uint64_t;
+
+__device__ __forceinline__ Rank rank_of(float value, int id) {
+  const float canonical = value + 0.0f;  // -0 and +0 are equal
+  const uint32_t bits = __float_as_uint(canonical);
+  const uint32_t ordered = (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
+  const uint32_t key = value != value ? 0xfffffffeu : ordered;  // above +inf
+  return static_cast<Rank>(key) << 32 | (0xffffffffu - static_cast<uint32_t>(id));
+}
+__device__ __forceinline__ int id_of(Rank rank) {
+  return static_cast<int>(0xffffffffu - static_cast<uint32_t>(rank));
+}
+// Of a rank that is not NaN's
+__device__ __forceinline__ float value_of(Rank rank) {
+  const auto key = static_cast<uint32_t>(rank >> 32);
+  return __uint_as_float((key & 0x80000000u) ? key & 0x7fffffffu : ~key);
+}
+
+__device__ __forceinline__ Rank warp_max_rank(Rank rank) {
+  const auto high = static_cast<uint32_t>(rank >> 32);
+  const uint32_t best = __reduce_max_sync(kFullMask, high);
+  const uint32_t low = high == best ? static_cast<uint32_t>(rank) : 0u;
+  return static_cast<Rank>(best) << 32 | __reduce_max_sync(kFullMask, low);
+}
+
+struct TopList {
+  Rank mine;   // this lane's entry, 0 where none
+  Rank worst;  // the k-th entry, on every lane
+  int k;
+
+  __device__ __forceinline__ explicit TopList(int k_) : mine(0), worst(0), k(k_) {}
+
+  // `rank` is the same on every lane and better than worst
+  __device__ __forceinline__ void insert(Rank rank) {
+    const int place = __popc(__ballot_sync(kFullMask, mine > rank));
+    const Rank previous = __shfl_up_sync(kFullMask, mine, 1);
+    if (lane_id() > place) mine = previous;
+    if (lane_id() == place) mine = rank;
+    if (lane_id() >= k) mine = 0;
+    worst = __shfl_sync(kFullMask, mine, k - 1);
+  }
+
+  // One candidate per lane
+  __device__ __forceinline__ void offer(Rank candidate) {
+    for (;;) {
+      const Rank best = warp_max_rank(candidate);
+      if (best <= worst) return;
+      insert(best);
+      if (candidate == best) candidate = 0;
+    }
+  }
+};
+
+// This lane's best element of the tile that ranks below `bound`
+template <class T>
+__device__ __forceinline__ Rank best_below(Tile<T>& tile, int vocab, Rank bound) {
+  Rank best = 0;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    forget(tile.raw[v]);  // 64 ranks kept from one call to the next would not fit into registers
+#pragma unroll
+    for (int e = 0; e < kWidth<T>; ++e) {
+      const int id = tile.id(v, e);
+      const Rank rank = rank_of(tile.at(v, e), id);
+      if (id < vocab && rank < bound && rank > best) best = rank;
+    }
+  }
+  return best;
+}
+
+// Takes the tile's elements into the list. Most tiles of a long row have none that belongs there.
+template <class T>
+__device__ __forceinline__ void list_tile(TopList& list, Tile<T>& tile, const SoftmaxStats& stats,
+                                          int vocab) {
+  if (rank_of(stats.max, stats.id) <= list.worst) return;
+  Rank best = ~Rank{0};
+  Rank mine = best;
+  for (;;) {
+    if (mine == best) mine = best_below(tile, vocab, best);
+    best = warp_max_rank(mine);
+    if (best <= list.worst) return;
+    list.insert(best);
+  }
+}
+
+// Lists of a row on their way to its last block: [rows, splits, k] behind the tiles' partial
+// results
+__device__ __forceinline__ Rank* lists_of(const RowSplit& split, Rank* lists, int64_t row, int k) {
+  return lists + row * split.splits * k;
+}
+
+// scan_tiles with the k best elements: every warp's list is left in shared memory, the block's in
+// `lists` by warp 0
+template <class T>
+__device__ __forceinline__ void scan_tiles_and_list(const LogitsView<T>& logits,
+                                                    const RowSplit& split, const TileRange& range,
+                                                    Rank* lists, int k) {
+  __shared__ Rank of_warps[kRowWarps * kMaxListed];
+  const Row<T> row = logits.row(range.row);
+  TopList list(k);
+  for (int t = range.begin + warp_id(); t < range.end; t += kRowWarps) {
+    Tile<T> tile;
+    load_tile(tile, row, t, logits.suppress);
+    const SoftmaxStats stats = tile_stats(tile, row, logits.suppress, logits.scale);
+    if (lane_id() == 0) *partial_of<Top1Partial>(split, range.row, t) = {stats};
+    list_tile(list, tile, stats, logits.vocab);
+  }
+  if (lane_id() < k) of_warps[warp_id() * k + lane_id()] = list.mine;
+  __syncthreads();
+  if (warp_id() != 0) return;
+  for (int i = k + lane_id(); i < kRowWarps * k + lane_id(); i += kWarpSize)
+    list.offer(i < kRowWarps * k ? of_warps[i] : 0);
+  const auto part = static_cast<int64_t>(blockIdx.x % static_cast<unsigned>(split.splits));
+  if (lane_id() < k) lists_of(split, lists, range.row, k)[part * k + lane_id()] = list.mine;
+}
+
+// The row's k best, by one warp of its last block
+__device__ __forceinline__ TopList merge_lists(const RowSplit& split, const Rank* lists,
+                                               int64_t row, int k) {
+  TopList list(k);
+  const Rank* p = lists + row * split.splits * k;
+  const int count = split.splits * k;
+  for (int i = lane_id(); i < count + lane_id(); i += kWarpSize)
+    list.offer(i < count ? load_other_block_8(p + i) : 0);
+  return list;
+}
+
+// Probability of a listed element; NaN where the row's normaliser is
+__device__ __forceinline__ float listed_probability(Rank rank, const SoftmaxStats& stats,
+                                                    float scale) {
+  const float top = top1_probability(stats);
+  return top == top ? exp2_approx((value_of(rank) - stats.max) * scale) * top : NAN;
+}
+
+}  // namespace dmax::cuda

@@ -1,0 +1,105 @@
+// What module.cpp binds: plain functions, so that only it needs pybind11 and only the kernels are
+// built with the sanitizers. Addresses are those of numpy arrays; a dtype is 0 float32, 1 bfloat16,
+// 2 float16; rows lie `stride` elements apart.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace simt::planted {
+
+std::vector<float> run_kernel(const std::string& name, bool fixed, unsigned blocks,
+                              unsigned cluster);
+std::pair<float, unsigned> run_last_block_sums(int fence, unsigned blocks);
+
+}  // namespace simt::planted
+
+namespace dmax::cuda {
+
+using Address = uintptr_t;
+
+// The GPU that choose_launch is told about
+struct Gpu {
+  int multiprocessors;
+  int major;
+  int max_shared_per_block;
+};
+
+// What choose_launch chose
+struct Chosen {
+  int splits = 1;
+  int cluster = 1;
+  unsigned blocks = 0;
+  unsigned threads = 0;
+};
+
+struct LogitsInput {
+  int dtype;
+  Address data;
+  int64_t rows, stride, vocab;
+  int64_t suppress_token;
+  double temperature;
+};
+
+Chosen top1_confidence(Gpu gpu, LogitsInput logits, Address token, Address confidence);
+Chosen top1_partial(Gpu gpu, LogitsInput logits, int64_t vocab_start, Address maximum,
+                    Address sum_exp, Address token);
+Chosen topk_confidence(Gpu gpu, LogitsInput logits, int k, Address tokens, Address confidences);
+Chosen sample_tokens(Gpu gpu, LogitsInput logits, Address seed, bool seed_per_row, Address token,
+                     Address probability);
+Chosen top1_merge(Address maximum, Address sum_exp, Address token, int64_t shards, int64_t rows,
+                  Address merged_token, Address confidence);
+Chosen prefix_promote(Address confidence, Address masked, int64_t rows, int block, float threshold,
+                      bool inclusive, Address promoted);
+
+struct EmbeddingInput {
+  int dtype;
+  Address data;
+  int64_t stride, vocab, dim;
+  int64_t mask_token_id;
+};
+
+struct MixInput {
+  Address token;  // int64, or int32
+  bool wide_tokens;
+  Address confidence, masked;
+  int64_t positions;
+  int k;
+};
+
+Chosen hybrid_embedding(Gpu gpu, EmbeddingInput embedding, MixInput mix, Address out);
+// Sorts the ids between its kernels, as the op does with ATen's sort
+Chosen hybrid_embedding_backward(EmbeddingInput embedding, MixInput mix, Address grad_output,
+                                 Address grad_embedding, Address grad_confidence);
+
+struct StateInput {
+  Address editable, masked, token, confidence, converged, step, inputs_embeds;
+  Address thresholds;  // 0: none
+  int64_t batch, block;
+};
+
+Chosen spd_step_(Gpu gpu, LogitsInput logits, EmbeddingInput embedding, StateInput state,
+                 float tau_dec, float tau_acc, bool released, int top_k);
+
+struct LossInput {
+  int dtype;
+  Address masked, predicted;  // logits; 0: absent
+  int64_t masked_stride, predicted_stride;
+  int64_t rows, vocab;
+  Address target;
+  bool wide_target;
+  int64_t ignore_index;
+  float label_smoothing, z_loss;
+};
+
+Chosen oput_loss(Gpu gpu, LossInput input, Address loss_masked, Address loss_predicted,
+                 Address logsumexp_masked, Address logsumexp_predicted);
+// Of the pass in `input.masked`
+Chosen oput_loss_backward(LossInput input, Address grad_loss, Address logsumexp,
+                          Address grad_logits);
+Chosen oput_loss_and_grad_(Gpu gpu, LossInput input, Address grad_masked, Address grad_predicted,
+                           Address loss_masked, Address loss_predicted);
+
+}  // namespace dmax::cuda

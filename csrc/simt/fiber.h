@@ -1,0 +1,79 @@
+// A stack that can be entered and left. On x86-64 a switch is fifteen instructions (about 10 ns);
+// ucontext, everywhere else, pays two system calls for the signal mask.
+#pragma once
+
+#include <cstdint>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace simt {
+
+#if defined(__x86_64__)
+
+struct Context {
+  void* stack_pointer = nullptr;
+};
+
+extern "C" void simt_switch(void** save_stack_pointer, void* load_stack_pointer);
+
+// Callee-saved registers of the System V ABI; the rest the compiler saves around the call
+asm(R"(
+.text
+.globl simt_switch
+.hidden simt_switch
+.type simt_switch,@function
+simt_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size simt_switch,.-simt_switch
+)");
+
+inline void prepare(Context* context, void* stack, size_t size, void (*entry)()) {
+  auto top = (reinterpret_cast<uintptr_t>(stack) + size) & ~uintptr_t{15};
+  auto** slot = reinterpret_cast<void**>(top);
+  *--slot = nullptr;  // keeps the stack aligned as after a call, and ends a debugger's walk
+  *--slot = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < 6; ++i) *--slot = nullptr;
+  context->stack_pointer = slot;
+}
+
+inline void switch_context(Context* from, Context* to) {
+  simt_switch(&from->stack_pointer, to->stack_pointer);
+}
+
+#else
+
+struct Context {
+  ucontext_t context;
+};
+
+inline void prepare(Context* context, void* stack, size_t size, void (*entry)()) {
+  getcontext(&context->context);
+  context->context.uc_stack.ss_sp = stack;
+  context->context.uc_stack.ss_size = size;
+  context->context.uc_link = nullptr;
+  makecontext(&context->context, entry, 0);
+}
+
+inline void switch_context(Context* from, Context* to) {
+  swapcontext(&from->context, &to->context);
+}
+
+#endif
+
+}  // namespace simt

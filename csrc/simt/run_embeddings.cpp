@@ -1,0 +1,109 @@
+#include <algorithm>
+#include <numeric>
+
+#include "cuda/hybrid_embedding_backward.cuh"
+#include "cuda/spd_step_.cuh"
+#include "simt/run_ops.h"
+
+namespace dmax::cuda {
+
+static EmbeddingTable table_of(const EmbeddingInput& in, Address out) {
+  const ElementType types[] = {ElementType::kFloat, ElementType::kBFloat16, ElementType::kFloat16};
+  return make_table(pointer<const void>(in.data), in.stride, in.vocab, in.dim, in.mask_token_id,
+                    types[in.dtype], pointer<const void>(out));
+}
+
+static HybridArgs hybrid_args(const EmbeddingInput& embedding, const MixInput& mix, Address out) {
+  return {table_of(embedding, out),
+          pointer<const void>(mix.token),
+          pointer<const float>(mix.confidence),
+          pointer<const bool>(mix.masked),
+          mix.positions,
+          mix.k,
+          mix.wide_tokens};
+}
+
+Chosen hybrid_embedding(Gpu gpu, EmbeddingInput embedding, MixInput mix, Address out) {
+  const HybridArgs args = hybrid_args(embedding, mix, out);
+  dispatch(embedding.dtype, [&](auto element) {
+    launch_hybrid_embedding<decltype(element)>(args, pointer<void>(out), device_of(gpu), Stream{});
+  });
+  const LaunchShape shape = choose_hybrid_launch(mix.positions, device_of(gpu));
+  return {1, 1, shape.blocks, shape.threads};
+}
+
+Chosen hybrid_embedding_backward(EmbeddingInput embedding, MixInput mix, Address grad_output,
+                                 Address grad_embedding, Address grad_confidence) {
+  const int64_t entries = mix.positions * mix.k;
+  std::vector<PositionGrad> positions(mix.positions);
+  std::vector<float> of_token(entries);
+  std::vector<int64_t> ids(entries);
+  std::vector<float> mask_sums(mask_slices(mix.positions) * embedding.dim);
+  HybridBackwardArgs args{};
+  args.forward = hybrid_args(embedding, mix, grad_output);
+  args.grad_output = pointer<const void>(grad_output);
+  args.grad_confidence = pointer<float>(grad_confidence);
+  args.grad_embedding = pointer<void>(grad_embedding);
+  args.positions = positions.data();
+  args.of_token = of_token.data();
+  args.ids = ids.data();
+  args.mask_sums = mask_sums.data();
+  dispatch(embedding.dtype, [&](auto element) {
+    using E = decltype(element);
+    launch_hybrid_backward_positions<E>(args, Stream{});
+    std::vector<int64_t> order(entries);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return ids[a] < ids[b]; });
+    std::vector<int64_t> sorted(entries);
+    for (int64_t i = 0; i < entries; ++i) sorted[i] = ids[order[i]];
+    args.sorted_ids = sorted.data();
+    args.sorted_order = order.data();
+    launch_hybrid_backward_tokens<E>(args, Stream{});
+    launch_hybrid_backward_mask_slices<E>(args, Stream{});
+    launch_hybrid_backward_mask_row<E>(args, Stream{});
+  });
+  return {};
+}
+
+Chosen spd_step_(Gpu gpu, LogitsInput logits, EmbeddingInput embedding, StateInput state,
+                 float tau_dec, float tau_acc, bool released, int top_k) {
+  Chosen result;
+  dispatch(logits.dtype, [&](auto element) {
+    using T = decltype(element);
+    const RowLaunch launch =
+        choose_spd_launch<T>(state.batch, state.block, logits.vocab, device_of(gpu));
+    const SpdScratch sizes = spd_scratch(launch, state.batch, state.block, top_k);
+    Scratch partials(launch.scratch_bytes);
+    Scratch lists(sizes.lists);
+    Scratch listed(sizes.listed);
+    Scratch predictions(sizes.predictions);
+    Counters counters(launch.counters);
+    Counters row_counters(state.batch);
+    SpdArgs args{};
+    args.editable = pointer<const bool>(state.editable);
+    args.masked = pointer<bool>(state.masked);
+    args.token = pointer<int64_t>(state.token);
+    args.confidence = pointer<float>(state.confidence);
+    args.converged = pointer<bool>(state.converged);
+    args.step = pointer<int32_t>(state.step);
+    args.inputs_embeds = pointer<void>(state.inputs_embeds);
+    args.thresholds = pointer<const float>(state.thresholds);
+    args.table = table_of(embedding, state.inputs_embeds);
+    args.block = static_cast<int>(state.block);
+    args.top_k = top_k;
+    args.tau_dec = tau_dec;
+    args.tau_acc = tau_acc;
+    args.released = released;
+    args.predictions = static_cast<Prediction*>(predictions.data());
+    args.lists = static_cast<Rank*>(lists.data());
+    args.listed = static_cast<Listed*>(listed.data());
+    args.row_counters = row_counters.data();
+    launch_spd_step(view_of<T>(logits), launch, row_split(launch, partials.data(), counters.data()),
+                    args, Stream{});
+    result = chosen(launch);
+  });
+  return result;
+}
+
+}  // namespace dmax::cuda

@@ -1,0 +1,229 @@
+"""The ops as csrc/cuda computes them, run on the CPU by csrc/simt; signatures of dmax_kernels.
+
+CPU tensors in, CPU tensors out. ``gpu`` is the GPU that ``choose_launch`` is told about, so that a
+small case can take every path; ``CHOSEN[-1]`` says which it took.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import torch
+from simt_arrays import arrays_in, memory_of, resolve, snapshot
+from simt_build import load
+from torch import Tensor
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# (multiprocessors, compute capability's major, shared memory per block)
+H200 = (132, 9, 227 * 1024)
+A100 = (108, 8, 163 * 1024)
+# One multiprocessor: from four rows on, a block has a whole row
+ONE_MULTIPROCESSOR = (1, 9, 227 * 1024)
+
+CHOSEN: list = []  # what choose_launch chose, newest last
+
+
+# Calls as (name, arguments before, memory of their arrays after), where a test records them
+_recorded: list | None = None
+
+
+@contextlib.contextmanager
+def recording():
+    """Collects the calls made inside, so that a sanitizer's process can repeat them."""
+    global _recorded
+    _recorded = []
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+def raw(tensor: Tensor | None) -> np.ndarray | None:
+    """The tensor's memory as an array (16-bit floats as their bits); None for an absent one."""
+    if tensor is None:
+        return None
+    bits = {torch.bfloat16: torch.int16, torch.float16: torch.int16}.get(tensor.dtype)
+    return (tensor.view(bits) if bits else tensor).numpy()
+
+
+def call(name: str, *arguments):
+    module = load()
+    before = snapshot(arguments) if _recorded is not None else None
+    chosen = getattr(module, name)(*(resolve(module, each) for each in arguments))
+    if _recorded is not None:
+        after = [memory_of(each) for each in arrays_in(arguments)]
+        _recorded.append((name, before, after))
+    CHOSEN.append(chosen)
+    return chosen
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., V] as [rows, V] of one row stride, copied only where the strides do not allow it."""
+    flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def gpu_input(gpu):
+    return ("Gpu", *gpu)
+
+
+def logits_input(logits: Tensor, suppress_token: int, temperature: float):
+    rows = rows_of(logits)
+    return ("LogitsInput", DTYPE_CODES[logits.dtype], raw(rows), rows.shape[0], rows.stride(0),
+            rows.shape[1], suppress_token, temperature)  # fmt: skip
+
+
+def top1_confidence(logits, *, temperature=1.0, suppress_token=-1, gpu=H200):
+    token = torch.empty(logits.shape[:-1], dtype=torch.int64)
+    confidence = torch.empty(logits.shape[:-1])
+    call("top1_confidence", gpu_input(gpu), logits_input(logits, suppress_token, temperature),
+         raw(token), raw(confidence))  # fmt: skip
+    return token, confidence
+
+
+def top1_partial(logits_shard, vocab_start, *, temperature=1.0, suppress_token=-1, gpu=H200):
+    local = suppress_token - vocab_start
+    on_shard = suppress_token >= 0 and 0 <= local < logits_shard.shape[-1]
+    maximum, sum_exp = torch.empty(logits_shard.shape[:-1]), torch.empty(logits_shard.shape[:-1])
+    token = torch.empty(logits_shard.shape[:-1], dtype=torch.int64)
+    call("top1_partial", gpu_input(gpu),
+         logits_input(logits_shard, local if on_shard else -1, temperature), vocab_start,
+         raw(maximum), raw(sum_exp), raw(token))  # fmt: skip
+    return maximum, sum_exp, token
+
+
+def topk_confidence(logits, k, *, temperature=1.0, suppress_token=-1, gpu=H200):
+    tokens = torch.empty(*logits.shape[:-1], k, dtype=torch.int64)
+    confidences = torch.empty(*logits.shape[:-1], k)
+    call("topk_confidence", gpu_input(gpu), logits_input(logits, suppress_token, temperature), k,
+         raw(tokens), raw(confidences))  # fmt: skip
+    return tokens, confidences
+
+
+def sample_tokens(logits, seed, *, temperature=1.0, suppress_token=-1, gpu=H200):
+    token = torch.empty(logits.shape[:-1], dtype=torch.int64)
+    probability = torch.empty(logits.shape[:-1])
+    call("sample_tokens", gpu_input(gpu), logits_input(logits, suppress_token, temperature),
+         raw(seed.contiguous()), seed.dim() > 1, raw(token), raw(probability))  # fmt: skip
+    return token, probability
+
+
+def top1_merge(maximum, sum_exp, token):
+    merged = torch.empty(maximum.shape[1:], dtype=torch.int64)
+    confidence = torch.empty(maximum.shape[1:])
+    call("top1_merge", raw(maximum.contiguous()), raw(sum_exp.contiguous()),
+         raw(token.contiguous()), maximum.shape[0], merged.numel(), raw(merged),
+         raw(confidence))  # fmt: skip
+    return merged, confidence
+
+
+def prefix_promote(confidence, masked, threshold, *, inclusive=False):
+    promoted = torch.empty(masked.shape, dtype=torch.bool)
+    block = masked.shape[-1]
+    call("prefix_promote", raw(confidence.contiguous()), raw(masked.contiguous()),
+         masked.numel() // block, block, threshold, inclusive, raw(promoted))  # fmt: skip
+    return promoted
+
+
+def embedding_input(embedding: Tensor, mask_token_id: int):
+    vocab, dim = embedding.shape
+    return ("EmbeddingInput", DTYPE_CODES[embedding.dtype], raw(embedding), embedding.stride(0),
+            vocab, dim, mask_token_id)  # fmt: skip
+
+
+def mix_input(token, confidence, masked):
+    k = 1 if token.dim() == masked.dim() else token.shape[-1]
+    return ("MixInput", raw(token.contiguous()), token.dtype == torch.int64,
+            raw(confidence.contiguous()), raw(masked.contiguous()), masked.numel(), k)  # fmt: skip
+
+
+def hybrid_embedding(embedding, token, confidence, masked, mask_token_id, *, gpu=H200):
+    out = torch.empty(*masked.shape, embedding.shape[1], dtype=embedding.dtype)
+    call("hybrid_embedding", gpu_input(gpu), embedding_input(embedding, mask_token_id),
+         mix_input(token, confidence, masked), raw(out))  # fmt: skip
+    return out
+
+
+def hybrid_embedding_backward(grad_output, embedding, token, confidence, masked, mask_token_id):
+    grad_embedding = torch.zeros(embedding.shape, dtype=embedding.dtype)
+    grad_confidence = torch.empty(confidence.shape)
+    call("hybrid_embedding_backward", embedding_input(embedding, mask_token_id),
+         mix_input(token, confidence, masked), raw(grad_output.contiguous()), raw(grad_embedding),
+         raw(grad_confidence))  # fmt: skip
+    return grad_embedding, grad_confidence
+
+
+def spd_step_(
+    logits, embedding, *, editable, masked, token, confidence, converged, step, inputs_embeds,
+    mask_token_id, tau_dec, tau_acc, semantics="paper", top_k=1, temperature=1.0,
+    suppress_token=-1, thresholds=None, gpu=H200,
+):  # fmt: skip
+    batch, block, _ = logits.shape
+    state = ("StateInput", *map(raw, (editable, masked, token, confidence, converged, step,
+             inputs_embeds, thresholds)), batch, block)  # fmt: skip
+    call("spd_step_", gpu_input(gpu), logits_input(logits, suppress_token, temperature),
+         embedding_input(embedding, mask_token_id), state, tau_dec, tau_acc,
+         semantics == "released", top_k)  # fmt: skip
+
+
+def loss_input(masked, predicted, target, ignore_index, label_smoothing, z_loss):
+    given = masked if masked is not None else predicted
+    rows = [None if x is None else rows_of(x) for x in (masked, predicted)]
+    strides = [0 if x is None else x.stride(0) for x in rows]
+    return ("LossInput", DTYPE_CODES[given.dtype], raw(rows[0]), raw(rows[1]), *strides,
+            target.numel(), given.shape[-1], raw(target.contiguous()), target.dtype == torch.int64,
+            ignore_index, label_smoothing, z_loss)  # fmt: skip
+
+
+def loss_buffers(passes, target):
+    return [None if x is None else torch.full(target.shape, 77.0) for x in passes]
+
+
+def oput_loss_with_logsumexp(
+    logits_masked, logits_predicted, target, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
+    gpu=H200,
+):  # fmt: skip
+    passes = (logits_masked, logits_predicted)
+    loss, logsumexp = loss_buffers(passes, target), loss_buffers(passes, target)
+    call("oput_loss", gpu_input(gpu),
+         loss_input(*passes, target, ignore_index, label_smoothing, z_loss), *map(raw, loss),
+         *map(raw, logsumexp))  # fmt: skip
+    return loss, logsumexp
+
+
+def oput_loss(*arguments, **options):
+    return tuple(oput_loss_with_logsumexp(*arguments, **options)[0])
+
+
+def oput_loss_backward(
+    grad_loss, logits, target, logsumexp, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0
+):
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype)
+    call("oput_loss_backward",
+         loss_input(logits, None, target, ignore_index, label_smoothing, z_loss),
+         raw(grad_loss.contiguous()), raw(logsumexp), raw(grad_logits))  # fmt: skip
+    return grad_logits
+
+
+def oput_loss_and_grad_(
+    logits_masked, logits_predicted, target, grad_masked=None, grad_predicted=None, *,
+    ignore_index=-100, label_smoothing=0.0, z_loss=0.0, gpu=H200,
+):  # fmt: skip
+    passes = (logits_masked, logits_predicted)
+    loss = loss_buffers(passes, target)
+    call("oput_loss_and_grad_", gpu_input(gpu),
+         loss_input(*passes, target, ignore_index, label_smoothing, z_loss),
+         raw(grad_masked), raw(grad_predicted), *map(raw, loss))  # fmt: skip
+    return tuple(loss)
+
+
+@contextlib.contextmanager
+def order(name: str, seed: int = 0, resident_blocks: int = 1):
+    """How the executor runs the launches inside: "in order", "reversed" or "random"."""
+    load().set_options(name, seed, resident_blocks)
+    try:
+        yield
+    finally:
+        load().set_options("in order", 0, 1)

@@ -1,0 +1,167 @@
+"""What the CUDA compiler made of the kernels: no spill, no stack, 16-byte loads in flight.
+
+Reads the report that the build of the CUDA library left behind (csrc/cuda/compile_report.py) and
+the library's machine code. No GPU is needed; where nvcc was absent there is nothing to read.
+"""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dmax_kernels
+from dmax_kernels import _library
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = dmax_kernels.libraries.cuda
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason=dmax_kernels.libraries.cuda_reason or "-")
+
+# Kernels that stream vocabulary rows, with the 16-byte loads that each lane has in flight: the
+# kernels with 16-bit types and float32 alike keep a whole 4 KB tile per warp in registers
+STREAMING = (
+    "top1_rows_kernel",
+    "topk_rows_kernel",
+    "sample_rows_kernel",
+    "spd_step_kernel",
+    "oput_loss_kernel",
+    "oput_loss_backward_kernel",
+    "loss_and_grad_cluster_kernel",
+    "loss_and_grad_two_pass_kernel",
+)
+OTHERS = (
+    "prefix_promote_kernel",
+    "top1_merge_kernel",
+    "hybrid_embedding_kernel",
+    "hybrid_backward_positions_kernel",
+    "hybrid_backward_tokens_kernel",
+    "hybrid_backward_mask_slices_kernel",
+    "hybrid_backward_mask_row_kernel",
+)
+
+
+@pytest.fixture(scope="module")
+def report():
+    return json.loads(LIBRARY.with_suffix(".json").read_text())
+
+
+def test_every_kernel_is_reported_for_every_architecture(report):
+    assert report["architectures"]
+    for architecture in report["architectures"]:
+        names = {
+            kernel["kernel"].split("<")[0]
+            for kernel in report["kernels"]
+            if kernel["architecture"] == f"sm_{architecture}"
+        }
+        assert names == set(STREAMING + OTHERS), architecture
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="built for this machine's GPU alone")
+def test_architectures_without_a_gpu(report):
+    """Ampere, Hopper and Blackwell, unless the build was told otherwise."""
+    cache = ROOT / "build" / "dev" / "CMakeCache.txt"
+    if cache.is_file() and not re.search(
+        r"^DMAX_CUDA_ARCHITECTURES:STRING=$", cache.read_text(), re.M
+    ):
+        pytest.skip("DMAX_CUDA_ARCHITECTURES is set")
+    assert report["architectures"] == ["80", "90a", "100"]
+
+
+def test_no_spill_no_stack(report):
+    bad = [k for k in report["kernels"] if k["spill_bytes"] or k["stack_bytes"]]
+    assert not bad
+
+
+# Blocks of 256 threads: 64 registers let four share a multiprocessor, 80 three, 128 two
+def test_registers(report):
+    limits = {"top1_rows_kernel": 64, "oput_loss_backward_kernel": 64, "spd_step_kernel": 80,
+              "sample_rows_kernel": 128}  # fmt: skip
+    for kernel in report["kernels"]:
+        limit = limits.get(kernel["kernel"].split("<")[0], 80)
+        assert kernel["registers"] <= limit, kernel
+
+
+def cuobjdump() -> str | None:
+    if path := shutil.which("cuobjdump"):
+        return path
+    if spec := importlib.util.find_spec("triton"):
+        path = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
+        if path.is_file():
+            return str(path)
+    return None
+
+
+@pytest.fixture(scope="module")
+def machine_code(report):
+    """kernel -> its instructions, of one architecture."""
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump: neither a CUDA toolkit with it nor Triton is installed")
+    architecture = "90a" if "90a" in report["architectures"] else report["architectures"][0]
+    dump = subprocess.run(
+        [tool, "-sass", "-arch", f"sm_{architecture}", str(LIBRARY)],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    kernels: dict[str, list[str]] = {}
+    instructions: list[str] = []
+    for line in dump.splitlines():
+        if "Function :" in line:
+            instructions = kernels.setdefault(line.split("Function :")[1].strip(), [])
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(match[1])
+    return kernels
+
+
+def test_no_local_memory_in_the_machine_code(machine_code):
+    for name, instructions in machine_code.items():
+        local = [each for each in instructions if re.search(r"\b(LDL|STL)\b", each)]
+        assert not local, name
+
+
+# Eight 16-byte loads before anything waits for the first: within 24 instructions of one another
+@pytest.mark.parametrize("kernel", STREAMING)
+def test_streaming_loops_keep_eight_vectors_in_flight(machine_code, kernel):
+    bodies = {name: body for name, body in machine_code.items() if kernel in name}
+    assert bodies
+    for name, body in bodies.items():
+        loads = [i for i, each in enumerate(body) if re.search(r"\bLDG\.E\S*\.128", each)]
+        runs = [loads[i + 7] - loads[i] for i in range(len(loads) - 7)]
+        assert min(runs, default=10**9) <= 24, name
+
+
+def test_in_place_kernels_do_not_use_the_read_only_path(machine_code):
+    """What the kernel itself overwrites may not be read through the non-coherent cache."""
+    for name, body in machine_code.items():
+        if "loss_and_grad" in name:
+            assert not [each for each in body if re.search(r"LDG\S*\.128\S*CONSTANT", each)], name
+
+
+def test_library_loads_in_a_fresh_process_without_a_gpu():
+    """Nothing of the driver or of libtorch_cuda is needed before a kernel is launched."""
+    code = (
+        "import dmax_kernels as d, torch; print(d.libraries.cuda is not None, len(d.__all__) > 5)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+def test_ops_registered_for_cuda():
+    for op in ("top1_confidence", "spd_step_", "oput_loss_and_grad_", "hybrid_embedding_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dmax::{op}", "CUDA"), op
+
+
+def test_broken_library_is_one_line(tmp_path, monkeypatch):
+    """A file that does not load leaves CUDA to Triton, with the reason kept for `info`."""
+    broken = tmp_path / _library.CUDA_LIBRARY
+    broken.write_bytes(b"not a library")
+    libraries = _library.Libraries()
+    monkeypatch.setattr(_library, "_find", lambda name: broken)
+    _library._load_cuda(libraries)
+    assert libraries.cuda is None
+    assert "does not load" in libraries.cuda_reason
+    assert "\n" not in libraries.cuda_reason

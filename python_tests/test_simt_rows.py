@@ -1,0 +1,252 @@
+"""The CUDA kernels over vocabulary rows, run on the CPU: top-1, top-k, partial, merge, sampling."""
+
+import pytest
+import simt_ops
+import torch
+from simt_ops import A100, CHOSEN, H200, ONE_MULTIPROCESSOR
+
+from dmax_kernels import reference
+from dmax_kernels.testing import float64
+from dmax_kernels.testing.cases import DTYPES, SMALL_VOCABS, stacked_rows, strided_copies
+from dmax_kernels.testing.tolerances import CONFIDENCE_RTOL, assert_close
+
+# Nine tiles of bfloat16 and a tail: the smallest rows that choose_launch splits among blocks
+SPLIT_VOCAB = 9 * 2048 + 3
+
+
+def random_rows(num_rows, vocab_size, dtype=torch.float32, seed=0, scale=3.0):
+    generator = torch.manual_seed(seed)
+    return (scale * torch.randn(num_rows, vocab_size, generator=generator)).to(dtype)
+
+
+def assert_top1(logits, token, confidence, **options):
+    expected_token, expected_confidence = float64.top1_confidence(logits, **options)
+    assert token.tolist() == expected_token.tolist()
+    assert_close(confidence, expected_confidence, CONFIDENCE_RTOL)
+
+
+# Every edge case in every dtype: tails, tile edges, ties at each level. Few rows per multiprocessor
+# and many, since these small rows are never split
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", SMALL_VOCABS)
+def test_top1_edge_cases(dtype, vocab_size):
+    _, logits = stacked_rows(vocab_size, dtype)
+    assert_top1(logits, *simt_ops.top1_confidence(logits))
+
+
+# The same cases where a row's tiles lie in several blocks, so that ties and NaN meet in global
+# memory; and where one block has them all
+@pytest.mark.parametrize(("gpu", "splits"), [(H200, 2), (ONE_MULTIPROCESSOR, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_top1_split_rows(gpu, splits, dtype):
+    _, logits = stacked_rows(SPLIT_VOCAB, dtype)
+    token, confidence = simt_ops.top1_confidence(logits, gpu=gpu)
+    assert CHOSEN[-1].splits == (splits if dtype == torch.bfloat16 or splits == 1 else 3)
+    assert_top1(logits, token, confidence)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", [157183, 157184])
+def test_top1_large_vocabulary(dtype, vocab_size):
+    logits = random_rows(3, vocab_size, dtype)
+    for gpu, splits in ((H200, 20 if dtype == torch.float32 else 10), (ONE_MULTIPROCESSOR, 2)):
+        token, confidence = simt_ops.top1_confidence(logits, gpu=gpu)
+        assert CHOSEN[-1].splits == splits
+        assert torch.equal(token, logits.float().argmax(dim=-1))
+        assert_close(confidence, float64.softmax_of(logits).amax(dim=-1), CONFIDENCE_RTOL)
+
+
+# Beyond 3,072 tiles a block's shared memory cannot hold a row's partial results: split even at
+# many rows per multiprocessor
+def test_top1_vocabulary_beyond_shared_memory():
+    logits = random_rows(5, 3073 * 1024, torch.float32)
+    logits[:, 2_999_999] = 40.0
+    token, _ = simt_ops.top1_confidence(logits, gpu=ONE_MULTIPROCESSOR)
+    assert CHOSEN[-1].splits == 2
+    assert token.tolist() == [2_999_999] * 5
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-3, 0.7, 5.0, 1e6])
+def test_top1_temperature(temperature):
+    _, logits = stacked_rows(2049, torch.float32)
+    token, confidence = simt_ops.top1_confidence(logits, temperature=temperature)
+    expected_token, expected = float64.top1_confidence(logits, temperature)
+    assert torch.equal(token, expected_token)
+    if temperature >= 1e-3:
+        assert_close(confidence, expected, CONFIDENCE_RTOL)
+
+
+# First, last, the winner itself, a NaN, a +inf, a tile's edge; on the odd V every second row is
+# misaligned
+@pytest.mark.parametrize("suppress_token", [0, 3, 6, 2047, 2048, 2048 + 1000])
+def test_top1_suppressed_token(suppress_token):
+    _, logits = stacked_rows(3049, torch.float16)
+    token, confidence = simt_ops.top1_confidence(logits, suppress_token=suppress_token)
+    assert_top1(logits, token, confidence, suppress_token=suppress_token)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_top1_strides(dtype):
+    for name, logits in strided_copies(random_rows(4, 2100, dtype)).items():
+        token, confidence = simt_ops.top1_confidence(logits)
+        expected_token, expected = float64.top1_confidence(logits)
+        assert torch.equal(token, expected_token), name
+        assert_close(confidence, expected, CONFIDENCE_RTOL)
+
+
+# Alone, in a batch of another launch shape, at another alignment: the same bits
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_top1_bits_do_not_depend_on_the_launch(dtype):
+    logits = random_rows(6, SPLIT_VOCAB, dtype)
+    _, confidence = simt_ops.top1_confidence(logits, gpu=ONE_MULTIPROCESSOR)
+    assert CHOSEN[-1].splits == 1
+    for row in range(6):
+        _, alone = simt_ops.top1_confidence(logits[row : row + 1].clone())
+        assert CHOSEN[-1].splits > 1
+        assert torch.equal(alone, confidence[row : row + 1])
+
+
+# 2^31 elements between rows, through a stride, and expanded rows
+def test_top1_far_rows():
+    row = random_rows(1, 2100, torch.bfloat16)
+    token, confidence = simt_ops.top1_confidence(row.expand(3, 2100))
+    assert_top1(row.expand(3, 2100), token, confidence)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", [9, 127, 2049, 5000])
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_topk_edge_cases(dtype, vocab_size, k):
+    _, logits = stacked_rows(vocab_size, dtype)
+    tokens, confidences = simt_ops.topk_confidence(logits, k)
+    expected_tokens, expected = reference.topk_confidence(logits.double().float(), k)
+    assert tokens.tolist() == expected_tokens.tolist()
+    probability = float64.softmax_of(logits).gather(-1, tokens)
+    broken = expected.isnan()
+    # far below the maximum the exponent's own rounding shows
+    assert_close(confidences, probability.masked_fill(broken, torch.nan), CONFIDENCE_RTOL, 1e-9)
+
+
+@pytest.mark.parametrize(("gpu", "splits"), [(H200, 2), (ONE_MULTIPROCESSOR, 1)])
+def test_topk_split_rows(gpu, splits):
+    _, logits = stacked_rows(SPLIT_VOCAB, torch.bfloat16)
+    tokens, _ = simt_ops.topk_confidence(logits, 8, gpu=gpu, suppress_token=70)
+    assert CHOSEN[-1].splits == splits
+    expected_tokens, _ = reference.topk_confidence(logits, 8, suppress_token=70)
+    assert tokens.tolist() == expected_tokens.tolist()
+
+
+def test_topk_of_all_tokens():
+    """k = V: every token is listed, -inf and suppressed ones last with probability 0."""
+    logits = torch.tensor([[1.0, -torch.inf, 3.0, 2.0]])
+    tokens, confidences = simt_ops.topk_confidence(logits, 4, suppress_token=3)
+    assert tokens.tolist() == [[2, 0, 1, 3]]
+    assert confidences[0, 2:].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", [7, 127, 2049])
+@pytest.mark.parametrize("suppress_token", [-1, 1003])
+def test_partial_edge_cases(dtype, vocab_size, suppress_token):
+    _, logits = stacked_rows(vocab_size, dtype)
+    options = {"temperature": 0.7, "suppress_token": suppress_token}
+    actual = simt_ops.top1_partial(logits, 1000, **options)
+    expected = reference.top1_partial(logits.double(), 1000, **options)
+    assert actual[2].tolist() == expected[2].tolist()
+    assert_close(actual[0], expected[0], 3e-7)
+    assert_close(actual[1], expected[1], 1e-5)
+
+
+# Shards whose tiles are those of the whole row give the whole row's token, and its confidence
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_merge_of_shards(shards):
+    _, logits = stacked_rows(4 * 2048, torch.float32)
+    size = logits.shape[1] // shards
+    parts = [
+        simt_ops.top1_partial(logits[:, s * size : (s + 1) * size], s * size) for s in range(shards)
+    ]
+    token, confidence = simt_ops.top1_merge(
+        *(torch.stack(each) for each in zip(*parts, strict=True))
+    )
+    assert_top1(logits, token, confidence)
+
+
+def seeds(num_rows, offset=0):
+    return torch.tensor([1234567890123456789, offset]), torch.tensor(
+        [[-5 - r, 2**40 + r] for r in range(num_rows)]
+    )
+
+
+# The noise is the reference's to the last bit of its words, so the samples are the same tokens
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", [1, 7, 127, 2049, 5000])
+def test_sample_edge_cases(dtype, vocab_size):
+    _, logits = stacked_rows(vocab_size, dtype)
+    for seed in seeds(len(logits)):
+        token, probability = simt_ops.sample_tokens(logits, seed)
+        expected_token, _ = reference.sample_tokens(logits, seed)
+        assert token.tolist() == expected_token.tolist()
+        expected = float64.softmax_of(logits).gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        assert_close(probability, expected, CONFIDENCE_RTOL, 1e-9)
+
+
+# Rows of random logits at temperatures that prune nothing, something and nearly everything
+@pytest.mark.parametrize("temperature", [0.01, 0.7, 1.0, 30.0])
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_sample_tokens_are_the_references(temperature, scale):
+    logits = random_rows(24, 4500, torch.bfloat16, scale=scale)
+    for offset in range(2):
+        seed, _ = seeds(24, offset)
+        options = {"temperature": temperature, "suppress_token": 100}
+        token, _ = simt_ops.sample_tokens(logits, seed, **options)
+        expected, _ = reference.sample_tokens(logits, seed, **options)
+        assert token.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("gpu", "splits"), [(H200, 2), (ONE_MULTIPROCESSOR, 1)])
+def test_sample_split_rows(gpu, splits):
+    _, logits = stacked_rows(SPLIT_VOCAB, torch.bfloat16)
+    seed, _ = seeds(len(logits))
+    token, _ = simt_ops.sample_tokens(logits, seed, gpu=gpu)
+    assert CHOSEN[-1].splits == splits
+    assert token.tolist() == reference.sample_tokens(logits, seed)[0].tolist()
+
+
+# Random and reversed orders of threads, warps and blocks; few and many resident blocks
+@pytest.mark.parametrize(
+    ("name", "seed", "resident"),
+    [
+        ("in order", 0, 4),
+        ("reversed", 0, 1),
+        ("reversed", 0, 4),
+        ("random", 0, 1),
+        ("random", 1, 4),
+    ],
+)
+def test_rows_in_any_order(name, seed, resident):
+    logits = random_rows(2, SPLIT_VOCAB, torch.bfloat16)
+    logits[1, 5] = torch.nan
+    noise, _ = seeds(2)
+    expected = [
+        simt_ops.top1_confidence(logits),
+        simt_ops.topk_confidence(logits, 3),
+        simt_ops.sample_tokens(logits, noise),
+    ]
+    with simt_ops.order(name, seed, resident):
+        actual = [
+            simt_ops.top1_confidence(logits),
+            simt_ops.topk_confidence(logits, 3),
+            simt_ops.sample_tokens(logits, noise),
+        ]
+    assert CHOSEN[-1].splits > 1
+    for pair, other in zip(actual, expected, strict=True):
+        assert torch.equal(pair[0], other[0])
+        assert torch.equal(pair[1].nan_to_num(2.0), other[1].nan_to_num(2.0))
+
+
+# An older GPU changes the number of splits, nothing else
+def test_another_gpu():
+    logits = random_rows(150, 64, torch.float32)
+    for gpu in (H200, A100):
+        assert_top1(logits, *simt_ops.top1_confidence(logits, gpu=gpu))

@@ -1,0 +1,127 @@
+"""The CUDA kernels under AddressSanitizer + UBSan, and on tiny shapes under ThreadSanitizer.
+
+The calls run first in the plain build, in order; then a sanitizer's process repeats them in random
+order with several blocks resident, and must find nothing and give the same bits.
+"""
+
+import pickle
+
+import pytest
+import simt_ops
+import torch
+from simt_build import run_sanitized
+from simt_ops import A100, H200, ONE_MULTIPROCESSOR
+from test_simt_embeddings import MASK, mix_case, spd_case
+
+from dmax_kernels.testing.cases import stacked_rows, strided_copies
+
+# Two tiles of bfloat16 and a tail; nine tiles, the smallest rows that are split
+SMALL, SPLIT = 2 * 2048 + 5, 9 * 2048 + 3
+
+
+def logits_of(num_rows, vocab_size, dtype=torch.bfloat16):
+    generator = torch.manual_seed(vocab_size)
+    return (3 * torch.randn(num_rows, vocab_size, generator=generator)).to(dtype)
+
+
+def row_calls(dtype):
+    """Every kernel over rows: all edge cases, tails of 1 to 2,049 elements, strides, splits."""
+    seed = torch.tensor([7, 1])
+    for vocab_size in (1, 9, 127, 2049):
+        _, logits = stacked_rows(vocab_size, dtype)
+        simt_ops.top1_confidence(logits, suppress_token=0)
+        simt_ops.topk_confidence(logits, min(3, vocab_size))
+        simt_ops.sample_tokens(logits, seed)
+        simt_ops.top1_partial(logits, 50, suppress_token=52)
+    for logits in strided_copies(logits_of(3, 2100, dtype)).values():
+        simt_ops.top1_confidence(logits)
+    logits = logits_of(2, SPLIT, dtype)
+    simt_ops.topk_confidence(logits, 8)
+    simt_ops.sample_tokens(logits, seed)
+    parts = [simt_ops.top1_partial(logits[:, a : a + 4096], a) for a in (0, 4096)]
+    simt_ops.top1_merge(*(torch.stack(each) for each in zip(*parts, strict=True)))
+
+
+def loss_calls(dtype):
+    for vocab_size in (1, 7, 300, SMALL):
+        logits = [logits_of(3, vocab_size, dtype) for _ in range(2)]
+        target = torch.tensor([0, -100, vocab_size])  # the last one lies outside
+        for options in ({}, {"label_smoothing": 0.1, "z_loss": 1e-3}):
+            _, (lse, _) = simt_ops.oput_loss_with_logsumexp(*logits, target, **options)
+            grad = torch.tensor([1.0, 2.0, -1.0])
+            simt_ops.oput_loss_backward(grad, logits[0], target, lse, **options)
+            for gpu in (H200, A100):
+                written = [x.clone() for x in logits]
+                simt_ops.oput_loss_and_grad_(*written, target, grad, None, **options, gpu=gpu)
+    wide = logits_of(2, 18 * 2048 + 1, dtype)
+    simt_ops.oput_loss_and_grad_(wide, None, torch.tensor([5, -100]))
+
+
+def embedding_calls(dtype):
+    confidence = torch.rand(3, 40)
+    simt_ops.prefix_promote(confidence, confidence < 0.7, 0.5)
+    for dim in (13, 40):
+        for k in (1, 3):
+            embedding, token, confidence, masked = mix_case(k, dtype=dtype, dim=dim)
+            simt_ops.hybrid_embedding(embedding, token, confidence, masked, 49)
+            grad = torch.randn(len(masked), dim).to(dtype)
+            simt_ops.hybrid_embedding_backward(grad, embedding, token, confidence, masked, 49)
+        for semantics in ("paper", "released"):
+            for top_k in (1, 3):
+                logits, embedding, state = spd_case(5, 6, dtype=dtype, dim=dim)
+                simt_ops.spd_step_(
+                    logits, embedding, **state, mask_token_id=MASK, tau_dec=0.5, tau_acc=0.9,
+                    semantics=semantics, top_k=top_k,
+                )  # fmt: skip
+    logits, embedding, state = spd_case(1, 2, vocab=SPLIT, dtype=dtype)
+    simt_ops.spd_step_(logits, embedding, **state, mask_token_id=0, tau_dec=0.5, tau_acc=0.9)
+
+
+def tiny_calls(dtype):
+    """At most 16 blocks a launch: under ThreadSanitizer all are resident at once."""
+    seed = torch.tensor([7, 1])
+    logits = logits_of(2, SPLIT, dtype)
+    simt_ops.top1_confidence(logits)
+    simt_ops.topk_confidence(logits, 2)
+    simt_ops.sample_tokens(logits, seed)
+    simt_ops.top1_confidence(logits, gpu=ONE_MULTIPROCESSOR)
+    target = torch.tensor([3, 8])
+    simt_ops.oput_loss(logits, None, target)
+    for gpu in (H200, A100):
+        simt_ops.oput_loss_and_grad_(logits_of(1, 18 * 2048 + 1, dtype), None, target[:1], gpu=gpu)
+    for semantics in ("paper", "released"):
+        for top_k in (1, 2):
+            logits, embedding, state = spd_case(2, 2, vocab=SPLIT, dtype=dtype)
+            simt_ops.spd_step_(
+                logits, embedding, **state, mask_token_id=0, tau_dec=0.5, tau_acc=0.9,
+                semantics=semantics, top_k=top_k,
+            )  # fmt: skip
+    embedding, token, confidence, masked = mix_case(2, positions=8, dtype=dtype)
+    grad = torch.randn(8, 40).to(dtype)
+    simt_ops.hybrid_embedding_backward(grad, embedding, token, confidence, masked, 49)
+
+
+def repeat(variant, calls, tmp_path, dtype, order, resident):
+    with simt_ops.recording() as recorded:
+        calls(dtype)
+    path = tmp_path / "calls.pickle"
+    path.write_bytes(pickle.dumps(recorded))
+    done = run_sanitized(variant, "simt_replay_child.py", str(path), order, str(resident))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == f"{len(recorded)} calls\n"
+
+
+@pytest.mark.parametrize("calls", [row_calls, loss_calls, embedding_calls])
+@pytest.mark.parametrize("dtype", [
+    torch.bfloat16,
+    pytest.param(torch.float32, marks=pytest.mark.slow),
+    pytest.param(torch.float16, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
+def test_addresses_and_undefined_behaviour(calls, dtype, tmp_path):
+    repeat("asan", calls, tmp_path, dtype, "random", 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+@pytest.mark.parametrize("order", ["in order", pytest.param("random", marks=pytest.mark.slow)])
+def test_races(dtype, order, tmp_path):
+    repeat("tsan", tiny_calls, tmp_path, dtype, order, 16)
