@@ -91,9 +91,6 @@ inline uint32_t __ballot_sync(uint32_t mask, int predicate, SIMT_SITE) {
   return static_cast<uint32_t>(
       simt::warp_collective(simt::WarpOp::kBallot, mask, predicate != 0, 0, {file, line}));
 }
-inline int __any_sync(uint32_t mask, int predicate, SIMT_SITE) {
-  return simt::warp_collective(simt::WarpOp::kBallot, mask, predicate != 0, 0, {file, line}) != 0;
-}
 inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value, SIMT_SITE) {
   return static_cast<uint32_t>(
       simt::warp_collective(simt::WarpOp::kReduceMax, mask, value, 0, {file, line}));
@@ -105,12 +102,6 @@ inline uint32_t __reduce_min_sync(uint32_t mask, uint32_t value, SIMT_SITE) {
 
 // ---- Atomics: relaxed, as on the device ----
 
-template <class T>
-T atomicAdd(T* address, T value) {
-  const T old = __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
-  simt::after_atomic(address);
-  return old;
-}
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
   unsigned old = __atomic_load_n(address, __ATOMIC_RELAXED);
   while (!__atomic_compare_exchange_n(address, &old, old >= limit ? 0 : old + 1, false,
@@ -132,9 +123,6 @@ inline uint32_t __float_as_uint(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   return bits;
-}
-inline uint32_t __umulhi(uint32_t a, uint32_t b) {
-  return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
 }
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
   return static_cast<uint32_t>(((static_cast<uint64_t>(high) << 32) | low) >> (shift & 31));

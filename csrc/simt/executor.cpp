@@ -1,159 +1,25 @@
+// Scheduling: fibers of a block, resident blocks, and a launch from its first block to its last.
 #include "simt/executor.h"
 
 #include <link.h>
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <condition_variable>
-#include <deque>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <random>
 #include <sstream>
 #include <stdexcept>
-#include <string>
-#include <thread>
-#include <vector>
 
-#include "simt/fiber.h"
-#include "simt/sanitizer_hooks.h"
+#include "simt/engine.h"
 
 namespace simt {
-namespace {
-
-constexpr size_t kStackBytes = 128 * 1024;
-
-enum class State { kRunnable, kBarrier, kWarp, kClusterBarrier, kLeft };
-
-const char* name_of(WarpOp op) {
-  static const char* const names[] = {
-      "__syncwarp",        "__shfl_sync",       "__shfl_xor_sync",
-      "__shfl_up_sync",    "__shfl_down_sync",  "a vote",
-      "__reduce_max_sync", "__reduce_min_sync", "__reduce_add_sync"};
-  return names[static_cast<int>(op)];
-}
-
-struct Fiber {
-  Context context;
-  char* stack = nullptr;
-  void* asan_fake_stack = nullptr;
-  void* tsan_fiber = nullptr;
-  ThreadCoordinates at;
-  unsigned index = 0;
-
-  State state = State::kRunnable;
-  Site site{"", 0};
-  WarpOp op = WarpOp::kSync;
-  uint32_t mask = 0;
-  uint64_t value = 0;
-  int argument = 0;
-  uint64_t result = 0;
-
-  // C++-like fences for TSan: what this thread's last fence published, and what its next one takes
-  char fence_clock = 0;
-  bool has_fenced = false;
-  std::vector<char*> seen_by_atomics;
-
-  // Of the warp whose first lane this is
-  char syncwarp_objects[2] = {0, 0};
-  unsigned syncwarp_parity = 0;
-};
-
-// Threads that can run. It never allocates, since TSan would see a fiber's memory freed by another.
-class RunQueue {
- public:
-  void reset(size_t capacity) {
-    slots_.resize(capacity);
-    head_ = size_ = 0;
-  }
-  bool empty() const { return size_ == 0; }
-  void push(unsigned index) { slots_[(head_ + size_++) % slots_.size()] = index; }
-  // The oldest, or with `skip` another one in its place
-  unsigned pop(size_t skip) {
-    std::swap(slots_[head_], slots_[(head_ + skip % size_) % slots_.size()]);
-    const unsigned index = slots_[head_];
-    head_ = (head_ + 1) % slots_.size();
-    --size_;
-    return index;
-  }
-
- private:
-  std::vector<unsigned> slots_;
-  size_t head_ = 0;
-  size_t size_ = 0;
-};
-
-struct Cluster;
-
-// One resident block and the OS thread that hosts it
-struct Worker {
-  enum class Status { kReady, kAtClusterBarrier, kWaitsForCluster, kFinished };
-  int id = 0;
-  Status status = Status::kReady;
-  Cluster* cluster = nullptr;
-  unsigned rank = 0;
-  unsigned block = 0;
-  std::thread thread;
-  std::condition_variable turn;
-  Context scheduler;
-  void* tsan_native = nullptr;
-  const void* native_stack = nullptr;
-  size_t native_stack_size = 0;
-  char* tls_base = nullptr;
-  char* stacks = nullptr;
-  std::vector<Fiber> fibers;
-  RunQueue runnable;
-  Fiber* current = nullptr;
-  unsigned live = 0;
-  bool give_way = false;
-
-  unsigned arrived = 0;
-  BarrierKind barrier_kind = BarrierKind::kSync;
-  Site barrier_site{"", 0};
-  int count_true = 0;
-  int barrier_result = 0;
-  unsigned barrier_parity = 0;
-  char barrier_objects[2] = {0, 0};
-};
-
-// The workers of one group; a launch without clusters has groups of one
-struct Cluster {
-  std::vector<Worker*> workers;
-  unsigned finished = 0;
-  unsigned arrived = 0;
-  char barrier_object = 0;
-};
-
-struct Engine {
-  Grid grid;
-  Options options;
-  const std::function<void()>* thread_main = nullptr;
-  void* (*dynamic_shared)() = nullptr;
-  std::vector<std::unique_ptr<Worker>> workers;
-  std::vector<Cluster> clusters;
-  std::vector<unsigned> cluster_order;
-  size_t next_cluster = 0;
-  std::mt19937_64 random;
-  std::mutex mutex;
-  int turn = 0;
-  bool over = false;
-  std::string error;
-  char launch_object = 0;
-  char done_object = 0;
-  std::map<const void*, char*> atomic_objects;
-  std::deque<char> objects;  // addresses that TSan hangs its clocks on
-
-  char* new_object() { return &objects.emplace_back(0); }
-};
 
 Engine* engine = nullptr;
 thread_local Worker* worker = nullptr;
-int launch_count = 0;
+size_t module_tls_size = 0;
+static int launch_count = 0;
 
 // ---- Switching ----
 
-void enter(Worker& w, Fiber& fiber) {
+static void enter(Worker& w, Fiber& fiber) {
   w.current = &fiber;
   void* fake_stack = nullptr;
   if (__sanitizer_start_switch_fiber)
@@ -181,13 +47,12 @@ void make_runnable(Worker& w, Fiber& fiber) {
   w.runnable.push(fiber.index);
 }
 
-unsigned pick_runnable(Worker& w) {
+static unsigned pick_runnable(Worker& w) {
   return w.runnable.pop(engine->options.order == Order::kRandom ? engine->random() : 0);
 }
 
 bool coin() { return engine->options.order != Order::kRandom || (engine->random() & 1) != 0; }
 
-// Lets other threads and resident blocks run before this thread goes on
 void scheduling_point(Fiber& fiber) {
   const bool other_blocks = engine->workers.size() > 1;
   if (!other_blocks && engine->options.order != Order::kRandom) return;
@@ -199,7 +64,7 @@ void scheduling_point(Fiber& fiber) {
 
 // ---- Reports ----
 
-std::string describe(const Fiber& fiber) {
+static std::string describe(const Fiber& fiber) {
   std::ostringstream text;
   switch (fiber.state) {
     case State::kLeft:
@@ -220,7 +85,7 @@ std::string describe(const Fiber& fiber) {
   return text.str();
 }
 
-std::string report() {
+static std::string report() {
   std::ostringstream text;
   for (const auto& w : engine->workers) {
     if (w->status == Worker::Status::kFinished) continue;
@@ -236,7 +101,6 @@ std::string report() {
   return text.str();
 }
 
-// Ends the launch: every fiber is abandoned where it stands
 void give_up(const std::string& message) {
   std::lock_guard<std::mutex> lock(engine->mutex);
   if (engine->error.empty()) engine->error = message + report();
@@ -251,7 +115,7 @@ void give_up(const std::string& message) {
 
 // ---- Which resident block runs ----
 
-int choose_worker(const Worker& from) {
+static int choose_worker(const Worker& from) {
   const int count = static_cast<int>(engine->workers.size());
   std::vector<int> ready;
   for (int i = 1; i <= count; ++i) {
@@ -265,7 +129,7 @@ int choose_worker(const Worker& from) {
 }
 
 // Returns when it is this block's turn again, or the launch is over
-void pass_turn(Worker& w) {
+static void pass_turn(Worker& w) {
   const int next = choose_worker(w);
   if (next == w.id) return;
   if (next < 0) {
@@ -292,7 +156,7 @@ struct TlsSearch {
   size_t size = 0;
 };
 
-int find_module_tls(dl_phdr_info* info, size_t, void* data) {
+static int find_module_tls(dl_phdr_info* info, size_t, void* data) {
   auto* search = static_cast<TlsSearch*>(data);
   bool ours = false;
   size_t size = 0;
@@ -308,25 +172,23 @@ int find_module_tls(dl_phdr_info* info, size_t, void* data) {
   return 1;
 }
 
-size_t tls_size = 0;
-
-void find_shared_memory(Worker& w) {
+static void find_shared_memory(Worker& w) {
   engine->dynamic_shared();  // a first touch, so that this OS thread has its copy
   TlsSearch search{reinterpret_cast<uintptr_t>(engine->dynamic_shared)};
   dl_iterate_phdr(find_module_tls, &search);
   w.tls_base = search.base;
-  tls_size = search.size;
+  module_tls_size = search.size;
 }
 
 // NaN in every float and -1 in every integer of the block's shared memory
-void poison_shared_memory(Worker& w) {
+static void poison_shared_memory(Worker& w) {
   if (tsan::active()) return;  // each block has a fresh OS thread there, and the stores would race
   Worker* keep = worker;
   auto* dynamic = static_cast<char*>(engine->dynamic_shared());
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(dynamic, kMaxDynamicShared);
   // volatile, or it becomes a call to memset, which the sanitizers intercept
   volatile char* p = w.tls_base;
-  volatile char* end = p + tls_size;
+  volatile char* end = p + module_tls_size;
   for (; p + sizeof(uint64_t) <= end; p += sizeof(uint64_t))
     *reinterpret_cast<volatile uint64_t*>(p) = ~uint64_t{0};
   for (; p < end; ++p) *p = static_cast<char>(0xFF);
@@ -339,7 +201,7 @@ void poison_shared_memory(Worker& w) {
 
 // ---- A block's life ----
 
-void fiber_entry() {
+static void fiber_entry() {
   Fiber* fiber = worker->current;
   if (__sanitizer_finish_switch_fiber) {
     Worker& w = *worker;
@@ -352,9 +214,7 @@ void fiber_entry() {
   leave(*fiber);
 }
 
-void complete_warp_if_ready(Worker& w, unsigned first_lane, uint32_t mask, Fiber* arriving);
-
-void start_block(Worker& w) {
+static void start_block(Worker& w) {
   w.live = engine->grid.threads;
   w.arrived = 0;
   w.runnable.reset(w.live);
@@ -373,7 +233,7 @@ void start_block(Worker& w) {
 }
 
 // False where the launch has ended with an error
-bool run_block(Worker& w) {
+static bool run_block(Worker& w) {
   start_block(w);
   while (w.live > 0) {
     if (w.runnable.empty()) {
@@ -412,7 +272,7 @@ bool run_block(Worker& w) {
 }
 
 // Hands the group its next cluster of blocks once all of its workers are done with the last one
-void finish_block(Worker& w) {
+static void finish_block(Worker& w) {
   Cluster& cluster = *w.cluster;
   w.status = Worker::Status::kWaitsForCluster;
   if (++cluster.finished < cluster.workers.size()) return;
@@ -425,7 +285,7 @@ void finish_block(Worker& w) {
   }
 }
 
-void worker_main(Worker* w) {
+static void worker_main(Worker* w) {
   worker = w;
   w->tsan_native = tsan::active() ? __tsan_get_current_fiber() : nullptr;
   {
@@ -442,54 +302,7 @@ void worker_main(Worker* w) {
   }
 }
 
-// ---- Collectives ----
-
-void complete_warp_if_ready(Worker& w, unsigned first_lane, uint32_t mask, Fiber* arriving) {
-  Fiber* lanes[kWarpSize] = {};
-  Fiber* any = nullptr;
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    if (!(mask >> lane & 1) || first_lane + lane >= w.fibers.size()) continue;
-    Fiber& fiber = w.fibers[first_lane + lane];
-    if (fiber.state == State::kLeft) continue;
-    if (fiber.state != State::kWarp || fiber.mask != mask) return;
-    lanes[lane] = any = &fiber;
-  }
-  uint64_t combined = any->op == WarpOp::kReduceMin ? UINT32_MAX : 0;
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    if (!lanes[lane]) continue;
-    const uint64_t value = lanes[lane]->value;
-    if (any->op == WarpOp::kBallot) combined |= static_cast<uint64_t>(value != 0) << lane;
-    if (any->op == WarpOp::kReduceMax) combined = std::max(combined, value);
-    if (any->op == WarpOp::kReduceMin) combined = std::min(combined, value);
-    if (any->op == WarpOp::kReduceAdd) combined = static_cast<uint32_t>(combined + value);
-  }
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    Fiber* fiber = lanes[lane];
-    if (!fiber) continue;
-    int source = lane;
-    if (fiber->op == WarpOp::kShuffle) source = fiber->argument & (kWarpSize - 1);
-    if (fiber->op == WarpOp::kShuffleXor) source = lane ^ fiber->argument;
-    if (fiber->op == WarpOp::kShuffleUp) source = lane - fiber->argument;
-    if (fiber->op == WarpOp::kShuffleDown) source = lane + fiber->argument;
-    const bool shuffle = fiber->op >= WarpOp::kShuffle && fiber->op <= WarpOp::kShuffleDown;
-    if (source < 0 || source >= kWarpSize) source = lane;
-    if (shuffle && !lanes[source]) {
-      std::ostringstream text;
-      text << name_of(fiber->op) << " at " << fiber->site.file << ":" << fiber->site.line
-           << ": lane " << lane << " reads lane " << source << ", which is outside mask 0x"
-           << std::hex << mask << " or has left";
-      return give_up(text.str());
-    }
-    fiber->result = shuffle ? lanes[source]->value : combined;
-  }
-  for (int i = 0; i < kWarpSize; ++i) {
-    const int lane = engine->options.order == Order::kReversed ? kWarpSize - 1 - i : i;
-    if (lanes[lane] && lanes[lane] != arriving) make_runnable(w, *lanes[lane]);
-  }
-  if (arriving) arriving->state = State::kRunnable;
-}
-
-}  // namespace
+// ---- A launch ----
 
 Options& options() {
   static Options options;
@@ -497,134 +310,6 @@ Options& options() {
 }
 
 const ThreadCoordinates& self() { return worker->current->at; }
-
-uint64_t warp_collective(WarpOp op, uint32_t mask, uint64_t value, int argument, Site site) {
-  Worker& w = *worker;
-  Fiber& fiber = *w.current;
-  const unsigned lane = fiber.index % kWarpSize;
-  const unsigned first_lane = fiber.index - lane;
-  fiber.state = State::kWarp;
-  fiber.op = op;
-  fiber.mask = mask;
-  fiber.value = value;
-  fiber.argument = argument;
-  fiber.site = site;
-  if (!(mask >> lane & 1))
-    give_up_from_fiber(fiber,
-                       std::string(name_of(op)) + ": the calling lane is not in its own mask");
-  for (int other = 0; other < kWarpSize; ++other) {
-    if (!(mask >> other & 1) || first_lane + other >= w.fibers.size()) continue;
-    const Fiber& peer = w.fibers[first_lane + other];
-    if (peer.state != State::kWarp || !(peer.mask >> lane & 1)) continue;
-    if (peer.op != op || peer.mask != mask || peer.site.line != site.line)
-      give_up_from_fiber(fiber, "the lanes of a warp do not agree on their collective");
-  }
-  Fiber& leader = w.fibers[first_lane];
-  char* object = &leader.syncwarp_objects[leader.syncwarp_parity];
-  if (op == WarpOp::kSync) tsan::release(object);
-  complete_warp_if_ready(w, first_lane, mask, &fiber);
-  if (fiber.state == State::kRunnable && op == WarpOp::kSync) leader.syncwarp_parity ^= 1;
-  if (engine->over || fiber.state == State::kWarp) leave(fiber);
-  if (op == WarpOp::kSync) tsan::acquire(object);
-  return fiber.result;
-}
-
-int block_barrier(BarrierKind kind, int predicate, Site site) {
-  Worker& w = *worker;
-  Fiber& fiber = *w.current;
-  fiber.state = State::kBarrier;
-  fiber.site = site;
-  if (w.arrived == 0) {
-    w.barrier_kind = kind;
-    w.barrier_site = site;
-    w.count_true = 0;
-  } else if (w.barrier_kind != kind || w.barrier_site.line != site.line) {
-    give_up_from_fiber(fiber, "the threads of a block wait at different __syncthreads");
-  }
-  w.count_true += predicate != 0;
-  char* object = &w.barrier_objects[w.barrier_parity];
-  tsan::release(object);
-  if (++w.arrived == w.fibers.size()) {
-    const int count = w.count_true;
-    const bool all = count == static_cast<int>(w.fibers.size());
-    w.barrier_result = kind == BarrierKind::kOr    ? count > 0
-                       : kind == BarrierKind::kAnd ? all
-                                                   : count;
-    w.arrived = 0;
-    w.barrier_parity ^= 1;  // a slow thread of this barrier never takes in the next one's clocks
-    for (unsigned i = 0; i < w.fibers.size(); ++i) {
-      const unsigned index =
-          engine->options.order == Order::kReversed ? w.fibers.size() - 1 - i : i;
-      make_runnable(w, w.fibers[index]);
-    }
-    w.give_way = engine->workers.size() > 1 && coin();
-  }
-  leave(fiber);
-  tsan::acquire(object);
-  return w.barrier_result;
-}
-
-void cluster_barrier(Site site) {
-  Fiber& fiber = *worker->current;
-  Cluster& cluster = *worker->cluster;
-  fiber.state = State::kClusterBarrier;
-  fiber.site = site;
-  tsan::release(&cluster.barrier_object);
-  if (++cluster.arrived == cluster.workers.size() * engine->grid.threads) {
-    cluster.arrived = 0;
-    for (Worker* each : cluster.workers) {
-      for (Fiber& f : each->fibers) make_runnable(*each, f);
-      each->status = Worker::Status::kReady;
-    }
-    worker->give_way = engine->workers.size() > 1 && coin();
-  }
-  leave(fiber);
-  tsan::acquire(&cluster.barrier_object);
-}
-
-void* map_shared_rank(void* shared, unsigned rank) {
-  Worker& w = *worker;
-  const auto offset = static_cast<size_t>(static_cast<char*>(shared) - w.tls_base);
-  if (rank >= w.cluster->workers.size() || offset >= tls_size)
-    give_up_from_fiber(*w.current, "map_shared_rank: not shared memory, or no such rank");
-  Worker& peer = *w.cluster->workers[rank];
-  if (!peer.tls_base)
-    give_up_from_fiber(*w.current, "map_shared_rank before the cluster's first barrier");
-  return peer.tls_base + offset;
-}
-
-// Moves one TSan clock into another through a context that knows nothing else
-static void copy_clock(char* from, char* to) {
-  void* courier = __tsan_create_fiber(0);
-  tsan::switch_to(courier);
-  tsan::acquire(from);
-  tsan::release(to);
-  tsan::switch_to(worker->tsan_native);
-  __tsan_destroy_fiber(courier);
-}
-
-void after_atomic(const void* address) {
-  Fiber& fiber = *worker->current;
-  if (tsan::active()) {
-    tsan::switch_to(worker->tsan_native);  // what is allocated here belongs to no fiber
-    char*& object = engine->atomic_objects[address];
-    if (!object) object = engine->new_object();
-    char* seen = engine->new_object();
-    copy_clock(object, seen);
-    fiber.seen_by_atomics.push_back(seen);
-    if (fiber.has_fenced) copy_clock(&fiber.fence_clock, object);
-    tsan::switch_to(fiber.tsan_fiber);
-  }
-  scheduling_point(fiber);
-}
-
-void fence() {
-  Fiber& fiber = *worker->current;
-  for (char* seen : fiber.seen_by_atomics) tsan::acquire(seen);
-  fiber.seen_by_atomics.clear();
-  tsan::release(&fiber.fence_clock);
-  fiber.has_fenced = true;
-}
 
 int take_launch_count() {
   const int count = launch_count;

@@ -58,7 +58,6 @@ enum class WarpOp {
   kBallot,
   kReduceMax,
   kReduceMin,
-  kReduceAdd,
 };
 uint64_t warp_collective(WarpOp op, uint32_t mask, uint64_t value, int argument, Site site);
 
