@@ -5,8 +5,9 @@
 //   d e_k = p_k (ds + dt e_k / |e_k|),  d e_mask = r (ds + dt e_mask / |e_mask|)
 //   d p_k = ds.(e_k - [r > 0] e_mask) + dt (|e_k| - [r > 0] |e_mask|)
 // Three kernels: (1) per position the scalars of these lines and d p; (2) per token the sum over
-// the entries that name it, found side by side once the ids are sorted in an order that keeps equal ones; (3) the mask's row,
-// to which every position adds, in slices of positions whose sums are then added in order.
+// the entries that name it, which lie side by side once the ids are sorted, equal ones in their
+// first order; (3) the mask's row, to which every position adds, in slices of positions whose sums
+// are then added in order.
 #pragma once
 
 #include "cuda/hybrid_embedding.cuh"
