@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | build | train | gpu | clean
+# make demo | test | lint | format | bench | build | train | gpu | clean
 #
 # The first call makes .venv with everything the targets need. To use an environment of your own,
 # with torch in it: make test PYTHON=python3
@@ -7,18 +7,18 @@ PYTHON ?= .venv/bin/python
 BUILD := build/dev
 export PATH := $(abspath $(dir $(PYTHON))):$(PATH)
 
-.PHONY: demo test lint format bench build train gpu clean
+.PHONY: demo test lint format bench build build-cpu configure train gpu clean
 
-demo: build
+demo: build-cpu
 	$(PYTHON) -m dmax_kernels demo
 
 test: build
 	$(PYTHON) -m pytest
 
-train: build
+train: build-cpu
 	$(PYTHON) -m dmax_kernels train
 
-bench: build
+bench: build-cpu
 	$(PYTHON) -m pytest bench --benchmark-only
 
 # Offline, with the Python that has this machine's CUDA build of PyTorch: build, test, sanitize, time
@@ -40,11 +40,18 @@ format: $(PYTHON)
 	$(CXX_FILES) | xargs clang-format -i
 
 # Compiles what has changed and puts the libraries into dmax_kernels/lib, beside the Python sources
-build: $(PYTHON)
-	@test -f $(BUILD)/build.ninja || cmake -S . -B $(BUILD) -G Ninja \
-	  -DPython_EXECUTABLE="$$($(PYTHON) -c 'import sys; print(sys.executable)')"
+build: configure
 	@cmake --build $(BUILD)
 	@cmake --install $(BUILD) --prefix . >/dev/null
+
+# Without the CUDA kernels, which take nvcc some minutes: enough for the demo and for training
+build-cpu: configure
+	@cmake --build $(BUILD) --target dmax_cpu
+	@cmake --install $(BUILD) --prefix . --component cpu >/dev/null
+
+configure: $(PYTHON)
+	@test -f $(BUILD)/build.ninja || cmake -S . -B $(BUILD) -G Ninja \
+	  -DPython_EXECUTABLE="$$($(PYTHON) -c 'import sys; print(sys.executable)')"
 
 # dependency groups came with pip 25.1
 .venv/bin/python: pyproject.toml

@@ -124,7 +124,8 @@ void for_each_logits_block(const Tensor& hidden, const Tensor& weight, const Opt
           tile_kernels<T>().add_scaled(bias_block.data(), values, 1.0f, n);
         });
       }
-      parallel_for(m, 4, [&](int64_t begin, int64_t end) {
+      constexpr int64_t kGrain = 65536;  // logits: below, waking a thread costs more than it saves
+      parallel_for(m, kGrain / n, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           float* x = logits_data + i * block_tokens;
           if (bias) tile_kernels<float>().add_scaled(x, bias_block.data(), 1.0f, n);
