@@ -1,4 +1,4 @@
-// A stack that can be entered and left. On x86-64 a switch is fifteen instructions (about 10 ns);
+// A stack that can be entered and left. On x86-64 a switch is fifteen instructions;
 // ucontext, everywhere else, pays two system calls for the signal mask.
 #pragma once
 
