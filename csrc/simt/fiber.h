@@ -1,7 +1,8 @@
-// A stack that can be entered and left. On x86-64 a switch is fifteen instructions (about 10 ns);
+// A stack that can be entered and left. On x86-64 a switch is fifteen instructions;
 // ucontext, everywhere else, pays two system calls for the signal mask.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #if !defined(__x86_64__)
@@ -17,31 +18,6 @@ struct Context {
 };
 
 extern "C" void simt_switch(void** save_stack_pointer, void* load_stack_pointer);
-
-// Callee-saved registers of the System V ABI; the rest the compiler saves around the call
-asm(R"(
-.text
-.globl simt_switch
-.hidden simt_switch
-.type simt_switch,@function
-simt_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size simt_switch,.-simt_switch
-)");
 
 inline void prepare(Context* context, void* stack, size_t size, void (*entry)()) {
   auto top = (reinterpret_cast<uintptr_t>(stack) + size) & ~uintptr_t{15};
