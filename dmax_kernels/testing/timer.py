@@ -40,6 +40,9 @@ def compare(
 ) -> dict[str, Timing]:
     """Time every candidate ``repetitions`` times, one after the other in each round.
 
+    Each runs once untimed right before its timed run, so that it meets the caches as its own last
+    run left them, not as another candidate did.
+
     ``before_each`` runs untimed ahead of every repetition (restores inputs that a candidate
     overwrites). Rounds end early, but not below 5, when ``at_most_seconds`` are over. CPU only:
     the candidates must have finished when they return.
@@ -52,8 +55,9 @@ def compare(
     start = time.perf_counter()
     for round_index in range(repetitions):
         for name, candidate in candidates.items():
-            if before_each:
-                before_each()
+            for restore in (before_each, candidate, before_each):
+                if restore:
+                    restore()
             begin = time.perf_counter()
             candidate()
             times[name].append(time.perf_counter() - begin)
