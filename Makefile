@@ -19,7 +19,7 @@ train: build-cpu
 	$(PYTHON) -m dmax_kernels train
 
 bench: build-cpu
-	$(PYTHON) -m pytest bench --benchmark-only
+	$(PYTHON) bench/run.py --output build/bench/results.json
 
 # Offline, with the Python that has this machine's CUDA build of PyTorch: build, test, sanitize, time
 GPU_PYTHON ?= python3
