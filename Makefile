@@ -36,6 +36,7 @@ lint: $(PYTHON)
 	ruff check .
 	ruff format --check .
 	codespell
+	mypy
 	$(CXX_FILES) | xargs clang-format --dry-run -Werror
 
 format: $(PYTHON)

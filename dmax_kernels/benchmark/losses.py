@@ -16,7 +16,8 @@ def gradients(loss, leaves):
 @workload
 def oput_loss(inputs: Inputs, tokens: int = 64, vocab: int = VOCAB) -> Work:
     """Eager as in released training code: logits in float32, cross-entropy, autograd."""
-    leaves = [inputs.logits(tokens, vocab).requires_grad_() for _ in range(2)]
+    masked, predicted = (inputs.logits(tokens, vocab).requires_grad_() for _ in range(2))
+    leaves = [masked, predicted]
     target = inputs.ids(tokens, below=vocab)
     return Work(
         {
@@ -24,7 +25,7 @@ def oput_loss(inputs: Inputs, tokens: int = 64, vocab: int = VOCAB) -> Work:
                 sum(F.cross_entropy(x.float(), target) for x in leaves), leaves
             ),
             "fused": lambda: gradients(
-                dmax_kernels.oput_loss(*leaves, target, reduction="mean"), leaves
+                dmax_kernels.oput_loss(masked, predicted, target, reduction="mean"), leaves
             ),
         },
         3 * sum(x.nbytes for x in leaves),  # read, read again for the gradient, write it
@@ -35,7 +36,7 @@ def oput_loss(inputs: Inputs, tokens: int = 64, vocab: int = VOCAB) -> Work:
 def oput_loss_and_grad_(inputs: Inputs, tokens: int = 64, vocab: int = VOCAB) -> Work:
     """The gradients overwrite the logits; eager copies them first, since it may not."""
     start = [inputs.logits(tokens, vocab) for _ in range(2)]
-    logits = [x.clone() for x in start]
+    logits = masked, predicted = [x.clone() for x in start]
     target = inputs.ids(tokens, below=vocab)
     weight = torch.full((tokens,), 1 / tokens, device=inputs.device)
 
@@ -50,7 +51,9 @@ def oput_loss_and_grad_(inputs: Inputs, tokens: int = 64, vocab: int = VOCAB) ->
     return Work(
         {
             "eager": eager,
-            "fused": lambda: dmax_kernels.oput_loss_and_grad_(*logits, target, weight, weight),
+            "fused": lambda: dmax_kernels.oput_loss_and_grad_(
+                masked, predicted, target, weight, weight
+            ),
         },
         2 * sum(x.nbytes for x in logits),
         restore=restore,

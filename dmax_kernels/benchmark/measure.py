@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ class Machine:
 
 def measure(
     work: Work, machine: Machine, *, repetitions: int = 20, compiled: bool = False
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Median time and spread of every candidate, speed-ups over the first, share of the floor.
 
     ``compiled`` adds torch.compile of the first candidate.
@@ -47,13 +48,13 @@ def measure(
     if compiled:
         candidates["torch.compile"] = torch.compile(candidates[first])
     if machine.device == "cuda":
-        rows = {
+        rows: dict[str, dict[str, Any]] = {
             name: {
-                "us": microseconds(found["cold"]),
-                "hot us": microseconds(found["hot"]),
-                "spread": round(found["cold"].spread, 3),
-                "run": found["run"],
-                "peak bytes": found["peak bytes"],
+                "us": microseconds(found.cold),
+                "hot us": microseconds(found.hot),
+                "spread": round(found.cold.spread, 3),
+                "run": found.run,
+                "peak bytes": found.peak_bytes,
             }
             for name, found in gpu_timer.compare_on_gpu(
                 candidates, repetitions=repetitions, restore=work.restore
@@ -69,7 +70,7 @@ def measure(
     for row in rows.values():
         row["speed-up"] = round(rows[first]["us"] / row["us"], 2)
     seconds = rows["fused"]["us"] * 1e-6
-    result = {
+    result: dict[str, Any] = {
         "candidates": rows,
         "bytes": work.bytes_moved,
         "GB/s": round(work.bytes_moved / seconds / 1e9, 1),

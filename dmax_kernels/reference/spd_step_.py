@@ -30,8 +30,10 @@ def spd_step_(
     thresholds: Tensor | None = None,
 ) -> None:
     released = semantics == "released"
+    decode: Tensor | float = tau_dec
+    accept: Tensor | float = tau_acc
     if thresholds is not None:
-        tau_dec, tau_acc = thresholds[:, 0:1], thresholds[:, 1:2]
+        decode, accept = thresholds[:, 0:1], thresholds[:, 1:2]
     active = ~converged.unsqueeze(-1)  # [B, 1]
 
     # Top-1 of every position, top-k where the hybrid embedding asks for it
@@ -43,10 +45,10 @@ def spd_step_(
         )
 
     # Promotion: the confident prefix of the masked positions
-    promoted = prefix_promote(c, masked, tau_dec, inclusive=released)
+    promoted = prefix_promote(c, masked, decode, inclusive=released)
 
     # Convergence, row by row: consistency or confidence
-    sure = c >= tau_acc if released else c > tau_acc
+    sure = c >= accept if released else c > accept
     confident = (sure | ~editable).all(dim=-1)
     if released:
         updated = promoted | (editable & ~masked)

@@ -27,8 +27,8 @@ def top1_confidence(logits: Tensor, temperature: float = 1.0, suppress_token: in
             if value > best:
                 best, best_id = value, token
         tokens.append(best_id)
-    token = torch.tensor(tokens, dtype=torch.int64).reshape(logits.shape[:-1])
-    return token, probability.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+    top1 = torch.tensor(tokens, dtype=torch.int64).reshape(logits.shape[:-1])
+    return top1, probability.gather(-1, top1.unsqueeze(-1)).squeeze(-1)
 
 
 def token_loss(

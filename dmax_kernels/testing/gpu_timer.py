@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from dmax_kernels.testing.timer import Timing
 
 FLUSH_BYTES = 512 << 20  # more than any L2
+
+
+@dataclass
+class GpuTiming:
+    """One candidate on a GPU."""
+
+    cold: Timing  # the L2 overwritten before each repetition
+    hot: Timing
+    run: str  # "graph", or "eager" where it cannot be captured
+    peak_bytes: int  # allocated by one call at its highest
 
 
 def captured(function: Callable[[], object]) -> tuple[Callable[[], object], str]:
@@ -60,19 +71,16 @@ def compare_on_gpu(
     *,
     repetitions: int = 200,
     restore: Callable[[], object] | None = None,
-) -> dict[str, dict[str, object]]:
+) -> dict[str, GpuTiming]:
     """Every candidate cold and hot, how it ran, and the bytes it allocated at its peak."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    results: dict[str, dict[str, object]] = {}
+    results = {}
     for name, candidate in candidates.items():
         peak = peak_bytes(candidate)
         run, how = captured(candidate)
-        results[name] = {
-            "cold": timed(run, repetitions, flush=flush, restore=restore),
-            "hot": timed(run, repetitions, restore=restore),
-            "run": how,
-            "peak bytes": peak,
-        }
+        cold = timed(run, repetitions, flush=flush, restore=restore)
+        hot = timed(run, repetitions, restore=restore)
+        results[name] = GpuTiming(cold, hot, how, peak)
     return results
 
 
