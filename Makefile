@@ -1,4 +1,4 @@
-# make demo | test | lint | format | bench | docs | build | train | gpu | clean
+# make demo | test | lint | format | bench | docs | fuzz | build | train | gpu | wheels | clean
 #
 # The first call makes .venv with everything the targets need. To use an environment of your own,
 # with torch in it: make test PYTHON=python3
@@ -7,13 +7,17 @@ PYTHON ?= .venv/bin/python
 BUILD := build/dev
 export PATH := $(abspath $(dir $(PYTHON))):$(PATH)
 
-.PHONY: demo test lint format bench docs build build-cpu configure train gpu clean
+.PHONY: demo test lint format bench docs fuzz build build-cpu configure train gpu wheels clean
 
 demo: build-cpu
 	$(PYTHON) -m dmax_kernels demo
 
 test: build
 	$(PYTHON) -m pytest
+
+# Minutes long: random inputs for every op and backend, and 10^5 steps of flat memory
+fuzz: build-cpu
+	DMAX_FUZZ_EXAMPLES=2000 $(PYTHON) -m pytest python_tests/test_fuzz.py -m "slow or not slow"
 
 train: build-cpu
 	$(PYTHON) -m dmax_kernels train
@@ -64,6 +68,11 @@ configure: $(PYTHON)
 	.venv/bin/python -m pip install -q --upgrade "pip>=25.1"
 	.venv/bin/python -m pip install -q --group dev
 	@touch $@
+
+# dist/cpu and dist/cuda, audited and tried out in an empty environment
+wheels: $(PYTHON)
+	$(PYTHON) -m pip install -q --group release
+	$(PYTHON) release/wheels.py
 
 clean:
 	rm -rf build dist dmax_kernels/lib .pytest_cache .ruff_cache

@@ -14,6 +14,8 @@ def token_loss(
     keep = target != ignore_index
     safe_target = torch.where(keep, target, 0).long()
     logsumexp = x.logsumexp(dim=-1)
+    # +inf leaves no softmax: NaN, as cross_entropy has it
+    logsumexp = torch.where(logsumexp == torch.inf, torch.nan, logsumexp)
     loss = logsumexp - x.gather(-1, safe_target.unsqueeze(-1)).squeeze(-1)
     if label_smoothing:
         loss = (1 - label_smoothing) * loss + label_smoothing * (logsumexp - x.mean(dim=-1))

@@ -47,7 +47,7 @@ def exponential_noise(seed: Tensor, shape: torch.Size, vocab_size: int) -> Tenso
         ),
         (seed_r & MASK32, (seed_r >> 32) & MASK32),
     )
-    word = torch.stack(words, dim=-1).reshape(num_rows, -1)[:, :vocab_size]
+    word = torch.stack(words, dim=-1).flatten(1)[:, :vocab_size]
     # Small v carries the race's winner, and keeps its full precision near 0
     v = ((word.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     return -torch.log1p(-v).reshape(*shape, vocab_size)
