@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 import dmax_kernels
+from bench.bench_row_statistics import eager as eager_statistics
 from dmax_kernels import reference
 
 VOCAB, DIM, MASK = 157184, 2048, 156895
@@ -120,6 +121,20 @@ def topk_case(rows: int, k: int) -> GpuCase:
         {
             "eager": lambda: torch.softmax(logits.float(), dim=-1).topk(k),
             "fused": lambda: dmax_kernels.topk_confidence(logits, k),
+        },
+        logits.nbytes,
+    )
+
+
+def statistics_case(rows: int) -> GpuCase:
+    logits = random_logits(rows, torch.bfloat16)
+    compiled = torch.compile(eager_statistics)
+    return GpuCase(
+        f"row_statistics {rows} x {VOCAB} bfloat16",
+        {
+            "eager": lambda: eager_statistics(logits),
+            "torch.compile": lambda: compiled(logits),
+            "fused": lambda: dmax_kernels.row_statistics(logits),
         },
         logits.nbytes,
     )
@@ -251,6 +266,8 @@ CASES: tuple[Callable[[], GpuCase], ...] = (
     lambda: top1_case(256, torch.bfloat16, None),
     lambda: top1_case(4096, torch.bfloat16, None),
     lambda: topk_case(32, 4),
+    lambda: statistics_case(32),
+    lambda: statistics_case(4096),
     lambda: sample_case(32),
     lambda: sample_case(1024),
     promote_case,

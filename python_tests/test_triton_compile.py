@@ -25,6 +25,7 @@ MOST_REGISTERS = {
 STREAMING = {
     "tile_statistics_kernel",
     "tile_topk_kernel",
+    "tile_entropy_kernel",
     "tile_sample_kernel",
     "tile_sums_kernel",
     "grad_kernel",
