@@ -88,14 +88,15 @@ def test_edge_cases(name, vocab_size, dtype):
     assert_right(name, logits)
 
 
-@pytest.mark.parametrize(
-    ("name", "num_rows"), [("cpu", 1), ("cpu", 3), ("cpu", 8), ("cuda", 1), ("triton", 1)]
-)
+# The real vocabulary, aligned and odd: on the CPU one row and three take the tiled path, eight the
+# row path
+@pytest.mark.parametrize("num_rows", [1, 3, 8])
 @pytest.mark.parametrize("vocab_size", LARGE_VOCABS)
-def test_large_vocabulary(name, num_rows, vocab_size):
+def test_large_vocabulary(num_rows, vocab_size):
     logits = 3 * torch.randn(num_rows, vocab_size, generator=torch.manual_seed(1))
-    assert_right(name, logits)
-    assert_right(name, logits.bfloat16())
+    assert_right("cpu", logits)
+    for name in ("cuda", "triton") if num_rows == 1 else ():
+        assert_right(name, logits.bfloat16())
 
 
 # Rows whose tiles lie in several blocks, and in one: what ties, NaN and the runner-up meet
@@ -118,6 +119,7 @@ def test_cuda_in_any_order(order, seed, resident):
 
 
 # Beyond 1,536 tiles a block's shared memory cannot hold a row's partial results
+@pytest.mark.slow
 def test_cuda_vocabulary_beyond_shared_memory():
     logits = torch.zeros(5, 1537 * 1024)
     logits[:, 999_999] = 14.0
@@ -283,7 +285,7 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(VALUES, min_size=1, max_size=40),
     width=st.integers(1, 3000),
