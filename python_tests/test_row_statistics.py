@@ -207,8 +207,8 @@ def test_known_rows(name):
     assert values == [0, 1.0, 0.0, 0.0, 5.0]
 
 
-# The winner stands `gap` above 5,000 others: an entropy down to 1e-14 keeps its digits. At 30 and
-# 50 lie the bounds of the CPU's two sums
+# The winner stands `gap` above 5,000 others: an entropy down to 1e-12 keeps its digits. The
+# CPU's sum for the confidence stops at 30
 @pytest.mark.parametrize("name", FUSED)
 def test_sure_rows_keep_the_relative_precision(name):
     gaps = torch.tensor([1.0, 8.0, 15.0, 25.0, 29.5, 30.5, 35.0, 39.0])
