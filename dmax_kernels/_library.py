@@ -36,7 +36,7 @@ class Libraries:
         return json.loads(path.read_text()) if path and path.is_file() else None
 
     def instruction_set(self) -> str:
-        """The CPU instruction set the kernels run in: avx512, avx2 or portable."""
+        """The CPU instruction set the kernels run in; PyTorch's ATEN_CPU_CAPABILITY lowers it."""
         function = ctypes.CDLL(str(self.cpu)).dmax_cpu_instruction_set
         function.restype = ctypes.c_char_p
         return function().decode()

@@ -21,7 +21,7 @@ def test_info_as_json(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["dmax_kernels"] == dmax_kernels.__version__
     assert facts["backends"]["top1_confidence"]["cpu"] == "c++"
-    assert facts["CPU instruction set"] in ("avx512", "avx2", "portable")
+    assert facts["CPU instruction set"] in ("avx512, amx", "avx512", "avx2", "portable")
 
 
 def test_mistakes_end_in_one_line():

@@ -102,6 +102,11 @@ void multiply(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, const vo
       _tile_zero(2);
       _tile_zero(3);
       for (int64_t step = 0; step < steps; ++step) {
+        if (pair == 0) {  // into L2 while the tiles multiply: else the two would take turns
+          for (int64_t next = 0; next < kPairTokens; ++next) {
+            __builtin_prefetch(weight.row(t + kPairTokens + next) + step * kStep, 0, 2);
+          }
+        }
         _tile_loadd(4, a, kRowBytes);
         _tile_loadd(5, a + kTileBytes, kRowBytes);
         _tile_loadd(6, b, kRowBytes);
