@@ -34,6 +34,7 @@ STREAMING = {
     "table_grad_kernel",
     "embed_kernel",
     "linear_statistics_kernel",
+    "chunk_statistics_kernel",
 }
 
 

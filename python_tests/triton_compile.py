@@ -132,6 +132,10 @@ def call_linear_ops() -> None:
         OPS["linear_top1_confidence"](hidden, weight)
         OPS["linear_sample_tokens"](hidden, weight, seed, weight[:, 0])
     OPS["linear_top1_confidence"](torch.empty(32, D), torch.empty(V, D))
+    # The way by chunks of the vocabulary: the products run here, so they are small ones
+    hidden, weight = torch.empty(64, 16), torch.empty(4000, 16)
+    OPS["linear_top1_confidence"](hidden, weight)
+    OPS["linear_sample_tokens"](hidden, weight, seed, weight[:, 0])
 
 
 def call_with_other_values() -> None:
