@@ -72,9 +72,7 @@ def chunk_statistics(
     """Fills the partial results, [rows, tiles] each, of at most CHUNK_ROWS rows."""
     vocab = weight.count
     table = weight.tensor.as_strided((vocab, weight.width), (weight.stride, 1))
-    buffer = hidden.tensor.new_empty(
-        (hidden.count, min(CHUNK_TOKENS, vocab)), dtype=torch.float32
-    )
+    buffer = hidden.tensor.new_empty((hidden.count, min(CHUNK_TOKENS, vocab)), dtype=torch.float32)
     for first in range(0, vocab, CHUNK_TOKENS):
         count = min(CHUNK_TOKENS, vocab - first)
         logits = buffer[:, :count]
