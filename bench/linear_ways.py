@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -39,17 +40,20 @@ def run_linear_ways(repetitions: int = 30) -> list[dict]:
             times = {}
             for way, least in ((FUSED, None), (CHUNKED, 1)):
                 LEAST_CHUNKED_ROWS[dtype] = least
-                times[way] = microseconds(lambda h=hidden: op(h, weight), repetitions, flush)
+                times[way] = microseconds(partial(op, hidden, weight), repetitions, flush)
             LEAST_CHUNKED_ROWS[dtype] = before
             times[PRODUCT] = microseconds(
-                lambda h=hidden: dmax_kernels.top1_confidence(h @ weight.t()), repetitions, flush
+                partial(product_then_top1, hidden, weight), repetitions, flush
             )
             found.append({"dtype": name, "rows": rows, "us": times, "faster": faster(times)})
             print(f"linear_top1_confidence {rows} {name}: {times}; faster: {faster(times)}")
         print(f"LEAST_CHUNKED_ROWS of {name}: {least_chunked_rows(found, name)}, now {before}")
-        del weight
         torch.cuda.empty_cache()
     return found
+
+
+def product_then_top1(hidden, weight):
+    return dmax_kernels.top1_confidence(hidden @ weight.t())
 
 
 def microseconds(function, repetitions: int, flush: torch.Tensor) -> float:

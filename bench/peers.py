@@ -152,6 +152,14 @@ def _(inputs, tokens, dim, vocab):
     )
 
 
+@peer("linear_oput_loss", "QuACK chunked_linear_cross_entropy", "quack")
+def _(inputs, tokens, dim, vocab):
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    hidden, weight, target = head_of_both(inputs, tokens, dim, vocab)
+    return both_passes(lambda x: chunked_linear_cross_entropy(x, weight, target), hidden, weight)
+
+
 @peer("linear_oput_loss", "cut-cross-entropy", "cut_cross_entropy")
 def _(inputs, tokens, dim, vocab):
     from cut_cross_entropy import linear_cross_entropy
