@@ -11,10 +11,10 @@ namespace dmax::cpu::DMAX_ISA {
 
 namespace {
 
-constexpr int64_t kStep = 32;                          // columns of one instruction
-constexpr int64_t kTileElements = kLanes * kStep;      // 16-bit elements of one tile: 1 KiB
-constexpr int64_t kPairRows = 2 * kLanes;              // rows and tokens of one call of the inner
-constexpr int64_t kPairTokens = 2 * kLanes;            // loop: four tiles of sums
+constexpr int64_t kStep = 32;                      // columns of one instruction
+constexpr int64_t kTileElements = kLanes * kStep;  // 16-bit elements of one tile: 1 KiB
+constexpr int64_t kPairRows = 2 * kLanes;          // rows and tokens of one call of the inner
+constexpr int64_t kPairTokens = 2 * kLanes;        // loop: four tiles of sums
 constexpr int64_t kTileBytes = kTileElements * 2;
 
 int64_t num_steps(int64_t dim) { return (dim + kStep - 1) / kStep; }

@@ -1,4 +1,5 @@
-// The products of product_kernels.h in float32 vectors; compiled once per instruction set (DMAX_ISA).
+// The products of product_kernels.h in float32 vectors; compiled once per instruction set
+// (DMAX_ISA).
 #include "cpu/product_kernels.h"
 #include "cpu/simd.h"
 #include "cpu/transpose.h"
