@@ -158,6 +158,7 @@ def call_with_other_values() -> None:
         losses = {"ignore_index": value, "label_smoothing": 1 / (value + 2), "z_loss": value}
         OPS["oput_loss"](logits, None, target, **losses)
         OPS["linear_top1_confidence"](hidden, torch.empty(V, D), **options)
+        OPS["linear_top1_confidence"](torch.empty(64 + value, 16), torch.empty(4000, 16), **options)
         spd_step(1, mask_token_id=value, tau_dec=float(value), tau_acc=value, suppress_token=value)
 
 

@@ -33,7 +33,12 @@ def chunk_statistics_kernel(
     place = tl.program_id(1) * TILE + tl.arange(0, TILE)
     tile = first // TILE + tl.program_id(1)
     ids = first + place
-    x = tl.load(logits + row * logits_stride + place, mask=place < count, other=float("-inf"))
+    from_here = logits + row * logits_stride
+    # The mask of a tile cut off by the vocabulary's end would cost the others 16-byte loads
+    if (tl.program_id(1) + 1) * TILE <= count:
+        x = tl.load(from_here + place)
+    else:
+        x = tl.load(from_here + place, mask=place < count, other=float("-inf"))
     if HAS_BIAS:
         x += tl.load(bias + ids, mask=place < count, other=0.0).to(tl.float32)
     x = tl.where(ids == suppress_token, float("-inf"), x)
@@ -72,7 +77,7 @@ def chunk_statistics(
     """Fills the partial results, [rows, tiles] each, of at most CHUNK_ROWS rows."""
     vocab = weight.count
     table = weight.tensor.as_strided((vocab, weight.width), (weight.stride, 1))
-    buffer = hidden.tensor.new_empty((hidden.count, min(CHUNK_TOKENS, vocab)), dtype=torch.float32)
+    buffer = hidden.tensor.new_empty((hidden.count, CHUNK_TOKENS), dtype=torch.float32)
     for first in range(0, vocab, CHUNK_TOKENS):
         count = min(CHUNK_TOKENS, vocab - first)
         logits = buffer[:, :count]
