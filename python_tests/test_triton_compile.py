@@ -37,6 +37,7 @@ STREAMING = {
     "table_grad_kernel",
     "embed_kernel",
     "linear_statistics_kernel",
+    "chunk_statistics_kernel",
 }
 
 

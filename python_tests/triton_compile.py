@@ -133,6 +133,10 @@ def call_linear_ops() -> None:
         OPS["linear_top1_confidence"](hidden, weight)
         OPS["linear_sample_tokens"](hidden, weight, seed, weight[:, 0])
     OPS["linear_top1_confidence"](torch.empty(32, D), torch.empty(V, D))
+    # The way by chunks of the vocabulary: the products run here, so they are small ones
+    hidden, weight = torch.empty(64, 16), torch.empty(4000, 16)
+    OPS["linear_top1_confidence"](hidden, weight)
+    OPS["linear_sample_tokens"](hidden, weight, seed, weight[:, 0])
 
 
 def call_with_other_values() -> None:
@@ -157,6 +161,7 @@ def call_with_other_values() -> None:
         losses = {"ignore_index": value, "label_smoothing": 1 / (value + 2), "z_loss": value}
         OPS["oput_loss"](logits, None, target, **losses)
         OPS["linear_top1_confidence"](hidden, torch.empty(V, D), **options)
+        OPS["linear_top1_confidence"](torch.empty(64 + value, 16), torch.empty(4000, 16), **options)
         spd_step(1, mask_token_id=value, tau_dec=float(value), tau_acc=value, suppress_token=value)
 
 
