@@ -27,6 +27,8 @@ _MODULE_OF = {
     "oput_loss_and_grad_": "oput_loss",
     "top1_partial": "top1_partial",
     "top1_merge": "top1_merge",
+    "sample_partial": "sample_partial",
+    "sample_merge": "sample_merge",
     "linear_top1_confidence": "linear_top1_confidence",
     "linear_sample_tokens": "linear_sample_tokens",
 }
