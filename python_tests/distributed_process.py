@@ -258,9 +258,7 @@ def check_dtensor(ranks: Ranks) -> None:
     logits, table = ranks.randn(6, vocab), ranks.randn(vocab, 8)
     sharded = distribute_tensor(logits, mesh, [Shard(1)])
     assert_same(distributed.top1_confidence(sharded), dmax_kernels.top1_confidence(logits))
-    assert_same(
-        distributed.sample_tokens(sharded, SEED), dmax_kernels.sample_tokens(logits, SEED)
-    )
+    assert_same(distributed.sample_tokens(sharded, SEED), dmax_kernels.sample_tokens(logits, SEED))
     leaf = distribute_tensor(table, mesh, [Shard(0)]).requires_grad_()
     target = torch.randint(0, vocab, (6,), generator=ranks.generator)
     hidden = ranks.randn(6, 8)

@@ -104,6 +104,9 @@ def call_every_op() -> None:
     OPS["sample_tokens"](logits(), torch.zeros(2, dtype=torch.int64))
     shards = torch.empty(8, ROWS)
     OPS["top1_merge"](shards, shards, shards.long())
+    for start in (0, 1, 2, 3):  # what is left of 4 is compiled in
+        OPS["sample_partial"](logits(), torch.zeros(2, dtype=torch.int64), start)
+    OPS["sample_merge"](shards, shards, shards.long(), shards, shards)
     confidence, masked = torch.empty(ROWS, K), torch.empty(ROWS, K, dtype=torch.bool)
     OPS["prefix_promote"](confidence, masked, 0.9)
 
@@ -148,6 +151,7 @@ def call_with_other_values() -> None:
         OPS["topk_confidence"](logits, 8, **options)
         OPS["top1_partial"](logits, value, **options)
         OPS["sample_tokens"](logits, torch.zeros(2, dtype=torch.int64), **options)
+        OPS["sample_partial"](logits, torch.zeros(2, dtype=torch.int64), 4 * value, **options)
         OPS["prefix_promote"](confidence, masked, value)
         OPS["hybrid_embedding"](*position, value)
         OPS["hybrid_embedding_backward"](torch.empty(K, D, dtype=torch.bfloat16), *position, value)

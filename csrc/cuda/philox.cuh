@@ -13,10 +13,16 @@ __device__ __forceinline__ uint32_t word_of(const Words& words, int i) {
   return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
+// What is known of a row's first id when a kernel is compiled
+enum class FirstId {
+  kZero,
+  kMultipleOf4,
+  kAny,  // four adjacent ids of the row may need the words of two counters
+};
+
 // The noise of one row of logits, whose ids begin at first_id: the (seed, offset) pair with the row
-// is everything of the counter but the id. kShifted: 4 does not divide first_id, so that four
-// adjacent ids of the row may need the words of two counters.
-template <bool kShifted>
+// is everything of the counter but the id
+template <FirstId kFirst>
 struct NoiseStream {
   uint32_t key_low, key_high;
   uint32_t row;
@@ -26,9 +32,9 @@ struct NoiseStream {
 
   // Of the row's elements 4 * group .. 4 * group + 3
   __device__ __forceinline__ Words words(uint32_t group) const {
-    const Words low = counter_words(first_group + group);
-    if (!kShifted) return low;
-    const Words high = counter_words(first_group + group + 1);
+    const Words low = group_words(group);
+    if (kFirst != FirstId::kAny || shift == 0) return low;
+    const Words high = group_words(group + 1);
     if (shift == 1) return {low.y, low.z, low.w, high.x};
     if (shift == 2) return {low.z, low.w, high.x, high.y};
     return {low.w, high.x, high.y, high.z};
@@ -36,13 +42,13 @@ struct NoiseStream {
 
   // Of one element
   __device__ __forceinline__ uint32_t word(int element) const {
-    const uint32_t place = static_cast<uint32_t>(element) + (kShifted ? shift : 0);
-    return word_of(counter_words(first_group + (place >> 2)), place & 3);
+    const uint32_t place = static_cast<uint32_t>(element) + (kFirst == FirstId::kAny ? shift : 0);
+    return word_of(group_words(place >> 2), place & 3);
   }
 
-  // Of the ids 4 * counter .. 4 * counter + 3
-  __device__ __forceinline__ Words counter_words(uint32_t counter) const {
-    Words c{counter, row, offset_low, offset_high};
+  // Of the ids 4 * (first_group + group) .. + 3
+  __device__ __forceinline__ Words group_words(uint32_t group) const {
+    Words c{kFirst == FirstId::kZero ? group : first_group + group, row, offset_low, offset_high};
     uint32_t k0 = key_low;
     uint32_t k1 = key_high;
 #pragma unroll
@@ -58,9 +64,9 @@ struct NoiseStream {
   }
 };
 
-template <bool kShifted>
-__device__ __forceinline__ NoiseStream<kShifted> noise_stream(const int64_t* pair, int64_t row,
-                                                              uint32_t first_id) {
+template <FirstId kFirst>
+__device__ __forceinline__ NoiseStream<kFirst> noise_stream(const int64_t* pair, int64_t row,
+                                                            uint32_t first_id) {
   const auto seed = static_cast<uint64_t>(pair[0]);
   const auto offset = static_cast<uint64_t>(pair[1]);
   return {static_cast<uint32_t>(seed),

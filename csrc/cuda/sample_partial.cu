@@ -35,10 +35,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_partial(Tensor logits_
         maximum.mutable_data_ptr<float>(), sum_exp.mutable_data_ptr<float>(),
         token.mutable_data_ptr<int64_t>(), score.mutable_data_ptr<float>(),
         weight.mutable_data_ptr<float>(),  vocab_start};
-    call.check(
-        vocab_start % 4 == 0
-            ? launch_sample_rows<T, false>(logits, chosen, scratch.split, key, finish, call.stream)
-            : launch_sample_rows<T, true>(logits, chosen, scratch.split, key, finish, call.stream));
+    call.check(vocab_start % 4 == 0 ? launch_sample_rows<T, FirstId::kMultipleOf4>(
+                                          logits, chosen, scratch.split, key, finish, call.stream)
+                                    : launch_sample_rows<T, FirstId::kAny>(
+                                          logits, chosen, scratch.split, key, finish, call.stream));
   });
   return {maximum, sum_exp, token, score, weight};
 }

@@ -91,10 +91,10 @@ __device__ __forceinline__ float reach(float max, float best, float inverse_temp
 
 // The tile's SoftmaxStats::rest, and the best of its samples and `best`; both the same on every
 // lane
-template <class T, bool kShifted>
+template <class T, FirstId kFirst>
 __device__ __forceinline__ float sample_tile(const Tile<T>& tile, const Row<T>& row,
                                              const VectorMaxima<T>& maxima, float max,
-                                             const NoiseStream<kShifted>& noise,
+                                             const NoiseStream<kFirst>& noise,
                                              const LogitsView<T>& logits, float inverse_temperature,
                                              Sample* best) {
   // A first score per lane, its largest element's, to have something to beat
@@ -150,7 +150,7 @@ __device__ __forceinline__ float sample_tile(const Tile<T>& tile, const Row<T>& 
 }
 
 // Finish: what one thread stores for a row: finish(row, partial, scale)
-template <class T, bool kShifted, class Finish>
+template <class T, FirstId kFirst, class Finish>
 __global__ void __launch_bounds__(kRowThreads, 2)
     sample_rows_kernel(const __grid_constant__ LogitsView<T> logits,
                        const __grid_constant__ RowSplit split,
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
                        const __grid_constant__ Finish finish) {
   const TileRange range = block_tiles(split);
   const int64_t* pair = key.seed + (key.seed_per_row ? 2 * range.row : 0);
-  const auto noise = noise_stream<kShifted>(pair, key.seed_per_row ? 0 : range.row, key.first_id);
+  const auto noise = noise_stream<kFirst>(pair, key.seed_per_row ? 0 : range.row, key.first_id);
   const Row<T> row = logits.row(range.row);
 
   // Every tile's statistics and best sample
@@ -184,10 +184,10 @@ RowLaunch choose_sample_launch(int64_t rows, int64_t vocab, const Device& device
   return choose_row_launch(rows, vocab, kTileSize<T>, sizeof(SamplePartial), device);
 }
 
-template <class T, bool kShifted, class Finish>
+template <class T, FirstId kFirst, class Finish>
 auto launch_sample_rows(const LogitsView<T>& logits, const RowLaunch& chosen, const RowSplit& split,
                         const SampleKey& key, const Finish& finish, Stream stream) {
-  return launch(chosen.shape, stream, sample_rows_kernel<T, kShifted, Finish>, logits, split, key,
+  return launch(chosen.shape, stream, sample_rows_kernel<T, kFirst, Finish>, logits, split, key,
                 finish);
 }
 

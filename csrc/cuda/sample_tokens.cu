@@ -36,8 +36,9 @@ std::tuple<Tensor, Tensor> sample_tokens(Tensor logits, Tensor seed, double temp
     const SampleKey key{seeds.const_data_ptr<int64_t>(), sizes.seed_per_row,
                         static_cast<float>(1.0 / temperature), 0};
     const SampleTokensFinish finish{token_out, probability_out};
-    call.check(launch_sample_rows<T, false>(logits_view<T>(view, suppress_token, temperature),
-                                            chosen, scratch.split, key, finish, call.stream));
+    call.check(
+        launch_sample_rows<T, FirstId::kZero>(logits_view<T>(view, suppress_token, temperature),
+                                              chosen, scratch.split, key, finish, call.stream));
   });
   return {token, probability};
 }

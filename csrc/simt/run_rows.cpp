@@ -56,15 +56,15 @@ Chosen topk_confidence(Gpu gpu, LogitsInput in, int k, Address tokens, Address c
   return result;
 }
 
-template <class T, bool kShifted, class Finish>
+template <class T, FirstId kFirst, class Finish>
 Chosen run_sample_rows(const Gpu& gpu, const LogitsInput& in, const SampleKey& key,
                        const Finish& finish) {
   const RowLaunch launch = choose_sample_launch<T>(in.rows, in.vocab, device_of(gpu));
   Scratch scratch(launch.scratch_bytes);
   Counters counters(launch.counters);
-  launch_sample_rows<T, kShifted>(view_of<T>(in), launch,
-                                  row_split(launch, scratch.data(), counters.data()), key, finish,
-                                  Stream{});
+  launch_sample_rows<T, kFirst>(view_of<T>(in), launch,
+                                row_split(launch, scratch.data(), counters.data()), key, finish,
+                                Stream{});
   return chosen(launch);
 }
 
@@ -79,7 +79,7 @@ Chosen sample_tokens(Gpu gpu, LogitsInput in, Address seed, bool seed_per_row, A
   Chosen result;
   dispatch(in.dtype, [&](auto element) {
     const SampleTokensFinish finish{pointer<int64_t>(token), pointer<float>(probability)};
-    result = run_sample_rows<decltype(element), false>(
+    result = run_sample_rows<decltype(element), FirstId::kZero>(
         gpu, in, sample_key(in, seed, seed_per_row, 0), finish);
   });
   return result;
@@ -95,8 +95,8 @@ Chosen sample_partial(Gpu gpu, LogitsInput in, Address seed, bool seed_per_row, 
     const SamplePartialFinish finish{pointer<float>(maximum), pointer<float>(sum_exp),
                                      pointer<int64_t>(token), pointer<float>(score),
                                      pointer<float>(weight),  vocab_start};
-    result = vocab_start % 4 == 0 ? run_sample_rows<T, false>(gpu, in, key, finish)
-                                  : run_sample_rows<T, true>(gpu, in, key, finish);
+    result = vocab_start % 4 == 0 ? run_sample_rows<T, FirstId::kMultipleOf4>(gpu, in, key, finish)
+                                  : run_sample_rows<T, FirstId::kAny>(gpu, in, key, finish);
   });
   return result;
 }

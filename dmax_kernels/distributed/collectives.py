@@ -46,7 +46,9 @@ def gather(
     _all_gather(gathered, payload, group=shard.group)
     columns = [
         column.clone(memory_format=torch.contiguous_format)
-        for column in gathered.view(shard.num_ranks, -1).split([part.numel() for part in parts], dim=1)
+        for column in gathered.view(shard.num_ranks, -1).split(
+            [part.numel() for part in parts], dim=1
+        )
     ]
     if header:
         _check_headers(op, shard, columns.pop(0))

@@ -55,9 +55,7 @@ def store_tile_sample(
     tl.store(out_token + tile, token)
 
 
-@triton.jit(
-    do_not_specialize=["suppress_token", "first_group", "num_tiles", "tiles_per_program"]
-)
+@triton.jit(do_not_specialize=["suppress_token", "first_group", "num_tiles", "tiles_per_program"])
 def tile_sample_kernel(
     logits, row_stride, vocab, suppress_token, scale, inverse_temperature, seed, first_group,
     partial_max, partial_sum, partial_score, partial_token, num_tiles, tiles_per_program,
