@@ -5,8 +5,11 @@ places, and compare what dmax_kernels.distributed returns with the unsharded op.
 """
 
 import datetime
+import itertools
 import random
+import re
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -40,7 +43,7 @@ class Ranks:
         yield [even] * self.num_ranks, vocab
         cuts = sorted(self.random.randrange(1, vocab) for _ in range(self.num_ranks - 1))
         edges = [0, *cuts, vocab]
-        uneven = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+        uneven = [b - a for a, b in itertools.pairwise(edges)]
         yield uneven, None
         yield [0, *uneven[1:-1], uneven[0] + uneven[-1]], None
         yield [vocab, *[7] * (self.num_ranks - 1)], vocab
@@ -281,12 +284,8 @@ def check_dtensor(ranks: Ranks) -> None:
 
 
 def assert_fails(call, message: str) -> None:
-    try:
+    with pytest.raises(ValueError, match=re.escape(message)):
         call()
-    except ValueError as error:
-        assert message in str(error), error
-    else:
-        raise AssertionError(f"no error, wanted: {message}")
 
 
 def check_errors(ranks: Ranks) -> None:

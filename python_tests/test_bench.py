@@ -26,6 +26,7 @@ SMALL = {
     "topk_confidence": (3, 64, 2),
     "sample_tokens": (3, 64),
     "top1_partial": (3, 64, 4),
+    "sample_partial": (3, 64, 4),
 }
 RANDOM = {"sample_tokens", "linear_sample_tokens"}  # eager draws from another generator
 
