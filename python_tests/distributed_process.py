@@ -12,6 +12,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
+from test_docs import ROOT, python_blocks
 
 import dmax_kernels
 from dmax_kernels import distributed, reference
@@ -348,6 +349,20 @@ def check_errors(ranks: Ranks) -> None:
         assert_fails(call, message)
 
 
+def check_page(ranks: Ranks) -> None:
+    """The code of docs/distributed.md, which test_docs.py runs with one rank."""
+    namespace = {}
+    for block in python_blocks(ROOT / "docs/distributed.md"):
+        exec(compile(block, "distributed.md", "exec"), namespace)
+    assert namespace["num_ranks"] == ranks.num_ranks
+    assert torch.equal(namespace["token"], namespace["logits"].argmax(dim=-1))
+    hidden, head, token = namespace["hidden"], namespace["head"], namespace["token"]
+    plain = hidden.detach().clone().requires_grad_()
+    logits = plain @ head[: namespace["V"]].t()
+    reference.oput_loss(logits, None, token, reduction="mean").backward()
+    assert_close(hidden.grad, plain.grad, 1e-4, 1e-6)
+
+
 CHECKS = (
     check_decoding,
     check_ties,
@@ -357,6 +372,7 @@ CHECKS = (
     check_linear_loss,
     check_dtensor,
     check_errors,
+    check_page,
 )
 
 

@@ -1,22 +1,16 @@
 """dmax_kernels.distributed: equal to the unsharded ops, over 1, 2 and 3 ranks."""
 
-import re
-from pathlib import Path
-
 import distributed_process
 import pytest
 import torch
 import torch.multiprocessing
-from test_layout import ROOT
 
 import dmax_kernels
 from dmax_kernels import distributed
 
-PAGE = ROOT / "docs/distributed.md"
-
 
 # Two ranks; three, where shares are uneven and one is in the middle. Every check in one start of
-# the processes, which is most of the time
+# the processes, which is most of the time; the page in docs/ too
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_ranks(num_ranks, tmp_path):
     torch.multiprocessing.spawn(
@@ -83,17 +77,3 @@ def test_errors_of_one_rank():
         distributed.linear_top1_confidence(torch.ones(2, 4), torch.ones(3, 4).half())
     assert distributed.gather_shard_sizes(LOGITS) == (50,)
     assert distributed.gather_shard_sizes(LOGITS, dim=0) == (6,)
-
-
-def run_page(rank: int, num_ranks: int, rendezvous: str) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", Path(PAGE).read_text(), re.DOTALL)
-    namespace = {"rank": rank, "num_ranks": num_ranks, "rendezvous": rendezvous}
-    for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), namespace)
-    logits, token = namespace["logits"], namespace["token"]
-    assert torch.equal(token, logits.argmax(dim=-1))
-    assert namespace["hidden"].grad.shape == namespace["hidden"].shape
-
-
-def test_the_documents_code_runs(tmp_path):
-    torch.multiprocessing.spawn(run_page, (2, str(tmp_path / "rendezvous")), nprocs=2)
