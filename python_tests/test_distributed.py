@@ -75,5 +75,7 @@ def test_errors_of_one_rank():
         distributed.top1_confidence(torch.tensor(1.0))
     with pytest.raises(ValueError, match="weight must have hidden's dtype, torch.float32"):
         distributed.linear_top1_confidence(torch.ones(2, 4), torch.ones(3, 4).half())
+    with pytest.raises(ValueError, match="logits must be float32, bfloat16 or float16, got .*64"):
+        distributed.top1_confidence(LOGITS.double())
     assert distributed.gather_shard_sizes(LOGITS) == (50,)
     assert distributed.gather_shard_sizes(LOGITS, dim=0) == (6,)

@@ -4,26 +4,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dmax_kernels.distributed.layout import VocabShard
+from dmax_kernels.distributed.layout import FLOATS, VocabShard
 
 # The old name warns from PyTorch 2.13 on. Delete when 2.10 to 2.12 are no longer supported
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _header(shard: VocabShard, dtype: torch.dtype, like: Tensor) -> list[Tensor]:
     """What must agree between ranks; on the GPU reading it would be a host sync, so not there."""
     if like.device.type != "cpu":
         return []
-    return [torch.tensor([shard.sizes[shard.rank], _DTYPES.index(dtype)], dtype=torch.int32)]
+    return [torch.tensor([shard.sizes[shard.rank], FLOATS.index(dtype)], dtype=torch.int32)]
 
 
 def _check_headers(op: str, shard: VocabShard, headers: Tensor) -> None:
     """[ranks, 2]: the same on every rank, so that all raise or none does."""
     widths, dtypes = headers.t().tolist()
     if len(set(dtypes)) > 1:
-        names = [str(_DTYPES[code]).removeprefix("torch.") for code in dtypes]
+        names = [str(FLOATS[code]).removeprefix("torch.") for code in dtypes]
         raise ValueError(f"{op}: every rank's shard must have one dtype, got {names}")
     if widths != list(shard.sizes):
         raise ValueError(

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class VocabShard:
@@ -90,6 +92,8 @@ def read_shard(
     """This rank's plain tensor and the layout, from the arguments that all functions share."""
     if tensor.dim() < 1:
         raise ValueError(f"{op}: {name} must have a vocabulary dimension, got a 0-D tensor")
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}")
     if _is_dtensor(tensor):
         if shard_sizes is not None:
             raise ValueError(f"{op}: shard_sizes must be None for a DTensor, got {shard_sizes}")
