@@ -49,8 +49,8 @@ def oput_loss(
             DTensors sharded on the last dimension; either may be None.
         target: int64 or int32 [...], ids of the whole vocabulary, the same on every rank.
         group, shard_sizes, vocab_size: see :mod:`dmax_kernels.distributed`.
-        ignore_index, label_smoothing, z_loss, token_weight, pass_weights, reduction, num_tokens: as
-            in the unsharded op.
+        ignore_index, label_smoothing, z_loss, token_weight: as in the unsharded op.
+        pass_weights, reduction, num_tokens: as in the unsharded op.
 
     Returns:
         As the unsharded op, the same on every rank.
@@ -172,8 +172,8 @@ def linear_oput_loss(
             either may be None.
         weight: this rank's rows [V_shard, D], or a DTensor sharded on dimension 0.
         bias: this rank's [V_shard], or None.
-        target, group, shard_sizes, vocab_size, ignore_index, label_smoothing, z_loss, token_weight,
-            pass_weights, reduction, num_tokens: as in :func:`oput_loss`.
+        target, group, shard_sizes, vocab_size, ignore_index: as in :func:`oput_loss`.
+        label_smoothing, z_loss, token_weight, pass_weights, reduction, num_tokens: as there.
 
     Returns:
         As :func:`oput_loss`; differentiable in both hidden states, weight and bias. Gradients are
