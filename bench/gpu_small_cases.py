@@ -26,6 +26,9 @@ def main() -> None:
             dmax_kernels.sample_tokens(logits, seed)
             parts = dmax_kernels.top1_partial(logits, 0)
             dmax_kernels.top1_merge(*(torch.stack([x, x]) for x in parts))
+            for start in (0, 1):
+                parts = dmax_kernels.sample_partial(logits, seed, start)
+            dmax_kernels.sample_merge(*(torch.stack([x, x]) for x in parts))
             leaf = logits.clone().requires_grad_()
             dmax_kernels.oput_loss(leaf, None, target)[0].sum().backward()
             dmax_kernels.oput_loss_and_grad_(logits.clone(), logits.clone(), target)

@@ -47,8 +47,15 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       "top1_partial(Tensor logits_shard, int vocab_start, *, float temperature=1.0,"
       " int suppress_token=-1) -> (Tensor maximum, Tensor sum_exp, Tensor token)");
   m.def(
-      "top1_merge(Tensor maximum, Tensor sum_exp, Tensor token)"
+      "top1_merge(Tensor maximum, Tensor sum_exp, Tensor token, *, float temperature=1.0)"
       " -> (Tensor token, Tensor confidence)");
+  m.def(
+      "sample_partial(Tensor logits_shard, Tensor seed, int vocab_start, *, float temperature=1.0,"
+      " int suppress_token=-1)"
+      " -> (Tensor maximum, Tensor sum_exp, Tensor token, Tensor score, Tensor weight)");
+  m.def(
+      "sample_merge(Tensor maximum, Tensor sum_exp, Tensor token, Tensor score, Tensor weight, *,"
+      " float temperature=1.0) -> (Tensor token, Tensor probability)");
   m.def(
       "linear_top1_confidence(Tensor hidden, Tensor weight, Tensor? bias=None, *,"
       " float temperature=1.0, int suppress_token=-1) -> (Tensor token, Tensor confidence)");

@@ -77,6 +77,12 @@ def logits_input(logits: Tensor, suppress_token: int, temperature: float):
             rows.shape[1], suppress_token, temperature)  # fmt: skip
 
 
+def shard_input(logits_shard: Tensor, vocab_start: int, suppress_token: int, temperature: float):
+    local = suppress_token - vocab_start
+    on_shard = suppress_token >= 0 and 0 <= local < logits_shard.shape[-1]
+    return logits_input(logits_shard, local if on_shard else -1, temperature)
+
+
 def top1_confidence(logits, *, temperature=1.0, suppress_token=-1, gpu=H200):
     token = torch.empty(logits.shape[:-1], dtype=torch.int64)
     confidence = torch.empty(logits.shape[:-1])
@@ -86,12 +92,10 @@ def top1_confidence(logits, *, temperature=1.0, suppress_token=-1, gpu=H200):
 
 
 def top1_partial(logits_shard, vocab_start, *, temperature=1.0, suppress_token=-1, gpu=H200):
-    local = suppress_token - vocab_start
-    on_shard = suppress_token >= 0 and 0 <= local < logits_shard.shape[-1]
     maximum, sum_exp = torch.empty(logits_shard.shape[:-1]), torch.empty(logits_shard.shape[:-1])
     token = torch.empty(logits_shard.shape[:-1], dtype=torch.int64)
     call("top1_partial", gpu_input(gpu),
-         logits_input(logits_shard, local if on_shard else -1, temperature), vocab_start,
+         shard_input(logits_shard, vocab_start, suppress_token, temperature), vocab_start,
          raw(maximum), raw(sum_exp), raw(token))  # fmt: skip
     return maximum, sum_exp, token
 
@@ -120,13 +124,39 @@ def sample_tokens(logits, seed, *, temperature=1.0, suppress_token=-1, gpu=H200)
     return token, probability
 
 
-def top1_merge(maximum, sum_exp, token):
+def sample_partial(
+    logits_shard, seed, vocab_start, *, temperature=1.0, suppress_token=-1, gpu=H200
+):
+    shape = logits_shard.shape[:-1]
+    maximum, sum_exp, score, weight = (torch.empty(shape) for _ in range(4))
+    token = torch.empty(shape, dtype=torch.int64)
+    call("sample_partial", gpu_input(gpu),
+         shard_input(logits_shard, vocab_start, suppress_token, temperature),
+         raw(seed.contiguous()), seed.dim() > 1, vocab_start, raw(maximum), raw(sum_exp),
+         raw(token), raw(score), raw(weight))  # fmt: skip
+    return maximum, sum_exp, token, score, weight
+
+
+def shard_rows(maximum, sum_exp, token, temperature):
+    return (raw(maximum.contiguous()), raw(sum_exp.contiguous()), raw(token.contiguous()),
+            maximum.shape[0], maximum[0].numel(), temperature)  # fmt: skip
+
+
+def top1_merge(maximum, sum_exp, token, *, temperature=1.0):
     merged = torch.empty(maximum.shape[1:], dtype=torch.int64)
     confidence = torch.empty(maximum.shape[1:])
-    call("top1_merge", raw(maximum.contiguous()), raw(sum_exp.contiguous()),
-         raw(token.contiguous()), maximum.shape[0], merged.numel(), raw(merged),
+    call("top1_merge", *shard_rows(maximum, sum_exp, token, temperature), raw(merged),
          raw(confidence))  # fmt: skip
     return merged, confidence
+
+
+def sample_merge(maximum, sum_exp, token, score, weight, *, temperature=1.0):
+    sampled = torch.empty(maximum.shape[1:], dtype=torch.int64)
+    probability = torch.empty(maximum.shape[1:])
+    call("sample_merge", *shard_rows(maximum, sum_exp, token, temperature),
+         raw(score.contiguous()), raw(weight.contiguous()), raw(sampled),
+         raw(probability))  # fmt: skip
+    return sampled, probability
 
 
 def prefix_promote(confidence, masked, threshold, *, inclusive=False):

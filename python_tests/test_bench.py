@@ -28,6 +28,7 @@ SMALL = {
     "row_statistics": (3, 64),
     "sample_tokens": (3, 64),
     "top1_partial": (3, 64, 4),
+    "sample_partial": (3, 64, 4),
 }
 RANDOM = {"sample_tokens", "linear_sample_tokens"}  # eager draws from another generator
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 OPS = re.search(r"set\(DMAX_OPS\s+(.*?)\)", (ROOT / "CMakeLists.txt").read_text(), re.DOTALL)[1]
 OPS = OPS.split()
 # A test and a benchmark may serve an op and its twin
-SHARED_TEST = {"top1_merge": "top1_partial"}
+SHARED_TEST = {"top1_merge": "top1_partial", "sample_merge": "sample_partial"}
 
 
 def test_every_op_has_its_files():

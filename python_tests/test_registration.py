@@ -39,6 +39,8 @@ def samples():
     masked = torch.rand(3, 4, generator=generator) < 0.5
     partial = torch.ops.dmax.top1_partial(logits, 0)
     stacked = tuple(torch.stack([t, t + 1]) for t in partial)
+    seed = torch.tensor([1, 2])
+    sampled = tuple(torch.stack([t, t + 1]) for t in torch.ops.dmax.sample_partial(logits, seed, 0))
     hybrid = (randn(20, 6, grad=True), token, confidence, masked, 5)
     lse = logits.logsumexp(-1)
     return {
@@ -52,7 +54,7 @@ def samples():
             {},
         ),
         "spd_step_": (spd_arguments(), {"top_k": 2}),
-        "sample_tokens": ((logits, torch.tensor([1, 2])), {}),
+        "sample_tokens": ((logits, seed), {}),
         "oput_loss": (
             (randn(3, 4, 50, grad=True), randn(3, 4, 50, grad=True), target),
             {"label_smoothing": 0.1},
@@ -60,7 +62,9 @@ def samples():
         "oput_loss_backward": ((randn(3, 4), logits, target, lse), {}),
         "oput_loss_and_grad_": ((logits.clone(), None, target, randn(3, 4)), {}),
         "top1_partial": ((logits, 100), {}),
-        "top1_merge": (stacked, {}),
+        "top1_merge": (stacked, {"temperature": 0.7}),
+        "sample_partial": ((logits, seed, 101), {"temperature": 0.7, "suppress_token": 103}),
+        "sample_merge": (sampled, {"temperature": 0.7}),
         "linear_top1_confidence": ((randn(3, 4, 6), randn(50, 6), randn(50)), {}),
         "linear_oput_loss": (
             (
@@ -76,7 +80,7 @@ def samples():
             (lse, lse, randn(3, 4, 6), randn(3, 4, 6), randn(50, 6), target, lse, lse, randn(50)),
             {"needs_predicted": False},
         ),
-        "linear_sample_tokens": ((randn(3, 4, 6), randn(50, 6), torch.tensor([1, 2])), {}),
+        "linear_sample_tokens": ((randn(3, 4, 6), randn(50, 6), seed), {}),
     }
 
 

@@ -34,6 +34,7 @@ def row_calls(dtype):
         simt_ops.row_statistics(logits, suppress_token=0)
         simt_ops.sample_tokens(logits, seed)
         simt_ops.top1_partial(logits, 50, suppress_token=52)
+        simt_ops.sample_partial(logits, seed, 50, suppress_token=52)
     for logits in strided_copies(logits_of(3, 2100, dtype)).values():
         simt_ops.top1_confidence(logits)
     logits = logits_of(2, SPLIT, dtype)
@@ -42,6 +43,8 @@ def row_calls(dtype):
     simt_ops.sample_tokens(logits, seed)
     parts = [simt_ops.top1_partial(logits[:, a : a + 4096], a) for a in (0, 4096)]
     simt_ops.top1_merge(*(torch.stack(each) for each in zip(*parts, strict=True)))
+    parts = [simt_ops.sample_partial(logits[:, a : a + 4096], seed, a) for a in (0, 4096)]
+    simt_ops.sample_merge(*(torch.stack(each) for each in zip(*parts, strict=True)))
 
 
 def loss_calls(dtype):

@@ -20,7 +20,8 @@ def sharded_top1(backend, logits, widths, **options):
         backend.top1_partial(shard, start, **options)
         for shard, start in zip(logits.split(widths, dim=-1), starts, strict=True)
     ]
-    return backend.top1_merge(*(torch.stack(column) for column in zip(*parts, strict=True)))
+    stacked = (torch.stack(column) for column in zip(*parts, strict=True))
+    return backend.top1_merge(*stacked, temperature=options.get("temperature", 1.0))
 
 
 # One shard, even shards, uneven shards, shards of one token; every edge case, in every dtype
@@ -41,15 +42,23 @@ def test_sharded_equals_unsharded(backend, rtol, dtype, widths):
 @pytest.mark.parametrize(("backend", "rtol"), BACKENDS, ids=("reference", "cpu"))
 @pytest.mark.parametrize("suppress_token", [0, 3, 2500, 4999])
 def test_temperature_and_suppressed_token(backend, rtol, suppress_token):
-    names, logits = stacked_rows(5000, torch.float32)
+    _, logits = stacked_rows(5000, torch.float32)
     options = {"temperature": 0.6, "suppress_token": suppress_token}
     token, confidence = sharded_top1(backend, logits, [1200, 1300, 2500], **options)
     expected_token, expected = float64.top1_confidence(logits, **options)
     assert torch.equal(token, expected_token)
-    # shards are joined at maximum / temperature, rounded once at +-1e4 / 0.6
-    offset = torch.tensor(["offset" in name for name in names])
-    assert_close(confidence[~offset], expected[~offset], rtol)
-    assert_close(confidence[offset], expected[offset], 5e-3)
+    assert_close(confidence, expected, rtol)
+
+
+@pytest.mark.parametrize(("backend", "rtol"), BACKENDS, ids=("reference", "cpu"))
+def test_maxima_that_round_to_one_quotient(backend, rtol):
+    """Divided by 3 the two best logits are equal in float32; the larger one wins all the same."""
+    low, high = 1.5 + 2**-23, 1.5 + 2**-22
+    assert torch.tensor(low) / 3 == torch.tensor(high) / 3
+    logits = torch.tensor([[0.0, low, 0.0, high]])
+    token, confidence = sharded_top1(backend, logits, [2, 2], temperature=3.0)
+    assert token.item() == 3
+    assert_close(confidence, float64.top1_confidence(logits, 3.0)[1], rtol)
 
 
 @pytest.mark.parametrize(("backend", "rtol"), BACKENDS, ids=("reference", "cpu"))
@@ -99,6 +108,10 @@ F32, I64 = torch.ones(2, 3), torch.ones(2, 3).long()
         ),
         (lambda k: k.top1_partial(F32, 0, temperature=0), "top1_partial: temperature must be"),
         (lambda k: k.top1_merge(F32, F32, F32), "top1_merge: token must be int64, got float32"),
+        (
+            lambda k: k.top1_merge(F32, F32, I64, temperature=0),
+            "top1_merge: temperature must be at least 1e-30",
+        ),
         (lambda k: k.top1_merge(F32.half(), F32, I64), "top1_merge: maximum must be float32"),
         (
             lambda k: k.top1_merge(F32, F32[:, :2], I64),

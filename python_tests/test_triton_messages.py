@@ -106,6 +106,16 @@ BAD = [
     ("top1_merge", (torch.ones(0, 3), X, X.long()), {}),
     ("top1_merge", (X, X[:2], X.long()), {}),
     ("top1_merge", (X, X, X.long()[:2]), {}),
+    ("top1_merge", (X, X, X.long()), {"temperature": -1.0}),
+    ("sample_partial", (X.double(), SEED, 0), {}),
+    ("sample_partial", (X, SEED, -1), {}),
+    ("sample_partial", (X, SEED, (1 << 31) - 2), {}),
+    ("sample_partial", (X, SEED.int(), 0), {}),
+    ("sample_partial", (X, SEED, 0), {"temperature": 0.0}),
+    ("sample_partial", (X, SEED, 0), {"suppress_token": -2}),
+    ("sample_merge", (X, X, X.long(), X, X.half()), {}),
+    ("sample_merge", (X, X, X.long(), X[:2], X), {}),
+    ("sample_merge", (X, X, X.long(), X, X[:2]), {}),
     *(
         (op, (*arguments, *more), options)
         for op, more in (("linear_top1_confidence", ()), ("linear_sample_tokens", (SEED,)))

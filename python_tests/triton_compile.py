@@ -105,6 +105,9 @@ def call_every_op() -> None:
     OPS["sample_tokens"](logits(), torch.zeros(2, dtype=torch.int64))
     shards = torch.empty(8, ROWS)
     OPS["top1_merge"](shards, shards, shards.long())
+    for start in (0, 1, 2, 3):  # what is left of 4 is compiled in
+        OPS["sample_partial"](logits(), torch.zeros(2, dtype=torch.int64), start)
+    OPS["sample_merge"](shards, shards, shards.long(), shards, shards)
     confidence, masked = torch.empty(ROWS, K), torch.empty(ROWS, K, dtype=torch.bool)
     OPS["prefix_promote"](confidence, masked, 0.9)
 
@@ -139,6 +142,7 @@ def call_linear_ops() -> None:
     OPS["linear_top1_confidence"](hidden, weight)
     OPS["linear_sample_tokens"](hidden, weight, seed, weight[:, 0])
 
+
 def call_linear_loss(weight: torch.Tensor) -> None:
     """Both passes and all gradients, of few rows and of the many that a training step has."""
     for rows, options in ((16, {}), (128, {"label_smoothing": 0.1}), (128, {})):
@@ -168,6 +172,7 @@ def call_with_other_values() -> None:
         OPS["row_statistics"](logits[: value + 1], **options)
         OPS["top1_partial"](logits, value, **options)
         OPS["sample_tokens"](logits, torch.zeros(2, dtype=torch.int64), **options)
+        OPS["sample_partial"](logits, torch.zeros(2, dtype=torch.int64), 4 * value, **options)
         OPS["prefix_promote"](confidence, masked, value)
         OPS["hybrid_embedding"](*position, value)
         OPS["hybrid_embedding_backward"](torch.empty(K, D, dtype=torch.bfloat16), *position, value)

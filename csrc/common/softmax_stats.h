@@ -52,6 +52,13 @@ DMAX_HOST_DEVICE SoftmaxStats merge_stats(const SoftmaxStats& a, const SoftmaxSt
 
 DMAX_HOST_DEVICE bool is_finite(float x) { return x - x == 0.0f; }
 
+// log2(e) / temperature: what turns differences of logits into exponents of 2
+inline float softmax_scale(double temperature) {
+  const double scale = 1.4426950408889634 / temperature;
+  constexpr double kLargest = 3.4028234663852886e38;  // infinity would make 0 * scale a NaN
+  return static_cast<float>(scale < kLargest ? scale : kLargest);
+}
+
 // NaN where the row holds NaN, +inf or nothing but -inf
 DMAX_HOST_DEVICE float top1_probability(const SoftmaxStats& stats) {
   return is_finite(stats.max) ? 1.0f / (1.0f + stats.rest) : NAN;

@@ -2,34 +2,9 @@
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
-#include "cpu/vocab_stats.h"
+#include "cpu/sample_rows.h"
 
 namespace dmax::cpu {
-
-namespace {
-
-// The winner of the perturbed logits. The tile with the largest logit goes first: most rows are
-// decided there, and the others then need few random numbers.
-template <class T>
-int64_t sample_row(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
-                   const RowStats& stats, const NoiseKey& key) {
-  const float temperature = static_cast<float>(scan.temperature);
-  PerturbedBest best{-std::numeric_limits<float>::infinity(), scan.vocab};
-  const auto sample_tile = [&](int64_t tile) {
-    const int64_t end = std::min(scan.vocab, (tile + 1) * kTile);
-    for_each_range(tile * kTile, end, scan.suppress, -1, [&](int64_t from, int64_t to) {
-      best = kernels.sample(row + from, to - from, from, key, temperature, best);
-    });
-  };
-  const int64_t first = stats.token / kTile;
-  sample_tile(first);
-  for (int64_t tile = 0; tile < scan.num_tiles(); ++tile) {
-    if (tile != first) sample_tile(tile);
-  }
-  return best.id;
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> sample_tokens(Tensor logits, Tensor seed, double temperature,
                                          int64_t suppress_token) {
@@ -53,10 +28,8 @@ std::tuple<Tensor, Tensor> sample_tokens(Tensor logits, Tensor seed, double temp
       token_out[row] = stats.token;
       probability_out[row] = stats.confidence();
       if (greedy || std::isnan(stats.rest)) return;
-      const int64_t* pair = seeds + (sizes.seed_per_row ? 2 * row : 0);
-      const NoiseKey key{static_cast<uint64_t>(pair[0]), static_cast<uint64_t>(pair[1]),
-                         sizes.seed_per_row ? 0u : static_cast<uint32_t>(row)};
-      const int64_t sampled = sample_row(kernels, row_of(row), scan, stats, key);
+      const NoiseKey key = noise_key(seeds, sizes.seed_per_row, row);
+      const int64_t sampled = sample_row(kernels, row_of(row), scan, stats, key).id;
       const double logit = kernels.value(row_of(row) + sampled);
       token_out[row] = sampled;
       probability_out[row] = static_cast<float>(

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> top1_partial(Tensor logits_shard, int64_t voc
         [&](int64_t row) { return data + row * view.row_stride; },
         [&](int64_t row, const RowStats& stats) {
           const bool empty = stats.maximum == -std::numeric_limits<float>::infinity();
-          maximum_out[row] = static_cast<float>(stats.maximum / temperature);
+          maximum_out[row] = stats.maximum;
           sum_exp_out[row] = empty ? 0.0f : static_cast<float>(1.0 + stats.rest);
           token_out[row] = vocab_start + stats.token;
         });

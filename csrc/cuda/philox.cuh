@@ -9,15 +9,46 @@ struct Words {
   uint32_t x, y, z, w;
 };
 
-// One (seed, offset) pair with the row: everything of the counter but the token id
+__device__ __forceinline__ uint32_t word_of(const Words& words, int i) {
+  return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+}
+
+// What is known of a row's first id when a kernel is compiled
+enum class FirstId {
+  kZero,
+  kMultipleOf4,
+  kAny,  // four adjacent ids of the row may need the words of two counters
+};
+
+// The noise of one row of logits, whose ids begin at first_id: the (seed, offset) pair with the row
+// is everything of the counter but the id
+template <FirstId kFirst>
 struct NoiseStream {
   uint32_t key_low, key_high;
   uint32_t row;
   uint32_t offset_low, offset_high;
+  uint32_t first_group;  // first_id / 4
+  uint32_t shift;        // first_id % 4
 
-  // The four words of the ids 4 * group .. 4 * group + 3
+  // Of the row's elements 4 * group .. 4 * group + 3
   __device__ __forceinline__ Words words(uint32_t group) const {
-    Words c{group, row, offset_low, offset_high};
+    const Words low = group_words(group);
+    if (kFirst != FirstId::kAny || shift == 0) return low;
+    const Words high = group_words(group + 1);
+    if (shift == 1) return {low.y, low.z, low.w, high.x};
+    if (shift == 2) return {low.z, low.w, high.x, high.y};
+    return {low.w, high.x, high.y, high.z};
+  }
+
+  // Of one element
+  __device__ __forceinline__ uint32_t word(int element) const {
+    const uint32_t place = static_cast<uint32_t>(element) + (kFirst == FirstId::kAny ? shift : 0);
+    return word_of(group_words(place >> 2), place & 3);
+  }
+
+  // Of the ids 4 * (first_group + group) .. + 3
+  __device__ __forceinline__ Words group_words(uint32_t group) const {
+    Words c{kFirst == FirstId::kZero ? group : first_group + group, row, offset_low, offset_high};
     uint32_t k0 = key_low;
     uint32_t k1 = key_high;
 #pragma unroll
@@ -33,16 +64,18 @@ struct NoiseStream {
   }
 };
 
-__device__ __forceinline__ NoiseStream noise_stream(const int64_t* pair, int64_t row) {
+template <FirstId kFirst>
+__device__ __forceinline__ NoiseStream<kFirst> noise_stream(const int64_t* pair, int64_t row,
+                                                            uint32_t first_id) {
   const auto seed = static_cast<uint64_t>(pair[0]);
   const auto offset = static_cast<uint64_t>(pair[1]);
-  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
-          static_cast<uint32_t>(row), static_cast<uint32_t>(offset),
-          static_cast<uint32_t>(offset >> 32)};
-}
-
-__device__ __forceinline__ uint32_t word_of(const Words& words, int i) {
-  return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+  return {static_cast<uint32_t>(seed),
+          static_cast<uint32_t>(seed >> 32),
+          static_cast<uint32_t>(row),
+          static_cast<uint32_t>(offset),
+          static_cast<uint32_t>(offset >> 32),
+          first_id >> 2,
+          first_id & 3};
 }
 
 // Gumbel noise -log(E), E = -log1p(-v): the small v that win the race keep their full precision

@@ -154,11 +154,8 @@ inline RowLaunch choose_row_launch(int64_t rows, int64_t vocab, int tile_size, s
 template <class T>
 LogitsView<T> make_logits_view(const void* data, int64_t row_stride, int64_t vocab,
                                int64_t suppress_token, double temperature) {
-  const double scale = 1.4426950408889634 / temperature;
-  constexpr double kLargest = 3.4028234663852886e38;  // infinity would make 0 * scale a NaN
   return {static_cast<const T*>(data), row_stride, static_cast<int>(vocab),
-          static_cast<int>(suppress_token),
-          static_cast<float>(scale < kLargest ? scale : kLargest)};
+          static_cast<int>(suppress_token), softmax_scale(temperature)};
 }
 
 inline RowSplit row_split(const RowLaunch& launch, void* scratch, unsigned* counters) {

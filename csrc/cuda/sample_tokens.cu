@@ -33,10 +33,12 @@ std::tuple<Tensor, Tensor> sample_tokens(Tensor logits, Tensor seed, double temp
     const RowLaunch chosen = choose_sample_launch<T>(view.rows, view.width, call.device);
     call.check_blocks(view.rows * chosen.splits);
     const RowScratch scratch(call, logits, chosen);
-    const SampleArgs args{seeds.const_data_ptr<int64_t>(), sizes.seed_per_row,
-                          static_cast<float>(1.0 / temperature), token_out, probability_out};
-    call.check(launch_sample_rows(logits_view<T>(view, suppress_token, temperature), chosen,
-                                  scratch.split, args, call.stream));
+    const SampleKey key{seeds.const_data_ptr<int64_t>(), sizes.seed_per_row,
+                        static_cast<float>(1.0 / temperature), 0};
+    const SampleTokensFinish finish{token_out, probability_out};
+    call.check(
+        launch_sample_rows<T, FirstId::kZero>(logits_view<T>(view, suppress_token, temperature),
+                                              chosen, scratch.split, key, finish, call.stream));
   });
   return {token, probability};
 }

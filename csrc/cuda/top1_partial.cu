@@ -22,9 +22,9 @@ std::tuple<Tensor, Tensor, Tensor> top1_partial(Tensor logits_shard, int64_t voc
     const RowLaunch chosen = choose_top1_launch<T>(view.rows, view.width, call.device);
     call.check_blocks(view.rows * chosen.splits);
     const RowScratch scratch(call, logits_shard, chosen);
-    const Top1PartialFinish finish{
-        maximum.mutable_data_ptr<float>(), sum_exp.mutable_data_ptr<float>(),
-        token.mutable_data_ptr<int64_t>(), vocab_start, static_cast<float>(temperature)};
+    const Top1PartialFinish finish{maximum.mutable_data_ptr<float>(),
+                                   sum_exp.mutable_data_ptr<float>(),
+                                   token.mutable_data_ptr<int64_t>(), vocab_start};
     call.check(launch_top1_rows(logits_view<T>(view, sizes.local_suppress, temperature), chosen,
                                 scratch.split, finish, call.stream));
   });

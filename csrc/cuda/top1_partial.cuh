@@ -1,4 +1,4 @@
-// top1_partial: one vocabulary shard's (maximum / temperature, sum of exponentials, global id).
+// top1_partial: one vocabulary shard's (maximum, sum of exponentials, global id).
 #pragma once
 
 #include "cuda/top1_rows.cuh"
@@ -10,10 +10,9 @@ struct Top1PartialFinish {
   float* sum_exp;
   int64_t* token;
   int64_t vocab_start;
-  float temperature;
 
   __device__ __forceinline__ void operator()(int64_t row, const SoftmaxStats& stats) const {
-    maximum[row] = stats.max / temperature;
+    maximum[row] = stats.max;
     sum_exp[row] = is_finite(stats.max) ? 1.0f + stats.rest : stats.max == -INFINITY ? 0.0f : NAN;
     token[row] = vocab_start + stats.id;
   }

@@ -5,14 +5,14 @@
 
 namespace dmax {
 
-struct Top1MergeSizes {
+struct ShardSizes {
   int64_t shards;
   int64_t rows;
 };
 
-inline Top1MergeSizes check_top1_merge(const Tensor& maximum, const Tensor& sum_exp,
-                                       const Tensor& token) {
-  constexpr const char* op = "top1_merge";
+// What top1_merge and sample_merge share
+inline ShardSizes check_shards(const char* op, const Tensor& maximum, const Tensor& sum_exp,
+                               const Tensor& token, double temperature) {
   check_dtype(op, "maximum", maximum, ScalarType::Float);
   check_dtype(op, "sum_exp", sum_exp, ScalarType::Float);
   check_dtype(op, "token", token, ScalarType::Long);
@@ -22,7 +22,13 @@ inline Top1MergeSizes check_top1_merge(const Tensor& maximum, const Tensor& sum_
   check_shape(op, "token", token, maximum.sizes(), "that of maximum");
   check_same_device(op, "sum_exp", sum_exp, "maximum", maximum);
   check_same_device(op, "token", token, "maximum", maximum);
+  check_temperature(op, temperature);
   return {maximum.size(0), maximum.numel() / maximum.size(0)};
+}
+
+inline ShardSizes check_top1_merge(const Tensor& maximum, const Tensor& sum_exp,
+                                   const Tensor& token, double temperature) {
+  return check_shards("top1_merge", maximum, sum_exp, token, temperature);
 }
 
 }  // namespace dmax

@@ -10,9 +10,9 @@ struct Top1PartialSizes {
   int64_t local_suppress;  // suppress_token's place on this shard, -1 where it lies elsewhere
 };
 
-inline Top1PartialSizes check_top1_partial(const Tensor& logits_shard, int64_t vocab_start,
-                                           double temperature, int64_t suppress_token) {
-  constexpr const char* op = "top1_partial";
+// What top1_partial and sample_partial share
+inline Top1PartialSizes check_shard(const char* op, const Tensor& logits_shard, int64_t vocab_start,
+                                    double temperature, int64_t suppress_token) {
   const int64_t vocab = check_logits(op, "logits_shard", logits_shard);
   DMAX_CHECK(vocab_start >= 0, op, ": vocab_start must be the id of the shard's first token, got ",
              vocab_start);
@@ -23,6 +23,11 @@ inline Top1PartialSizes check_top1_partial(const Tensor& logits_shard, int64_t v
   const int64_t local = suppress_token - vocab_start;
   const bool on_shard = suppress_token >= 0 && local >= 0 && local < vocab;
   return {vocab, on_shard ? local : -1};
+}
+
+inline Top1PartialSizes check_top1_partial(const Tensor& logits_shard, int64_t vocab_start,
+                                           double temperature, int64_t suppress_token) {
+  return check_shard("top1_partial", logits_shard, vocab_start, temperature, suppress_token);
 }
 
 }  // namespace dmax

@@ -51,8 +51,14 @@ Chosen row_statistics(Gpu gpu, LogitsInput logits, Address token, Address confid
                       Address runner_up, Address entropy, Address logsumexp);
 Chosen sample_tokens(Gpu gpu, LogitsInput logits, Address seed, bool seed_per_row, Address token,
                      Address probability);
+Chosen sample_partial(Gpu gpu, LogitsInput logits, Address seed, bool seed_per_row,
+                      int64_t vocab_start, Address maximum, Address sum_exp, Address token,
+                      Address score, Address weight);
+Chosen sample_merge(Address maximum, Address sum_exp, Address token, int64_t shards, int64_t rows,
+                    double temperature, Address score, Address weight, Address sampled,
+                    Address probability);
 Chosen top1_merge(Address maximum, Address sum_exp, Address token, int64_t shards, int64_t rows,
-                  Address merged_token, Address confidence);
+                  double temperature, Address merged_token, Address confidence);
 Chosen prefix_promote(Address confidence, Address masked, int64_t rows, int block, float threshold,
                       bool inclusive, Address promoted);
 

@@ -47,6 +47,8 @@ PYBIND11_MODULE(dmax_simt, m) {
   m.def("topk_confidence", topk_confidence);
   m.def("row_statistics", row_statistics);
   m.def("sample_tokens", sample_tokens);
+  m.def("sample_partial", sample_partial);
+  m.def("sample_merge", sample_merge);
   m.def("top1_merge", top1_merge);
   m.def("prefix_promote", prefix_promote);
   m.def("hybrid_embedding", hybrid_embedding);

@@ -1,5 +1,7 @@
 #include "cuda/prefix_promote.cuh"
 #include "cuda/row_statistics.cuh"
+#include "cuda/sample_merge.cuh"
+#include "cuda/sample_partial.cuh"
 #include "cuda/sample_tokens.cuh"
 #include "cuda/top1_confidence.cuh"
 #include "cuda/top1_merge.cuh"
@@ -33,8 +35,7 @@ Chosen top1_partial(Gpu gpu, LogitsInput in, int64_t vocab_start, Address maximu
   Chosen result;
   dispatch(in.dtype, [&](auto element) {
     const Top1PartialFinish finish{pointer<float>(maximum), pointer<float>(sum_exp),
-                                   pointer<int64_t>(token), vocab_start,
-                                   static_cast<float>(in.temperature)};
+                                   pointer<int64_t>(token), vocab_start};
     result = run_top1_rows<decltype(element)>(gpu, in, finish);
   });
   return result;
@@ -74,31 +75,76 @@ Chosen row_statistics(Gpu gpu, LogitsInput in, Address token, Address confidence
   return result;
 }
 
+template <class T, FirstId kFirst, class Finish>
+Chosen run_sample_rows(const Gpu& gpu, const LogitsInput& in, const SampleKey& key,
+                       const Finish& finish) {
+  const RowLaunch launch = choose_sample_launch<T>(in.rows, in.vocab, device_of(gpu));
+  Scratch scratch(launch.scratch_bytes);
+  Counters counters(launch.counters);
+  launch_sample_rows<T, kFirst>(view_of<T>(in), launch,
+                                row_split(launch, scratch.data(), counters.data()), key, finish,
+                                Stream{});
+  return chosen(launch);
+}
+
+static SampleKey sample_key(const LogitsInput& in, Address seed, bool seed_per_row,
+                            int64_t first_id) {
+  return {pointer<const int64_t>(seed), seed_per_row, static_cast<float>(1.0 / in.temperature),
+          static_cast<uint32_t>(first_id)};
+}
+
 Chosen sample_tokens(Gpu gpu, LogitsInput in, Address seed, bool seed_per_row, Address token,
                      Address probability) {
   Chosen result;
   dispatch(in.dtype, [&](auto element) {
-    using T = decltype(element);
-    const RowLaunch launch = choose_sample_launch<T>(in.rows, in.vocab, device_of(gpu));
-    Scratch scratch(launch.scratch_bytes);
-    Counters counters(launch.counters);
-    const SampleArgs args{pointer<const int64_t>(seed), seed_per_row,
-                          static_cast<float>(1.0 / in.temperature), pointer<int64_t>(token),
-                          pointer<float>(probability)};
-    launch_sample_rows(view_of<T>(in), launch, row_split(launch, scratch.data(), counters.data()),
-                       args, Stream{});
-    result = chosen(launch);
+    const SampleTokensFinish finish{pointer<int64_t>(token), pointer<float>(probability)};
+    result = run_sample_rows<decltype(element), FirstId::kZero>(
+        gpu, in, sample_key(in, seed, seed_per_row, 0), finish);
   });
   return result;
 }
 
+Chosen sample_partial(Gpu gpu, LogitsInput in, Address seed, bool seed_per_row, int64_t vocab_start,
+                      Address maximum, Address sum_exp, Address token, Address score,
+                      Address weight) {
+  Chosen result;
+  dispatch(in.dtype, [&](auto element) {
+    using T = decltype(element);
+    const SampleKey key = sample_key(in, seed, seed_per_row, vocab_start);
+    const SamplePartialFinish finish{pointer<float>(maximum), pointer<float>(sum_exp),
+                                     pointer<int64_t>(token), pointer<float>(score),
+                                     pointer<float>(weight),  vocab_start};
+    result = vocab_start % 4 == 0 ? run_sample_rows<T, FirstId::kMultipleOf4>(gpu, in, key, finish)
+                                  : run_sample_rows<T, FirstId::kAny>(gpu, in, key, finish);
+  });
+  return result;
+}
+
+static ShardRows shard_rows(Address maximum, Address sum_exp, Address token, int64_t shards,
+                            int64_t rows, double temperature) {
+  return {pointer<const float>(maximum),
+          pointer<const float>(sum_exp),
+          pointer<const int64_t>(token),
+          shards,
+          rows,
+          softmax_scale(temperature)};
+}
+
 Chosen top1_merge(Address maximum, Address sum_exp, Address token, int64_t shards, int64_t rows,
-                  Address merged_token, Address confidence) {
-  launch_top1_merge(
-      {pointer<const float>(maximum), pointer<const float>(sum_exp), pointer<const int64_t>(token),
-       pointer<int64_t>(merged_token), pointer<float>(confidence), shards, rows},
-      Stream{});
-  return {1, 1, choose_top1_merge_launch(rows).blocks, kMergeThreads};
+                  double temperature, Address merged_token, Address confidence) {
+  launch_top1_merge(shard_rows(maximum, sum_exp, token, shards, rows, temperature),
+                    {pointer<int64_t>(merged_token), pointer<float>(confidence)}, Stream{});
+  return {1, 1, choose_merge_launch(rows).blocks, kMergeThreads};
+}
+
+Chosen sample_merge(Address maximum, Address sum_exp, Address token, int64_t shards, int64_t rows,
+                    double temperature, Address score, Address weight, Address sampled,
+                    Address probability) {
+  launch_sample_merge(shard_rows(maximum, sum_exp, token, shards, rows, temperature),
+                      {pointer<const float>(score), pointer<const float>(weight),
+                       pointer<int64_t>(sampled), pointer<float>(probability)},
+                      Stream{});
+  return {1, 1, choose_merge_launch(rows).blocks, kMergeThreads};
 }
 
 Chosen prefix_promote(Address confidence, Address masked, int64_t rows, int block, float threshold,

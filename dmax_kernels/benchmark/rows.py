@@ -77,17 +77,38 @@ def sample_tokens(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
     )
 
 
-@workload
-def top1_partial(inputs: Inputs, rows: int = 32, vocab: int = VOCAB, shards: int = 8) -> Work:
-    """Every shard's top1_partial and their top1_merge, as tensor-parallel ranks run them."""
+def merged_shards(inputs: Inputs, rows: int, vocab: int, shards: int, run) -> Work:
+    """run(backend, [(columns, first id)]) of every shard, as tensor-parallel ranks run them."""
     parts = inputs.logits(rows, vocab).chunk(shards, dim=-1)
-    width = parts[0].shape[-1]
-
-    def run(backend):
-        found = [backend.top1_partial(part, i * width) for i, part in enumerate(parts)]
-        return backend.top1_merge(*(torch.stack(column) for column in zip(*found, strict=True)))
-
+    cut = [(part, i * parts[0].shape[-1]) for i, part in enumerate(parts)]
     return Work(
-        {"eager": lambda: run(reference), "fused": lambda: run(dmax_kernels)},
+        {"eager": lambda: run(reference, cut), "fused": lambda: run(dmax_kernels, cut)},
         sum(part.nbytes for part in parts),
     )
+
+
+def stack_columns(found: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+    return [torch.stack(column) for column in zip(*found, strict=True)]
+
+
+@workload
+def top1_partial(inputs: Inputs, rows: int = 32, vocab: int = VOCAB, shards: int = 8) -> Work:
+    """Every shard's top1_partial and their top1_merge."""
+
+    def run(backend, cut):
+        found = [backend.top1_partial(part, start) for part, start in cut]
+        return backend.top1_merge(*stack_columns(found))
+
+    return merged_shards(inputs, rows, vocab, shards, run)
+
+
+@workload
+def sample_partial(inputs: Inputs, rows: int = 32, vocab: int = VOCAB, shards: int = 8) -> Work:
+    """Every shard's sample_partial and their sample_merge."""
+    seed = inputs.seed()
+
+    def run(backend, cut):
+        found = [backend.sample_partial(part, seed, start) for part, start in cut]
+        return backend.sample_merge(*stack_columns(found))
+
+    return merged_shards(inputs, rows, vocab, shards, run)

@@ -7,6 +7,8 @@ from dmax_kernels.ops.linear_top1_confidence import linear_top1_confidence
 from dmax_kernels.ops.oput_loss import oput_loss, oput_loss_and_grad_
 from dmax_kernels.ops.prefix_promote import prefix_promote
 from dmax_kernels.ops.row_statistics import RowStatistics, row_statistics
+from dmax_kernels.ops.sample_merge import sample_merge
+from dmax_kernels.ops.sample_partial import sample_partial
 from dmax_kernels.ops.sample_tokens import sample_tokens
 from dmax_kernels.ops.spd_step_ import spd_step_
 from dmax_kernels.ops.top1_confidence import top1_confidence
@@ -24,6 +26,8 @@ __all__ = [
     "oput_loss_and_grad_",
     "prefix_promote",
     "row_statistics",
+    "sample_merge",
+    "sample_partial",
     "sample_tokens",
     "spd_step_",
     "top1_confidence",

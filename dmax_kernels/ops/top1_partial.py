@@ -11,9 +11,11 @@ def top1_partial(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What one rank knows of its columns ``vocab_start .. vocab_start + V_shard`` of the logits.
 
-    ``maximum = max_v x_v / temperature``, ``sum_exp = sum_v exp(x_v / temperature - maximum)``,
+    ``maximum = max_v x_v``, ``sum_exp = sum_v exp((x_v - maximum) / temperature)``,
     ``token = vocab_start + argmax_v x_v``. Gather the three from all ranks, stack them along a new
-    first dimension, and :func:`dmax_kernels.top1_merge` gives the whole vocabulary's top-1.
+    first dimension, and :func:`dmax_kernels.top1_merge` at the same temperature gives the whole
+    vocabulary's top-1. The maximum is not divided: two shards' maxima could round to one quotient,
+    and the wrong shard would win the tie.
 
     Args:
         logits_shard: [..., V_shard], float32, bfloat16 or float16. Shards may differ in width.

@@ -12,6 +12,8 @@ from dmax_kernels.reference.linear_top1_confidence import linear_top1_confidence
 from dmax_kernels.reference.oput_loss import oput_loss, oput_loss_and_grad_
 from dmax_kernels.reference.prefix_promote import prefix_promote
 from dmax_kernels.reference.row_statistics import RowStatistics, row_statistics
+from dmax_kernels.reference.sample_merge import sample_merge
+from dmax_kernels.reference.sample_partial import sample_partial
 from dmax_kernels.reference.sample_tokens import sample_tokens
 from dmax_kernels.reference.spd_step_ import spd_step_
 from dmax_kernels.reference.top1_confidence import top1_confidence
@@ -29,6 +31,8 @@ __all__ = [
     "oput_loss_and_grad_",
     "prefix_promote",
     "row_statistics",
+    "sample_merge",
+    "sample_partial",
     "sample_tokens",
     "spd_step_",
     "top1_confidence",

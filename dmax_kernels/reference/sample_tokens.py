@@ -27,8 +27,12 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
     return c0, c1, c2, c3
 
 
-def exponential_noise(seed: Tensor, shape: torch.Size, vocab_size: int) -> Tensor:
-    """Exp(1) noise [..., V]: the same (seed, offset, row, id) gives the same number everywhere."""
+def exponential_noise(
+    seed: Tensor, shape: torch.Size, vocab_size: int, first_id: int = 0
+) -> Tensor:
+    """Exp(1) noise [..., V] of the ids from first_id on: the same (seed, offset, row, id) gives the
+    same number everywhere.
+    """
     num_rows = shape.numel()
     if seed.dim() == 1:  # one (seed, offset) for all: the row is part of the counter
         pairs = seed.expand(num_rows, 2)
@@ -37,7 +41,9 @@ def exponential_noise(seed: Tensor, shape: torch.Size, vocab_size: int) -> Tenso
         pairs = seed.reshape(num_rows, 2)
         row = torch.zeros(num_rows, dtype=torch.int64, device=seed.device)
     seed_r, offset_r = pairs[:, 0:1], pairs[:, 1:2]
-    group = torch.arange((vocab_size + 3) // 4, device=seed.device).expand(num_rows, -1)
+    # Four ids share a counter; a shard may begin and end inside such a group
+    groups = range(first_id // 4, (first_id + vocab_size + 3) // 4)
+    group = torch.arange(groups.start, groups.stop, device=seed.device).expand(num_rows, -1)
     words = philox4x32(
         (
             group,
@@ -47,7 +53,8 @@ def exponential_noise(seed: Tensor, shape: torch.Size, vocab_size: int) -> Tenso
         ),
         (seed_r & MASK32, (seed_r >> 32) & MASK32),
     )
-    word = torch.stack(words, dim=-1).flatten(1)[:, :vocab_size]
+    word = torch.stack(words, dim=-1).flatten(1)
+    word = word.narrow(1, first_id % 4, vocab_size)
     # Small v carries the race's winner, and keeps its full precision near 0
     v = ((word.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     return -torch.log1p(-v).reshape(*shape, vocab_size)

@@ -28,6 +28,8 @@ _MODULE_OF = {
     "oput_loss_and_grad_": "oput_loss",
     "top1_partial": "top1_partial",
     "top1_merge": "top1_merge",
+    "sample_partial": "sample_partial",
+    "sample_merge": "sample_merge",
     "linear_top1_confidence": "linear_top1_confidence",
     "linear_oput_loss": "linear_oput_loss",
     "linear_oput_loss_backward": "linear_oput_loss",

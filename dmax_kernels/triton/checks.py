@@ -100,6 +100,43 @@ def check_suppress_token(op: str, suppress_token: int, vocab: int) -> None:
     )
 
 
+def check_shard(
+    op: str, logits_shard: Tensor, vocab_start: int, temperature: float, suppress_token: int
+) -> tuple[int, int]:
+    """The shard's V, and suppress_token's place on it (-1 where it lies elsewhere)."""
+    vocab = check_logits(op, "logits_shard", logits_shard)
+    check(
+        vocab_start >= 0,
+        f"{op}: vocab_start must be the id of the shard's first token, got {vocab_start}",
+    )
+    check_temperature(op, temperature)
+    check(
+        suppress_token >= -1,
+        f"{op}: suppress_token must be -1 (none) or a token id of the whole vocabulary, "
+        f"got {suppress_token}",
+    )
+    local = suppress_token - vocab_start
+    return vocab, local if suppress_token >= 0 and 0 <= local < vocab else -1
+
+
+def check_shard_results(
+    op: str, maximum: Tensor, temperature: float, **others: Tensor
+) -> tuple[int, torch.Size]:
+    """[S, ...] each, ids int64 and the rest float32; returns S and the shape behind it."""
+    check_dtype(op, "maximum", maximum, torch.float32)
+    for name, t in others.items():
+        check_dtype(op, name, t, torch.int64 if name == "token" else torch.float32)
+    check(
+        maximum.dim() >= 1 and maximum.shape[0] >= 1,
+        f"{op}: maximum must be [S, ...] with S >= 1 shards, got {list(maximum.shape)}",
+    )
+    for name, t in others.items():
+        check_shape(op, name, t, maximum.shape, "that of maximum")
+        check_same_device(op, name, t, "maximum", maximum)
+    check_temperature(op, temperature)
+    return maximum.shape[0], maximum.shape[1:]
+
+
 def check_mask_token_id(op: str, mask_token_id: int, vocab: int) -> None:
     check(
         0 <= mask_token_id < vocab,

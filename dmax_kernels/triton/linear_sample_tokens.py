@@ -27,7 +27,7 @@ def linear_sample_merge_kernel(
     tokens = tl.load(partial_token + at, mask=valid, other=NO_ID)
     scores = tl.load(partial_score + at, mask=valid, other=float("-inf"))
     values = tl.load(partial_value + at, mask=valid, other=float("-inf"))
-    best, total, token = merge_samples(maxima, sums, scores, tokens, scale)
+    best, total, _, token = merge_samples(maxima, sums, scores, tokens, scale)
     value = tl.max(tl.where(tokens == token, values, float("-inf")), axis=0)
     tl.store(out_token + row, token.to(tl.int64))
     tl.store(out_probability + row, tl.exp2((value - best) * scale) / total)

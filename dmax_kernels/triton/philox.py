@@ -39,9 +39,19 @@ def gumbel_of_word(word):
 
 
 @triton.jit
-def gumbel_noise(seed, row, offset, tile, TILE: tl.constexpr):
-    """Noise of the ids of one vocabulary tile, [TILE]."""
-    group = tile * (TILE // 4) + tl.arange(0, TILE // 4)
+def gumbel_noise(
+    seed, row, offset, tile, TILE: tl.constexpr, first_group=0, SHIFT: tl.constexpr = 0
+):
+    """Noise of the ids of one vocabulary tile, [TILE]; the row begins at 4 first_group + SHIFT."""
+    group = first_group + tile * (TILE // 4) + tl.arange(0, TILE // 4)
     word0, word1, word2, word3 = philox_words(seed, row, offset, group)
+    if SHIFT != 0:  # four adjacent ids then need the words of two counters
+        next0, next1, next2, _ = philox_words(seed, row, offset, group + 1)
+        if SHIFT == 1:
+            word0, word1, word2, word3 = word1, word2, word3, next0
+        elif SHIFT == 2:
+            word0, word1, word2, word3 = word2, word3, next0, next1
+        else:
+            word0, word1, word2, word3 = word3, next0, next1, next2
     word = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
     return gumbel_of_word(word)

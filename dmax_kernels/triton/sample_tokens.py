@@ -1,5 +1,7 @@
 """Gumbel-max sampling in one read, with noise keyed by (seed, offset, row, id)."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,7 @@ from dmax_kernels.triton.philox import gumbel_noise, row_key
 from dmax_kernels.triton.stats import (
     NO_ID,
     first_where,
+    load_partials,
     load_tile,
     merge_sums,
     softmax_scale,
@@ -39,11 +42,12 @@ def tile_sample(x, ids, sum_exp, token, inverse_temperature, noise):
 @triton.jit
 def store_tile_sample(
     row, tile, vocab, suppress_token, scale, inverse_temperature, seed, row_number, offset,
-    out_max, out_sum, out_score, out_token, MASKED: tl.constexpr, TILE: tl.constexpr,
+    first_group, out_max, out_sum, out_score, out_token, MASKED: tl.constexpr, TILE: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):  # fmt: skip
     ids, x = load_tile(row, tile * TILE, vocab, suppress_token, MASKED, TILE)
     maximum, sum_exp, token = tile_statistics(x, ids, scale)
-    noise = gumbel_noise(seed, row_number, offset, tile, TILE)
+    noise = gumbel_noise(seed, row_number, offset, tile, TILE, first_group, SHIFT)
     score, token = tile_sample(x, ids, sum_exp, token, inverse_temperature, noise)
     tl.store(out_max + tile, maximum)
     tl.store(out_sum + tile, sum_exp)
@@ -51,11 +55,11 @@ def store_tile_sample(
     tl.store(out_token + tile, token)
 
 
-@triton.jit(do_not_specialize=["suppress_token", "num_tiles", "tiles_per_program"])
+@triton.jit(do_not_specialize=["suppress_token", "first_group", "num_tiles", "tiles_per_program"])
 def tile_sample_kernel(
-    logits, row_stride, vocab, suppress_token, scale, inverse_temperature, seed,
+    logits, row_stride, vocab, suppress_token, scale, inverse_temperature, seed, first_group,
     partial_max, partial_sum, partial_score, partial_token, num_tiles, tiles_per_program,
-    SEED_PER_ROW: tl.constexpr, TILE: tl.constexpr,
+    SEED_PER_ROW: tl.constexpr, TILE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     row_id = tl.program_id(0).to(tl.int64)
     row = logits + row_id * row_stride
@@ -71,18 +75,18 @@ def tile_sample_kernel(
     for tile in range(first, tl.minimum(last, full_tiles)):
         store_tile_sample(
             row, tile, vocab, suppress_token, scale, inverse_temperature, key, row_number, offset,
-            out_max, out_sum, out_score, out_token, False, TILE,
+            first_group, out_max, out_sum, out_score, out_token, False, TILE, SHIFT,
         )  # fmt: skip
     if last > full_tiles:
         store_tile_sample(
             row, full_tiles, vocab, suppress_token, scale, inverse_temperature, key, row_number,
-            offset, out_max, out_sum, out_score, out_token, True, TILE,
+            offset, first_group, out_max, out_sum, out_score, out_token, True, TILE, SHIFT,
         )  # fmt: skip
 
 
 @triton.jit
 def merge_samples(maximum, sum_exp, score, token, scale):
-    """A row's partial results [tiles] -> (its maximum, sum of exponentials, sampled id)."""
+    """A row's partial results [tiles] -> (its maximum, sum of exponentials, score, sampled id)."""
     best = tl.max(maximum, axis=0)
     nan_token = first_where(maximum != maximum, token)
     best_score = tl.max(score, axis=0)
@@ -92,7 +96,22 @@ def merge_samples(maximum, sum_exp, score, token, scale):
     sampled = tl.where(nan_token != NO_ID, nan_token, sampled)
     broken = (nan_token != NO_ID) | (tl.abs(best) == float("inf"))
     total = tl.where(broken, float("nan"), merge_sums(maximum, sum_exp, best, scale))
-    return best, total, sampled
+    return best, total, best_score, sampled
+
+
+@triton.jit
+def load_and_merge_samples(
+    partial_max, partial_sum, partial_score, partial_token, row, num_tiles, scale,
+    TILES: tl.constexpr,
+):  # fmt: skip
+    maxima, sums, tokens = load_partials(
+        partial_max, partial_sum, partial_token, row, num_tiles, TILES
+    )
+    tiles = tl.arange(0, TILES)
+    scores = tl.load(
+        partial_score + row * num_tiles + tiles, mask=tiles < num_tiles, other=float("-inf")
+    )
+    return merge_samples(maxima, sums, scores, tokens, scale)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -101,17 +120,47 @@ def sample_merge_tiles_kernel(
     out_token, out_probability, TILES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    tiles = tl.arange(0, TILES)
-    valid = tiles < num_tiles
-    at = row * num_tiles + tiles
-    maxima = tl.load(partial_max + at, mask=valid, other=float("-inf"))
-    sums = tl.load(partial_sum + at, mask=valid, other=0.0)
-    scores = tl.load(partial_score + at, mask=valid, other=float("-inf"))
-    tokens = tl.load(partial_token + at, mask=valid, other=NO_ID)
-    best, total, token = merge_samples(maxima, sums, scores, tokens, scale)
+    best, total, _, token = load_and_merge_samples(
+        partial_max, partial_sum, partial_score, partial_token, row, num_tiles, scale, TILES
+    )
     x = tl.load(logits + row * row_stride + token).to(tl.float32)
     tl.store(out_token + row, token.to(tl.int64))
     tl.store(out_probability + row, tl.exp2((x - best) * scale) / total)
+
+
+class SamplePartials(NamedTuple):
+    """Statistics and best sample of every tile of every row, [rows, tiles] each."""
+
+    maximum: Tensor
+    sum_exp: Tensor
+    score: Tensor
+    token: Tensor
+    num_tiles: int
+
+
+def launch_tile_samples(
+    rows: Rows,
+    seed: Tensor,
+    seed_per_row: bool,
+    temperature: float,
+    suppress_token: int,
+    first_id: int = 0,
+) -> SamplePartials:
+    """One read of the logits, whose ids begin at first_id."""
+    tiles = choose_tiles(rows.count, rows.width, rows.tensor.device)
+    partials = SamplePartials(
+        *(
+            torch.empty((rows.count, tiles.count), dtype=dtype, device=rows.tensor.device)
+            for dtype in (torch.float32, torch.float32, torch.float32, torch.int32)
+        ),
+        tiles.count,
+    )
+    tile_sample_kernel[(rows.count, tiles.programs)](
+        rows.tensor, rows.stride, rows.width, suppress_token, softmax_scale(temperature),
+        1.0 / temperature, seed.contiguous(), first_id // 4, *partials, tiles.per_program,
+        SEED_PER_ROW=seed_per_row, TILE=TILE, SHIFT=first_id % 4, num_warps=TILE_WARPS,
+    )  # fmt: skip
+    return partials
 
 
 def sample_rows(
@@ -122,20 +171,10 @@ def sample_rows(
     probability = torch.empty(rows.count, dtype=torch.float32, device=device)
     if rows.count == 0:
         return token, probability
-    tiles = choose_tiles(rows.count, rows.width, device)
-    scale = softmax_scale(temperature)
-    partials = [
-        torch.empty((rows.count, tiles.count), dtype=dtype, device=device)
-        for dtype in (torch.float32, torch.float32, torch.float32, torch.int32)
-    ]
-    tile_sample_kernel[(rows.count, tiles.programs)](
-        rows.tensor, rows.stride, rows.width, suppress_token, scale, 1.0 / temperature,
-        seed.contiguous(), *partials, tiles.count, tiles.per_program,
-        SEED_PER_ROW=seed_per_row, TILE=TILE, num_warps=TILE_WARPS,
-    )  # fmt: skip
+    partials = launch_tile_samples(rows, seed, seed_per_row, temperature, suppress_token)
     sample_merge_tiles_kernel[(rows.count,)](
-        rows.tensor, rows.stride, *partials, tiles.count, scale, token, probability,
-        TILES=next_power_of_2(tiles.count), num_warps=1,
+        rows.tensor, rows.stride, *partials, softmax_scale(temperature), token, probability,
+        TILES=next_power_of_2(partials.num_tiles), num_warps=1,
     )  # fmt: skip
     return token, probability
 

@@ -17,7 +17,7 @@ from dmax_kernels.triton.stats import (
 
 @triton.jit(do_not_specialize=["num_tiles", "vocab_start"])
 def partial_merge_tiles_kernel(
-    partial_max, partial_sum, partial_token, num_tiles, scale, inverse_temperature, vocab_start,
+    partial_max, partial_sum, partial_token, num_tiles, scale, vocab_start,
     maximum, sum_exp, token, TILES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -25,7 +25,7 @@ def partial_merge_tiles_kernel(
         partial_max, partial_sum, partial_token, row, num_tiles, TILES
     )
     best, total, winner = merge_statistics(maxima, sums, tokens, scale)
-    tl.store(maximum + row, best * inverse_temperature)
+    tl.store(maximum + row, best)
     tl.store(sum_exp + row, tl.where(best == float("inf"), float("nan"), total))
     tl.store(token + row, vocab_start + winner.to(tl.int64))
 
@@ -34,19 +34,9 @@ def top1_partial(
     logits_shard: Tensor, vocab_start: int, *, temperature: float = 1.0, suppress_token: int = -1
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "top1_partial"
-    vocab = checks.check_logits(op, "logits_shard", logits_shard)
-    checks.check(
-        vocab_start >= 0,
-        f"{op}: vocab_start must be the id of the shard's first token, got {vocab_start}",
+    _, local_suppress = checks.check_shard(
+        op, logits_shard, vocab_start, temperature, suppress_token
     )
-    checks.check_temperature(op, temperature)
-    checks.check(
-        suppress_token >= -1,
-        f"{op}: suppress_token must be -1 (none) or a token id of the whole vocabulary, "
-        f"got {suppress_token}",
-    )
-    local = suppress_token - vocab_start
-    on_shard = suppress_token >= 0 and 0 <= local < vocab
     shape, device = logits_shard.shape[:-1], logits_shard.device
     maximum = torch.empty(shape, dtype=torch.float32, device=device)
     sum_exp = torch.empty(shape, dtype=torch.float32, device=device)
@@ -56,9 +46,9 @@ def top1_partial(
     with device_of(logits_shard):
         rows = row_view(logits_shard)
         scale = softmax_scale(temperature)
-        partials = launch_tile_statistics(rows, local if on_shard else -1, scale)
+        partials = launch_tile_statistics(rows, local_suppress, scale)
         partial_merge_tiles_kernel[(rows.count,)](
-            *partials, scale, 1.0 / temperature, vocab_start, maximum, sum_exp, token,
+            *partials, scale, vocab_start, maximum, sum_exp, token,
             TILES=next_power_of_2(partials.num_tiles), num_warps=1,
         )  # fmt: skip
     return maximum, sum_exp, token

@@ -1,0 +1,41 @@
+"""The ops over a vocabulary that is sharded among the ranks of a ``torch.distributed`` group.
+
+Each rank passes its columns of the logits (or rows of the LM head or embedding table) and what is
+replicated: hidden states, seeds, targets. Every rank returns the same result. An op costs one small
+collective forward, and at most one backward; the logits never travel.
+
+Common arguments:
+
+- the sharded tensor: a plain tensor, or a DTensor sharded on its vocabulary dimension, which brings
+  group, widths and vocabulary size with it;
+- ``group``: a ProcessGroup, None for the default one. Without an initialised process group there is
+  one rank, and the functions are those of :mod:`dmax_kernels`;
+- ``shard_sizes``: the width of every rank's shard, in rank order; None where all are as wide as
+  this one. :func:`gather_shard_sizes` asks the ranks, once;
+- ``vocab_size``: ids from it on do not exist (padding); None for the sum of the widths. A rank may
+  hold nothing but padding, or nothing at all.
+
+A rank whose widths or dtype contradict the others' is an error on the CPU. On the GPU that check
+would cost a host sync, so call :func:`gather_shard_sizes` there, once.
+"""
+
+from dmax_kernels.distributed.decoding import (
+    linear_sample_tokens,
+    linear_top1_confidence,
+    sample_tokens,
+    top1_confidence,
+)
+from dmax_kernels.distributed.hybrid_embedding import hybrid_embedding
+from dmax_kernels.distributed.layout import gather_shard_sizes
+from dmax_kernels.distributed.oput_loss import linear_oput_loss, oput_loss
+
+__all__ = [
+    "gather_shard_sizes",
+    "hybrid_embedding",
+    "linear_oput_loss",
+    "linear_sample_tokens",
+    "linear_top1_confidence",
+    "oput_loss",
+    "sample_tokens",
+    "top1_confidence",
+]

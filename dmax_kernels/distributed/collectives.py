@@ -1,0 +1,86 @@
+"""One collective per op: several small results as the bits of one int32 tensor."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dmax_kernels.distributed.layout import FLOATS, VocabShard
+
+# The old name warns from PyTorch 2.13 on. Delete when 2.10 to 2.12 are no longer supported
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def _header(shard: VocabShard, dtype: torch.dtype, like: Tensor) -> list[Tensor]:
+    """What must agree between ranks; on the GPU reading it would be a host sync, so not there."""
+    if like.device.type != "cpu":
+        return []
+    return [torch.tensor([shard.sizes[shard.rank], FLOATS.index(dtype)], dtype=torch.int32)]
+
+
+def _check_headers(op: str, shard: VocabShard, headers: Tensor) -> None:
+    """[ranks, 2]: the same on every rank, so that all raise or none does."""
+    widths, dtypes = headers.t().tolist()
+    if len(set(dtypes)) > 1:
+        names = [str(FLOATS[code]).removeprefix("torch.") for code in dtypes]
+        raise ValueError(f"{op}: every rank's shard must have one dtype, got {names}")
+    if widths != list(shard.sizes):
+        raise ValueError(
+            f"{op}: the ranks' shards are {widths} ids wide, rank {shard.rank} took them to be "
+            f"{list(shard.sizes)}; pass shard_sizes={widths} on every rank"
+        )
+
+
+def gather(
+    op: str, shard: VocabShard, dtype: torch.dtype, fields: tuple[Tensor, ...]
+) -> list[Tensor]:
+    """Every rank's fields, [ranks, ...] each; ``dtype`` is that of the sharded tensor."""
+    if shard.num_ranks == 1:
+        return [field.unsqueeze(0) for field in fields]
+    header = _header(shard, dtype, fields[0])
+    # ids keep their 64 bits: as float32 they would be exact up to 2^24 only
+    parts = header + [field.contiguous().view(-1).view(torch.int32) for field in fields]
+    payload = torch.cat(parts)
+    gathered = payload.new_empty(shard.num_ranks * payload.numel())
+    _all_gather(gathered, payload, group=shard.group)
+    columns = [
+        column.clone(memory_format=torch.contiguous_format)
+        for column in gathered.view(shard.num_ranks, -1).split(
+            [part.numel() for part in parts], dim=1
+        )
+    ]
+    if header:
+        _check_headers(op, shard, columns.pop(0))
+    return [
+        column.view(field.dtype).view(shard.num_ranks, *field.shape)
+        for column, field in zip(columns, fields, strict=True)
+    ]
+
+
+def sum_of_disjoint(op: str, shard: VocabShard, rows: Tensor) -> Tensor:
+    """The sum over ranks of tensors of which at most one is not zero at each place.
+
+    Added as integers, their bits pass unchanged, and any dtype does.
+    """
+    if shard.num_ranks == 1:
+        return rows
+    flat = rows.contiguous().view(-1)
+    if flat.numel() * flat.element_size() % 4:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    bits = flat.view(torch.int32)
+    header = []
+    for mine in _header(shard, rows.dtype, rows):
+        table = mine.new_zeros(shard.num_ranks, 2)
+        table[shard.rank] = mine
+        header.append(table.view(-1))
+    payload = torch.cat([*header, bits])
+    dist.all_reduce(payload, group=shard.group)
+    if header:
+        _check_headers(op, shard, payload[: header[0].numel()].view(-1, 2))
+        payload = payload[header[0].numel() :].clone()
+    return payload.view(rows.dtype)[: rows.numel()].view(rows.shape)
+
+
+def sum_over_ranks(shard: VocabShard, tensor: Tensor) -> Tensor:
+    if shard.num_ranks > 1:
+        dist.all_reduce(tensor, group=shard.group)
+    return tensor

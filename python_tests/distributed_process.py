@@ -1,0 +1,392 @@
+"""One rank of test_distributed.py: every check of the package over a gloo group.
+
+All ranks draw the same whole-vocabulary tensors from one generator, cut them at the same random
+places, and compare what dmax_kernels.distributed returns with the unsharded op.
+"""
+
+import datetime
+import itertools
+import random
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_docs import ROOT, python_blocks
+
+import dmax_kernels
+from dmax_kernels import distributed, reference
+from dmax_kernels.testing.cases import DTYPES, stacked_rows
+from dmax_kernels.testing.tolerances import (
+    CONFIDENCE_RTOL,
+    LOSS_ATOL,
+    LOSS_RTOL,
+    ROUNDING,
+    assert_close,
+)
+
+SEED = torch.tensor([1234567890123456789, 42])
+
+
+class Ranks:
+    """This process's rank, and one stream of random numbers that all ranks share."""
+
+    def __init__(self, rank: int, num_ranks: int):
+        self.rank, self.num_ranks = rank, num_ranks
+        self.random = random.Random(num_ranks)
+        self.generator = torch.Generator().manual_seed(num_ranks)
+
+    def layouts(self, vocab: int):
+        """(shard_sizes, vocab_size) over `vocab` ids: even, at random places, with an empty shard,
+        and padded so that the last rank holds nothing but padding.
+        """
+        even = -(-vocab // self.num_ranks)
+        yield [even] * self.num_ranks, vocab
+        cuts = sorted(self.random.randrange(1, vocab) for _ in range(self.num_ranks - 1))
+        edges = [0, *cuts, vocab]
+        uneven = [b - a for a, b in itertools.pairwise(edges)]
+        yield uneven, None
+        yield [0, *uneven[1:-1], uneven[0] + uneven[-1]], None
+        yield [vocab, *[7] * (self.num_ranks - 1)], vocab
+
+    def cut(self, whole: torch.Tensor, sizes: list[int], dim: int) -> torch.Tensor:
+        """This rank's part; padding is NaN, which must never be seen."""
+        start = sum(sizes[: self.rank])
+        missing = sum(sizes) - whole.shape[dim]
+        if missing:
+            shape = list(whole.shape)
+            shape[dim] = missing
+            whole = torch.cat([whole, torch.full(shape, torch.nan, dtype=whole.dtype)], dim)
+        return whole.narrow(dim, start, sizes[self.rank]).clone()
+
+    def randn(self, *shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=self.generator).to(dtype)
+
+
+def assert_same(actual, expected, rtol=2 * CONFIDENCE_RTOL):
+    """Ids exactly, probabilities to rounding (float32 flushes far ones)."""
+    assert torch.equal(actual[0], expected[0]), (actual[0] - expected[0]).nonzero()
+    assert_close(actual[1], expected[1], rtol, atol=1e-37)
+
+
+def check_decoding(ranks: Ranks) -> None:
+    for vocab, dtype in ((1500, torch.float32), (4099, torch.bfloat16), (127, torch.float16)):
+        _, edges = stacked_rows(vocab, dtype)
+        logits = torch.cat([edges, 3 * ranks.randn(40, vocab, dtype=dtype)])
+        per_row = torch.stack([torch.arange(len(logits)) * 2**33, torch.arange(len(logits))], 1)
+        for sizes, vocab_size in ranks.layouts(vocab):
+            mine = ranks.cut(logits, sizes, 1)
+            layout = {"shard_sizes": sizes, "vocab_size": vocab_size}
+            for options in ({}, {"temperature": 0.3, "suppress_token": vocab - 1}):
+                assert_same(
+                    distributed.top1_confidence(mine, **layout, **options),
+                    dmax_kernels.top1_confidence(logits, **options),
+                )
+                for seed in (SEED, per_row):
+                    assert_same(
+                        distributed.sample_tokens(mine, seed, **layout, **options),
+                        dmax_kernels.sample_tokens(logits, seed, **options),
+                    )
+            greedy = distributed.sample_tokens(mine, SEED, **layout, temperature=0)
+            assert_same(greedy, dmax_kernels.top1_confidence(logits))
+
+
+def check_ties(ranks: Ranks) -> None:
+    """Equal logits on every shard, and unequal ones that are equal once divided by 3."""
+    vocab = 8 * ranks.num_ranks
+    ties = torch.zeros(1, vocab)
+    token, _ = distributed.top1_confidence(ranks.cut(ties, [8] * ranks.num_ranks, 1))
+    assert token.tolist() == [0]
+    low, high = 1.5 + 2**-23, 1.5 + 2**-22
+    assert torch.tensor(low) / 3 == torch.tensor(high) / 3
+    ties[0, 3], ties[0, -1] = low, high
+    mine = ranks.cut(ties, [8] * ranks.num_ranks, 1)
+    token, _ = distributed.top1_confidence(mine, temperature=3.0)
+    assert token.tolist() == [vocab - 1]
+
+
+def check_linear(ranks: Ranks) -> None:
+    vocab, dim = 9001, 16  # several blocks of columns, of unlike number on the ranks
+    hidden, bias = ranks.randn(3, 5, dim), ranks.randn(vocab)
+    weight = ranks.randn(vocab, dim)
+    for sizes, vocab_size in ranks.layouts(vocab):
+        layout = {"shard_sizes": sizes, "vocab_size": vocab_size}
+        mine = ranks.cut(weight, sizes, 0), ranks.cut(bias, sizes, 0)
+        options = {"temperature": 0.7, "suppress_token": 5}
+        assert_same(
+            distributed.linear_top1_confidence(hidden, *mine, **layout, **options),
+            dmax_kernels.linear_top1_confidence(hidden, weight, bias, **options),
+            rtol=1e-5,
+        )
+        for temperature in (0, 0.7):
+            options["temperature"] = temperature
+            assert_same(
+                distributed.linear_sample_tokens(
+                    hidden, mine[0], SEED, mine[1], **layout, **options
+                ),
+                dmax_kernels.linear_sample_tokens(hidden, weight, SEED, bias, **options),
+                rtol=1e-5,
+            )
+
+
+def check_hybrid_embedding(ranks: Ranks) -> None:
+    for dtype in DTYPES:
+        for k in (1, 3):
+            vocab, dim, mask = 61, 13, 60
+            embedding = ranks.randn(vocab, dim, dtype=dtype)
+            embedding[7, 0] = -0.0
+            token = torch.randint(0, vocab, (4, 9, k), generator=ranks.generator)
+            token[0, :3] = 7  # repeated, and the mask itself
+            token[1, 0] = mask
+            token = token.squeeze(-1)
+            confidence = torch.rand(token.shape, generator=ranks.generator) / k
+            masked = torch.rand(4, 9, generator=ranks.generator) < 0.3
+            token[masked] = -5  # never looked at
+            grad = ranks.randn(4, 9, dim, dtype=dtype)
+
+            def run(function, table, token=token, c=confidence, m=masked, g=grad, **layout):
+                leaves = table.requires_grad_(), c.clone().requires_grad_()
+                out = function(leaves[0], token, leaves[1], m, 60, **layout)
+                return out.detach(), *torch.autograd.grad(out, leaves, g)
+
+            plain = token.masked_fill(masked.unsqueeze(-1) if k > 1 else masked, 0)
+            expected = run(dmax_kernels.hybrid_embedding, embedding.clone(), plain)
+            for sizes, vocab_size in ranks.layouts(vocab):
+                mine = ranks.cut(embedding, sizes, 0)
+                out, grad_table, grad_confidence = run(
+                    distributed.hybrid_embedding, mine, shard_sizes=sizes, vocab_size=vocab_size
+                )
+                bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+                assert torch.equal(out.view(bits), expected[0].view(bits))
+                assert torch.equal(grad_confidence, expected[2])
+                padded = torch.cat([expected[1], expected[1].new_zeros(sum(sizes) - vocab, dim)])
+                assert torch.equal(grad_table, ranks.cut(padded, sizes, 0))
+
+
+LOSS_OPTIONS = (
+    {},
+    {"label_smoothing": 0.1, "z_loss": 1e-3},
+    {"reduction": "mean", "pass_weights": (0.25, 2.0), "label_smoothing": 1.0},
+    {"reduction": "sum", "token_weight": torch.rand(28, generator=torch.manual_seed(1))},
+)
+
+
+def gradients(loss, leaves, weight):
+    """d (sum of weight * losses) / d leaves, for a pair of losses or a scalar."""
+    if torch.is_tensor(loss):
+        return torch.autograd.grad(loss, leaves)
+    kept = [each for each in loss if each is not None]
+    return torch.autograd.grad(sum((each * weight).sum() for each in kept), leaves)
+
+
+def check_loss(ranks: Ranks) -> None:
+    rows = 28
+    weight = ranks.randn(rows)
+    for vocab, dtype in ((300, torch.float32), (301, torch.bfloat16)):
+        passes = [3 * ranks.randn(rows, vocab, dtype=dtype) for _ in range(2)]
+        target = torch.randint(0, vocab, (rows,), generator=ranks.generator)
+        target[3] = target[9] = -100
+        passes[0][9] = torch.nan  # ignored
+        passes[0][4, target[4]] = 40.0  # a loss next to 0
+        passes[1][5] += 1e3  # a common offset
+        passes[0][6, : vocab // 2] = -torch.inf  # shards without mass
+        target[6] = vocab - 1
+        for number, options in enumerate(LOSS_OPTIONS):
+            if options.get("label_smoothing"):  # a -inf makes the mean, and so the loss, infinite
+                passes[0][6, : vocab // 2] = -9.0
+            leaves = [x.clone().requires_grad_() for x in passes]
+            expected = dmax_kernels.oput_loss(*leaves, target, **options)
+            expected_grads = gradients(expected, leaves, weight)
+            for sizes, vocab_size in ranks.layouts(vocab):
+                mine = [ranks.cut(x, sizes, 1).requires_grad_() for x in passes]
+                layout = {"shard_sizes": sizes, "vocab_size": vocab_size}
+                actual = distributed.oput_loss(*mine, target, **layout, **options)
+                pairs = (actual, expected) if number < 2 else ((actual,), (expected,))
+                for a, e in zip(*pairs, strict=True):
+                    assert_close(a.detach(), e.detach(), 2 * LOSS_RTOL, 2 * LOSS_ATOL)
+                for x, g, e in zip(
+                    mine, gradients(actual, mine, weight), expected_grads, strict=True
+                ):
+                    padded = torch.cat([e, e.new_zeros(rows, sum(sizes) - vocab)], 1)
+                    assert g.shape == x.shape
+                    # both round once to the dtype, from float32 exponentials at the offset of 1e3
+                    e = ranks.cut(padded, sizes, 1)
+                    assert_close(g[5], e[5], 1e-3, 1e-4)
+                    keep = torch.arange(rows) != 5
+                    assert_close(g[keep], e[keep], 2 * ROUNDING[dtype] + 4e-6, 1e-7)
+    one = distributed.oput_loss(None, mine[1], target, **layout)
+    assert one[0] is None
+    assert_close(one[1].detach(), dmax_kernels.oput_loss(None, passes[1], target)[1], 2e-6, 2e-7)
+
+
+def check_linear_loss(ranks: Ranks) -> None:
+    vocab, dim, rows = 4300, 12, 28
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden = [ranks.randn(rows, dim, dtype=dtype) for _ in range(2)]
+        weight, bias = ranks.randn(vocab, dim, dtype=dtype), ranks.randn(vocab, dtype=dtype)
+        target = torch.randint(0, vocab, (rows,), generator=ranks.generator)
+        target[3] = -100
+        row_weight = ranks.randn(rows)
+        options = {"label_smoothing": 0.1, "z_loss": 1e-3}
+        leaves = [x.clone().float().requires_grad_() for x in (*hidden, weight, bias)]
+        logits = [x @ leaves[2].t() + leaves[3] for x in leaves[:2]]
+        expected = reference.oput_loss(*logits, target, **options)
+        expected_grads = gradients(expected, leaves, row_weight)
+        for sizes, vocab_size in ranks.layouts(vocab):
+            layout = {"shard_sizes": sizes, "vocab_size": vocab_size}
+            head = [ranks.cut(x, sizes, 0) for x in (weight, bias)]
+            mine = [x.clone().requires_grad_() for x in (*hidden, *head)]
+            actual = distributed.linear_oput_loss(
+                *mine[:3], target, bias=mine[3], **layout, **options
+            )
+            for a, e in zip(actual, expected, strict=True):
+                assert_close(a.detach(), e.detach(), 2e-6, 1e-6)
+            grads = gradients(actual, mine, row_weight)
+            shards = [*expected_grads[:2]]
+            for e in expected_grads[2:]:
+                missing = e.new_zeros(sum(sizes) - vocab, *e.shape[1:])
+                kept = ranks.cut(torch.cat([e, missing]), sizes, 0)
+                shards.append(kept)
+            for g, e in zip(grads, shards, strict=True):
+                # the gradient of the logits is rounded to the dtype before the products
+                close = 2 * ROUNDING[dtype] + 1e-5
+                assert_close(g, e, close, close * e.abs().amax().item() if e.numel() else 0)
+
+
+def check_dtensor(ranks: Ranks) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (ranks.num_ranks,))
+    vocab = 5 * ranks.num_ranks - 3  # the last rank's shard is shorter
+    logits, table = ranks.randn(6, vocab), ranks.randn(vocab, 8)
+    sharded = distribute_tensor(logits, mesh, [Shard(1)])
+    assert_same(distributed.top1_confidence(sharded), dmax_kernels.top1_confidence(logits))
+    assert_same(distributed.sample_tokens(sharded, SEED), dmax_kernels.sample_tokens(logits, SEED))
+    leaf = distribute_tensor(table, mesh, [Shard(0)]).requires_grad_()
+    target = torch.randint(0, vocab, (6,), generator=ranks.generator)
+    hidden = ranks.randn(6, 8)
+    distributed.linear_oput_loss(hidden, None, leaf, target, reduction="sum").backward()
+    assert isinstance(leaf.grad, DTensor)
+    plain = table.clone().requires_grad_()
+    reference.oput_loss(hidden @ plain.t(), None, target, reduction="sum").backward()
+    assert_close(leaf.grad.full_tensor(), plain.grad, 1e-4, 1e-6)
+    token, _ = dmax_kernels.top1_confidence(logits)
+    arguments = token, torch.rand(6, generator=ranks.generator), token == token[0], 2
+    actual = distributed.hybrid_embedding(leaf, *arguments)
+    assert torch.equal(actual, dmax_kernels.hybrid_embedding(table, *arguments))
+    replicated = DTensor.from_local(logits, mesh, [Replicate()])
+    assert_fails(
+        lambda: distributed.top1_confidence(replicated), "must be a DTensor with Shard(1) on one"
+    )
+    assert_fails(
+        lambda: distributed.top1_confidence(sharded, shard_sizes=[1]), "shard_sizes must be None"
+    )
+
+
+def assert_fails(call, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+def check_errors(ranks: Ranks) -> None:
+    """Every rank raises alike, or the others would wait for ever."""
+    width = 4 if ranks.rank == 0 else 5
+    uneven = torch.ones(2, width)
+    widths = [4, *[5] * (ranks.num_ranks - 1)]
+    assert distributed.gather_shard_sizes(uneven) == tuple(widths)
+    for call in (
+        lambda: distributed.top1_confidence(uneven),
+        lambda: distributed.oput_loss(uneven, None, torch.tensor([0, 1])),
+        lambda: distributed.hybrid_embedding(
+            uneven.t(), torch.zeros(2).long(), torch.ones(2), torch.ones(2) > 2, 0
+        ),
+    ):
+        assert_fails(call, f"the ranks' shards are {widths} ids wide")
+    mixed = torch.ones(2, 4, dtype=torch.float32 if ranks.rank == 0 else torch.bfloat16)
+    assert_fails(lambda: distributed.gather_shard_sizes(mixed), "must have one dtype")
+    assert_fails(lambda: distributed.top1_confidence(mixed), "every rank's shard must have one")
+    even, count = torch.ones(2, 4), ranks.num_ranks
+    target = torch.tensor([0, 4 * count])
+    for call, message in (
+        (lambda: distributed.top1_confidence(even, shard_sizes=[4]), f"must be {count} widths"),
+        (
+            lambda: distributed.top1_confidence(even, shard_sizes=[3] * count),
+            "logits must be 3 ids wide on rank",
+        ),
+        (
+            lambda: distributed.top1_confidence(even, vocab_size=4 * count + 1),
+            f"vocab_size must be in 1..{4 * count}, ",
+        ),
+        (
+            lambda: distributed.sample_tokens(even, SEED, suppress_token=4 * count),
+            f"suppress_token must be -1 (none) or a token id below {4 * count}",
+        ),
+        (lambda: distributed.oput_loss(even, None, target), f"got {4 * count} at position 1"),
+        (lambda: distributed.oput_loss(None, None, target), "got neither"),
+        (lambda: distributed.oput_loss(even, None, target[:1]), "target must have shape [2]"),
+        (
+            lambda: distributed.oput_loss(even, None, target, label_smoothing=2.0),
+            "label_smoothing must be in [0, 1], got 2",
+        ),
+        (
+            lambda: distributed.hybrid_embedding(
+                even.t(), target, torch.ones(2), torch.zeros(2) > 1, 0
+            ),
+            f"token must be in [0, {4 * count}) where masked is False, got an id outside at pos",
+        ),
+        (
+            lambda: distributed.hybrid_embedding(
+                even, target, torch.ones(2), torch.zeros(2) > 1, 2 * count
+            ),
+            f"mask_token_id must be a token id in [0, {2 * count})",
+        ),
+        (
+            lambda: distributed.linear_top1_confidence(torch.ones(2, 5), even),
+            "hidden must be [..., D] with D = 4",
+        ),
+    ):
+        assert_fails(call, message)
+
+
+def check_page(ranks: Ranks) -> None:
+    """The code of docs/distributed.md, which test_docs.py runs with one rank."""
+    namespace = {}
+    for block in python_blocks(ROOT / "docs/distributed.md"):
+        exec(compile(block, "distributed.md", "exec"), namespace)
+    assert namespace["num_ranks"] == ranks.num_ranks
+    assert torch.equal(namespace["token"], namespace["logits"].argmax(dim=-1))
+    hidden, head, token = namespace["hidden"], namespace["head"], namespace["token"]
+    plain = hidden.detach().clone().requires_grad_()
+    logits = plain @ head[: namespace["V"]].t()
+    reference.oput_loss(logits, None, token, reduction="mean").backward()
+    assert_close(hidden.grad, plain.grad, 1e-4, 1e-6)
+
+
+CHECKS = (
+    check_decoding,
+    check_ties,
+    check_linear,
+    check_hybrid_embedding,
+    check_loss,
+    check_linear_loss,
+    check_dtensor,
+    check_errors,
+    check_page,
+)
+
+
+def main(rank: int, num_ranks: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=num_ranks,
+        timeout=datetime.timedelta(seconds=120),
+    )
+    try:
+        for check in CHECKS:
+            check(Ranks(rank, num_ranks))
+    finally:
+        dist.destroy_process_group()
