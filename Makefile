@@ -16,7 +16,7 @@ test: build
 	$(PYTHON) -m pytest
 
 train: build-cpu
-	$(PYTHON) -m dmax_kernels train
+	$(PYTHON) -m dmax_kernels train --config ring_walk
 
 bench: build-cpu
 	$(PYTHON) -m pytest bench --benchmark-only
