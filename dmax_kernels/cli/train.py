@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options without a default of their own: only those that were given are in the result."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.argument_default = argparse.SUPPRESS
+    parser.usage = "%(prog)s --model FOLDER --data JSONL --output FOLDER [options]"
     parser.epilog = EPILOG
     where = parser.add_argument_group("what to train, on what")
     where.add_argument(
@@ -87,7 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--dataset-config", help="its configuration")
     where.add_argument("--split", help="its split (train)")
     where.add_argument(
-        "--skip-malformed", action="store_true", help="skip and count malformed records"
+        "--skip-malformed",
+        action=argparse.BooleanOptionalAction,
+        help="skip and count malformed records",
     )
     where.add_argument(
         "--max-length",
@@ -104,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         for name in names:
             add_option(group, options[name])
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", help="cuda or cpu (cuda where there is one)")
+    machine.add_argument("--device", choices=("cuda", "cpu"), help="(cuda where there is one)")
     machine.add_argument(
         "--threads",
         type=int,

@@ -104,7 +104,7 @@ class TrainConfig:
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         low, high = self.mask_ratio
         require(0 <= low <= high <= 1, "mask_ratio", "0 <= LOW <= HIGH <= 1", self.mask_ratio)
-        require(0 < high, "mask_ratio", "above 0: nothing would be masked", self.mask_ratio)
+        require(high > 0, "mask_ratio", "above 0: nothing would be masked", self.mask_ratio)
         require(0 <= self.decay_from <= 1, "decay_from", "in [0, 1]", self.decay_from)
         if self.clip_norm is not None:
             require(self.clip_norm >= 0, "clip_norm", "at least 0", self.clip_norm)

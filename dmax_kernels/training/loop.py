@@ -50,7 +50,8 @@ class Trainer:
         """`config.steps` must be set, and the model's config have a mask token."""
         if group.count > 1 and config.optimizer == "muon":
             raise ValueError(
-                "optimizer must be adamw with several processes (Muon needs whole matrices), got muon"
+                "optimizer must be adamw with several processes (Muon needs whole matrices), "
+                "got muon"
             )
         net = build_net(model, config, group.device)
         if group.count > 1:

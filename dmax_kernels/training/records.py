@@ -46,7 +46,7 @@ def read_dataset(name: str, config: str | None, split: str) -> Iterator[tuple[st
 
 
 def conversation(record: Any) -> list[dict[str, str]]:
-    """The messages of ``{"messages": [{"role", "content"}, ...]}`` or ``{"prompt", "response"}``."""
+    """Messages of {"messages": [{"role", "content"}, ...]} or of {"prompt", "response"}."""
     if isinstance(record, MalformedRecord):
         raise record
     if not isinstance(record, dict):
