@@ -2,9 +2,19 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 REDUCTIONS = ("none", "sum", "mean")
+
+
+def autocast_operands(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, its dtype for all of them, as ``nn.Linear`` would have them; else as is."""
+    device_type = next(t.device.type for t in operands if t is not None)
+    if not torch.is_autocast_enabled(device_type):
+        return operands
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(None if t is None else t.to(dtype) for t in operands)
 
 
 def _check_num_tokens(op: str, num_tokens: Tensor | float, reduction: str) -> None:

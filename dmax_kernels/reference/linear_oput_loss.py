@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dmax_kernels.reduction import reduce_loss
+from dmax_kernels.reduction import autocast_operands, reduce_loss
 from dmax_kernels.reference.linear_top1_confidence import linear_logits
 from dmax_kernels.reference.oput_loss import token_loss
 
@@ -23,13 +23,17 @@ def linear_oput_loss(
     reduction: str = "none",
     num_tokens: Tensor | float | None = None,
 ) -> Tensor | tuple[Tensor | None, Tensor | None]:
+    hidden_masked, hidden_predicted, weight, bias = autocast_operands(
+        hidden_masked, hidden_predicted, weight, bias
+    )
     ignored = (target == ignore_index).unsqueeze(-1)
 
     def pass_loss(hidden: Tensor | None) -> Tensor | None:
         if hidden is None:
             return None
         # An ignored row's hidden state is not read: 0 times a NaN would reach weight's gradient
-        logits = linear_logits(torch.where(ignored, 0.0, hidden), weight, bias)
+        with torch.autocast(weight.device.type, enabled=False):
+            logits = linear_logits(torch.where(ignored, 0.0, hidden), weight, bias)
         return token_loss(logits, target, ignore_index, label_smoothing, z_loss)
 
     return reduce_loss(

@@ -28,6 +28,8 @@ _MODULE_OF = {
     "top1_partial": "top1_partial",
     "top1_merge": "top1_merge",
     "linear_top1_confidence": "linear_top1_confidence",
+    "linear_oput_loss": "linear_oput_loss",
+    "linear_oput_loss_backward": "linear_oput_loss",
     "linear_sample_tokens": "linear_sample_tokens",
 }
 
