@@ -167,6 +167,8 @@ def rollout(
     at, seeds = flat_index(masked, net.device), seed[masked].to(net.device)
 
     def head(parts: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+        if len(at) == 0:  # FSDP needs the forward pass all the same
+            return at
         return ops.linear_sample_tokens(
             parts[0].flatten(0, -2)[at],
             weight,

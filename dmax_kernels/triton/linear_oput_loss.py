@@ -321,9 +321,7 @@ def linear_oput_loss_backward(
         bias_values = None if bias is None else bias.contiguous()
 
         needs_hidden = any(needed for *_, needed in passes)
-        grad_hidden = hidden.new_zeros(
-            hidden.shape if needs_hidden else (0,), dtype=torch.float32
-        )
+        grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else (0,), dtype=torch.float32)
         chunk = CHUNK_ELEMENTS // len(hidden) // LEAST_CHUNK_TOKENS * LEAST_CHUNK_TOKENS
         chunk = min(vocab, max(LEAST_CHUNK_TOKENS, min(MOST_CHUNK_TOKENS, chunk)))
         # Rows at 16-byte steps, which the library's products want
