@@ -35,7 +35,7 @@ def read(path, **options):
 
 def write(path, *lines):
     text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    path.write_text("\n".join(text) + "\n")
+    path.write_text("\n".join(text) + "\n", encoding="latin1")  # "ÿ" is not UTF-8 then
     return path
 
 
@@ -91,7 +91,7 @@ def test_skipped_records_are_counted(tmp_path):
     ("line", "message"),
     [
         ('{"prompt": "start"', r"not JSON"),
-        (b"\xff\xfe".decode("latin1"), r"not JSON"),
+        ('{"prompt": "ÿ", "response": "so"}', r"not JSON .*utf-8"),
         ("[1]", r"must be an object, got list"),
         ({"text": "start"}, r'needs "messages", or "prompt" and "response", got text'),
         ({"messages": []}, r"messages must be a list of at least one"),

@@ -22,12 +22,19 @@ class Metrics:
         self.path, self.picture = folder / "metrics.jsonl", folder / "loss.png"
         self.rows: list[dict[str, Any]] = []
         if self.path.exists():
-            rows = [json.loads(line) for line in self.path.read_text().splitlines()]
-            self.rows = [row for row in rows if row["step"] < first_step]
+            for line in self.path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:  # cut short when the run was killed
+                    break
+                if row["step"] < first_step:
+                    self.rows.append(row)
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(self.path, lambda file: file.write_text(text))
 
     def add(self, row: dict[str, Any]) -> None:
+        # JSON has no NaN
+        row = {k: repr(v) if isinstance(v, float) and v - v != 0 else v for k, v in row.items()}
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")

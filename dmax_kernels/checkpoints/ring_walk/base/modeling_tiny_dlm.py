@@ -171,7 +171,7 @@ class TinyDlmModel(TinyDlmPreTrainedModel):
         )
 
     def _mask(self, attention_mask, position_ids, cached, batch, dtype):
-        """The mask given, checked; by default block-causal over positions, [B or 1, 1, T, S + T]."""
+        """The given mask, checked; by default [B or 1, 1, T, S + T], block-causal over positions."""
         length = position_ids.shape[1]
         if attention_mask is None:
             block = position_ids // self.config.block_length
