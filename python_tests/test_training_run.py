@@ -40,6 +40,12 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """Drawing takes longer than training here; `whole`, of module scope, is drawn."""
+    monkeypatch.setattr(loop.Metrics, "draw", lambda self: None)
+
+
 def arguments(folder, output, *more):
     # 6 steps of 4 rows in micro batches of 2: two epochs of 12
     return [
@@ -329,7 +335,7 @@ def test_a_mistake_is_told_in_one_line(folder, tmp_path, capsys):
         ([*given, "--output", str(tmp_path / "file")], "--output must be a folder, got the file"),
         (
             ["--config", "ring_walk", "--steps", "3"],
-            "takes --output, --ops and --threads, got --st",
+            "takes --output, --ops and --threads, got --",
         ),
         (["--config", str(tmp_path / "none")], "must be ring_walk or a JSON file, got no file"),
     ]

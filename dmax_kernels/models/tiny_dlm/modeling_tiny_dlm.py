@@ -171,7 +171,7 @@ class TinyDlmModel(TinyDlmPreTrainedModel):
         )
 
     def _mask(self, attention_mask, position_ids, cached, batch, dtype):
-        """The given mask, checked; by default [B or 1, 1, T, S + T], block-causal over positions."""
+        """The given mask, checked; or a block-causal one over positions, [B or 1, 1, T, S + T]."""
         length = position_ids.shape[1]
         if attention_mask is None:
             block = position_ids // self.config.block_length
