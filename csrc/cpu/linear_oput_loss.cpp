@@ -93,7 +93,23 @@ std::vector<float> widened_bias(const OptionalTensor& bias) {
   return wide;
 }
 
-// out = a b + out (+ nothing where `first`), float32, past the dispatcher and so past autocast
+// Rows [from, from + count)
+Tensor part(Tensor matrix, int64_t from, int64_t count) {
+  return torch::stable::narrow(matrix, 0, from, count);
+}
+
+// The same in float32: themselves where they are, else widened into `buffer`
+Tensor widened_part(const Tensor& matrix, int64_t from, int64_t count, const Tensor& buffer) {
+  const Tensor rows = part(matrix, from, count);
+  if (matrix.scalar_type() == ScalarType::Float) return rows;
+  Tensor wide = part(buffer, 0, count);
+  torch::stable::copy_(wide, rows);
+  return wide;
+}
+
+Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+// out = a b + (first ? 0 : out) in float32, past the dispatcher and so past autocast
 void accumulate_product(const Tensor& a, const Tensor& b, bool first, const Tensor& out) {
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), first ? 0.0 : 1.0, 1.0));
@@ -127,6 +143,19 @@ void add_column_sums(const float* x, int64_t rows, int64_t row_stride, int64_t c
     }
   });
 }
+
+// What the forward pass keeps of the tokens of a row that it has seen
+struct LossState {
+  OnlineStats stats;
+  float target_logit = 0;  // of the one group that holds the target
+  double logit_sum = 0;    // where labels are smoothed
+
+  void merge(const LossState& later) {
+    stats.merge(later.stats, 1.0);
+    target_logit += later.target_logit;
+    logit_sum += later.logit_sum;
+  }
+};
 
 // Rows of float32 back to their places in both passes' gradients; other rows are 0
 std::array<Tensor, kPasses> scattered_gradients(const StackedRows& stacked,
@@ -170,36 +199,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss(
   const std::array<PassResults, kPasses> results{empty_results(hidden_masked, weight, target),
                                                  empty_results(hidden_predicted, weight, target)};
   const StackedRows stacked = stacked_rows(hidden_masked, hidden_predicted, ids, ignore_index);
-  const TileKernels<float>& kernels = tile_kernels<float>();
   const int64_t block = std::min(stacked.size(), kLinearRows);
   const Tensor buffer = empty_like_device(weight, {block, sizes.dim}, weight.scalar_type());
-
-  std::vector<double> logit_sums(block);
-  std::vector<float> target_logits(block);
   for (int64_t first_row = 0; first_row < stacked.size(); first_row += block) {
     const int64_t m = std::min(block, stacked.size() - first_row);
     gather_rows(stacked, first_row, m, buffer);
-    std::vector<OnlineStats> stats(m);
-    std::fill(logit_sums.begin(), logit_sums.end(), 0.0);
     const auto row_of = [&](int64_t i) -> const StackedRow& { return stacked.rows[first_row + i]; };
-    for_each_logits_block(part(buffer, 0, 0, m), weight, bias, -1,
-                          [&](int64_t i, const float* x, int64_t n, int64_t first_id) {
-                            stats[i].add(kernels, x, n, first_id, 1.0);
-                            const int64_t place = targets[row_of(i).row] - first_id;
-                            if (place >= 0 && place < n) target_logits[i] = x[place];
-                            if (label_smoothing != 0) logit_sums[i] += kernels.sum(x, n, 0.0f);
-                          });
-    for (int64_t i = 0; i < m; ++i) {
-      const double maximum = stats[i].maximum;
-      const double log_rest = std::isfinite(maximum) ? std::log1p(stats[i].rest)
-                                                     : std::numeric_limits<double>::quiet_NaN();
-      const auto [pass, row] = row_of(i);
-      results[pass].loss.mutable_data_ptr<float>()[row] =
-          static_cast<float>(loss_of_row(maximum, log_rest, target_logits[i], options,
-                                         [&] { return maximum - logit_sums[i] / sizes.vocab; }));
-      results[pass].logsumexp.mutable_data_ptr<float>()[row] =
-          static_cast<float>(maximum + log_rest);
-    }
+    reduce_linear_rows<LossState>(
+        part(buffer, 0, m), weight, bias, -1,
+        [&](int64_t i, LossState& state, const TileKernels<float>& kernels, const float* x,
+            int64_t n, int64_t first_id) {
+          state.stats.add(kernels, x, n, first_id, 1.0);
+          const int64_t place = targets[row_of(i).row] - first_id;
+          if (place >= 0 && place < n) state.target_logit = x[place];
+          if (label_smoothing != 0) state.logit_sum += kernels.sum(x, n, 0.0f);
+        },
+        [](LossState& state, const LossState& later) { state.merge(later); },
+        [&](int64_t i, const LossState& state) {
+          const double maximum = state.stats.maximum;
+          const double log_rest = std::isfinite(maximum) ? std::log1p(state.stats.rest)
+                                                         : std::numeric_limits<double>::quiet_NaN();
+          const auto [pass, row] = row_of(i);
+          results[pass].loss.mutable_data_ptr<float>()[row] =
+              static_cast<float>(loss_of_row(maximum, log_rest, state.target_logit, options, [&] {
+                return maximum - state.logit_sum / sizes.vocab;
+              }));
+          results[pass].logsumexp.mutable_data_ptr<float>()[row] =
+              static_cast<float>(maximum + log_rest);
+        });
   }
   return {results[0].loss, results[1].loss, results[0].logsumexp, results[1].logsumexp};
 }
@@ -251,16 +278,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
 
   for (int64_t first = 0; first < vocab && num_rows > 0; first += block_tokens) {
     const int64_t n = std::min(block_tokens, vocab - first);
-    const Tensor weight_block = wide_rows(weight, first, n, weight_buffer);
+    const Tensor weight_block = widened_part(weight, first, n, weight_buffer);
     Tensor grad_block;
-    if (needs_weight)
-      grad_block = narrow ? part(grad_buffer, 0, 0, n) : part(grad_weight, 0, first, n);
+    if (needs_weight) grad_block = narrow ? part(grad_buffer, 0, n) : part(grad_weight, first, n);
     std::vector<double> column_sums(needs_bias ? n : 0);
     for (int64_t row = 0; row < num_rows; row += block_rows) {
       const int64_t m = std::min(block_rows, num_rows - row);
-      const Tensor hidden_block = part(hidden, 0, row, m);
-      const Tensor x = part(part(logits, 0, 0, m), 1, 0, n);
-      multiply_transposed(hidden_block, weight_block, x);
+      const Tensor hidden_block = part(hidden, row, m);
+      Tensor rows_of_logits = part(logits, 0, m);
+      const Tensor x = torch::stable::narrow(rows_of_logits, 1, 0, n);
+      accumulate_product(hidden_block, transposed(weight_block), true, x);
       parallel_for(m, std::max<int64_t>(1, 16384 / n), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           float* values = logits_data + i * block_tokens;
@@ -273,15 +300,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
                         grad_losses[pass].const_data_ptr<float>()[at], options);
         }
       });
-      if (needs_hidden)
-        accumulate_product(x, weight_block, first == 0, part(grad_hidden, 0, row, m));
+      if (needs_hidden) accumulate_product(x, weight_block, first == 0, part(grad_hidden, row, m));
       if (needs_weight) {
-        accumulate_product(torch::stable::transpose(x, 0, 1), hidden_block, row == 0, grad_block);
+        accumulate_product(transposed(x), hidden_block, row == 0, grad_block);
       }
       if (needs_bias) add_column_sums(logits_data, m, block_tokens, n, column_sums.data());
     }
     if (needs_weight && narrow) {
-      Tensor out = part(grad_weight, 0, first, n);
+      Tensor out = part(grad_weight, first, n);
       torch::stable::copy_(out, grad_block);
     }
     if (needs_bias) {
