@@ -49,6 +49,9 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
         self.group = group
+        if group.is_first:
+            for left in folder.glob(".step-*.tmp"):  # of a process that was killed
+                shutil.rmtree(left)
 
     def all(self) -> list[Path]:
         """Oldest first."""
@@ -74,34 +77,48 @@ class Checkpoints:
             CheckpointNotWritten: on every process, whichever of them failed.
         """
         path, temporary = self.folder / f"step-{step:08d}", self.folder / f".step-{step:08d}.tmp"
-        problem: BaseException | None = None
-        try:
+
+        def make_folder() -> None:
             if self.group.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
                 (temporary / STATE).mkdir(parents=True)
-            self.group.sum([0.0])  # the folder is there
-            write_model(temporary)
+
+        def write_state() -> None:
             with quiet():
                 distributed_checkpoint.save(state, checkpoint_id=temporary / STATE)
+
+        def rename() -> None:
             if self.group.is_first:
                 (temporary / STATE / "run.json").write_text(json.dumps(run, indent=1) + "\n")
-        except (Exception, CheckpointException) as error:
-            problem = error
-        failed = self.group.sum([float(problem is not None)])[0] > 0
-        if failed:
-            if self.group.is_first:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointNotWritten(
-                f"the checkpoint of step {step} could not be written to {self.folder} "
-                f"({reason(problem)}); the last good one is {self.newest() or 'not there yet'}"
-            ) from problem
+                shutil.rmtree(path, ignore_errors=True)  # of a run that went on from an older one
+                temporary.rename(path)
+
+        for action in (make_folder, lambda: write_model(temporary), write_state, rename):
+            problem = self.attempt(action)
+            if problem is not None:
+                if self.group.is_first:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                raise CheckpointNotWritten(
+                    f"the checkpoint of step {step} could not be written to {self.folder} "
+                    f"({problem}); the last good one is {self.newest() or 'not there yet'}"
+                )
         if self.group.is_first:
-            shutil.rmtree(path, ignore_errors=True)  # of a run that went on from an older one
-            temporary.rename(path)
             for old in self.all()[: -self.keep] if self.keep else []:
                 shutil.rmtree(old)
-        self.group.sum([0.0])  # renamed before another process looks for it
         return path
+
+    def attempt(self, action: Callable[[], None]) -> str | None:
+        """What went wrong, on this process or another: after it, all go the same way.
+
+        A process alone in its error would leave the others waiting in their next collective.
+        """
+        problem = None
+        try:
+            action()
+        except (Exception, CheckpointException) as error:
+            problem = reason(error)
+        failed = self.group.sum([float(problem is not None)])[0] > 0
+        return problem or ("another process failed" if failed else None)
 
 
 def read_run(checkpoint: Path) -> dict[str, Any]:
@@ -124,9 +141,8 @@ def quiet() -> warnings.catch_warnings:
     return warnings.catch_warnings(action="ignore", category=UserWarning)
 
 
-def reason(error: BaseException | None) -> str:
+def reason(error: BaseException) -> str:
     """One line: an exception that carries those of several processes says the first."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    text = str(error).strip().splitlines() if error is not None else ["another process failed"]
-    return f"{type(error).__name__}: {text[0]}" if text and error is not None else text[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
