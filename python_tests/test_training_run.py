@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, whole, tmp_path, capsys
         return (values[0] * torch.nan, values[1]) if broken.step == 2 and 0 in index else values
 
     def step(self, number, examples):
-        broken.step = number
+        broken.step, broken.trainer = number, self
         return trainer_step(self, number, examples)
 
     trainer_step = loop.Trainer.step
@@ -240,6 +240,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, whole, tmp_path, capsys
     assert message.count("walks.jsonl:") == 4  # the batch's records
     assert f"the last good checkpoint is {tmp_path / 'checkpoints' / 'step-00000002'}" in message
     assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 2]
+    assert_equal_weights(broken.trainer.net.model.state_dict(), weights(tmp_path, 2))
     monkeypatch.undo()
     assert losses(train(folder, tmp_path)) == losses(metrics(whole))
 
