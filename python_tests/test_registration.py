@@ -61,6 +61,20 @@ def samples():
         "top1_partial": ((logits, 100), {}),
         "top1_merge": (stacked, {}),
         "linear_top1_confidence": ((randn(3, 4, 6), randn(50, 6), randn(50)), {}),
+        "linear_oput_loss": (
+            (
+                randn(3, 4, 6, grad=True),
+                randn(3, 4, 6),
+                randn(50, 6, grad=True),
+                target,
+                randn(50, grad=True),
+            ),
+            {"z_loss": 0.1},
+        ),
+        "linear_oput_loss_backward": (
+            (lse, lse, randn(3, 4, 6), randn(3, 4, 6), randn(50, 6), target, lse, lse, randn(50)),
+            {"needs_predicted": False},
+        ),
         "linear_sample_tokens": ((randn(3, 4, 6), randn(50, 6), torch.tensor([1, 2])), {}),
     }
 

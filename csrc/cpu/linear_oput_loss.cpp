@@ -10,9 +10,11 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <array>
+#include <memory>
 
 #include "cpu/linear_rows.h"
 #include "cpu/loss_rows.h"
+#include "cpu/stacked_rows.h"
 
 namespace dmax::cpu {
 
@@ -20,67 +22,6 @@ namespace {
 
 constexpr int64_t kGradTokens = 1024;
 constexpr int64_t kGradRows = 512;
-constexpr int kPasses = 2;  // masked, predicted
-
-struct StackedRow {
-  int pass;
-  int64_t row;
-};
-
-// The hidden states of both passes and which of their rows count
-struct StackedRows {
-  std::array<std::optional<RowView>, kPasses> hidden;
-  std::vector<StackedRow> rows;
-
-  int64_t size() const { return static_cast<int64_t>(rows.size()); }
-
-  template <class T>
-  const T* row(int64_t i) const {
-    const RowView& view = *hidden[rows[i].pass];
-    return static_cast<const T*>(view.tensor.const_data_ptr()) + rows[i].row * view.row_stride;
-  }
-};
-
-StackedRows stacked_rows(const OptionalTensor& masked, const OptionalTensor& predicted,
-                         const Tensor& target_ids, int64_t ignore_index) {
-  StackedRows stacked;
-  const std::vector<int64_t> with_target = rows_with_target(target_ids, ignore_index);
-  int pass = 0;
-  for (const OptionalTensor& hidden : {masked, predicted}) {
-    if (hidden) {
-      stacked.hidden[pass] = row_view(*hidden);
-      for (const int64_t row : with_target) stacked.rows.push_back({pass, row});
-    }
-    ++pass;
-  }
-  return stacked;
-}
-
-// Stacked rows [from, from + count) as they are stored
-void gather_rows(const StackedRows& stacked, int64_t from, int64_t count, const Tensor& out) {
-  dispatch_float(out.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    const int64_t dim = out.size(1);
-    T* data = static_cast<T*>(out.mutable_data_ptr());
-    for (int64_t i = 0; i < count; ++i) {
-      std::copy_n(stacked.row<T>(from + i), dim, data + i * dim);
-    }
-  });
-}
-
-// All stacked rows in float32
-Tensor widened_rows(const StackedRows& stacked, const Tensor& like, int64_t dim) {
-  Tensor wide = torch::stable::new_zeros(like, {stacked.size(), dim}, ScalarType::Float);
-  float* data = wide.mutable_data_ptr<float>();
-  dispatch_float(like.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    for (int64_t i = 0; i < stacked.size(); ++i) {
-      tile_kernels<T>().add_scaled(data + i * dim, stacked.row<T>(i), 1.0f, dim);
-    }
-  });
-  return wide;
-}
-
 std::vector<float> widened_bias(const OptionalTensor& bias) {
   if (!bias) return {};
   std::vector<float> wide(bias->numel(), 0.0f);
@@ -113,6 +54,46 @@ Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix
 void accumulate_product(const Tensor& a, const Tensor& b, bool first, const Tensor& out) {
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), first ? 0.0 : 1.0, 1.0));
+}
+
+// 16-bit hidden states in the layout of the product kernels, one buffer per block of rows
+std::vector<std::unique_ptr<AlignedBuffer>> packed_rows(const StackedRows& stacked,
+                                                        const Tensor& weight) {
+  const int64_t dim = weight.size(1);
+  std::vector<std::unique_ptr<AlignedBuffer>> blocks;
+  const Tensor buffer =
+      empty_like_device(weight, {std::min(stacked.size(), kGradRows), dim}, weight.scalar_type());
+  for (int64_t row = 0; row < stacked.size(); row += kGradRows) {
+    const int64_t m = std::min(kGradRows, stacked.size() - row);
+    gather_rows(stacked, row, m, buffer);
+    dispatch_float(weight.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      const ProductKernels<T>& products = product_kernels<T>();
+      blocks.push_back(std::make_unique<AlignedBuffer>(products.packed_bytes(m, dim)));
+      products.pack_rows(matrix_view<T>(buffer), m, dim, blocks.back()->data);
+    });
+  }
+  return blocks;
+}
+
+// logits[i * stride + j] of m packed rows and of tokens first .. first + n, not rounded to 16 bits
+void packed_product(const AlignedBuffer& packed, int64_t m, const Tensor& weight, int64_t first,
+                    int64_t n, float* logits, int64_t stride) {
+  const int64_t dim = weight.size(1);
+  dispatch_float(weight.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const ProductKernels<T>& products = product_kernels<T>();
+    const MatrixView<T> view = matrix_view<T>(weight);
+    parallel_for((n + kProductTokens - 1) / kProductTokens, 1, [&](int64_t begin, int64_t end) {
+      const AlignedBuffer scratch(products.scratch_bytes(dim, m));
+      for (int64_t t = begin * kProductTokens; t < std::min(n, end * kProductTokens);
+           t += kProductTokens) {
+        const MatrixView<T> tokens{view.row(first + t), view.row_stride, view.column_stride};
+        products.multiply(tokens, std::min(kProductTokens, n - t), dim, packed.data, m,
+                          scratch.data, logits + t, stride);
+      }
+    });
+  });
 }
 
 struct PassResults {
@@ -156,34 +137,6 @@ struct LossState {
     logit_sum += later.logit_sum;
   }
 };
-
-// Rows of float32 back to their places in both passes' gradients; other rows are 0
-std::array<Tensor, kPasses> scattered_gradients(const StackedRows& stacked,
-                                                const std::array<OptionalTensor, kPasses>& hidden,
-                                                const std::array<bool, kPasses>& needed,
-                                                const Tensor& weight, const Tensor& rows) {
-  std::array<Tensor, kPasses> grads;
-  std::array<void*, kPasses> data{};
-  for (int pass = 0; pass < kPasses; ++pass) {
-    const bool wanted = needed[pass] && hidden[pass];
-    grads[pass] = torch::stable::new_zeros(weight, wanted ? sizes_of(*hidden[pass]) : Sizes{0},
-                                           weight.scalar_type());
-    if (wanted) data[pass] = grads[pass].mutable_data_ptr();
-  }
-  if (rows.numel() == 0) return grads;
-  const int64_t dim = rows.size(1);
-  const float* values = rows.const_data_ptr<float>();
-  dispatch_float(weight.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    for (int64_t i = 0; i < stacked.size(); ++i) {
-      const auto [pass, row] = stacked.rows[i];
-      if (data[pass] == nullptr) continue;
-      T* out = static_cast<T*>(data[pass]) + row * dim;
-      tile_kernels<T>().store_scaled(out, values + i * dim, 1.0f, dim);
-    }
-  });
-  return grads;
-}
 
 }  // namespace
 
@@ -264,6 +217,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
   const int64_t block_rows = std::min(num_rows, kGradRows);
   const int64_t block_tokens = std::min(vocab, kGradTokens);
   const Tensor hidden = widened_rows(stacked, weight, dim);
+  const auto packed =
+      narrow ? packed_rows(stacked, weight) : std::vector<std::unique_ptr<AlignedBuffer>>{};
   const Tensor grad_hidden = buffer(needs_hidden ? num_rows : 0, dim);
   const Tensor grad_weight = torch::stable::new_zeros(
       weight, needs_weight ? Sizes{vocab, dim} : Sizes{0}, weight.scalar_type());
@@ -287,7 +242,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
       const Tensor hidden_block = part(hidden, row, m);
       Tensor rows_of_logits = part(logits, 0, m);
       const Tensor x = torch::stable::narrow(rows_of_logits, 1, 0, n);
-      accumulate_product(hidden_block, transposed(weight_block), true, x);
+      if (narrow) {
+        packed_product(*packed[row / block_rows], m, weight, first, n, logits_data, block_tokens);
+      } else {
+        accumulate_product(hidden_block, transposed(weight_block), true, x);
+      }
       parallel_for(m, std::max<int64_t>(1, 16384 / n), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           float* values = logits_data + i * block_tokens;

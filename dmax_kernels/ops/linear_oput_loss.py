@@ -120,7 +120,8 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
 
 def _backward(ctx, grad_masked, grad_predicted, *_):
     *inputs, bias, logsumexp_masked, logsumexp_predicted = ctx.saved_tensors
-    masked, predicted, weight, _, biased = ctx.needs_input_grad
+    masked, predicted, weight, _, *biased = ctx.needs_input_grad  # ends before a default bias
+    needed = (masked, predicted, weight, any(biased))
     grads = torch.ops.dmax.linear_oput_loss_backward(
         grad_masked,
         grad_predicted,
@@ -129,16 +130,13 @@ def _backward(ctx, grad_masked, grad_predicted, *_):
         logsumexp_predicted,
         bias,
         **ctx.options,
-        needs_masked=masked,
-        needs_predicted=predicted,
-        needs_weight=weight,
-        needs_bias=biased,
+        needs_masked=needed[0],
+        needs_predicted=needed[1],
+        needs_weight=needed[2],
+        needs_bias=needed[3],
     )
-    needed = (masked, predicted, weight, biased)
-    masked, predicted, weight, biased = (
-        g if need else None for g, need in zip(grads, needed, strict=True)
-    )
-    return masked, predicted, weight, None, biased
+    *grads, grad_bias = (g if need else None for g, need in zip(grads, needed, strict=True))
+    return *grads, None, grad_bias  # none for the target
 
 
 torch.library.register_autograd("dmax::linear_oput_loss", _backward, setup_context=_setup_context)
