@@ -343,6 +343,10 @@ def test_a_mistake_is_told_in_one_line(folder, tmp_path, capsys):
         ),
         (["--config", str(tmp_path / "none")], "must be ring_walk or a JSON file, got no file"),
     ]
+    if not torch.cuda.is_available():
+        cases.append(
+            ([*given, "--device", "cuda"], "--device must be cpu where torch finds no GPU")
+        )
     for more, message in cases:
         output = [] if "--output" in more else ["--output", str(tmp_path / "run")]
         assert main(["train", *more, *output]) == 1, more

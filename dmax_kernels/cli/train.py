@@ -19,7 +19,7 @@ examples:
       --precision bf16-master --attention flex --gradient-checkpointing --micro-batch-size 1
   # the same over 8 GPUs; torchrun starts the processes, FSDP2 shards the model
   torchrun --nproc-per-node 8 -m dmax_kernels train --model ... --data ... --output run
-  # the shipped tiny checkpoints, from nothing (about an hour on one CPU core)
+  # the shipped tiny checkpoints, from nothing (--ops reference unless given)
   python -m dmax_kernels train --config ring_walk --output ring_walk_checkpoints
 
 data: one record a line,
@@ -124,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_option(group: argparse._ArgumentGroup, item: Any) -> None:
     flag = "--" + item.name.replace("_", "-")
     text = item.metadata["help"].replace("%", "%%")
-    if item.default not in (None, False):
+    if item.default is not None and item.default is not False:
         pair = isinstance(item.default, tuple)
         text += f" ({' '.join(map(str, item.default)) if pair else item.default})"
     if item.type == "bool":

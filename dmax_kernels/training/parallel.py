@@ -51,6 +51,8 @@ class Processes:
 def processes(device: str | None) -> Iterator[Processes]:
     """The processes that torchrun started, or this one alone."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device must be cpu where torch finds no GPU, got cuda")
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield Processes(0, 1, torch.device(name))
         return
