@@ -53,6 +53,11 @@ def inputs(rows: int, dim: int, vocab: int, dtype: torch.dtype, device: str):
     return [normal(rows, dim) for _ in range(2)], weight.requires_grad_(), target
 
 
+def gradient_bytes(rows: int, dim: int, vocab: int, dtype: str) -> int:
+    """Of both hidden states and the head: no way can take less."""
+    return (2 * rows + vocab) * dim * DTYPES[dtype].itemsize
+
+
 def high_water() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -98,9 +103,12 @@ def draw(record: dict, path: Path) -> None:
         axes.bar(places, values, width=0.25, color=colors[way], label=way)
         for place, value in zip(places, values, strict=True):
             axes.text(place, value * 1.05, f"{value:.0f}", ha="center", fontsize=7)
+    for i, n in enumerate(rows):
+        floor = next(e["gradients"] for e in record["memory"] if e["rows"] == n) / MEGABYTE
+        axes.plot([i - 0.4, i + 0.4], [floor, floor], color="#d1495b", lw=1.5)
     axes.set_yscale("log")
     axes.set_xticks(range(len(rows)), [f"{n} positions" for n in rows])
-    axes.set_ylabel("MB on top of the inputs")
+    axes.set_ylabel("MB on top of the inputs (red: gradients alone)", fontsize=8)
     sizes, machine = record["sizes"], record["machine"]
     device = machine["GPU"] if machine["GPU"] != "none" else machine["CPU"]
     axes.set_title(
@@ -136,12 +144,17 @@ def main() -> None:
         print(peak_bytes(options.measure, *sizes))
         return
 
-    print(f"way          positions  x 2 passes, D = {options.dim}, V = {options.vocab}")
+    print(f"D = {options.dim}, V = {options.vocab}, {options.dtype}; MB of gradients, MB in all")
     memory = []
     for rows in options.rows:
+        gradients = gradient_bytes(rows, options.dim, options.vocab, options.dtype)
         for way in WAYS:
-            memory.append({"way": way, "rows": rows, "bytes": measured(way, rows, options)})
-            print(f"{way:<12} {rows:>9}  {memory[-1]['bytes'] / MEGABYTE:>10.1f} MB", flush=True)
+            entry = {"way": way, "rows": rows, "gradients": gradients}
+            memory.append(entry | {"bytes": measured(way, rows, options)})
+            print(
+                f"{way:<12} 2 x {rows:<6} {gradients / MEGABYTE:>9.1f} "
+                f"{memory[-1]['bytes'] / MEGABYTE:>9.1f}", flush=True,
+            )  # fmt: skip
     if options.output:
         sizes = {name: getattr(options, name) for name in ("dim", "vocab", "dtype", "threads")}
         record = {"machine": machine_facts(), "sizes": sizes, "memory": memory}
