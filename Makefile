@@ -20,7 +20,7 @@ fuzz: build-cpu
 	DMAX_FUZZ_EXAMPLES=2000 $(PYTHON) -m pytest python_tests/test_fuzz.py -m "slow or not slow"
 
 train: build-cpu
-	$(PYTHON) -m dmax_kernels train
+	$(PYTHON) -m dmax_kernels train --config ring_walk
 
 bench: build-cpu
 	$(PYTHON) bench/run.py --output build/bench/results.json

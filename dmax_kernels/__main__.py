@@ -12,7 +12,7 @@ COMMANDS = {
     "info": "versions, build, and which backend serves each op on each device",
     "demo": "decode held-out problems with the shipped checkpoints: table, page, picture",
     "bench": "time one op at one shape beside the eager PyTorch it replaces",
-    "train": "make the three checkpoints of the demo from nothing",
+    "train": "train a block-diffusion model on conversations (OPUT); or the demo's, from nothing",
 }
 
 

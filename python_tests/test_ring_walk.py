@@ -7,9 +7,9 @@ import pytest
 
 from dmax_kernels.models import ring_walk
 from dmax_kernels.models.ring_walk import Problem, grade, render_prompt, render_response
-from dmax_kernels.training.data import ring_walk_examples
-from dmax_kernels.training.distill import draw_problems
-from dmax_kernels.training.stages import BASE, BASE_BLOCK16, DISTILLATION
+from dmax_kernels.training.ring_walk.data import ring_walk_examples
+from dmax_kernels.training.ring_walk.distill import draw_problems
+from dmax_kernels.training.ring_walk.stages import BASE, BASE_BLOCK16, DISTILLATION
 
 PROBLEM = Problem(start=9, moves=("u2", "d1"), order=(1, 0))
 RIGHT = "s1 9 u2 goes to 1 ; s2 then we 1 d1 is 0 . so the answer is 0 <eos>"
@@ -71,7 +71,8 @@ def test_held_out_walks_occur_in_no_training_data():
     for problem in draw_problems(DISTILLATION):
         assert not ring_walk.is_held_out(problem.start, problem.moves)
     for stage in (BASE_BLOCK16, BASE):
-        stream = ring_walk_examples(stage.num_moves, stage.block_length, stage.seed)
+        config = stage.config
+        stream = ring_walk_examples(stage.num_moves, config.block_length, config.seed)
         for example in islice(stream, 3000):
             words = [word for word in ring_walk.decode(example.prompt) if word != "?"]
             pairs = dict(zip(words[:-3:2], words[1:-3:2], strict=True))

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -62,16 +66,24 @@ def build_model(block_length: int) -> TinyDlmForCausalLM:
     )
 
 
+def write_checkpoint(
+    model: TinyDlmForCausalLM, path: Path, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Config, safetensors, tokenizer and the model's code, into a folder."""
+    model.config.auto_map = dict(AUTO_MAP)
+    with no_progress_bar():
+        model.save_pretrained(path, state_dict=weights)
+    save_tokenizer(path)
+    for name in REMOTE_CODE:
+        shutil.copyfile(Path(__file__).parent / "tiny_dlm" / name, path / name)
+
+
 def save_checkpoint(model: TinyDlmForCausalLM, path: Path) -> None:
-    """Writes config, safetensors, tokenizer and the model's code; the folder appears whole."""
+    """`write_checkpoint` into a folder that appears whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.config.auto_map = dict(AUTO_MAP)
-        model.save_pretrained(temporary)
-        save_tokenizer(temporary)
-        for name in REMOTE_CODE:
-            shutil.copyfile(Path(__file__).parent / "tiny_dlm" / name, temporary / name)
+        write_checkpoint(model, temporary)
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)
@@ -79,30 +91,59 @@ def save_checkpoint(model: TinyDlmForCausalLM, path: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_checkpoint(name: str | os.PathLike) -> tuple[TinyDlmForCausalLM, PreTrainedTokenizerFast]:
-    """Model (in evaluation mode) and tokenizer of a shipped checkpoint or of a folder.
+def write_like(
+    source: Path, model: Any, tokenizer: Any, weights: dict[str, Tensor], path: Path
+) -> None:
+    """A folder for a model that was loaded from `source`, with other weights.
 
-    Args:
-        name: "base", "oput" or "control", or the path of a Hugging Face folder, whose own code is
-            run (`trust_remote_code=True`).
+    Code that came with the checkpoint goes along: without it the folder could not be loaded.
     """
-    shipped = str(name) in SHIPPED
-    path = SHIPPED_DIR / str(name) if shipped else Path(name)
+    with no_progress_bar():
+        model.save_pretrained(path, state_dict=weights)
+    tokenizer.save_pretrained(path)
+    for file in source.glob("*.py"):
+        shutil.copyfile(file, path / file.name)
+
+
+def checkpoint_folder(name: str | os.PathLike) -> Path:
+    """The folder of a shipped checkpoint or, as it is, of any other."""
+    path = SHIPPED_DIR / str(name) if str(name) in SHIPPED else Path(name)
     if not (path / "config.json").is_file():
         raise ValueError(
             f"load_checkpoint: name must be one of {', '.join(SHIPPED)} or a folder with a "
             f"config.json, got {str(name)!r}"
         )
+    return path
+
+
+def load_checkpoint(
+    name: str | os.PathLike, **options: Any
+) -> tuple[TinyDlmForCausalLM, PreTrainedTokenizerFast]:
+    """Model (in evaluation mode) and tokenizer of a shipped checkpoint or of a folder.
+
+    Args:
+        name: "base", "oput" or "control", or the path of a Hugging Face folder, whose own code is
+            run (`trust_remote_code=True`).
+        options: for the model's `from_pretrained`, such as `attn_implementation`.
+    """
+    path = checkpoint_folder(name)
+    with no_progress_bar():
+        if str(name) in SHIPPED:
+            model = TinyDlmForCausalLM.from_pretrained(path, **options)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **options)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """transformers draws bars of its own, also for a small file."""
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        if shipped:
-            model = TinyDlmForCausalLM.from_pretrained(path)
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+        yield
     finally:
         if bar:
             logging.enable_progress_bar()
-    return model.eval(), tokenizer

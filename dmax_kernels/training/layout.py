@@ -9,6 +9,8 @@ no other token looks at it. Only noisy parts go through the head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,19 +49,6 @@ class Layout:
         clean = torch.arange(self.length - self.block_length)
         return torch.cat([noisy] * self.num_noisy + [clean])[None]
 
-    @property
-    def attention_mask(self) -> Tensor:
-        """bool [1, 1, T, T], True where the query (row) attends to the key (column)."""
-        block = self.position_ids[0] // self.block_length
-        part = torch.full_like(block, self.num_noisy)  # the clean part
-        for i in range(self.num_noisy):
-            part[i * self.noisy_length : (i + 1) * self.noisy_length] = i
-        query_block, key_block = block[:, None], block[None, :]
-        query_part, key_part = part[:, None], part[None, :]
-        own_block = (query_part == key_part) & (query_block == key_block)
-        earlier_clean = (key_part == self.num_noisy) & (key_block < query_block)
-        return (own_block | earlier_clean)[None, None]
-
     def pack(self, noisy: list[Tensor], clean: Tensor) -> Tensor:
         """Token ids [B, T] from noisy parts [B, noisy_length] and clean tokens [B, length]."""
         return torch.cat([*noisy, clean[:, : self.length - self.block_length]], dim=1)
@@ -67,3 +56,27 @@ class Layout:
     def noisy_parts(self, states: Tensor) -> tuple[Tensor, ...]:
         """The noisy parts [B, noisy_length, ...] of per-token states [B, T, ...]."""
         return states[:, : self.num_noisy * self.noisy_length].chunk(self.num_noisy, dim=1)
+
+
+# One mask serves all rows and all batches of a shape. Eight shapes are kept: at 2 x 4096 tokens a
+# boolean mask has 64 MiB, and an additive float mask per micro batch would have 256.
+@lru_cache(maxsize=8)
+def attention_mask(layout: Layout, attention: str, device: torch.device) -> Any:
+    """What sees what: bool [1, 1, T, T] (True: attend) for "sdpa", a `BlockMask` for "flex"."""
+    block = layout.position_ids[0].to(device) // layout.block_length
+    part = torch.full_like(block, layout.num_noisy)  # the clean part
+    for i in range(layout.num_noisy):
+        part[i * layout.noisy_length : (i + 1) * layout.noisy_length] = i
+
+    def visible(row: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
+        own_block = (part[query] == part[key]) & (block[query] == block[key])
+        earlier_clean = (part[key] == layout.num_noisy) & (block[key] < block[query])
+        return own_block | earlier_clean
+
+    tokens = block.shape[0]
+    if attention == "flex":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        return create_block_mask(visible, None, None, tokens, tokens, device=device)
+    places = torch.arange(tokens, device=device)
+    return visible(None, None, places[:, None], places[None, :])[None, None]

@@ -1,10 +1,12 @@
-"""Muon for the hidden matrices, AdamW for the embedding and the head."""
+"""AdamW, or Muon for the hidden matrices with AdamW for the embedding and the head."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+
+from dmax_kernels.training.config import TrainConfig
 
 # Quintic whose iterates push singular values towards 1 (K. Jordan et al., "Muon", 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -54,12 +56,20 @@ class Muon(Optimizer):
                     param.sub_(update, alpha=step_size)
 
 
-def build_optimizers(model: nn.Module, muon_lr: float, adamw_lr: float) -> list[Optimizer]:
-    """Muon on the matrices inside the layers, AdamW (no weight decay) on everything else."""
-    hidden = [p for p in model.model.layers.parameters() if p.dim() == 2]
+def build_optimizers(
+    config: TrainConfig, parameters: dict[str, nn.Parameter], layers: set[str]
+) -> list[Optimizer]:
+    """AdamW; or Muon on the matrices inside the layers and AdamW on everything else.
+
+    Args:
+        layers: names of the parameters inside the decoder's layers.
+    """
+    hidden = [p for name, p in parameters.items() if name in layers and p.dim() == 2]
+    if config.optimizer == "adamw":
+        hidden = []
     taken = {id(p) for p in hidden}
-    others = [p for p in model.parameters() if id(p) not in taken]
-    return [
-        Muon(hidden, lr=muon_lr),
-        AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    others = [p for p in parameters.values() if id(p) not in taken]
+    adamw = AdamW(
+        others, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )
+    return [Muon(hidden, lr=config.muon_learning_rate), adamw] if hidden else [adamw]

@@ -1,37 +1,41 @@
-"""Files of a training run: each is written whole or not at all."""
+"""What a run resumes from, as a flat dict of tensors: weights and the optimizers' moments.
+
+The generators need no state: every step seeds them from its own number. Sharded tensors (DTensor)
+stay sharded, each process writes its own part, and a run may go on with another number of them.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes a temporary file beside `path`, then renames it: an interruption leaves no half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def training_state(
+    parameters: Mapping[str, nn.Parameter], optimizers: list[Optimizer]
+) -> dict[str, Tensor]:
+    """References to every tensor that a step changes: to be written, or to be read into."""
+    state = {f"weight.{name}": parameter.detach() for name, parameter in parameters.items()}
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                for key, value in moments(optimizer, parameter).items():
+                    state[f"optimizer.{names[id(parameter)]}.{key}"] = value
+    return state
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    write_atomically(path, lambda file: torch.save(state, file))
-
-
-def load_state(path: Path) -> dict[str, Any] | None:
-    """The state saved at `path`, or None where there is none."""
-    if not path.exists():
-        return None
-    return torch.load(path, weights_only=True)
-
-
-def save_json(path: Path, value: Any) -> None:
-    write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=1) + "\n"))
+def moments(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The optimizer's state of a parameter, with zeros made where no step has made it yet."""
+    state = optimizer.state[parameter]
+    if not state:
+        if isinstance(optimizer, AdamW):
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            keys = ("exp_avg", "exp_avg_sq")
+        else:
+            keys = ("momentum",)
+        for key in keys:
+            state[key] = torch.zeros_like(parameter).detach()
+    return state

@@ -5,9 +5,12 @@ positions and causal between blocks. There is no shift: the logits at a position
 at that position. Shapes: B rows, T positions, S cached positions, H heads, E head size, V words.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -48,6 +51,12 @@ def cached_keys_values(cache, layer_index):
     return cache.key_cache[layer_index], cache.value_cache[layer_index]
 
 
+@functools.cache
+def compiled_flex_attention():
+    """Uncompiled, FlexAttention holds all scores, which is what it is there to avoid."""
+    return torch.compile(flex_attention)
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer_index):
         super().__init__()
@@ -75,7 +84,11 @@ class Attention(nn.Module):
             past = cached_keys_values(cache, self.layer_index)
             if past is not None:
                 key, value = torch.cat((past[0], key), 2), torch.cat((past[1], value), 2)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        if isinstance(mask, BlockMask):
+            attend = compiled_flex_attention() if x.is_cuda else flex_attention
+            out = attend(query, key, value, block_mask=mask)
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, size))
 
 
@@ -97,6 +110,7 @@ class TinyDlmPreTrainedModel(PreTrainedModel):
     config_class = TinyDlmConfig
     base_model_prefix = "model"
     _supports_sdpa = True
+    _supports_flex_attn = True
 
     def _init_weights(self, module):
         if isinstance(module, nn.Linear):
@@ -157,13 +171,15 @@ class TinyDlmModel(TinyDlmPreTrainedModel):
         )
 
     def _mask(self, attention_mask, position_ids, cached, batch, dtype):
-        """A bool or additive mask [B or 1, 1, T, S + T]; by default block-causal over positions."""
+        """The given mask, checked; or a block-causal one over positions, [B or 1, 1, T, S + T]."""
         length = position_ids.shape[1]
         if attention_mask is None:
             block = position_ids // self.config.block_length
             mask = block[:, None, :, None] >= block[:, None, None, :]
             # What is cached are committed blocks: visible to all.
             return F.pad(mask, (cached, 0), value=True)
+        if isinstance(attention_mask, BlockMask):
+            return attention_mask
         expected = (1, length, cached + length)
         shape = tuple(attention_mask.shape)
         if len(shape) != 4 or shape[0] not in (1, batch) or shape[1:] != expected:
@@ -218,7 +234,8 @@ class TinyDlmForCausalLM(TinyDlmPreTrainedModel):
 
         Args:
             input_ids: int64 [B, T]; or `inputs_embeds` [B, T, D].
-            attention_mask: bool (True: attend) or additive floating point, [B or 1, 1, T, S + T].
+            attention_mask: bool (True: attend) or additive floating point, [B or 1, 1, T, S + T],
+                or FlexAttention's BlockMask of that shape.
                 None: block-causal over `position_ids`, all cached positions visible.
             position_ids: int64 [B or 1, T] or [T]; by default S, S + 1, ...
             past_key_values: a `DynamicCache` of S positions. With `use_cache=True` the new keys and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from tqdm import tqdm
 
 from dmax_kernels.decoding import generate
 from dmax_kernels.models import ring_walk
+from dmax_kernels.training.checkpoints import write_atomically
+from dmax_kernels.training.config import check_same_run
 from dmax_kernels.training.data import Example
-from dmax_kernels.training.run_stage import check_same_stage, plain
-from dmax_kernels.training.stages import Distillation
-from dmax_kernels.training.state import load_state, save_state
+from dmax_kernels.training.ring_walk.stages import Distillation
 
 # The longest right derivation of 6 moves has 73 tokens.
 MAX_NEW_TOKENS = 96
@@ -32,11 +33,11 @@ def distill(
     a response without one.
     """
     problems = draw_problems(settings)
-    state = load_state(state_path)
-    if state is not None:
-        check_same_stage(state["stage"], settings, state_path)
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        check_same_run(state["settings"], asdict(settings), state_path)
     else:
-        state = {"stage": plain(settings), "responses": [], "seconds": 0.0, "forwards": 0}
+        state = {"settings": asdict(settings), "responses": [], "seconds": 0.0, "forwards": 0}
     responses = state["responses"]
     model.eval()
     first = len(responses)
@@ -48,7 +49,7 @@ def distill(
             responses += written
             state["forwards"] += forwards
             state["seconds"] += time.perf_counter() - started
-            save_state(state_path, state)
+            write_atomically(state_path, lambda file: torch.save(state, file))
             progress.update(len(chunk))
     return state
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from dmax_kernels.decoding import generate
 from dmax_kernels.models import ring_walk
-from dmax_kernels.training.distill import MAX_NEW_TOKENS
+from dmax_kernels.training.ring_walk.distill import MAX_NEW_TOKENS
 
 
 def evaluate(

@@ -1,15 +1,15 @@
-"""The whole training, from nothing to three checkpoints.
+"""The whole recipe, from nothing to three checkpoints.
 
 base_block16 -> base -> distillation -> oput
                                      -> control
 
-Every finished step leaves a file in OUTPUT/state; the same call goes on from what it finds there.
+Every stage is a run in OUTPUT/stages/NAME; the same call goes on from what it finds there.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,15 @@ import transformers
 from torch import nn
 
 from dmax_kernels.models import ring_walk
-from dmax_kernels.models.checkpoint import build_model, save_checkpoint
-from dmax_kernels.training.data import (
-    Batch,
-    Example,
-    batches,
-    repeated_examples,
-    ring_walk_examples,
-)
-from dmax_kernels.training.distill import distill, distilled_examples
-from dmax_kernels.training.evaluate import evaluate
-from dmax_kernels.training.run_stage import plain, run_stage
-from dmax_kernels.training.stages import (
+from dmax_kernels.models.checkpoint import build_model, save_checkpoint, write_checkpoint
+from dmax_kernels.training.checkpoints import save_json
+from dmax_kernels.training.data import Example
+from dmax_kernels.training.loop import fit
+from dmax_kernels.training.parallel import Processes
+from dmax_kernels.training.ring_walk.data import stage_stream
+from dmax_kernels.training.ring_walk.distill import distill, distilled_examples
+from dmax_kernels.training.ring_walk.evaluate import evaluate
+from dmax_kernels.training.ring_walk.stages import (
     BASE,
     BASE_BLOCK16,
     CONTROL,
@@ -37,7 +34,6 @@ from dmax_kernels.training.stages import (
     OPUT,
     Stage,
 )
-from dmax_kernels.training.state import save_json
 
 EVALUATION_PROBLEMS = 300
 EVALUATION_SEED = 0
@@ -50,10 +46,10 @@ EVALUATIONS = {
 LOSS_WINDOW = 50
 
 
-def train(output: Path, *, ops: str = "reference", command: str = "") -> dict[str, Any]:
+def run_recipe(output: Path, *, ops: str = "reference", command: str = "") -> dict[str, Any]:
     """Writes OUTPUT/{base,oput,control} and OUTPUT/training_log.json; returns the log."""
-    state_dir = output / "state"
-    state_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows here
+    stages_dir = output / "stages"
+    stages_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows here
     log: dict[str, Any] = {
         "command": command,
         "ops": ops,
@@ -73,11 +69,9 @@ def train(output: Path, *, ops: str = "reference", command: str = "") -> dict[st
     def run(stage: Stage, examples: list[Example] | None = None) -> None:
         start_from = models.get(stage.start_from) if stage.start_from else None
         model = new_model(stage, start_from)
-        state = run_stage(
-            stage, model, stage_batches(stage, examples), state_dir / f"{stage.name}.pt", ops=ops
-        )
-        models[stage.name] = model
-        log["stages"][stage.name] = stage_log(stage, state)
+        metrics = run_stage(stage, model, examples, stages_dir / stage.name, ops=ops)
+        models[stage.name] = model.eval()
+        log["stages"][stage.name] = stage_log(stage, metrics)
         if stage.name in EVALUATIONS:
             log["evaluation"][stage.name] = evaluations(stage.name, model, ops)
             save_checkpoint(model, output / stage.name)
@@ -85,10 +79,10 @@ def train(output: Path, *, ops: str = "reference", command: str = "") -> dict[st
 
     run(BASE_BLOCK16)
     run(BASE)
-    distilled = distill(DISTILLATION, models["base"], state_dir / "distillation.pt", ops=ops)
-    examples = distilled_examples(DISTILLATION, distilled["responses"], BASE.block_length)
+    distilled = distill(DISTILLATION, models["base"], stages_dir / "distillation.pt", ops=ops)
+    examples = distilled_examples(DISTILLATION, distilled["responses"], BASE.config.block_length)
     log["distillation"] = {
-        **plain(DISTILLATION),
+        **asdict(DISTILLATION),
         "kept": len(examples),
         "tokens": sum(len(example.response) for example in examples),
         "forwards": distilled["forwards"],
@@ -102,24 +96,38 @@ def train(output: Path, *, ops: str = "reference", command: str = "") -> dict[st
 def new_model(stage: Stage, start_from: nn.Module | None) -> nn.Module:
     """A model of the stage's block length, with new weights or with a copy of another's."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stage.seed)
-        model = build_model(stage.block_length)
+        torch.manual_seed(stage.config.seed)
+        model = build_model(stage.config.block_length)
     if start_from is not None:
         model.load_state_dict(start_from.state_dict())
     return model
 
 
-def stage_batches(stage: Stage, examples: list[Example] | None) -> Iterator[Batch]:
-    """The stage's stream of batches from its beginning."""
-    if stage.data == "distilled":
-        stream = repeated_examples(examples, stage.seed)
-    else:
-        stream = ring_walk_examples(stage.num_moves, stage.block_length, stage.seed)
-    return batches(stream, stage.block_length, stage.batch_size)
+def run_stage(
+    stage: Stage,
+    model: nn.Module,
+    examples: list[Example] | None,
+    output: Path,
+    *,
+    ops: str,
+    stop_after: int | None = None,
+) -> list[dict[str, Any]]:
+    """One run of the training loop, in one process on the CPU."""
+    return fit(
+        model,
+        replace(stage.config, ops=ops),
+        stage_stream(stage, examples),
+        output,
+        data=f"{stage.data} of {stage.num_moves} moves after {stage.start_from}",
+        eos_token_id=ring_walk.EOS_ID,
+        save_model=lambda model, weights, path: write_checkpoint(model, path, weights),
+        group=Processes(0, 1, torch.device("cpu")),
+        stop_after=stop_after,
+        title=stage.name,
+    )
 
 
 def evaluations(name: str, model: nn.Module, ops: str) -> list[dict[str, Any]]:
-    model.eval()
     problems = ring_walk.evaluation_problems(EVALUATION_PROBLEMS, seed=EVALUATION_SEED)
     rows = []
     for rule, tau_dec in EVALUATIONS[name]:
@@ -133,15 +141,15 @@ def evaluations(name: str, model: nn.Module, ops: str) -> list[dict[str, Any]]:
     return rows
 
 
-def stage_log(stage: Stage, state: dict[str, Any]) -> dict[str, Any]:
-    losses = state["losses"]
+def stage_log(stage: Stage, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    losses = [row["loss_masked"] + (row["loss_predicted"] or 0.0) for row in metrics]
     means = [
         round(sum(window) / len(window), 4)
         for window in (losses[i : i + LOSS_WINDOW] for i in range(0, len(losses), LOSS_WINDOW))
     ]
     return {
-        **plain(stage),
-        "seconds": round(state["seconds"], 1),
+        **stage.as_dict(),
+        "seconds": round(sum(row["seconds"] for row in metrics), 1),
         "final_loss": means[-1],
         f"loss_means_of_{LOSS_WINDOW}_steps": means,
     }

@@ -1,0 +1,137 @@
+"""Every number of a training run, with its meaning: the command's options are these fields."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. The defaults are the paper's where it gives a number (section 4.1).
+
+    What step i sees follows from these numbers, the data and i alone: a resumed run, other micro
+    batches and more processes give the same losses (the last two up to rounding).
+    """
+
+    objective: str = option(
+        "oput",
+        "oput: L_mask + L_pred over all response positions (Eqs. 3-6); mdlm: plain masked "
+        "diffusion on masked positions (Eq. 1), two corruptions of each sequence a step",
+        ("oput", "mdlm"),
+    )
+    passes: str = option(
+        "joint",
+        "oput only. joint: both passes in one step; alternating: the masked pass in even steps, "
+        "the predicted one in odd steps on the same sequences (the paper's way to save memory)",
+        ("joint", "alternating"),
+    )
+    mask_ratio: tuple[float, float] = option(
+        (0.75, 0.75), "oput's corruption level t ~ Uniform(LOW, HIGH), one per sequence"
+    )
+    rollout_temperature: float = option(
+        1.0, "1 samples the rollout from the model as in the paper; 0 is greedy, as released"
+    )
+    block_length: int = option(32, "positions denoised together")
+    eos_tail: str = option(
+        "block",
+        "which of the end-of-sequence tokens after a response are learnt. block: to the end of the "
+        "block that holds the first; released: one block length of them, from the first on",
+        ("block", "released"),
+    )
+    steps: int | None = option(None, "optimizer steps; overrides --epochs")
+    epochs: float = option(2.0, "passes over the data")
+    batch_size: int = option(8, "sequences of an optimizer step, over all processes")
+    micro_batch_size: int | None = option(
+        None, "sequences of one forward pass; the gradient is accumulated over the rest "
+        "(default: all of a process's share at once)"
+    )  # fmt: skip
+    optimizer: str = option(
+        "adamw",
+        "adamw; or muon: Muon on the matrices inside the layers, AdamW on the rest",
+        ("adamw", "muon"),
+    )
+    learning_rate: float = option(2e-6, "peak rate of AdamW")
+    muon_learning_rate: float = option(0.02, "peak rate of Muon")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
+    betas: tuple[float, float] = option((0.9, 0.95), "AdamW's decay rates of both moments")
+    schedule: str = option(
+        "cosine",
+        "how the rate falls after the warm-up: cosine to 0, linear to 0, or constant",
+        ("cosine", "linear", "constant"),
+    )
+    warmup_steps: int = option(20, "steps over which the rate rises linearly to its peak")
+    decay_from: float = option(0.0, "share of the steps at which a linear schedule begins to fall")
+    clip_norm: float | None = option(1.0, "largest norm of the gradient; 0 for no clipping")
+    precision: str = option(
+        "float32",
+        "float32; bf16-autocast: float32 weights, bfloat16 matrix products; bf16-master: bfloat16 "
+        "weights and activations, float32 master weights in the optimizer",
+        ("float32", "bf16-autocast", "bf16-master"),
+    )
+    attention: str = option(
+        "sdpa",
+        "sdpa: one boolean mask per shape; flex: FlexAttention with a BlockMask, which never holds "
+        "a square mask while it runs (its backward pass needs a GPU)",
+        ("sdpa", "flex"),
+    )
+    gradient_checkpointing: bool = option(False, "recompute each layer in the backward pass")
+    ops: str = option(
+        "fused",
+        "fused: this package's kernels for the loss and the rollout's draw; reference: PyTorch",
+        ("fused", "reference"),
+    )
+    seed: int = option(0, "of the order of the data, the corruption and the rollout")
+    save_every: int = option(500, "steps between checkpoints (there is always one at the end)")
+    keep: int = option(2, "checkpoints to keep, the newest ones; 0 keeps all")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, choices = getattr(self, item.name), item.metadata["choices"]
+            require(choices is None or value in choices, item.name, f"one of {choices}", value)
+        for name in ("block_length", "batch_size", "save_every"):
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("steps", "micro_batch_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, "at least 1", value)
+        for name in ("learning_rate", "muon_learning_rate", "epochs"):
+            require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+        for name in ("warmup_steps", "weight_decay", "rollout_temperature", "keep"):
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        low, high = self.mask_ratio
+        require(0 <= low <= high <= 1, "mask_ratio", "0 <= LOW <= HIGH <= 1", self.mask_ratio)
+        require(high > 0, "mask_ratio", "above 0: nothing would be masked", self.mask_ratio)
+        require(0 <= self.decay_from <= 1, "decay_from", "in [0, 1]", self.decay_from)
+        if self.clip_norm is not None:
+            require(self.clip_norm >= 0, "clip_norm", "at least 0", self.clip_norm)
+        if self.objective == "mdlm":
+            require(self.passes == "joint", "passes", "joint with objective mdlm", self.passes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Lists and scalars, as they come back from a JSON file."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+# What a resumed run may change: it leaves the losses as they are, up to rounding.
+FREE_TO_CHANGE = frozenset(
+    {"micro_batch_size", "attention", "gradient_checkpointing", "ops", "save_every", "keep"}
+)
+
+
+def require(condition: bool, name: str, need: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {need}, got {got}")
+
+
+def check_same_run(saved: dict[str, Any], wanted: dict[str, Any], where: object) -> None:
+    """Refuses to resume a run under other numbers, or on other data, than it was begun with."""
+    for name, value in wanted.items():
+        if name not in FREE_TO_CHANGE and saved.get(name) != value:
+            raise ValueError(
+                f"{where} must be of a run with {name} = {value}, got {saved.get(name)}; give that "
+                "again, train into another folder, or delete the run's"
+            )

@@ -1,0 +1,61 @@
+"""The recipe's batches: walks of one shape together, so that no row is padded."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from dmax_kernels.models import ring_walk
+from dmax_kernels.training.data import Example, Stream
+from dmax_kernels.training.ring_walk.stages import Stage
+
+
+def ring_walk_examples(num_moves: int, block_length: int, seed: int) -> Iterator[Example]:
+    """An endless stream of training problems with right derivations. Prompts fill whole blocks."""
+    rng = random.Random(f"ring walk training {num_moves} {seed}")
+    while True:
+        problem = ring_walk.draw_problem(rng, num_moves)
+        yield Example(
+            prompt=tuple(ring_walk.encode_prompt(problem, block_length)),
+            response=tuple(ring_walk.encode(ring_walk.render_response(problem, rng))),
+            name=" ".join(ring_walk.render_prompt(problem)),
+        )
+
+
+def repeated_examples(examples: list[Example], seed: int) -> Iterator[Example]:
+    """The same examples again and again, shuffled anew for each epoch."""
+    rng = random.Random(f"epochs {seed}")
+    while True:
+        order = list(range(len(examples)))
+        rng.shuffle(order)
+        for i in order:
+            yield examples[i]
+
+
+def batches(
+    examples: Iterable[Example], block_length: int, batch_size: int
+) -> Iterator[list[Example]]:
+    """Groups a stream into batches of one prompt length and one number of response blocks."""
+    waiting: dict[tuple[int, int], list[Example]] = {}
+    for example in examples:
+        shape = len(example.prompt), -(-len(example.response) // block_length)
+        rows = waiting.setdefault(shape, [])
+        rows.append(example)
+        if len(rows) == batch_size:
+            yield rows
+            waiting[shape] = []
+
+
+def stage_stream(stage: Stage, examples: list[Example] | None) -> Stream:
+    """The stage's batches; one that starts later draws those before it, and leaves them."""
+    config = stage.config
+
+    def stream(first: int) -> Iterator[list[Example]]:
+        if stage.data == "distilled":
+            source = repeated_examples(examples, config.seed)
+        else:
+            source = ring_walk_examples(stage.num_moves, config.block_length, config.seed)
+        return islice(batches(source, config.block_length, config.batch_size), first, None)
+
+    return stream

@@ -1,0 +1,375 @@
+"""The training command: what it writes, resuming, failures, precision, processes, mistakes."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_models import random_llama, save_random_model, write_walks
+
+from dmax_kernels.__main__ import main
+from dmax_kernels.decoding import generate
+from dmax_kernels.models.checkpoint import build_tokenizer, load_checkpoint
+from dmax_kernels.training import loop
+
+ROOT = Path(__file__).parent.parent
+PNG = b"\x89PNG"
+LOSSES = ("loss_masked", "loss_predicted")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    # The matrices are so small that a second thread mostly waits.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model of block length 4, and 12 conversations: prompts of 7 to 11 tokens."""
+    path = tmp_path_factory.mktemp("training")
+    save_random_model(path / "model")
+    write_walks(path / "walks.jsonl")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """Drawing takes longer than training here; `whole`, of module scope, is drawn."""
+    monkeypatch.setattr(loop.Metrics, "draw", lambda self: None)
+
+
+def arguments(folder, output, *more):
+    # 6 steps of 4 rows in micro batches of 2: two epochs of 12
+    return [
+        *("train", "--model", str(folder / "model"), "--data", str(folder / "walks.jsonl")),
+        *("--output", str(output), "--steps", "6", "--batch-size", "4"),
+        *("--micro-batch-size", "2", "--learning-rate", "0.01", "--warmup-steps", "1"),
+        *("--ops", "reference", "--save-every", "2", "--device", "cpu", *more),
+    ]
+
+
+def train(folder, output, *more):
+    assert main(arguments(folder, output, *more)) == 0
+    return metrics(output)
+
+
+def metrics(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(rows):
+    return [[row[name] for name in LOSSES] for row in rows]
+
+
+def assert_same_curves(one, other):
+    """Up to rounding. The gradient's norm too: clipping and AdamW would hide a wrong scale."""
+    names = (*LOSSES, "grad_norm")
+    one, other = ([[row[name] for name in names] for row in rows] for rows in (one, other))
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-4, atol=0)
+
+
+def checkpoints(output):
+    return sorted(path.name for path in (output / "checkpoints").iterdir())
+
+
+def weights(output, step=6):
+    return load_file(output / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+def assert_equal_weights(one, other):
+    assert one.keys() == other.keys()
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """An uninterrupted run."""
+    train(folder, folder / "whole")
+    return folder / "whole"
+
+
+def test_what_a_run_leaves(folder, whole):
+    rows = metrics(whole)
+    assert [row["step"] for row in rows] == list(range(6))
+    assert all(row["seconds"] > 0 and row["peak_memory"] > 1e6 for row in rows)
+    assert sum(rows[-1][name] for name in LOSSES) < 0.9 * sum(rows[0][name] for name in LOSSES)
+    assert rows[0]["learning_rate"] == 0.01
+    assert rows[5]["learning_rate"] < 0.002
+    assert checkpoints(whole) == ["step-00000004", "step-00000006"]  # --keep 2
+    assert (whole / "loss.png").read_bytes().startswith(PNG)
+    newest = whole / "checkpoints" / "step-00000006"
+    model, tokenizer = load_checkpoint(newest)
+    before = load_file(folder / "model" / "model.safetensors")
+    assert_equal_weights(weights(whole), {k: v.contiguous() for k, v in model.state_dict().items()})
+    assert not any(weights(whole)[name].equal(before[name]) for name in before)
+    prompt = tokenizer("start 4 =", return_tensors="pt")["input_ids"]
+    output = generate(model, prompt, block_length=4, max_new_tokens=8, ops="reference")
+    assert output.sequences.shape == (1, 11)
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit(folder, whole, tmp_path, capsys):
+    # 3 is not a multiple of save_every: leaving off writes a checkpoint of its own
+    assert len(train(folder, tmp_path, "--stop-after", "3")) == 3
+    # What is beyond the checkpoint, as after a kill: dropped, and so is a line cut short
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**metrics(tmp_path)[0], "step": 3, "loss_masked": 99.0}) + "\n")
+        file.write('{"step": 4, "loss_m')
+    rows = train(folder, tmp_path)
+    assert losses(rows) == losses(metrics(whole))
+    assert [row["grad_norm"] for row in rows] == [row["grad_norm"] for row in metrics(whole)]
+    assert_equal_weights(weights(tmp_path), weights(whole))
+    assert train(folder, tmp_path) == rows  # finished: nothing is trained anew
+
+
+def test_a_run_is_not_resumed_as_another(folder, whole, tmp_path, capsys):
+    other = write_walks(tmp_path / "other.jsonl", count=5)
+    cases = [
+        (["--learning-rate", "0.5"], "of a run with learning_rate = 0.5, got 0.01"),
+        (["--data", str(other)], "of a run with data = 5 examples"),
+    ]
+    for more, message in cases:
+        assert main(arguments(folder, whole, *more)) == 1
+        assert message in one_line(capsys)
+
+
+def one_line(capsys):
+    """What the command says to a mistake."""
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return [line for line in error.splitlines() if not line.startswith(("\r", "reading"))][-1]
+
+
+def test_fused_ops_differ_by_rounding(folder, whole, tmp_path):
+    rows = train(folder, tmp_path, "--ops", "fused")
+    assert_same_curves(rows, metrics(whole))
+
+
+@pytest.mark.parametrize(
+    "more", [("--micro-batch-size", "4"), ("--gradient-checkpointing",)], ids=["micro", "recompute"]
+)
+def test_what_saves_memory_changes_nothing_but_rounding(folder, whole, tmp_path, more):
+    rows = train(folder, tmp_path, *more)
+    assert_same_curves(rows, metrics(whole))
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-autocast", "float32"), ("bf16-master", "bfloat16")]
+)
+@pytest.mark.parametrize("ops", ["reference", "fused"])
+def test_bfloat16(folder, whole, tmp_path, precision, dtype, ops):
+    more = ("--precision", precision, "--ops", ops)
+    rows = train(folder, tmp_path, *more)
+    # The first loss is the same weights in bfloat16: 8 bits, averaged over 50 positions
+    first, expected = (torch.tensor(losses(r)[:1]) for r in (rows, metrics(whole)))
+    torch.testing.assert_close(first, expected, rtol=0.03, atol=0)
+    assert not first.equal(expected)
+    assert sum(losses(rows)[-1]) < 0.9 * sum(losses(rows)[0])
+    assert {str(w.dtype) for w in weights(tmp_path).values()} == {f"torch.{dtype}"}
+    if ops == "reference":  # the float32 master weights are part of what is resumed
+        train(folder, tmp_path / "part", *more, "--stop-after", "3")
+        assert losses(train(folder, tmp_path / "part", *more)) == losses(rows)
+
+
+def test_alternating_passes(folder, tmp_path):
+    rows = train(folder, tmp_path, "--passes", "alternating", "--stop-after", "3")
+    rows = train(folder, tmp_path, "--passes", "alternating")
+    assert [row["loss_predicted"] is None for row in rows] == [False, True] * 0 + [True, False] * 3
+    assert [row["loss_masked"] is None for row in rows] == [False, True] * 3
+    # both passes of a pair of steps see the same sequences
+    assert [row["tokens"] for row in rows[::2]] == [row["tokens"] for row in rows[1::2]]
+    whole = train(folder, tmp_path / "whole", "--passes", "alternating")
+    assert losses(whole) == losses(rows)
+
+
+def test_epochs_give_the_number_of_steps(folder, tmp_path, capsys):
+    for passes, steps in (("joint", 5), ("alternating", 10)):  # 1.5 epochs of 12 by 4, rounded up
+        more = ("--epochs", "1.5", "--passes", passes, "--stop-after", "1")
+        argv = arguments(folder, tmp_path / passes, *more)
+        at = argv.index("--steps")
+        assert main(argv[:at] + argv[at + 2 :]) == 0
+        assert f"{steps} steps of 4 on 1 x cpu" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(folder, whole, tmp_path, capsys):
+    train(folder, tmp_path, "--stop-after", "2")
+    kept = weights(tmp_path, 2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # larger files than this fail to be written, as on a disk that is full: a real error
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        status = main(arguments(folder, tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 1
+    message = one_line(capsys)
+    assert "the checkpoint of step 4 could not be written" in message
+    assert "the last good one is" in message
+    assert "step-00000002" in message
+    assert checkpoints(tmp_path) == ["step-00000002"]
+    (tmp_path / "checkpoints" / ".step-00000004.tmp").mkdir()  # of a process that was killed
+    assert_equal_weights(weights(tmp_path, 2), kept)
+    assert losses(train(folder, tmp_path)) == losses(metrics(whole))
+    assert checkpoints(tmp_path) == checkpoints(whole)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, whole, tmp_path, capsys, monkeypatch):
+    micro_batch_losses = loop.micro_batch_losses
+
+    def broken(net, config, batch, draws, index, ops):
+        values = micro_batch_losses(net, config, batch, draws, index, ops)
+        # step 2: the pair of a batch's rows that has row 0
+        return (values[0] * torch.nan, values[1]) if broken.step == 2 and 0 in index else values
+
+    def step(self, number, examples):
+        broken.step, broken.trainer = number, self
+        return trainer_step(self, number, examples)
+
+    trainer_step = loop.Trainer.step
+    monkeypatch.setattr(loop, "micro_batch_losses", broken)
+    monkeypatch.setattr(loop.Trainer, "step", step)
+    assert main(arguments(folder, tmp_path)) == 1
+    message = one_line(capsys)
+    assert "loss_masked is nan at step 2, which was not applied" in message
+    assert message.count("walks.jsonl:") == 4  # the batch's records
+    assert f"the last good checkpoint is {tmp_path / 'checkpoints' / 'step-00000002'}" in message
+    assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 2]
+    assert_equal_weights(broken.trainer.net.model.state_dict(), weights(tmp_path, 2))
+    monkeypatch.undo()
+    assert losses(train(folder, tmp_path)) == losses(metrics(whole))
+
+
+def test_a_model_of_transformers_with_a_mask_token_given(folder, tmp_path, capsys):
+    model = random_llama()
+    model.config.mask_token_id = None
+    model.save_pretrained(tmp_path / "llama")
+    build_tokenizer().save_pretrained(tmp_path / "llama")
+    more = ("--model", str(tmp_path / "llama"), "--block-length", "8", "--stop-after", "2")
+    rows = train(folder, tmp_path, *more, "--mask-token-id", "3")
+    assert sum(losses(rows)[-1]) < sum(losses(rows)[0])
+    trained, _ = load_checkpoint(tmp_path / "checkpoints" / "step-00000002")
+    assert trained.config.mask_token_id == 3  # the decoding loop finds it there
+    ids = torch.tensor([[20, 21, 22]])
+    output = generate(trained, ids, block_length=8, max_new_tokens=5, ops="reference")
+    assert output.sequences.shape == (1, 8)
+
+
+def test_two_processes_give_the_losses_of_one(folder, whole, tmp_path):
+    # FSDP2 over gloo; then one process goes on from what two have written
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    result = subprocess.run(
+        [*command, "-m", "dmax_kernels", *arguments(folder, tmp_path, "--stop-after", "3")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "6 steps of 4 on 2 x cpu" in result.stdout
+    assert result.stdout.count("wrote ") == 1
+    rows = train(folder, tmp_path)
+    assert_same_curves(rows, metrics(whole))
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(weights(tmp_path)[name], weight, rtol=0, atol=1e-3)
+
+
+# The command
+
+
+def test_a_configuration_file_is_overridden_by_the_command_line(folder, tmp_path, capsys):
+    config = tmp_path / "config.json"
+    values = {
+        "model": str(folder / "model"),
+        "data": [str(folder / "walks.jsonl")],
+        "mask_ratio": [0.5, 0.9],
+        "gradient_checkpointing": True,
+        "batch_size": 4,
+        "steps": 9,
+        "max_length": None,
+    }
+    config.write_text(json.dumps(values))
+    argv = ["train", "--config", str(config), "--steps", "7", "--stop-after", "1"]
+    assert main([*argv, "--output", str(tmp_path / "run")]) == 0
+    assert "7 steps of 4 on" in capsys.readouterr().out
+    run = tmp_path / "run/checkpoints/step-00000001/training_state/run.json"
+    settings = json.loads(run.read_text())["settings"]
+    assert settings["mask_ratio"] == [0.5, 0.9]
+    assert settings["gradient_checkpointing"] is True
+    assert settings["block_length"] == 4  # the model's own
+
+    for text, message in (
+        ('{"stepps": 3}', "unrecognized arguments: --stepps 3"),
+        ('{"steps": "many"}', "argument --steps: invalid int value: 'many'"),
+        ("[]", "must hold an object, got list"),
+        ("{", "must be JSON"),
+    ):
+        config.write_text(text)
+        assert main(["train", "--config", str(config)]) == 1
+        assert message in one_line(capsys)
+
+
+def test_a_mistake_is_told_in_one_line(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 1}\n')
+    given = ["--model", str(folder / "model"), "--data", str(folder / "walks.jsonl")]
+    cases = [
+        ([], "--model must be given"),
+        (["--model", str(folder / "model")], "--data or --dataset must be given"),
+        ([*given, "--dataset", "walks"], "--data or --dataset must be given, one of them"),
+        (["--model", "none", *given[2:]], "a folder with a config.json, got 'none'"),
+        ([*given[:3], "none.jsonl"], "got no file none.jsonl"),
+        ([*given[:3], str(tmp_path / "bad.jsonl")], "bad.jsonl:1: needs"),
+        ([*given, "--threads", "0"], "--threads must be at least 1, got 0"),
+        ([*given, "--stop-after", "0"], "--stop-after must be at least 1, got 0"),
+        ([*given, "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        ([*given, "--mask-ratio", "0.9", "0.1"], "mask_ratio must be 0 <= LOW <= HIGH <= 1"),
+        ([*given, "--objective", "mdlm", "--passes", "alternating"], "passes must be joint"),
+        ([*given, "--batch-size", "3", "--micro-batch-size", "2"], "batch_size must be a multiple"),
+        ([*given, "--attention", "flex"], "attention must be sdpa on a CPU"),
+        ([*given, "--mask-token-id", "46"], "mask_token_id must be in [0, 46), got 46"),
+        ([*given, "--max-length", "3"], "at least one usable record, got 12 too long"),
+        ([*given, "--output", str(tmp_path / "file")], "--output must be a folder, got the file"),
+        (
+            ["--config", "ring_walk", "--steps", "3"],
+            "takes --output, --ops and --threads, got --",
+        ),
+        (["--config", str(tmp_path / "none")], "must be ring_walk or a JSON file, got no file"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append(
+            ([*given, "--device", "cuda"], "--device must be cpu where torch finds no GPU")
+        )
+    for more, message in cases:
+        output = [] if "--output" in more else ["--output", str(tmp_path / "run")]
+        assert main(["train", *more, *output]) == 1, more
+        assert message in one_line(capsys), more
+    with pytest.raises(SystemExit):
+        main(["train", "--ops", "fast"])
+    assert "invalid choice: 'fast'" in capsys.readouterr().err
+
+
+def test_help_has_every_number_of_a_run(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in loop.TrainConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text
+    assert "torchrun --nproc-per-node" in text
+
+
+def test_an_interrupted_command_says_how_to_go_on(folder, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Trainer, "step", interrupted)
+    assert main(arguments(folder, tmp_path)) == 130
+    assert f"interrupted; the same command goes on from {tmp_path}" in capsys.readouterr().err
