@@ -108,15 +108,17 @@ def spd_decoder(
                 top_k=top_k,
             )
             token = state.token.masked_fill(state.masked, self.mask_id)
-            if semantics == "paper":
-                stop = state.converged.all()
-            else:
-                stop = batch_stop(state, token, before, tau_acc)
-                if len(token) > 1:
-                    refresh_stopped_rows_(state, logits, embedding, self.mask_id, top_k)
+            released = semantics == "released"
+            # The one host sync: the runner's loop is on the host
+            stop = bool(
+                batch_stop(state, token, before, tau_acc) if released else state.converged.all()
+            )
             x[:, block_start:block_end] = token
-            stop = bool(stop)  # the one host sync: the runner's loop is on the host
-            return stop, prev_embeddings if stop else state.inputs_embeds
+            if stop:
+                return True, prev_embeddings
+            if released and len(token) > 1:
+                refresh_stopped_rows_(state, logits, embedding, self.mask_id, top_k)
+            return False, state.inputs_embeds
 
     return SpdDecoder
 
