@@ -158,7 +158,7 @@ def merge_tokens(model: Any) -> None:
         ImportError: Diffulex is not importable, or this version lacks what is needed.
         TypeError: the model has no token merge.
     """
-    fetch, _ = engine_objects("Diffulex", "diffulex.attention", "fetch_attn_metadata", "__name__")
+    (fetch,) = engine_objects("Diffulex", "diffulex.attention", "fetch_attn_metadata")
     model = getattr(model, "model", model)
     if not hasattr(type(model), "_maybe_apply_token_merge"):
         name = type(model).__name__
