@@ -108,15 +108,15 @@ def spd_decoder(
                 top_k=top_k,
             )
             token = state.token.masked_fill(state.masked, self.mask_id)
-            released = semantics == "released"
+            by_row = semantics == "paper" or len(token) == 1
             # The one host sync: the runner's loop is on the host
             stop = bool(
-                batch_stop(state, token, before, tau_acc) if released else state.converged.all()
+                state.converged.all() if by_row else batch_stop(state, token, before, tau_acc)
             )
             x[:, block_start:block_end] = token
             if stop:
                 return True, prev_embeddings
-            if released and len(token) > 1:
+            if not by_row:
                 refresh_stopped_rows_(state, logits, embedding, self.mask_id, top_k)
             return False, state.inputs_embeds
 
