@@ -154,7 +154,8 @@ def spd() -> type:
             block.converged |= block.step >= self.block_size  # all promoted by then: commit
             ids.copy_(block.token.masked_fill(block.masked, self.mask_id))
             for row, state in enumerate(states):
-                state["block"] = block.select_rows(slice(row, row + 1))
+                own = {name: buffer[row : row + 1] for name, buffer in vars(block).items()}
+                state["block"] = BlockState(**own)
             return done
 
     return DmaxSpd
