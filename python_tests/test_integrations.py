@@ -1,0 +1,89 @@
+"""docs/integrations.md runs as it stands, on stand-ins; importing an adapter imports no engine."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from engine_stand_ins import install
+
+ROOT = Path(__file__).parent.parent
+DOCS = (ROOT / "docs/integrations.md").read_text()
+ADAPTERS = sorted(
+    path.stem for path in (ROOT / "dmax_kernels/integrations").glob("*.py") if path.stem[0] != "_"
+)
+BLOCKS = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+ENGINES = ("dinfer", "sglang", "diffulex", "vllm_dllm_plugin", "vllm", "transformers")
+
+
+def test_importing_an_adapter_imports_no_engine():
+    imports = "".join(f"import dmax_kernels.integrations.{name}\n" for name in ADAPTERS)
+    code = f"import sys\n{imports}print(sorted(set({ENGINES}) & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_the_docs_show_every_adapter():
+    shown = re.findall(r"dmax_kernels\.integrations(?:\.| import )(\w+)", "".join(BLOCKS))
+    assert sorted(set(shown)) == ADAPTERS
+
+
+class Base:
+    """Any engine's class, as far as switching on reads it."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    decode_uniform = prepare_inputs = init_step_state = step = _denoising_step = None
+    _build_block_writes_map = _build_dmax_block_outputs = _extract_block_logits = None
+    _build_manual_token_merge_descriptor = _maybe_apply_token_merge = initialize_canvas = None
+
+    def generate(self, input_ids, max_new_tokens):
+        assert "_denoising_step" in vars(self)  # switched on
+        return input_ids
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_blocks_run(monkeypatch, block):
+    import dmax_kernels.integrations.transformers as diffusion_gemma
+
+    monkeypatch.setattr(diffusion_gemma, "MODULE", "stand_in_for_diffusion_gemma")
+    algorithms, sglang = {}, "sglang.srt.dllm.algorithm"
+    for module, names in {
+        "dinfer.decoding.parallel_strategy": {"ThresholdParallelDecoder": Base},
+        sglang: {"algo_name_to_cls": algorithms},
+        f"{sglang}.base": {"DllmAlgorithm": Base},
+        f"{sglang}.low_confidence": {"LowConfidence": Base},
+        f"{sglang}.joint_threshold": {"JointThreshold": Base},
+        "diffulex.sampler.llada2": {"LLaDA2DMaxSampler": Base},
+        "diffulex.attention": {"fetch_attn_metadata": None},
+        "vllm_dllm_plugin.remasking": {
+            "RemaskStepResult": Base,
+            "validate_remask_step_result": None,
+        },
+        "vllm_dllm_plugin.config": {
+            "DRAFT_SIZE": 32,
+            "LLADA2_DEFAULT_MASK_TOKEN_ID": 1,
+            "LLADA2_DEFAULT_COMMIT_CONFIDENCE_THRESHOLD": 0.01,
+            "LLADA2_DEFAULT_DENOISE_STEPS": 32,
+        },
+        "stand_in_for_diffusion_gemma": {
+            "DiffusionGemmaGenerationMixin": Base,
+            "EntropyBoundSampler": Base,
+            "StableAndConfidentStoppingCriteria": Base,
+        },
+    }.items():
+        install(monkeypatch, module, **names)
+    model = Base()
+    namespace = {"model": model, "config": SimpleNamespace(), "input_ids": [1]}
+    exec(compile(block, "integrations.md", "exec"), namespace)
+    if "register()" in block:
+        assert sorted(algorithms) == ["DmaxJointThreshold", "DmaxLowConfidence", "DmaxSpd"]
+        assert all(name in DOCS for name in algorithms)
+    if "merge_tokens" in block:
+        assert "_maybe_apply_token_merge" in vars(model)
+    for name in ("decoder", "sampler"):
+        assert isinstance(namespace.get(name, model), Base)
+    assert "_denoising_step" not in vars(model)
