@@ -57,6 +57,19 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       "linear_top1_confidence(Tensor hidden, Tensor weight, Tensor? bias=None, *,"
       " float temperature=1.0, int suppress_token=-1) -> (Tensor token, Tensor confidence)");
   m.def(
+      "linear_oput_loss(Tensor? hidden_masked, Tensor? hidden_predicted, Tensor weight,"
+      " Tensor target, Tensor? bias=None, *, int ignore_index=-100, float label_smoothing=0.0,"
+      " float z_loss=0.0) -> (Tensor loss_masked, Tensor loss_predicted,"
+      " Tensor logsumexp_masked, Tensor logsumexp_predicted)");
+  m.def(
+      "linear_oput_loss_backward(Tensor grad_masked, Tensor grad_predicted, Tensor? hidden_masked,"
+      " Tensor? hidden_predicted, Tensor weight, Tensor target, Tensor logsumexp_masked,"
+      " Tensor logsumexp_predicted, Tensor? bias=None, *, int ignore_index=-100,"
+      " float label_smoothing=0.0, float z_loss=0.0, bool needs_masked=True,"
+      " bool needs_predicted=True, bool needs_weight=True, bool needs_bias=True)"
+      " -> (Tensor grad_hidden_masked, Tensor grad_hidden_predicted, Tensor grad_weight,"
+      " Tensor grad_bias)");
+  m.def(
       "linear_sample_tokens(Tensor hidden, Tensor weight, Tensor seed, Tensor? bias=None, *,"
       " float temperature=1.0, int suppress_token=-1) -> (Tensor token, Tensor probability)");
 }

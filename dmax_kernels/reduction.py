@@ -1,11 +1,35 @@
 """Per-token losses of the two passes to what the caller asked for; plain autograd throughout."""
 
+import math
+
+import torch
 from torch import Tensor
 
 REDUCTIONS = ("none", "sum", "mean")
 
 
+def autocast_operands(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, its dtype for all of them, as ``nn.Linear`` would have them; else as is."""
+    device_type = next(t.device.type for t in operands if t is not None)
+    if not torch.is_autocast_enabled(device_type):
+        return operands
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(None if t is None else t.to(dtype) for t in operands)
+
+
+def _check_num_tokens(op: str, num_tokens: Tensor | float, reduction: str) -> None:
+    if reduction != "mean":
+        raise ValueError(f"{op}: num_tokens is for reduction 'mean', got {reduction!r}")
+    if isinstance(num_tokens, Tensor):  # its value stays on the device
+        good, got = num_tokens.dim() == 0, f"shape {list(num_tokens.shape)}"
+    else:
+        good, got = 0 < num_tokens < math.inf, num_tokens
+    if not good:
+        raise ValueError(f"{op}: num_tokens must be a positive number or a 0-D tensor, got {got}")
+
+
 def reduce_loss(
+    op: str,
     losses: tuple[Tensor | None, Tensor | None],
     target: Tensor,
     ignore_index: int,
@@ -22,12 +46,14 @@ def reduce_loss(
     0); pass the global count, as a tensor or number, to average over data-parallel ranks.
     """
     if reduction not in REDUCTIONS:
-        raise ValueError(f"oput_loss: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+        raise ValueError(f"{op}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if token_weight is not None and token_weight.shape != target.shape:
         raise ValueError(
-            f"oput_loss: token_weight must have target's shape {list(target.shape)}, "
+            f"{op}: token_weight must have target's shape {list(target.shape)}, "
             f"got {list(token_weight.shape)}"
         )
+    if num_tokens is not None:
+        _check_num_tokens(op, num_tokens, reduction)
 
     def weigh(loss: Tensor | None, pass_weight: float) -> Tensor | None:
         if loss is None:

@@ -20,6 +20,7 @@ SMALL = {
     "spd_step_": (2, 4, 64, 16),
     "linear_top1_confidence": (3, 16, 100),
     "linear_sample_tokens": (3, 16, 100),
+    "linear_oput_loss": (3, 16, 100),
     "oput_loss": (3, 64),
     "oput_loss_and_grad_": (3, 64),
     "top1_confidence": (3, 64),

@@ -65,6 +65,20 @@ def samples():
         "sample_partial": ((logits, seed, 101), {"temperature": 0.7, "suppress_token": 103}),
         "sample_merge": (sampled, {"temperature": 0.7}),
         "linear_top1_confidence": ((randn(3, 4, 6), randn(50, 6), randn(50)), {}),
+        "linear_oput_loss": (
+            (
+                randn(3, 4, 6, grad=True),
+                randn(3, 4, 6),
+                randn(50, 6, grad=True),
+                target,
+                randn(50, grad=True),
+            ),
+            {"z_loss": 0.1},
+        ),
+        "linear_oput_loss_backward": (
+            (lse, lse, randn(3, 4, 6), randn(3, 4, 6), randn(50, 6), target, lse, lse, randn(50)),
+            {"needs_predicted": False},
+        ),
         "linear_sample_tokens": ((randn(3, 4, 6), randn(50, 6), seed), {}),
     }
 

@@ -20,6 +20,8 @@ MOST_REGISTERS = {
     "tile_sample_kernel": 184,
     "tile_statistics_kernel": 160,
     "linear_statistics_kernel": 255,
+    "linear_loss_partials_kernel": 255,
+    "logits_grad_kernel": 255,
 }
 # Kernels that stream rows or embeddings; the others read a few statistics or positions
 STREAMING = {
@@ -34,6 +36,8 @@ STREAMING = {
     "table_grad_kernel",
     "embed_kernel",
     "linear_statistics_kernel",
+    "linear_loss_partials_kernel",
+    "logits_grad_kernel",
 }
 
 
@@ -73,5 +77,6 @@ def test_a_new_run_time_value_recompiles_nothing(report):
 
 
 def test_matrix_products_use_the_tensor_cores(report):
-    linear = {k: v for k, v in report["kernels"].items() if k.startswith("linear_statistics")}
+    prefixes = ("linear_statistics", "linear_loss_partials", "logits_grad")
+    linear = {k: v for k, v in report["kernels"].items() if k.startswith(prefixes)}
     assert sum(figures["tensor_core"] > 0 for figures in linear.values()) == len(linear) - 1

@@ -4,7 +4,8 @@ import pytest
 import torch
 from triton_device import cpp_op
 
-from dmax_kernels.testing.tolerances import CONFIDENCE_RTOL, assert_close
+from dmax_kernels.testing import float64
+from dmax_kernels.testing.tolerances import CONFIDENCE_RTOL, ROUNDING, assert_close
 from dmax_kernels.triton import IMPLEMENTATIONS as TRITON
 
 pytestmark = pytest.mark.gpu
@@ -87,6 +88,71 @@ def test_linear_head_takes_less_than_8_megabytes(rows):
     before = torch.cuda.memory_allocated()
     TRITON["linear_top1_confidence"](hidden, weight)
     assert torch.cuda.max_memory_allocated() - before < 8e6
+
+
+def linear_loss(hidden, weight, target, grads, bias=None, **options):
+    """(losses, logsumexps, gradients of both hiddens, weight and bias)."""
+    results = TRITON["linear_oput_loss"](*hidden, weight, target, bias, **options)
+    return *results, *TRITON["linear_oput_loss_backward"](
+        *grads, *hidden, weight, target, *results[2:], bias, **options
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}], ids=str)
+def test_linear_loss_against_float64(dtype, options):
+    """Several chunks of the vocabulary with an odd end; repeated calls give the same bits."""
+    generator = torch.Generator("cuda").manual_seed(5)
+
+    def normal(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=generator, device="cuda")).to(dtype)
+
+    rows, vocab_size, dim = 300, 40001, 520
+    hidden = [normal(rows, dim) for _ in range(2)]
+    weight, bias = normal(vocab_size, dim, scale=2 * dim**-0.5), normal(vocab_size)
+    target = torch.randint(vocab_size, (rows,), generator=generator, device="cuda")
+    target[::5] = -100
+    hidden[0][5] = torch.nan  # an ignored row
+    grads = torch.randn(2, rows, generator=generator, device="cuda")
+    results = linear_loss(hidden, weight, target, grads, bias, **options)
+    again = linear_loss(hidden, weight, target, grads, bias, **options)
+    assert all(torch.equal(one, other) for one, other in zip(results, again, strict=True))
+
+    keep = target >= 0
+    leaves = [t.double().where(keep[:, None], 0) for t in hidden] + [weight.double(), bias.double()]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    total = 0
+    for h, grad, loss in zip(leaves[:2], grads, results[:2], strict=True):
+        logits = h @ leaves[2].t() + leaves[3]
+        expected = keep * float64.token_loss(logits, target.clamp(min=0), **options)
+        assert_close(loss, expected.detach(), 2e-6, 1e-5)
+        total = total + (expected * grad).sum()
+    for actual, wanted in zip(results[4:], torch.autograd.grad(total, leaves), strict=True):
+        atol = (1e-5 if dtype == torch.float32 else ROUNDING[dtype]) * wanted.abs().max().item()
+        assert_close(actual, wanted, ROUNDING[dtype], atol)
+
+
+def test_linear_loss_memory_and_syncs():
+    """2 x 4,096 positions: less than 16 MB forward, 1 GB backward beside the gradients."""
+    hidden, weight = head(4096)
+    target = torch.randint(V, (4096,), device="cuda")
+    grads = torch.full((2, 4096), 1 / 4096, device="cuda")
+    linear_loss((hidden, hidden), weight, target, grads)
+    results, peaks = None, []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for op in ("linear_oput_loss", "linear_oput_loss_backward"):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            if results is None:
+                results = TRITON[op](hidden, hidden, weight, target)
+            else:
+                TRITON[op](*grads, hidden, hidden, weight, target, *results[2:])
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert peaks[0] < 16e6
+    assert peaks[1] - 2 * hidden.nbytes - weight.nbytes < 1e9
 
 
 def test_sample_distribution():

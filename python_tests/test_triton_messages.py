@@ -13,7 +13,7 @@ from dmax_kernels.triton import IMPLEMENTATIONS, check_triton_version
 X, T = torch.ones(3, 9), torch.zeros(3, dtype=torch.int64)
 E, C, M = torch.ones(6, 4), torch.ones(3), torch.zeros(3, dtype=torch.bool)
 SEED = torch.tensor([1, 2])
-G = torch.ones(3)
+G, H = torch.ones(3), torch.ones(3, 4)
 NAN, INF = float("nan"), float("inf")
 
 
@@ -129,6 +129,33 @@ BAD = [
         )
     ),
     ("linear_sample_tokens", (torch.ones(3, 4), E, SEED.int()), {}),
+    *(
+        ("linear_oput_loss", (*hidden, weight, target), options)
+        for hidden, weight, target, options in (
+            ((None, None), E, T, {}),
+            ((None, H.long()), E, T, {}),
+            ((H, None), E[0], T, {}),
+            ((H, None), E.half(), T, {}),
+            ((None, H[:, :3]), E, T, {}),
+            ((H, H.half()), E, T, {}),
+            ((H, H[:2]), E, T, {}),
+            ((H, None), E, T.float(), {}),
+            ((H, None), E, T[:2], {}),
+            ((H, H), E, T, {"bias": E[:2, 0]}),
+            ((H, H), E, T, {"bias": E[:, 0].half()}),
+            ((H, H), E, T, {"label_smoothing": 2.0}),
+            ((H, H), E, T, {"z_loss": NAN}),
+        )
+    ),
+    *(
+        ("linear_oput_loss_backward", (*grads, H, H, E, T, *logsumexps), {})
+        for grads, logsumexps in (
+            ((G.double(), G), (G, G)),
+            ((G, G[:2]), (G, G)),
+            ((G, G), (G[:2], G)),
+            ((G, G), (G, G.half())),
+        )
+    ),
     ("linear_sample_tokens", (torch.ones(3, 4), E, torch.zeros(2, 2).long()), {}),
     spd(logits=X),
     spd(logits=torch.ones(2, 3, 6).long()),

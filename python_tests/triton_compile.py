@@ -135,6 +135,20 @@ def call_linear_ops() -> None:
         OPS["linear_top1_confidence"](hidden, weight)
         OPS["linear_sample_tokens"](hidden, weight, seed, weight[:, 0])
     OPS["linear_top1_confidence"](torch.empty(32, D), torch.empty(V, D))
+    call_linear_loss(weight)
+
+
+def call_linear_loss(weight: torch.Tensor) -> None:
+    """Both passes and all gradients, of few rows and of the many that a training step has."""
+    for rows, options in ((16, {}), (128, {"label_smoothing": 0.1}), (128, {})):
+        hidden = torch.empty(rows, D, dtype=weight.dtype)
+        target = torch.zeros(rows, dtype=torch.int64)
+        bias = weight[:, 0] if options else None
+        losses = OPS["linear_oput_loss"](hidden, hidden, weight, target, bias, **options)
+        OPS["linear_oput_loss_backward"](
+            *losses[:2], hidden, hidden, weight, target, *losses[2:], bias, **options,
+            needs_masked=False, needs_predicted=False, needs_weight=False, needs_bias=False,
+        )  # fmt: skip
 
 
 def call_with_other_values() -> None:

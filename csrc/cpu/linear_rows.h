@@ -1,32 +1,38 @@
 // Softmax statistics of rows of hidden x weight^T, whose logits exist one small block at a time.
 //
-// PyTorch's own GEMM computes [kLinearRows, kLinearTokens] logits in float32 (16-bit operands are
-// widened block by block, so that logits are not rounded to 16 bits); the tile kernels reduce the
-// block while a cache holds it. Memory depends on D alone, not on the vocabulary or the rows.
+// The vocabulary is cut into groups of blocks, by its size alone. A thread takes whole groups: its
+// own products into its own buffer, reduced while a cache holds them, with nothing to wait for. A
+// row's groups are merged in ascending order, so its bits depend neither on the number of threads
+// nor on the other rows. Memory depends on D and the threads, not on the vocabulary or the rows.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
 #include "cpu/parallel.h"
+#include "cpu/product_kernels.h"
 #include "cpu/tile_kernels.h"
 #include "ops/linear_top1_confidence.h"
 
 namespace dmax::cpu {
 
-// At D = 2,048: 8 MiB of weights, 4 MiB of hidden states and 2 MiB of logits
-constexpr int64_t kLinearTokens = 1024;
-constexpr int64_t kLinearRows = 512;
+// Rows that share one reading of the weight. At D = 2,048 in float32 they take 2 MiB when packed.
+constexpr int64_t kLinearRows = 256;
+// Tokens reduced at once: 256 KiB of logits for those rows
+constexpr int64_t kLinearTokens = 4 * kProductTokens;
+// Bounds the partial results: 256 groups x 256 rows x 40 bytes
+constexpr int64_t kMostGroups = 256;
 
 // Running statistics of one row over the vocabulary blocks so far
 struct OnlineStats {
   float maximum = -std::numeric_limits<float>::infinity();
-  double rest = 0;  // sum of exp((x - maximum) / temperature) over all but the winner
   int64_t token = 0;
+  double rest = 0;  // sum of exp((x - maximum) / temperature) over all but the winner
 
   float confidence() const {
     return static_cast<float>(std::isfinite(maximum) ? 1.0 / (1.0 + rest)
@@ -44,9 +50,7 @@ struct OnlineStats {
     if (block_maximum > maximum || std::isnan(block_maximum)) {
       const int64_t place = kernels.find(x, n, block_maximum);
       if (std::isfinite(block_maximum)) {
-        const bool first = std::isinf(maximum);
-        const double drop = (static_cast<double>(maximum) - block_maximum) / temperature;
-        rest = first ? 0 : (rest + 1) * std::exp(drop);
+        rest = moved_rest(block_maximum, temperature);
         rest += kernels.sum_exp(x, place, block_maximum, scale);
         rest += kernels.sum_exp(x + place + 1, n - place - 1, block_maximum, scale);
       }
@@ -57,86 +61,122 @@ struct OnlineStats {
       rest += kernels.sum_exp(x, n, maximum, scale);
     }
   }
+
+  // The statistics of later tokens of the same row
+  void merge(const OnlineStats& later, double temperature) {
+    if (std::isnan(maximum)) return;
+    if (later.maximum > maximum || std::isnan(later.maximum)) {
+      const double mine = moved_rest(later.maximum, temperature);
+      *this = {later.maximum, later.token, later.rest + mine};
+    } else if (std::isfinite(maximum)) {
+      rest += later.moved_rest(maximum, temperature);
+    }
+  }
+
+ private:
+  // The whole sum, relative to a maximum that is not below this one
+  double moved_rest(float to, double temperature) const {
+    if (std::isinf(maximum)) return 0;
+    return (rest + 1) * std::exp((static_cast<double>(maximum) - to) / temperature);
+  }
 };
 
-// torch::stable::narrow wants a handle that it may change; a copy of the handle is one
-inline Tensor part(Tensor t, int64_t dim, int64_t from, int64_t count) {
-  return torch::stable::narrow(t, dim, from, count);
+// Any strides: what is neither copied nor widened as a whole
+template <class T>
+MatrixView<T> matrix_view(const Tensor& matrix) {
+  return {static_cast<const T*>(matrix.const_data_ptr()), matrix.strides()[0], matrix.strides()[1]};
 }
 
-// out = a b^T. The `out` form is not on autocast's list, which would make the product 16 bits wide
-inline void multiply_transposed(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a),
-                                    torch::stable::detail::from(torch::stable::transpose(b, 0, 1)),
-                                    torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference over
-}
+// Memory of a product's operands, aligned to a cache line
+struct AlignedBuffer {
+  explicit AlignedBuffer(int64_t bytes) : storage(bytes / sizeof(float) + kLine) {
+    const auto address = reinterpret_cast<uintptr_t>(storage.data());
+    data = storage.data() + (kLine - address / sizeof(float) % kLine) % kLine;
+  }
+  AlignedBuffer(const AlignedBuffer&) = delete;
 
-// Rows [from, from + count) of a matrix in float32: itself where it is, else widened into `buffer`
-inline Tensor wide_rows(const Tensor& matrix, int64_t from, int64_t count, const Tensor& buffer) {
-  Tensor rows = part(matrix, 0, from, count);
-  if (matrix.scalar_type() == ScalarType::Float) return rows;
-  Tensor wide = part(buffer, 0, 0, count);
-  torch::stable::copy_(wide, rows);
-  return wide;
-}
+  static constexpr int64_t kLine = 64 / sizeof(float);
+  std::vector<float> storage;
+  float* data;
+};
 
-inline Tensor as_matrix(const Tensor& hidden, int64_t dim) {
-  return torch::stable::reshape(hidden, {dim == 0 ? 0 : hidden.numel() / dim, dim});
-}
-
-// add_block(row, x, n, first_id) receives every row's logits in ascending blocks; a row's calls
-// come from one thread at a time, different rows' from several
-template <class AddBlock>
-void for_each_logits_block(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
-                           int64_t suppress_token, const AddBlock& add_block) {
+// State: what one row keeps of the tokens it has seen; add(row, state, x, n, first_id) puts the
+// logits x of n tokens into it, merge(state, later) the tokens of a later group; done(row, state)
+// receives every row once.
+template <class State, class T, class Add, class Merge, class Done>
+void reduce_linear_rows_of(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
+                           int64_t suppress_token, const Add& add, const Merge& merge,
+                           const Done& done) {
   const int64_t vocab = weight.size(0);
   const int64_t dim = weight.size(1);
-  const Tensor rows = as_matrix(hidden, dim);
+  const Tensor rows = torch::stable::reshape(hidden, {hidden.numel() / dim, dim});
   const int64_t num_rows = rows.size(0);
-  const int64_t block_rows = std::min(num_rows, kLinearRows);
-  const int64_t block_tokens = std::min(vocab, kLinearTokens);
-  const bool narrow_inputs = hidden.scalar_type() != ScalarType::Float;
-  const auto buffer = [&](int64_t n, int64_t width) {
-    return empty_like_device(hidden, {n, width}, ScalarType::Float);
-  };
-  const Tensor hidden_buffer = buffer(narrow_inputs ? block_rows : 0, dim);
-  const Tensor weight_buffer = buffer(narrow_inputs ? block_tokens : 0, dim);
-  const Tensor logits = buffer(block_rows, block_tokens);
-  float* logits_data = logits.mutable_data_ptr<float>();
-  std::vector<float> bias_block(bias ? block_tokens : 0);
-  const RowView bias_view = bias ? row_view(*bias) : RowView{hidden, 0, 0, 0};
+  const MatrixView<T> hidden_view = matrix_view<T>(rows);
+  const MatrixView<T> weight_view = matrix_view<T>(weight);
+  const ProductKernels<T>& products = product_kernels<T>();
+  const TileKernels<float>& kernels = tile_kernels<float>();
+  const T* bias_data = nullptr;
+  OptionalTensor bias_c;
+  if (bias) {
+    bias_c = torch::stable::contiguous(*bias);
+    bias_data = static_cast<const T*>(bias_c->const_data_ptr());
+  }
 
-  for (int64_t row = 0; row < num_rows; row += block_rows) {
-    const int64_t m = std::min(block_rows, num_rows - row);
-    const Tensor hidden_block = wide_rows(rows, row, m, hidden_buffer);
-    for (int64_t first = 0; first < vocab; first += block_tokens) {
-      const int64_t n = std::min(block_tokens, vocab - first);
-      const Tensor out = part(part(logits, 0, 0, m), 1, 0, n);
-      multiply_transposed(hidden_block, wide_rows(weight, first, n, weight_buffer), out);
-      if (bias) {
-        dispatch_float(bias->scalar_type(), [&](auto element) {
-          using T = decltype(element);
-          const T* values = static_cast<const T*>(bias_view.tensor.const_data_ptr()) + first;
-          std::fill_n(bias_block.data(), n, 0.0f);
-          tile_kernels<T>().add_scaled(bias_block.data(), values, 1.0f, n);
-        });
-      }
-      constexpr int64_t kGrain = 65536;  // logits: below, waking a thread costs more than it saves
-      parallel_for(m, kGrain / n, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          float* x = logits_data + i * block_tokens;
-          if (bias) tile_kernels<float>().add_scaled(x, bias_block.data(), 1.0f, n);
+  const int64_t blocks = (vocab + kLinearTokens - 1) / kLinearTokens;
+  const int64_t blocks_per_group = (blocks + kMostGroups - 1) / kMostGroups;
+  const int64_t group_tokens = blocks_per_group * kLinearTokens;
+  const int64_t groups = (vocab + group_tokens - 1) / group_tokens;
+  const int64_t most_rows = std::min(num_rows, kLinearRows);
+  const AlignedBuffer packed(products.packed_bytes(most_rows, dim));
+  std::vector<State> states(groups * most_rows);
+
+  for (int64_t first_row = 0; first_row < num_rows; first_row += most_rows) {
+    const int64_t m = std::min(most_rows, num_rows - first_row);
+    const MatrixView<T> part{hidden_view.row(first_row), hidden_view.row_stride,
+                             hidden_view.column_stride};
+    products.pack_rows(part, m, dim, packed.data);
+    std::fill(states.begin(), states.end(), State{});
+    constexpr int64_t kGrain = 1 << 21;  // products: below, waking a thread costs more than it saves
+    parallel_for(groups, kGrain / (m * dim * group_tokens), [&](int64_t begin, int64_t end) {
+      const AlignedBuffer scratch(products.scratch_bytes(dim, m));
+      std::vector<float> logits(m * kLinearTokens);
+      const int64_t last = std::min(vocab, end * group_tokens);
+      for (int64_t first = begin * group_tokens; first < last; first += kLinearTokens) {
+        const int64_t n = std::min(kLinearTokens, last - first);
+        for (int64_t t = 0; t < n; t += kProductTokens) {
+          const MatrixView<T> tokens{weight_view.row(first + t), weight_view.row_stride,
+                                     weight_view.column_stride};
+          products.multiply(tokens, std::min(kProductTokens, n - t), dim, packed.data, m,
+                            scratch.data, logits.data() + t, kLinearTokens);
+        }
+        State* group_states = states.data() + first / group_tokens * most_rows;
+        for (int64_t i = 0; i < m; ++i) {
+          float* x = logits.data() + i * kLinearTokens;
+          if (bias_data) tile_kernels<T>().add_scaled(x, bias_data + first, 1.0f, n);
           if (suppress_token >= first && suppress_token < first + n) {
             x[suppress_token - first] = -std::numeric_limits<float>::infinity();
           }
-          add_block(row + i, x, n, first);
+          add(first_row + i, group_states[i], kernels, x, n, first);
         }
-      });
+      }
+    });
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t group = 1; group < groups; ++group) {
+        merge(states[i], states[group * most_rows + i]);
+      }
+      done(first_row + i, states[i]);
     }
   }
+}
+
+template <class State, class Add, class Merge, class Done>
+void reduce_linear_rows(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
+                        int64_t suppress_token, const Add& add, const Merge& merge,
+                        const Done& done) {
+  dispatch_float(hidden.scalar_type(), [&](auto element) {
+    reduce_linear_rows_of<State, decltype(element)>(hidden, weight, bias, suppress_token, add,
+                                                    merge, done);
+  });
 }
 
 }  // namespace dmax::cpu

@@ -10,6 +10,14 @@ struct RowSample {
   OnlineStats stats;
   PerturbedBest best{-std::numeric_limits<float>::infinity(), -1};
   float logit = 0;  // of best.id
+
+  void merge(const RowSample& later, double temperature) {
+    stats.merge(later.stats, temperature);
+    if (later.best.score > best.score) {  // a tie stays with the lower id
+      best = later.best;
+      logit = later.logit;
+    }
+  }
 };
 
 }  // namespace
@@ -29,12 +37,10 @@ std::tuple<Tensor, Tensor> linear_sample_tokens(Tensor hidden, Tensor weight, Te
   const bool greedy = temperature == 0;
   if (greedy) temperature = 1;
 
-  const TileKernels<float>& kernels = tile_kernels<float>();
-  std::vector<RowSample> samples(token.numel());
-  for_each_logits_block(
+  reduce_linear_rows<RowSample>(
       hidden, weight, bias, suppress_token,
-      [&](int64_t row, const float* x, int64_t n, int64_t first_id) {
-        RowSample& sample = samples[row];
+      [&](int64_t row, RowSample& sample, const TileKernels<float>& kernels, const float* x,
+          int64_t n, int64_t first_id) {
         sample.stats.add(kernels, x, n, first_id, temperature);
         if (greedy) return;
         const int64_t* pair = seeds + (sizes.seed_per_row ? 2 * row : 0);
@@ -44,17 +50,17 @@ std::tuple<Tensor, Tensor> linear_sample_tokens(Tensor hidden, Tensor weight, Te
             kernels.sample(x, n, first_id, key, static_cast<float>(temperature), sample.best);
         if (best.id != sample.best.id) sample.logit = x[best.id - first_id];
         sample.best = best;
+      },
+      [&](RowSample& sample, const RowSample& later) { sample.merge(later, temperature); },
+      [&](int64_t row, const RowSample& sample) {
+        const OnlineStats& stats = sample.stats;
+        const bool sampled = !greedy && std::isfinite(stats.maximum);
+        token_out[row] = sampled ? sample.best.id : stats.token;
+        const double gap = static_cast<double>(sample.logit) - stats.maximum;
+        probability_out[row] =
+            sampled ? static_cast<float>(std::exp(gap / temperature) / (1.0 + stats.rest))
+                    : stats.confidence();
       });
-  for (size_t row = 0; row < samples.size(); ++row) {
-    const RowSample& sample = samples[row];
-    const OnlineStats& stats = sample.stats;
-    const bool sampled = !greedy && std::isfinite(stats.maximum);
-    token_out[row] = sampled ? sample.best.id : stats.token;
-    const double gap = static_cast<double>(sample.logit) - stats.maximum;
-    probability_out[row] =
-        sampled ? static_cast<float>(std::exp(gap / temperature) / (1.0 + stats.rest))
-                : stats.confidence();
-  }
   return {token, probability};
 }
 

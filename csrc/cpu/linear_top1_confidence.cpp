@@ -12,16 +12,15 @@ std::tuple<Tensor, Tensor> linear_top1_confidence(Tensor hidden, Tensor weight, 
   if (token.numel() == 0) return {token, confidence};
   int64_t* token_out = token.mutable_data_ptr<int64_t>();
   float* confidence_out = confidence.mutable_data_ptr<float>();
-  const TileKernels<float>& kernels = tile_kernels<float>();
-  std::vector<OnlineStats> stats(token.numel());
-  for_each_logits_block(hidden, weight, bias, suppress_token,
-                        [&](int64_t row, const float* x, int64_t n, int64_t first_id) {
-                          stats[row].add(kernels, x, n, first_id, temperature);
-                        });
-  for (size_t row = 0; row < stats.size(); ++row) {
-    token_out[row] = stats[row].token;
-    confidence_out[row] = stats[row].confidence();
-  }
+  reduce_linear_rows<OnlineStats>(
+      hidden, weight, bias, suppress_token,
+      [&](int64_t, OnlineStats& stats, const TileKernels<float>& kernels, const float* x, int64_t n,
+          int64_t first_id) { stats.add(kernels, x, n, first_id, temperature); },
+      [&](OnlineStats& stats, const OnlineStats& later) { stats.merge(later, temperature); },
+      [&](int64_t row, const OnlineStats& stats) {
+        token_out[row] = stats.token;
+        confidence_out[row] = stats.confidence();
+      });
   return {token, confidence};
 }
 

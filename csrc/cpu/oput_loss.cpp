@@ -3,73 +3,18 @@
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
+#include "cpu/loss_rows.h"
 #include "cpu/vocab_stats.h"
 
 namespace dmax::cpu {
 
 namespace {
 
-struct LossOptions {
-  int64_t ignore_index;
-  double label_smoothing;
-  double z_loss;
-};
-
-// Targets as int64, each ignore_index or inside the vocabulary
-Tensor checked_targets(const char* op, const Tensor& target, int64_t vocab, int64_t ignore_index) {
-  const Tensor wide = torch::stable::contiguous(torch::stable::to(target, ScalarType::Long));
-  const int64_t* data = wide.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < wide.numel(); ++i) {
-    DMAX_CHECK(data[i] == ignore_index || (data[i] >= 0 && data[i] < vocab), op,
-               ": target must be ", ignore_index, " (ignore_index) or a token id in [0, ", vocab,
-               "), got ", data[i], " at position ", i);
-  }
-  return wide;
-}
-
-// The rows of one pass that are not ignored: ignored rows load no logits
-std::vector<int64_t> rows_with_target(const Tensor& target, int64_t ignore_index) {
-  const int64_t* data = target.const_data_ptr<int64_t>();
-  std::vector<int64_t> rows;
-  for (int64_t i = 0; i < target.numel(); ++i) {
-    if (data[i] != ignore_index) rows.push_back(i);
-  }
-  return rows;
-}
-
 template <class T>
 double row_loss(const TileKernels<T>& kernels, const T* row, int64_t vocab, int64_t target,
                 const RowStats& stats, const LossOptions& options) {
-  // maximum - logit + log(sum): each part keeps its precision where the loss is close to 0
-  const double logit = kernels.value(row + target);
-  const double log_rest = std::log1p(stats.rest);
-  double loss = (static_cast<double>(stats.maximum) - logit) + log_rest;
-  if (options.label_smoothing != 0) {
-    const double smooth = log_rest - kernels.sum(row, vocab, stats.maximum) / vocab;
-    loss = (1 - options.label_smoothing) * loss + options.label_smoothing * smooth;
-  }
-  if (options.z_loss != 0) loss += options.z_loss * stats.log_sum_exp() * stats.log_sum_exp();
-  return loss;
-}
-
-// grad * [(1 + 2 z lse) softmax - (1 - s) onehot(target) - s / V]; y may be the logits themselves
-template <class T>
-void row_gradient(const TileKernels<T>& kernels, const T* row, T* y, int64_t vocab, int64_t target,
-                  double log_sum_exp, float grad, const LossOptions& options) {
-  // A row without a softmax gets NaN throughout; the loop below would clamp it away
-  const double mass = std::isnan(log_sum_exp) ? log_sum_exp : 1 + 2 * options.z_loss * log_sum_exp;
-  const double shift = -options.label_smoothing / vocab;
-  const double logit = kernels.value(row + target);
-  const auto write = [&](int64_t from, int64_t to) {
-    kernels.softmax_grad(row + from, y + from, to - from, static_cast<float>(log_sum_exp),
-                         static_cast<float>(grad * mass), static_cast<float>(grad * shift));
-  };
-  write(0, vocab);
-  // p - 1 before the one rounding to T
-  const double at_target =
-      std::exp(logit - log_sum_exp) * mass - (1 - options.label_smoothing) + shift;
-  const float at_target_grad = static_cast<float>(grad * at_target);
-  kernels.store_scaled(y + target, &at_target_grad, 1.0f, 1);
+  return loss_of_row(stats.maximum, std::log1p(stats.rest), kernels.value(row + target), options,
+                     [&] { return -kernels.sum(row, vocab, stats.maximum) / vocab; });
 }
 
 void fill_zero(void* row, int64_t bytes) {
@@ -138,8 +83,8 @@ Tensor pass_loss_and_grad_(const char* name, const OptionalTensor& logits,
         const RowStats stats = scan_row<T>(kernels, x, scan, tile_maxima.data());
         loss_out[row] =
             static_cast<float>(row_loss<T>(kernels, x, vocab, targets[row], stats, options));
-        row_gradient<T>(kernels, x, x, vocab, targets[row], stats.log_sum_exp(),
-                        grads ? grads[row] : 1.0f, options);
+        loss_gradient(kernels, x, x, vocab, vocab, targets[row], stats.log_sum_exp(),
+                      grads ? grads[row] : 1.0f, options);
       }
     });
   });
@@ -189,8 +134,8 @@ Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor
           fill_zero(y, sizes.vocab * sizeof(T));
           continue;
         }
-        row_gradient<T>(kernels, data + row * view.row_stride, y, sizes.vocab, targets[row],
-                        log_sums[row], grads[row], options);
+        loss_gradient(kernels, data + row * view.row_stride, y, sizes.vocab, sizes.vocab,
+                      targets[row], log_sums[row], grads[row], options);
       }
     });
   });

@@ -13,19 +13,19 @@ struct LinearSizes {
 
 // What every op that starts with the LM head's product asks of its operands
 inline LinearSizes check_linear(const char* op, const Tensor& hidden, const Tensor& weight,
-                                const OptionalTensor& bias) {
-  check_float(op, "hidden", hidden);
+                                const OptionalTensor& bias, const char* hidden_name = "hidden") {
+  check_float(op, hidden_name, hidden);
   DMAX_CHECK(weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) >= 1, op,
              ": weight must be [V, D] with V, D >= 1, got ", shape_text(weight.sizes()));
   check_dtype(op, "weight", weight, hidden.scalar_type());
-  DMAX_CHECK(hidden.dim() >= 1 && hidden.size(hidden.dim() - 1) == weight.size(1), op,
-             ": hidden must be [..., D] with D = ", weight.size(1), " as in weight, got ",
+  DMAX_CHECK(hidden.dim() >= 1 && hidden.size(hidden.dim() - 1) == weight.size(1), op, ": ",
+             hidden_name, " must be [..., D] with D = ", weight.size(1), " as in weight, got ",
              shape_text(hidden.sizes()));
-  check_same_device(op, "weight", weight, "hidden", hidden);
+  check_same_device(op, "weight", weight, hidden_name, hidden);
   if (bias) {
     check_dtype(op, "bias", *bias, hidden.scalar_type());
     check_shape(op, "bias", *bias, Sizes{weight.size(0)}, "one per token");
-    check_same_device(op, "bias", *bias, "hidden", hidden);
+    check_same_device(op, "bias", *bias, hidden_name, hidden);
   }
   return {weight.size(0), weight.size(1)};
 }

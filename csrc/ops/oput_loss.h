@@ -17,10 +17,19 @@ inline void check_loss_options(const char* op, double label_smoothing, double z_
 }
 
 inline void check_target(const char* op, const Tensor& target, const char* logits_name,
-                         const Tensor& logits) {
+                         const Tensor& logits,
+                         const char* meaning = "one token per row of logits") {
   check_integer(op, "target", target);
-  check_shape(op, "target", target, leading_sizes(logits), "one token per row of logits");
+  check_shape(op, "target", target, leading_sizes(logits), meaning);
   check_same_device(op, "target", target, logits_name, logits);
+}
+
+// A float32 number per target
+inline void check_like_target(const char* op, const char* name, const Tensor& t,
+                              const Tensor& target, const char* like_name, const Tensor& like) {
+  check_dtype(op, name, t, ScalarType::Float);
+  check_shape(op, name, t, target.sizes(), "that of target");
+  check_same_device(op, name, t, like_name, like);
 }
 
 inline OputLossSizes check_oput_loss(const char* op, const OptionalTensor& logits_masked,
@@ -49,12 +58,8 @@ inline OputLossSizes check_oput_loss_backward(const Tensor& grad_loss, const Ten
   constexpr const char* op = "oput_loss_backward";
   const int64_t vocab = check_logits(op, "logits", logits);
   check_target(op, target, "logits", logits);
-  for (const auto& [name, t] :
-       {std::pair<const char*, const Tensor&>{"grad_loss", grad_loss}, {"logsumexp", logsumexp}}) {
-    check_dtype(op, name, t, ScalarType::Float);
-    check_shape(op, name, t, target.sizes(), "that of target");
-    check_same_device(op, name, t, "logits", logits);
-  }
+  check_like_target(op, "grad_loss", grad_loss, target, "logits", logits);
+  check_like_target(op, "logsumexp", logsumexp, target, "logits", logits);
   check_loss_options(op, label_smoothing, z_loss);
   return {vocab};
 }
@@ -62,10 +67,7 @@ inline OputLossSizes check_oput_loss_backward(const Tensor& grad_loss, const Ten
 // The gradients of the per-token losses that oput_loss_and_grad_ multiplies in
 inline void check_loss_grad(const char* name, const OptionalTensor& grad, const Tensor& target) {
   constexpr const char* op = "oput_loss_and_grad_";
-  if (!grad) return;
-  check_dtype(op, name, *grad, ScalarType::Float);
-  check_shape(op, name, *grad, target.sizes(), "that of target");
-  check_same_device(op, name, *grad, "target", target);
+  if (grad) check_like_target(op, name, *grad, target, "target", target);
 }
 
 }  // namespace dmax

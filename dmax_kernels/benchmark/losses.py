@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import dmax_kernels
-from dmax_kernels.benchmark.workload import VOCAB, Inputs, Work, workload
+from dmax_kernels.benchmark.workload import DIM, VOCAB, Inputs, Work, workload
 
 
 def gradients(loss, leaves):
@@ -54,4 +54,25 @@ def oput_loss_and_grad_(inputs: Inputs, tokens: int = 64, vocab: int = VOCAB) ->
         },
         2 * sum(x.nbytes for x in logits),
         restore=restore,
+    )
+
+
+@workload
+def linear_oput_loss(inputs: Inputs, tokens: int = 256, dim: int = DIM, vocab: int = VOCAB) -> Work:
+    """Eager as in released training code: the head's product per pass, then as for oput_loss."""
+    hidden = [inputs.normal(tokens, dim).requires_grad_() for _ in range(2)]
+    weight = inputs.normal(vocab, dim, scale=dim**-0.5).requires_grad_()
+    leaves = [*hidden, weight]
+    target = inputs.ids(tokens, below=vocab)
+    return Work(
+        {
+            "eager": lambda: gradients(
+                sum(F.cross_entropy((h @ weight.t()).float(), target) for h in hidden), leaves
+            ),
+            "fused": lambda: gradients(
+                dmax_kernels.linear_oput_loss(*leaves, target, reduction="mean"), leaves
+            ),
+        },
+        2 * sum(x.nbytes for x in leaves),  # read, and their gradients written
+        3 * 2 * (2 * tokens) * dim * vocab,  # what the gradients need, once
     )

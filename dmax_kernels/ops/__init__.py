@@ -1,6 +1,7 @@
 """One file per op: the public function with its maths, its fake kernel, its gradient."""
 
 from dmax_kernels.ops.hybrid_embedding import hybrid_embedding
+from dmax_kernels.ops.linear_oput_loss import linear_oput_loss
 from dmax_kernels.ops.linear_sample_tokens import linear_sample_tokens
 from dmax_kernels.ops.linear_top1_confidence import linear_top1_confidence
 from dmax_kernels.ops.oput_loss import oput_loss, oput_loss_and_grad_
@@ -16,6 +17,7 @@ from dmax_kernels.ops.topk_confidence import topk_confidence
 
 __all__ = [
     "hybrid_embedding",
+    "linear_oput_loss",
     "linear_sample_tokens",
     "linear_top1_confidence",
     "oput_loss",

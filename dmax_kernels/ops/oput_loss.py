@@ -60,7 +60,7 @@ def oput_loss(
         None if logits_predicted is None else loss_predicted,
     )
     return reduce_loss(
-        losses, target, ignore_index, token_weight, pass_weights, reduction, num_tokens
+        "oput_loss", losses, target, ignore_index, token_weight, pass_weights, reduction, num_tokens
     )
 
 

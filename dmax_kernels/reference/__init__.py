@@ -6,6 +6,7 @@ them when asked with ``ops="reference"``.
 """
 
 from dmax_kernels.reference.hybrid_embedding import hybrid_embedding
+from dmax_kernels.reference.linear_oput_loss import linear_oput_loss
 from dmax_kernels.reference.linear_sample_tokens import linear_sample_tokens
 from dmax_kernels.reference.linear_top1_confidence import linear_top1_confidence
 from dmax_kernels.reference.oput_loss import oput_loss, oput_loss_and_grad_
@@ -21,6 +22,7 @@ from dmax_kernels.reference.topk_confidence import topk_confidence
 
 __all__ = [
     "hybrid_embedding",
+    "linear_oput_loss",
     "linear_sample_tokens",
     "linear_top1_confidence",
     "oput_loss",

@@ -42,7 +42,7 @@ def oput_loss(
         for logits in (logits_masked, logits_predicted)
     )
     return reduce_loss(
-        losses, target, ignore_index, token_weight, pass_weights, reduction, num_tokens
+        "oput_loss", losses, target, ignore_index, token_weight, pass_weights, reduction, num_tokens
     )
 
 

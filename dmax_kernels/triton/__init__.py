@@ -30,6 +30,8 @@ _MODULE_OF = {
     "sample_partial": "sample_partial",
     "sample_merge": "sample_merge",
     "linear_top1_confidence": "linear_top1_confidence",
+    "linear_oput_loss": "linear_oput_loss",
+    "linear_oput_loss_backward": "linear_oput_loss",
     "linear_sample_tokens": "linear_sample_tokens",
 }
 

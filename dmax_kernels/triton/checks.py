@@ -166,9 +166,11 @@ def check_seed(op: str, logits: Tensor, seed: Tensor, logits_name: str = "logits
     return per_row
 
 
-def check_linear(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+def check_linear(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, hidden_name: str = "hidden"
+) -> int:
     """hidden [..., D], weight [V, D], bias [V]; returns V."""
-    check_float(op, "hidden", hidden)
+    check_float(op, hidden_name, hidden)
     check(
         weight.dim() == 2 and weight.shape[0] >= 1 and weight.shape[1] >= 1,
         f"{op}: weight must be [V, D] with V, D >= 1, got {list(weight.shape)}",
@@ -176,14 +178,14 @@ def check_linear(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
     check_dtype(op, "weight", weight, hidden.dtype)
     check(
         hidden.dim() >= 1 and hidden.shape[-1] == weight.shape[1],
-        f"{op}: hidden must be [..., D] with D = {weight.shape[1]} as in weight, "
+        f"{op}: {hidden_name} must be [..., D] with D = {weight.shape[1]} as in weight, "
         f"got {list(hidden.shape)}",
     )
-    check_same_device(op, "weight", weight, "hidden", hidden)
+    check_same_device(op, "weight", weight, hidden_name, hidden)
     if bias is not None:
         check_dtype(op, "bias", bias, hidden.dtype)
         check_shape(op, "bias", bias, weight.shape[:1], "one per token")
-        check_same_device(op, "bias", bias, "hidden", hidden)
+        check_same_device(op, "bias", bias, hidden_name, hidden)
     return weight.shape[0]
 
 
@@ -228,9 +230,15 @@ def check_loss_options(op: str, label_smoothing: float, z_loss: float) -> None:
     )
 
 
-def check_target(op: str, target: Tensor, logits_name: str, logits: Tensor) -> None:
+def check_target(
+    op: str,
+    target: Tensor,
+    logits_name: str,
+    logits: Tensor,
+    meaning: str = "one token per row of logits",
+) -> None:
     check_integer(op, "target", target)
-    check_shape(op, "target", target, logits.shape[:-1], "one token per row of logits")
+    check_shape(op, "target", target, logits.shape[:-1], meaning)
     check_same_device(op, "target", target, logits_name, logits)
 
 
@@ -262,3 +270,30 @@ def check_oput_loss(
 def check_like_target(op: str, name: str, t: Tensor, target: Tensor) -> None:
     check_dtype(op, name, t, torch.float32)
     check_shape(op, name, t, target.shape, "that of target")
+
+
+def check_linear_oput_loss(
+    op: str,
+    hidden_masked: Tensor | None,
+    hidden_predicted: Tensor | None,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+) -> int:
+    """Returns V."""
+    check(
+        hidden_masked is not None or hidden_predicted is not None,
+        f"{op}: hidden_masked or hidden_predicted must be given, got neither",
+    )
+    first_name = "hidden_masked" if hidden_masked is not None else "hidden_predicted"
+    first = hidden_masked if hidden_masked is not None else hidden_predicted
+    vocab = check_linear(op, first, weight, bias, first_name)
+    if hidden_masked is not None and hidden_predicted is not None:
+        check_dtype(op, "hidden_predicted", hidden_predicted, first.dtype)
+        check_shape(op, "hidden_predicted", hidden_predicted, first.shape, "that of hidden_masked")
+        check_same_device(op, "hidden_predicted", hidden_predicted, "hidden_masked", first)
+    check_target(op, target, first_name, first, "one token per row of hidden states")
+    check_loss_options(op, label_smoothing, z_loss)
+    return vocab

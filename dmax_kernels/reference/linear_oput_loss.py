@@ -1,0 +1,42 @@
+"""Eqs. 5-6 from the hidden states of both passes and the LM head; the logits are stored."""
+
+import torch
+from torch import Tensor
+
+from dmax_kernels.reduction import autocast_operands, reduce_loss
+from dmax_kernels.reference.linear_top1_confidence import linear_logits
+from dmax_kernels.reference.oput_loss import token_loss
+
+
+def linear_oput_loss(
+    hidden_masked: Tensor | None,
+    hidden_predicted: Tensor | None,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    pass_weights: tuple[float, float] = (1.0, 1.0),
+    reduction: str = "none",
+    num_tokens: Tensor | float | None = None,
+) -> Tensor | tuple[Tensor | None, Tensor | None]:
+    hidden_masked, hidden_predicted, weight, bias = autocast_operands(
+        hidden_masked, hidden_predicted, weight, bias
+    )
+    ignored = (target == ignore_index).unsqueeze(-1)
+
+    def pass_loss(hidden: Tensor | None) -> Tensor | None:
+        if hidden is None:
+            return None
+        # An ignored row's hidden state is not read: 0 times a NaN would reach weight's gradient
+        with torch.autocast(weight.device.type, enabled=False):
+            logits = linear_logits(torch.where(ignored, 0.0, hidden), weight, bias)
+        return token_loss(logits, target, ignore_index, label_smoothing, z_loss)
+
+    return reduce_loss(
+        "linear_oput_loss", (pass_loss(hidden_masked), pass_loss(hidden_predicted)), target,
+        ignore_index, token_weight, pass_weights, reduction, num_tokens,
+    )  # fmt: skip
