@@ -14,7 +14,7 @@ from dmax_kernels.distributed.collectives import gather, sum_over_ranks
 from dmax_kernels.distributed.layout import VocabShard, read_shard, visible
 from dmax_kernels.distributed.linear import ShardedHead, float32_product, read_head
 from dmax_kernels.distributed.loss_parts import LossParts, Targets
-from dmax_kernels.reduction import reduce_loss
+from dmax_kernels.reduction import autocast_operands, reduce_loss
 
 
 def oput_loss(
@@ -163,7 +163,8 @@ def linear_oput_loss(
 ) -> Tensor | tuple[Tensor | None, Tensor | None]:
     """:func:`dmax_kernels.linear_oput_loss` with the LM head's rows sharded (Eqs. 5-6).
 
-    The float32 logits of both passes live some 64 MB at a time, and are computed again for the
+    Under autocast, hidden states, weight and bias are cast as there. The float32 logits of both
+    passes live some 64 MB at a time, and are computed again for the
     gradient. One all-gather forward; backward one all-reduce of the float32 gradient of the hidden
     states, which are replicated: every rank returns the whole of it.
 
@@ -183,6 +184,9 @@ def linear_oput_loss(
         ValueError: as :func:`oput_loss`. RuntimeError: as the unsharded op.
     """
     op = "linear_oput_loss"
+    hidden_masked, hidden_predicted, weight, bias = autocast_operands(
+        hidden_masked, hidden_predicted, weight, bias
+    )
     given = [x for x in (hidden_masked, hidden_predicted) if x is not None]
     if not given:
         raise ValueError(f"{op}: hidden_masked or hidden_predicted must be given, got neither")
