@@ -219,6 +219,19 @@ def check_loss(ranks: Ranks) -> None:
     assert_close(one[1].detach(), dmax_kernels.oput_loss(None, passes[1], target)[1], 2e-6, 2e-7)
 
 
+def check_autocast(ranks, hidden, weight, target) -> None:
+    """float32 parameters under autocast: the loss of their bfloat16 copies, to the bit."""
+    mine = ranks.cut(weight, [len(weight) // ranks.num_ranks + 1] * ranks.num_ranks, 0)
+    options = {"vocab_size": len(weight)}
+    half = (hidden.bfloat16(), None, mine.bfloat16())
+    expected, _ = distributed.linear_oput_loss(*half, target, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, _ = distributed.linear_oput_loss(
+            hidden.float(), None, mine.float(), target, **options
+        )
+    assert torch.equal(actual, expected)
+
+
 def check_linear_loss(ranks: Ranks) -> None:
     vocab, dim, rows = 4300, 12, 28
     for dtype in (torch.float32, torch.bfloat16):
@@ -229,6 +242,7 @@ def check_linear_loss(ranks: Ranks) -> None:
         row_weight = ranks.randn(rows)
         options = {"label_smoothing": 0.1, "z_loss": 1e-3}
         leaves = [x.clone().float().requires_grad_() for x in (*hidden, weight, bias)]
+        check_autocast(ranks, hidden[0], weight, target)
         logits = [x @ leaves[2].t() + leaves[3] for x in leaves[:2]]
         expected = reference.oput_loss(*logits, target, **options)
         expected_grads = gradients(expected, leaves, row_weight)

@@ -45,9 +45,10 @@ class ShardedHead(NamedTuple):
 
 
 def float32_product(a: Tensor, b: Tensor) -> Tensor:
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    with torch.autocast(a.device.type, enabled=False):  # it would round the result to 16 bits
+        if a.is_cuda and a.dtype != torch.float32:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return a.float() @ b.float()
 
 
 def read_head(

@@ -14,7 +14,7 @@ from dmax_kernels.distributed.collectives import gather, sum_over_ranks
 from dmax_kernels.distributed.layout import VocabShard, read_shard, visible
 from dmax_kernels.distributed.linear import ShardedHead, float32_product, read_head
 from dmax_kernels.distributed.loss_parts import LossParts, Targets
-from dmax_kernels.reduction import reduce_loss
+from dmax_kernels.reduction import autocast_operands, reduce_loss
 
 
 def oput_loss(
@@ -78,7 +78,7 @@ def oput_loss(
         targets = Targets.of(op, target, ignore_index, shard.vocab_size)
         losses = _ShardedLoss.apply(*passes, targets, parts)
     return reduce_loss(
-        losses, target, ignore_index, token_weight, pass_weights, reduction, num_tokens
+        op, losses, target, ignore_index, token_weight, pass_weights, reduction, num_tokens
     )
 
 
@@ -161,9 +161,10 @@ def linear_oput_loss(
     reduction: str = "none",
     num_tokens: Tensor | float | None = None,
 ) -> Tensor | tuple[Tensor | None, Tensor | None]:
-    """:func:`oput_loss` of ``hidden @ weight.T + bias``, with the LM head's rows sharded.
+    """:func:`dmax_kernels.linear_oput_loss` with the LM head's rows sharded (Eqs. 5-6).
 
-    The float32 logits of both passes live some 64 MB at a time, and are computed again for the
+    Under autocast, hidden states, weight and bias are cast as there. The float32 logits of both
+    passes live some 64 MB at a time, and are computed again for the
     gradient. One all-gather forward; backward one all-reduce of the float32 gradient of the hidden
     states, which are replicated: every rank returns the whole of it.
 
@@ -180,9 +181,12 @@ def linear_oput_loss(
         summed in float32 and rounded once to their tensor's dtype.
 
     Raises:
-        ValueError, RuntimeError: as :func:`oput_loss`.
+        ValueError: as :func:`oput_loss`. RuntimeError: as the unsharded op.
     """
     op = "linear_oput_loss"
+    hidden_masked, hidden_predicted, weight, bias = autocast_operands(
+        hidden_masked, hidden_predicted, weight, bias
+    )
     given = [x for x in (hidden_masked, hidden_predicted) if x is not None]
     if not given:
         raise ValueError(f"{op}: hidden_masked or hidden_predicted must be given, got neither")
@@ -198,6 +202,21 @@ def linear_oput_loss(
             f"hidden), got {list(target.shape)}"
         )
     head = read_head(op, given[0], weight, bias, group, shard_sizes, vocab_size)
+    if head.shard.num_ranks == 1:
+        return ops.linear_oput_loss(
+            hidden_masked,
+            hidden_predicted,
+            head.weight,
+            target,
+            bias=head.bias,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            token_weight=token_weight,
+            pass_weights=pass_weights,
+            reduction=reduction,
+            num_tokens=num_tokens,
+        )
     parts = LossParts(op, head.shard, label_smoothing=label_smoothing, z_loss=z_loss)
     # Both passes are rows of one batch, so that a block of the weight serves them together
     targets = Targets.of(
@@ -207,6 +226,7 @@ def linear_oput_loss(
     by_pass = _ShardedLinearLoss.apply(rows, head.weight, head.bias, head.shard, targets, parts)
     losses = iter(by_pass.view(len(given), *target.shape))
     return reduce_loss(
+        op,
         tuple(None if x is None else next(losses) for x in (hidden_masked, hidden_predicted)),
         target,
         ignore_index,
