@@ -1,6 +1,7 @@
 """Per-token losses of the two passes to what the caller asked for; plain autograd throughout."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 REDUCTIONS = ("none", "sum", "mean")
 
 
-def autocast_operands(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast_operands(*operands: Tensor | None) -> tuple[Any, ...]:
     """Under autocast, its dtype for all of them, as ``nn.Linear`` would have them; else as is."""
     device_type = next(t.device.type for t in operands if t is not None)
     if not torch.is_autocast_enabled(device_type):
@@ -20,6 +21,7 @@ def autocast_operands(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
 def _check_num_tokens(op: str, num_tokens: Tensor | float, reduction: str) -> None:
     if reduction != "mean":
         raise ValueError(f"{op}: num_tokens is for reduction 'mean', got {reduction!r}")
+    got: object
     if isinstance(num_tokens, Tensor):  # its value stays on the device
         good, got = num_tokens.dim() == 0, f"shape {list(num_tokens.shape)}"
     else:
@@ -62,10 +64,10 @@ def reduce_loss(
             loss = loss * token_weight
         return loss if pass_weight == 1.0 else loss * pass_weight
 
-    weighted = tuple(weigh(loss, weight) for loss, weight in zip(losses, pass_weights, strict=True))
+    masked, predicted = map(weigh, losses, pass_weights)
     if reduction == "none":
-        return weighted
-    total = sum(loss.sum() for loss in weighted if loss is not None)
+        return masked, predicted
+    total = torch.stack([loss.sum() for loss in (masked, predicted) if loss is not None]).sum()
     if reduction == "sum":
         return total
     if num_tokens is None:

@@ -63,7 +63,7 @@ def oput_loss_and_grad_(inputs: Inputs, tokens: int = 64, vocab: int = VOCAB) ->
 @workload
 def linear_oput_loss(inputs: Inputs, tokens: int = 256, dim: int = DIM, vocab: int = VOCAB) -> Work:
     """Eager as in released training code: the head's product per pass, then as for oput_loss."""
-    hidden = [inputs.normal(tokens, dim).requires_grad_() for _ in range(2)]
+    hidden = masked, predicted = [inputs.normal(tokens, dim).requires_grad_() for _ in range(2)]
     weight = inputs.normal(vocab, dim, scale=dim**-0.5).requires_grad_()
     leaves = [*hidden, weight]
     target = inputs.ids(tokens, below=vocab)
@@ -73,7 +73,8 @@ def linear_oput_loss(inputs: Inputs, tokens: int = 256, dim: int = DIM, vocab: i
                 sum(F.cross_entropy((h @ weight.t()).float(), target) for h in hidden), leaves
             ),
             "fused": lambda: gradients(
-                dmax_kernels.linear_oput_loss(*leaves, target, reduction="mean"), leaves
+                dmax_kernels.linear_oput_loss(masked, predicted, weight, target, reduction="mean"),
+                leaves,
             ),
         },
         2 * sum(x.nbytes for x in leaves),  # read, and their gradients written

@@ -37,15 +37,15 @@ def oput_loss(
     reduction: str = "none",
     num_tokens: Tensor | float | None = None,
 ) -> Tensor | tuple[Tensor | None, Tensor | None]:
-    losses = tuple(
-        None
-        if logits is None
-        else token_loss(logits, target, ignore_index, label_smoothing, z_loss)
-        for logits in (logits_masked, logits_predicted)
-    )
+    def pass_loss(logits: Tensor | None) -> Tensor | None:
+        if logits is None:
+            return None
+        return token_loss(logits, target, ignore_index, label_smoothing, z_loss)
+
     return reduce_loss(
-        "oput_loss", losses, target, ignore_index, token_weight, pass_weights, reduction, num_tokens
-    )
+        "oput_loss", (pass_loss(logits_masked), pass_loss(logits_predicted)), target,
+        ignore_index, token_weight, pass_weights, reduction, num_tokens,
+    )  # fmt: skip
 
 
 def oput_loss_and_grad_(

@@ -16,8 +16,9 @@ def sample_partial(
     temperature: float = 1.0,
     suppress_token: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = {"temperature": temperature, "suppress_token": suppress_token}
-    maximum, sum_exp, first = top1_partial(logits_shard, vocab_start, **options)
+    maximum, sum_exp, first = top1_partial(
+        logits_shard, vocab_start, temperature=temperature, suppress_token=suppress_token
+    )
     local = local_suppress_token(logits_shard, vocab_start, suppress_token)
     visible = visible_logits(logits_shard, local)
     noise = exponential_noise(seed, visible.shape[:-1], visible.shape[-1], vocab_start)
