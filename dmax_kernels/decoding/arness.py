@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from dmax_kernels.decoding.trace import Trace
@@ -52,7 +53,7 @@ def local_arness(order: Sequence[int], k: int = 1) -> float:
     """
     check_order("local_arness", order, k)
     run, hits = 0, 0
-    for before, position in zip(order, order[1:], strict=False):
+    for before, position in pairwise(order):
         run = run + 1 if position == before + 1 else 0
         hits += run >= k
     return hits / (len(order) - k) if len(order) > k else float("nan")
