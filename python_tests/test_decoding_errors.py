@@ -24,7 +24,8 @@ MISTAKES = {
     "tau_dec is NaN": ({"tau_dec": float("nan")}, "tau_dec must be in [0, 1], got nan"),
     "rule": (
         {"rule": "soft"},
-        "rule must be one of 'spd', 'hybrid', 'hard_prefix', 'hard', 'threshold', got 'soft'",
+        "rule must be one of 'spd', 'hybrid', 'hard_prefix', 'hard', 'threshold', or a Rule, "
+        "got 'soft'",
     ),
     "semantics": (
         {"semantics": "dinfer"},

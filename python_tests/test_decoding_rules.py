@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import dmax_kernels
 import dmax_kernels.reference
 from dmax_kernels.decoding import RULES, BlockState, generate
-from dmax_kernels.decoding.rules import composed_step_, promote_all, update_
+from dmax_kernels.decoding.rules import ABLATIONS, composed_step_, promote_all
 from dmax_kernels.decoding.settings import Settings
 
 K, V, STEPS = 6, MASK + 1, 12
@@ -212,7 +212,7 @@ def test_the_next_pass_reads_eqs_7_to_10(rule, ops):
                 e = words[step["token"][j]]
                 if step["masked"][j]:
                     expected = words[MASK]
-                elif j >= 2 and RULES[rule].soft:
+                elif j >= 2 and ABLATIONS[rule].soft:
                     p = confidence[j]
                     mix = p * e + (1 - p) * words[MASK]
                     expected = mix / mix.norm() * (p * e.norm() + (1 - p) * words[MASK].norm())
@@ -226,7 +226,7 @@ def test_the_next_pass_reads_eqs_7_to_10(rule, ops):
             assert torch.equal(inputs, seen[0])
 
 
-def random_state(seed, rows=3, length=K, hidden=5):
+def random_state(seed, rows=3, length=K, hidden=5, taus=(0.5, 0.9)):
     """A state in the middle of a block, with a converged row now and then, and its logits."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -250,6 +250,9 @@ def random_state(seed, rows=3, length=K, hidden=5):
         converged=flip(0.2, rows),
         step=torch.randint(0, 3, (rows,), generator=generator, dtype=torch.int32),
         inputs_embeds=torch.randn(rows, length, hidden, generator=generator),
+        row=torch.arange(rows),
+        start=torch.zeros(rows, dtype=torch.int64),
+        thresholds=torch.tensor([taus]).repeat(rows, 1),
     )
     state.editable[:, -1] = True  # a block that decodes nothing never reaches a step
     return state, logits, embedding
@@ -264,7 +267,7 @@ def make_settings(**changes):
         "mask_token_id": MASK,
         "eos_token_ids": (),
         "pad_token_id": 0,
-        "rule": "spd",
+        "rule": RULES["spd"],
         "semantics": "paper",
         "top_k": 1,
         "convergence": "both",
@@ -287,11 +290,11 @@ def copy_state(state):
 )
 def test_composed_ops_are_the_spd_step(seed, tau, top_k):
     """The ablations' step, with nothing taken away, is `spd_step_`."""
-    expected, logits, embedding = random_state(seed)
+    expected, logits, embedding = random_state(seed, taus=(tau, 0.3 + tau / 2))
     actual = copy_state(expected)
-    s = make_settings(tau_dec=tau, tau_acc=0.3 + tau / 2, top_k=top_k)
-    update_(logits, embedding, expected, s)
-    composed_step_(logits, embedding, actual, s)
+    s = make_settings(top_k=top_k)
+    s.rule.update_(logits, embedding, expected, s)
+    composed_step_(logits, embedding, actual, s, ABLATIONS["spd"])
     for name, buffer in vars(expected).items():
         torch.testing.assert_close(getattr(actual, name), buffer, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -303,14 +306,9 @@ def test_composed_ops_are_the_spd_step(seed, tau, top_k):
     st.sampled_from([0.0, 0.5, 0.95]),
 )
 def test_a_step_keeps_its_promises(seed, rule, tau):
-    before, logits, embedding = random_state(seed)
+    before, logits, embedding = random_state(seed, taus=(tau, 0.9))
     state = copy_state(before)
-    update_(
-        logits,
-        embedding,
-        state,
-        make_settings(rule=rule, tau_dec=tau),
-    )
+    RULES[rule].update_(logits, embedding, state, make_settings(rule=RULES[rule]))
     for row in range(len(state.converged)):
         if before.converged[row]:  # frozen: not one bit of the row changes
             for name, buffer in vars(before).items():

@@ -7,17 +7,44 @@ idea taken away. All of them work on a `BlockState` in place and leave converged
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmax_kernels.decoding.settings import Settings
+from dmax_kernels.decoding.rule import Rule
 from dmax_kernels.decoding.state import BlockState
+
+if TYPE_CHECKING:
+    from dmax_kernels.decoding.settings import Settings
+
+
+class SoftParallel(Rule):
+    """The paper's rule: one fused step, `spd_step_`."""
+
+    def update_(
+        self, logits: Tensor, embedding: Tensor, state: BlockState, settings: Settings
+    ) -> None:
+        if settings.convergence != "both":
+            composed_step_(logits, embedding, state, settings, ABLATIONS["spd"])
+            return
+        settings.ops.spd_step_(
+            logits,
+            embedding,
+            **state.spd_buffers(),
+            mask_token_id=settings.mask_token_id,
+            tau_dec=settings.tau_dec,
+            tau_acc=settings.tau_acc,
+            semantics=settings.semantics,
+            top_k=settings.top_k,
+            suppress_token=settings.suppress_token,
+            thresholds=state.thresholds,
+        )
 
 
 @dataclass(frozen=True)
-class Rule:
+class Ablation(Rule):
     """Three switches span the paper's Table 3.
 
     prefix: promote only the leftmost run of confident masked positions; otherwise every confident
@@ -33,40 +60,31 @@ class Rule:
     revise: bool
     soft: bool
 
+    def update_(
+        self, logits: Tensor, embedding: Tensor, state: BlockState, settings: Settings
+    ) -> None:
+        composed_step_(logits, embedding, state, settings, self)
 
-RULES = {
-    "spd": Rule(prefix=True, revise=True, soft=True),
-    "hybrid": Rule(prefix=False, revise=True, soft=True),
-    "hard_prefix": Rule(prefix=True, revise=True, soft=False),
-    "hard": Rule(prefix=False, revise=True, soft=False),
-    "threshold": Rule(prefix=False, revise=False, soft=False),
+
+ABLATIONS = {
+    "spd": Ablation(prefix=True, revise=True, soft=True),
+    "hybrid": Ablation(prefix=False, revise=True, soft=True),
+    "hard_prefix": Ablation(prefix=True, revise=True, soft=False),
+    "hard": Ablation(prefix=False, revise=True, soft=False),
+    "threshold": Ablation(prefix=False, revise=False, soft=False),
 }
+# What `spd_generate(rule=name)` knows by name; any other `Rule` is passed as an instance
+RULES: dict[str, Rule] = {**ABLATIONS, "spd": SoftParallel()}
 
 
-def update_(logits: Tensor, embedding: Tensor, state: BlockState, s: Settings) -> None:
-    """One step after a forward pass: logits [B, K, V] of the block, state changed in place."""
-    if s.rule == "spd" and s.convergence == "both":
-        s.ops.spd_step_(
-            logits,
-            embedding,
-            **vars(state),
-            mask_token_id=s.mask_token_id,
-            tau_dec=s.tau_dec,
-            tau_acc=s.tau_acc,
-            semantics=s.semantics,
-            top_k=s.top_k,
-            suppress_token=s.suppress_token,
-        )
-    else:
-        composed_step_(logits, embedding, state, s)
+def composed_step_(
+    logits: Tensor, embedding: Tensor, state: BlockState, s: Settings, rule: Ablation
+) -> None:
+    """The paper's step with the parts that `rule` and `s.convergence` name.
 
-
-def composed_step_(logits: Tensor, embedding: Tensor, state: BlockState, s: Settings) -> None:
-    """The paper's step with the parts that `s.rule` and `s.convergence` name.
-
-    For rule "spd" and both criteria this is `spd_step_`, which a test holds it to.
+    With nothing taken away and both criteria this is `spd_step_`, which a test holds it to.
     """
-    rule, ops = RULES[s.rule], s.ops
+    ops = s.ops
     y, c = ops.top1_confidence(logits, suppress_token=s.suppress_token)
     if not rule.revise:
         y = torch.where(state.masked, y, state.token)
@@ -74,15 +92,16 @@ def composed_step_(logits: Tensor, embedding: Tensor, state: BlockState, s: Sett
 
     # Promote masked positions, then look for convergence row by row
     if rule.prefix:
-        promoted = ops.prefix_promote(c, state.masked, s.tau_dec)
+        # The op's threshold is one number; each row has its own
+        promoted = ops.prefix_promote((c > state.tau_dec).float(), state.masked, 0.5)
     else:
-        promoted = promote_all(c, state.masked, s.tau_dec)
+        promoted = promote_all(c, state.masked, state.tau_dec)
     masked = state.masked & ~promoted
     if rule.revise:
         # A prediction at a mask position is no decision yet, repeated or not
         decided = (y == state.token) & ~state.masked
         same = (decided | ~state.editable).all(dim=-1) & (state.step >= 1)
-        sure = ((c > s.tau_acc) | ~state.editable).all(dim=-1)
+        sure = ((c > state.tau_acc) | ~state.editable).all(dim=-1)
         converged = {"both": same | sure, "consistency": same, "confidence": sure}[s.convergence]
     else:
         converged = ~masked.any(dim=-1)
@@ -108,7 +127,7 @@ def composed_step_(logits: Tensor, embedding: Tensor, state: BlockState, s: Sett
     state.converged.logical_or_(converged)
 
 
-def promote_all(confidence: Tensor, masked: Tensor, threshold: float) -> Tensor:
+def promote_all(confidence: Tensor, masked: Tensor, threshold: Tensor | float) -> Tensor:
     """Masked positions above the threshold, wherever they are; else the most confident one."""
     above = masked & (confidence > threshold)
     rank = confidence.nan_to_num(nan=-1.0).masked_fill(~masked, -2.0)

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-RULE_NAMES = ("spd", "hybrid", "hard_prefix", "hard", "threshold")
+from dmax_kernels.decoding.rule import Rule
+from dmax_kernels.decoding.rules import RULES
+
 SEMANTICS = ("paper", "released")
 CONVERGENCE = ("both", "consistency", "confidence")
 OPS = {"fused": "dmax_kernels", "reference": "dmax_kernels.reference"}
@@ -27,7 +29,7 @@ class Settings:
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
-    rule: str
+    rule: Rule
     semantics: str
     top_k: int
     convergence: str
@@ -56,7 +58,7 @@ def resolve_settings(
     mask_token_id: int | None,
     eos_token_id: int | Iterable[int] | None,
     pad_token_id: int | None,
-    rule: str,
+    rule: str | Rule,
     semantics: str,
     top_k: int,
     convergence: str,
@@ -82,7 +84,8 @@ def resolve_settings(
         require(is_count(count), name, "a positive integer", count)
     for name, tau in (("tau_dec", tau_dec), ("tau_acc", tau_acc)):
         require(0 <= tau <= 1, name, "in [0, 1]", tau)
-    require(rule in RULE_NAMES, "rule", one_of(RULE_NAMES), repr(rule))
+    known = isinstance(rule, Rule) or rule in RULES
+    require(known, "rule", f"{one_of(RULES)}, or a Rule", repr(rule))
     require(semantics in SEMANTICS, "semantics", one_of(SEMANTICS), repr(semantics))
     require(
         convergence in CONVERGENCE,
@@ -102,7 +105,7 @@ def resolve_settings(
     )
     if semantics == "released":
         require(
-            rule == "spd" and convergence == "both",
+            rule in ("spd", RULES["spd"]) and convergence == "both",
             "semantics",
             "'paper' unless rule is 'spd' and convergence is 'both'",
             f"'released' with rule '{rule}' and convergence '{convergence}'",
@@ -151,7 +154,7 @@ def resolve_settings(
         mask_token_id=mask_token_id,
         eos_token_ids=eos_token_ids,
         pad_token_id=pad_token_id,
-        rule=rule,
+        rule=rule if isinstance(rule, Rule) else RULES[rule],
         semantics=semantics,
         top_k=top_k,
         convergence=convergence,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dmax_kernels.decoding.forward import BlockForward
-from dmax_kernels.decoding.rules import update_
+from dmax_kernels.decoding.rule import Rule
 from dmax_kernels.decoding.settings import Settings, resolve_settings
 from dmax_kernels.decoding.state import BlockState
 from dmax_kernels.decoding.trace import Trace
@@ -57,7 +57,7 @@ def generate(
     mask_token_id: int | None = None,
     eos_token_id: int | Iterable[int] | None = None,
     pad_token_id: int | None = None,
-    rule: str = "spd",
+    rule: str | Rule = "spd",
     semantics: str = "paper",
     top_k: int = 1,
     convergence: str = "both",
@@ -142,8 +142,17 @@ def generate(
     for n, start in enumerate(progress_bar(starts, progress)):
         tokens = sequences[rows, : start + block_length]
         state = BlockState.fully_masked(
-            tokens[:, start:], prompt_length - start, forward.embedding, settings.mask_token_id
+            tokens[:, start:],
+            torch.full_like(rows, prompt_length - start),
+            forward.embedding,
+            settings.mask_token_id,
+            row=rows,
+            start=torch.full_like(rows, start),
+            thresholds=torch.tensor([[tau_dec, tau_acc]], device=device)
+            .expand(len(rows), -1)
+            .contiguous(),
         )
+        settings.rule.begin_(state, rows, forward.embedding, settings)
         denoise_block(
             forward,
             tokens[:, :start],
@@ -236,7 +245,7 @@ def step(
 ) -> None:
     """One forward pass over the block and one update of its state; no host sync of its own."""
     logits = forward.logits(tokens, state.inputs_embeds)
-    update_(logits, forward.embedding, state, settings)
+    settings.rule.update_(logits, forward.embedding, state, settings)
 
 
 def end_at_eos(

@@ -25,18 +25,29 @@ class BlockState:
     converged: Tensor  # bool [B]
     step: Tensor  # int32 [B]: steps this row took part in
     inputs_embeds: Tensor  # [B, K, D]: what the next forward pass reads
+    row: Tensor  # int64 [B]: which request of the batch this is, for a rule's random numbers
+    start: Tensor  # int64 [B]: position of the block's first token in the row's sequence
+    thresholds: Tensor  # float32 [B, 2]: (tau_dec, tau_acc) of the row
 
     @classmethod
     def fully_masked(
-        cls, token: Tensor, prompt_tail: int, embedding: Tensor, mask_token_id: int
+        cls,
+        token: Tensor,
+        prompt_tail: Tensor,
+        embedding: Tensor,
+        mask_token_id: int,
+        *,
+        row: Tensor,
+        start: Tensor,
+        thresholds: Tensor,
     ) -> BlockState:
-        """The state before the first step: all masks, but for a prompt's tail of that length.
+        """The state before the first step: all masks, but for each row's tail of a prompt.
 
-        token: [B, K], of which only the prompt's tail is read.
+        token: [B, K], of which only the prompt's tail is read; prompt_tail: int64 [B], its length.
         """
         rows, length = token.shape
         position = torch.arange(length, device=token.device)
-        editable = (position >= prompt_tail).expand(rows, -1).contiguous()
+        editable = position >= prompt_tail.unsqueeze(-1)
         token = token.masked_fill(editable, mask_token_id)
         return cls(
             editable=editable,
@@ -46,7 +57,25 @@ class BlockState:
             converged=torch.zeros(rows, dtype=torch.bool, device=token.device),
             step=torch.zeros(rows, dtype=torch.int32, device=token.device),
             inputs_embeds=F.embedding(token, embedding),
+            row=row,
+            start=start,
+            thresholds=thresholds,
         )
+
+    @property
+    def tau_dec(self) -> Tensor:
+        """[B, 1]"""
+        return self.thresholds[:, 0:1]
+
+    @property
+    def tau_acc(self) -> Tensor:
+        """[B, 1]"""
+        return self.thresholds[:, 1:2]
+
+    def spd_buffers(self) -> dict[str, Tensor]:
+        """The buffers of `spd_step_`, by its argument names."""
+        names = ("editable", "masked", "token", "confidence", "converged", "step", "inputs_embeds")
+        return {name: getattr(self, name) for name in names}
 
     def select_rows(self, rows: Tensor) -> BlockState:
         """A copy of these rows."""
