@@ -9,6 +9,9 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       "topk_confidence(Tensor logits, int k, *, float temperature=1.0, int suppress_token=-1)"
       " -> (Tensor tokens, Tensor confidences)");
   m.def(
+      "row_statistics(Tensor logits, *, float temperature=1.0, int suppress_token=-1)"
+      " -> (Tensor token, Tensor confidence, Tensor runner_up, Tensor entropy, Tensor logsumexp)");
+  m.def(
       "prefix_promote(Tensor confidence, Tensor masked, float threshold, *, bool inclusive=False)"
       " -> Tensor promoted");
   m.def(

@@ -26,6 +26,12 @@ struct PerturbedBest {
   int64_t id;
 };
 
+// Sums over w = 2^t with t = (x - maximum) * scale
+struct EntropySums {
+  float weight;    // of w: the bits of sum_exp
+  float exponent;  // of t * w, which is 0 where w is
+};
+
 template <class T>
 struct TileKernels {
   // One element as float32
@@ -38,6 +44,8 @@ struct TileKernels {
   int64_t (*find_above)(const T* x, int64_t n, float threshold);
   // Sum of 2^((x - maximum) * scale)
   float (*sum_exp)(const T* x, int64_t n, float maximum, float scale);
+  // The same, and what the entropy needs beside it
+  EntropySums (*entropy_sums)(const T* x, int64_t n, float maximum, float scale);
   // Sum of x - shift; the difference comes first, so that a common offset costs no precision
   double (*sum)(const T* x, int64_t n, float shift);
   // y = factor * 2^((x - maximum) * log2(e)) + shift; y may be x

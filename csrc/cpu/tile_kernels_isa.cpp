@@ -131,25 +131,48 @@ int64_t find_above(const T* x, int64_t n, float threshold) {
   return find_first(x, n, [&](VecF v) { return (v > bound) | (v != v); });
 }
 
-template <class T>
-float sum_exp(const T* x, int64_t n, float maximum, float scale) {
-  // The difference first: it is exact near the maximum, where a common offset of 1e4 would cancel
+// One loop for both, so that the sum of exponentials has the same bits with and without the other
+template <bool kWithExponents, class T>
+DMAX_INLINE EntropySums exp_sums(const T* x, int64_t n, float maximum, float scale) {
   VecF sum[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+  VecF weighted[2] = {splat(0.0f), splat(0.0f)};
+  // The difference first: it is exact near the maximum, where a common offset of 1e4 would cancel
+  const auto exponent_of = [&](VecF v) { return (v - maximum) * scale; };
+  const auto add = [&](int j, VecF exponent, VecF weight) {
+    sum[j] = sum[j] + weight;
+    // Bounded as in exp2: -inf * 0 would be a NaN
+    if (kWithExponents) {
+      weighted[j % 2] = weighted[j % 2] + max(exponent, splat(-126.0f)) * weight;
+    }
+  };
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
     for (int j = 0; j < 4; ++j) {
-      sum[j] = sum[j] + exp2((load(x + i + j * kLanes) - maximum) * scale);
+      const VecF exponent = exponent_of(load(x + i + j * kLanes));
+      add(j, exponent, exp2(exponent));
     }
   }
   for (; i + kLanes <= n; i += kLanes) {
-    sum[0] = sum[0] + exp2((load(x + i) - maximum) * scale);
+    const VecF exponent = exponent_of(load(x + i));
+    add(0, exponent, exp2(exponent));
   }
   if (i < n) {
     const int count = static_cast<int>(n - i);
-    const VecF last = exp2((load_tail(x + i, count, maximum) - maximum) * scale);
-    sum[1] = sum[1] + select(lane_index() < splat(count), last, splat(0.0f));
+    const VecF exponent = exponent_of(load_tail(x + i, count, maximum));
+    add(1, exponent, select(lane_index() < splat(count), exp2(exponent), splat(0.0f)));
   }
-  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  return {reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])),
+          kWithExponents ? reduce_add(weighted[0] + weighted[1]) : 0.0f};
+}
+
+template <class T>
+float sum_exp(const T* x, int64_t n, float maximum, float scale) {
+  return exp_sums<false>(x, n, maximum, scale).weight;
+}
+
+template <class T>
+EntropySums entropy_sums(const T* x, int64_t n, float maximum, float scale) {
+  return exp_sums<true>(x, n, maximum, scale);
 }
 
 template <class T>
@@ -279,8 +302,8 @@ void store_scaled(T* y, const float* x, float factor, int64_t n) {
 
 template <class T>
 constexpr TileKernels<T> kernels() {
-  return {value<T>,        maximum<T>, find<T>, find_above<T>, sum_exp<T>,     sum<T>,
-          softmax_grad<T>, sample<T>,  dot<T>,  add_scaled<T>, store_scaled<T>};
+  return {value<T>, maximum<T>,      find<T>,   find_above<T>, sum_exp<T>,    entropy_sums<T>,
+          sum<T>,   softmax_grad<T>, sample<T>, dot<T>,        add_scaled<T>, store_scaled<T>};
 }
 
 }  // namespace

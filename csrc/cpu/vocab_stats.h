@@ -89,13 +89,19 @@ RowStats find_top1(const TileKernels<T>& kernels, const T* row, const VocabScan&
   return stats;
 }
 
+// How far a tile's maximum lies below the row's, in nats
+inline double depth_of(float tile_max, const RowStats& stats, const VocabScan& scan) {
+  return (static_cast<double>(stats.maximum) - tile_max) / scan.temperature;
+}
+
+// exp(-30) from each of 262,144 tokens adds less than 3e-8 in all
+constexpr double kNegligibleDepth = 30.0;
+
 // One tile's share of `rest`
 template <class T>
 double tile_rest(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
                  const RowStats& stats, float tile_max, int64_t tile) {
-  // exp(-30) from each of 262,144 tokens adds less than 3e-8 in all
-  constexpr double kNegligible = 30.0;
-  if (!((static_cast<double>(stats.maximum) - tile_max) / scan.temperature < kNegligible)) return 0;
+  if (!(depth_of(tile_max, stats, scan) < kNegligibleDepth)) return 0;
   double rest = 0;
   const int64_t end = std::min(scan.vocab, (tile + 1) * kTile);
   for_each_range(tile * kTile, end, scan.suppress, stats.token, [&](int64_t from, int64_t to) {
@@ -104,18 +110,37 @@ double tile_rest(const TileKernels<T>& kernels, const T* row, const VocabScan& s
   return rest;
 }
 
+// What a scan collects of a row: its start, from the maxima of the tiles, and then a sum per tile.
+// Other kinds (row_statistics.cpp) start with the same top-1 and sum more.
+struct Top1 {
+  using Row = RowStats;
+  using Tile = double;
+
+  template <class T>
+  static RowStats start(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+                        const float* tile_maxima) {
+    return find_top1(kernels, row, scan, tile_maxima);
+  }
+  template <class T>
+  static double tile(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+                     const RowStats& stats, float tile_max, int64_t tile) {
+    return tile_rest(kernels, row, scan, stats, tile_max, tile);
+  }
+  static void add(RowStats* stats, double rest) { stats->rest += rest; }
+};
+
 // Statistics of one row on the calling thread; `tile_maxima` has room for scan.num_tiles()
-template <class T>
-RowStats scan_row(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
-                  float* tile_maxima) {
+template <class T, class Kind = Top1>
+typename Kind::Row scan_row(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+                            float* tile_maxima) {
   const int64_t num_tiles = scan.num_tiles();
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
     tile_maxima[tile] = tile_maximum(kernels, row, scan, tile);
   }
-  RowStats stats = find_top1(kernels, row, scan, tile_maxima);
+  auto stats = Kind::start(kernels, row, scan, tile_maxima);
   if (std::isnan(stats.rest)) return stats;
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
-    stats.rest += tile_rest(kernels, row, scan, stats, tile_maxima[tile], tile);
+    Kind::add(&stats, Kind::tile(kernels, row, scan, stats, tile_maxima[tile], tile));
   }
   return stats;
 }
@@ -124,7 +149,7 @@ RowStats scan_row(const TileKernels<T>& kernels, const T* row, const VocabScan& 
 //
 // With rows enough for every thread, a thread takes whole rows; with few, all threads share the
 // tiles of every row. Both add the same tiles in the same order.
-template <class T, class RowOf, class StatsOf>
+template <class T, class Kind = Top1, class RowOf, class StatsOf>
 void scan_rows(int64_t count, const VocabScan& scan, const RowOf& row_of, const StatsOf& stats_of) {
   const TileKernels<T>& kernels = tile_kernels<T>();
   const int64_t num_tiles = scan.num_tiles();
@@ -132,7 +157,7 @@ void scan_rows(int64_t count, const VocabScan& scan, const RowOf& row_of, const 
     parallel_for(count, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> tile_maxima(num_tiles);
       for (int64_t i = begin; i < end; ++i) {
-        stats_of(i, scan_row(kernels, row_of(i), scan, tile_maxima.data()));
+        stats_of(i, scan_row<T, Kind>(kernels, row_of(i), scan, tile_maxima.data()));
       }
     });
     return;
@@ -140,26 +165,26 @@ void scan_rows(int64_t count, const VocabScan& scan, const RowOf& row_of, const 
   constexpr int64_t kGrain =
       4;  // tiles: below about 8,192 logits a thread costs more than it saves
   std::vector<float> tile_maxima(count * num_tiles);
-  std::vector<double> rests(count * num_tiles);
-  std::vector<RowStats> stats(count);
+  std::vector<typename Kind::Tile> sums(count * num_tiles);
+  std::vector<typename Kind::Row> stats(count);
   parallel_for(count * num_tiles, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       tile_maxima[i] = tile_maximum(kernels, row_of(i / num_tiles), scan, i % num_tiles);
     }
   });
   for (int64_t row = 0; row < count; ++row) {
-    stats[row] = find_top1(kernels, row_of(row), scan, &tile_maxima[row * num_tiles]);
+    stats[row] = Kind::start(kernels, row_of(row), scan, &tile_maxima[row * num_tiles]);
   }
   parallel_for(count * num_tiles, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / num_tiles;
       if (std::isnan(stats[row].rest)) continue;
-      rests[i] = tile_rest(kernels, row_of(row), scan, stats[row], tile_maxima[i], i % num_tiles);
+      sums[i] = Kind::tile(kernels, row_of(row), scan, stats[row], tile_maxima[i], i % num_tiles);
     }
   });
   for (int64_t row = 0; row < count; ++row) {
     for (int64_t tile = 0; tile < num_tiles; ++tile)
-      stats[row].rest += rests[row * num_tiles + tile];
+      Kind::add(&stats[row], sums[row * num_tiles + tile]);
     stats_of(row, stats[row]);
   }
 }
