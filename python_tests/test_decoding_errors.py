@@ -24,8 +24,9 @@ MISTAKES = {
     "tau_dec is NaN": ({"tau_dec": float("nan")}, "tau_dec must be in [0, 1], got nan"),
     "rule": (
         {"rule": "soft"},
-        "rule must be one of 'spd', 'hybrid', 'hard_prefix', 'hard', 'threshold', or a Rule, "
-        "got 'soft'",
+        "rule must be one of 'spd', 'hybrid', 'hard_prefix', 'hard', 'threshold', 'factor', "
+        "'hierarchical', 'top_n', 'autoregressive', 'random', 'entropy_bound', 'margin', "
+        "'uniform', 'parallel_forced', or a Rule, got 'soft'",
     ),
     "semantics": (
         {"semantics": "dinfer"},

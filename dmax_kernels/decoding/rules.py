@@ -1,7 +1,7 @@
-"""What happens after a forward pass: the fused SPD step, and the paper's ablations of it.
+"""The rules by name: the fused SPD step, the paper's ablations of it, and other decoders.
 
 The ablations (Tables 3 and 4) are put together from the same small ops, so each is SPD with one
-idea taken away. All of them work on a `BlockState` in place and leave converged rows alone.
+idea taken away. All rules work on a `BlockState` in place and leave converged rows alone.
 """
 
 from __future__ import annotations
@@ -9,12 +9,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from dmax_kernels.decoding.composed import ComposedRule, Top1, composed_step_
+from dmax_kernels.decoding.promotion import threshold_promote
 from dmax_kernels.decoding.rule import Rule
 from dmax_kernels.decoding.state import BlockState
+from dmax_kernels.decoding.unmasking import (
+    Autoregressive,
+    EntropyBound,
+    Factor,
+    Hierarchical,
+    Margin,
+    ParallelForced,
+    Random,
+    TopN,
+    Uniform,
+)
+from dmax_kernels.reference.row_statistics import RowStatistics
 
 if TYPE_CHECKING:
     from dmax_kernels.decoding.settings import Settings
@@ -44,26 +56,26 @@ class SoftParallel(Rule):
 
 
 @dataclass(frozen=True)
-class Ablation(Rule):
-    """Three switches span the paper's Table 3.
+class Ablation(ComposedRule):
+    """Three switches span the paper's Table 3: `revise` and `soft` of every composed rule, and
 
     prefix: promote only the leftmost run of confident masked positions; otherwise every confident
         one. Where none is confident: the leftmost, or the most confident, so that a step always
         makes progress.
-    revise: predict token positions anew at each step; otherwise a token once decoded stays, and
-        the block ends when no mask is left.
-    soft: token positions enter the next pass as hybrid embeddings (Eqs. 8-10); otherwise as the
-        plain embedding of their token.
     """
 
     prefix: bool
     revise: bool
     soft: bool
 
-    def update_(
-        self, logits: Tensor, embedding: Tensor, state: BlockState, settings: Settings
-    ) -> None:
-        composed_step_(logits, embedding, state, settings, self)
+    def promote(
+        self, statistics: Top1 | RowStatistics, state: BlockState, settings: Settings
+    ) -> Tensor:
+        if not self.prefix:
+            return threshold_promote(statistics.confidence, state.masked, state.tau_dec)
+        # The op's threshold is one number; each row has its own
+        passes = (statistics.confidence > state.tau_dec).float()
+        return settings.ops.prefix_promote(passes, state.masked, 0.5)
 
 
 ABLATIONS = {
@@ -73,63 +85,17 @@ ABLATIONS = {
     "hard": Ablation(prefix=False, revise=True, soft=False),
     "threshold": Ablation(prefix=False, revise=False, soft=False),
 }
-# What `spd_generate(rule=name)` knows by name; any other `Rule` is passed as an instance
-RULES: dict[str, Rule] = {**ABLATIONS, "spd": SoftParallel()}
-
-
-def composed_step_(
-    logits: Tensor, embedding: Tensor, state: BlockState, s: Settings, rule: Ablation
-) -> None:
-    """The paper's step with the parts that `rule` and `s.convergence` name.
-
-    With nothing taken away and both criteria this is `spd_step_`, which a test holds it to.
-    """
-    ops = s.ops
-    y, c = ops.top1_confidence(logits, suppress_token=s.suppress_token)
-    if not rule.revise:
-        y = torch.where(state.masked, y, state.token)
-        c = torch.where(state.masked, c, state.confidence)
-
-    # Promote masked positions, then look for convergence row by row
-    if rule.prefix:
-        # The op's threshold is one number; each row has its own
-        promoted = ops.prefix_promote((c > state.tau_dec).float(), state.masked, 0.5)
-    else:
-        promoted = promote_all(c, state.masked, state.tau_dec)
-    masked = state.masked & ~promoted
-    if rule.revise:
-        # A prediction at a mask position is no decision yet, repeated or not
-        decided = (y == state.token) & ~state.masked
-        same = (decided | ~state.editable).all(dim=-1) & (state.step >= 1)
-        sure = ((c > state.tau_acc) | ~state.editable).all(dim=-1)
-        converged = {"both": same | sure, "consistency": same, "confidence": sure}[s.convergence]
-    else:
-        converged = ~masked.any(dim=-1)
-    masked = masked & ~converged.unsqueeze(-1)  # a commit takes every position: no mask is left
-
-    # Inputs of the next pass
-    token = torch.where(state.editable, y, state.token)
-    embeds = F.embedding(token.masked_fill(masked, s.mask_token_id), embedding)
-    if rule.soft:
-        top = (y, c)
-        if s.top_k > 1:
-            top = ops.topk_confidence(logits, s.top_k, suppress_token=s.suppress_token)
-        hybrid = ops.hybrid_embedding(embedding, *top, masked, s.mask_token_id)
-        embeds = torch.where(state.editable.unsqueeze(-1), hybrid, embeds)
-
-    # Rows that had converged before this step keep all of their state
-    active = ~state.converged.unsqueeze(-1)
-    state.masked.copy_(torch.where(active, masked, state.masked))
-    state.token.copy_(torch.where(active, token, state.token))
-    state.confidence.copy_(torch.where(active & state.editable, c, state.confidence))
-    state.inputs_embeds.copy_(torch.where(active.unsqueeze(-1), embeds, state.inputs_embeds))
-    state.step.add_(~state.converged)
-    state.converged.logical_or_(converged)
-
-
-def promote_all(confidence: Tensor, masked: Tensor, threshold: Tensor | float) -> Tensor:
-    """Masked positions above the threshold, wherever they are; else the most confident one."""
-    above = masked & (confidence > threshold)
-    rank = confidence.nan_to_num(nan=-1.0).masked_fill(~masked, -2.0)
-    best = F.one_hot(rank.argmax(dim=-1), rank.shape[-1]).bool() & masked
-    return torch.where(above.any(dim=-1, keepdim=True), above, best)
+# What `generate(rule=name)` knows by name; with other options, pass the instance
+RULES: dict[str, Rule] = {
+    **ABLATIONS,
+    "spd": SoftParallel(),
+    "factor": Factor(),
+    "hierarchical": Hierarchical(),
+    "top_n": TopN(),
+    "autoregressive": Autoregressive(),
+    "random": Random(),
+    "entropy_bound": EntropyBound(),
+    "margin": Margin(),
+    "uniform": Uniform(),
+    "parallel_forced": ParallelForced(),
+}
