@@ -1,4 +1,4 @@
-"""``python -m dmax_kernels COMMAND``: info, demo, train."""
+"""``python -m dmax_kernels COMMAND``: info, bench, demo, train."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 COMMANDS = {
     "info": "versions, build, and which backend serves each op on each device",
     "demo": "decode held-out problems with the shipped checkpoints: table, page, picture",
+    "bench": "time one op at one shape beside the eager PyTorch it replaces",
     "train": "make the three checkpoints of the demo from nothing",
 }
 
