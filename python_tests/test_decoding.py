@@ -6,7 +6,7 @@ import pytest
 import torch
 from decoding_models import EOS, MASK, PAD, RandomModel, random_prompts
 
-from dmax_kernels.decoding import RULES, generate
+from dmax_kernels.decoding import RULES, spd_generate
 
 K = 8
 OPS = ["reference", "fused"]
@@ -26,7 +26,7 @@ def _one_thread():
 
 def decode(model, prompts, **changes):
     arguments = {"block_length": K, "max_new_tokens": 27, "ops": "reference"}
-    return generate(model, prompts, **{**arguments, **changes})
+    return spd_generate(model, prompts, **{**arguments, **changes})
 
 
 @pytest.mark.parametrize("tau", TAUS)
