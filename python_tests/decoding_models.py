@@ -1,4 +1,4 @@
-"""Two small models with the interface that `generate` asks for, for the tests of the loop."""
+"""Two small models with the interface that `spd_generate` asks for, for the tests of the loop."""
 
 from types import SimpleNamespace
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from decoding_models import EOS, MASK, PAD, RandomModel, random_prompts
 
-from dmax_kernels.decoding import generate
+from dmax_kernels.decoding import spd_generate
 from dmax_kernels.decoding.rules import ABLATIONS
 
 K = 8
@@ -27,7 +27,7 @@ def _one_thread():
 
 def decode(model, prompts, **changes):
     arguments = {"block_length": K, "max_new_tokens": 27, "ops": "reference"}
-    return generate(model, prompts, **{**arguments, **changes})
+    return spd_generate(model, prompts, **{**arguments, **changes})
 
 
 @pytest.mark.parametrize("tau", TAUS)

@@ -1,4 +1,4 @@
-"""Every mistake in the arguments of `generate` gives one sentence that names it."""
+"""Every mistake in the arguments of `spd_generate` gives one sentence that names it."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from decoding_models import RandomModel, make_config, random_prompts
 
-from dmax_kernels.decoding import generate
+from dmax_kernels.decoding import spd_generate
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -86,7 +86,7 @@ MISTAKES = {
     ),
     "empty prompt": (
         {"input_ids": torch.zeros(2, 0).long()},
-        "input_ids must be at least one prompt token, got an empty prompt",
+        "input_ids must be at least one prompt token per row, got an empty prompt (row 0)",
     ),
     "token outside the vocabulary": (
         {"input_ids": torch.full((1, 4), 99)},
@@ -109,23 +109,23 @@ def test_one_sentence_names_the_mistake(mistake):
         "ops": "reference",
         **changes,
     }
-    with pytest.raises(ValueError, match=r"^generate: ") as error:
-        generate(RandomModel(), **arguments)
-    assert str(error.value) == f"generate: {sentence}"
+    with pytest.raises(ValueError, match=r"^spd_generate: ") as error:
+        spd_generate(RandomModel(), **arguments)
+    assert str(error.value) == f"spd_generate: {sentence}"
 
 
 def test_a_model_without_mask_token():
     model = RandomModel()
     model.config = SimpleNamespace()
-    with pytest.raises(ValueError, match=r"^generate: the model has no mask token"):
-        generate(model, random_prompts(1, 8), max_new_tokens=8, ops="reference")
+    with pytest.raises(ValueError, match=r"^spd_generate: the model has no mask token"):
+        spd_generate(model, random_prompts(1, 8), max_new_tokens=8, ops="reference")
 
 
 def test_a_config_without_eos_and_context_decodes_to_the_end():
     model = RandomModel()
     model.config = make_config(eos_token_id=None, pad_token_id=None)
     del model.config.max_position_embeddings
-    output = generate(
+    output = spd_generate(
         model, random_prompts(2, 8), block_length=8, max_new_tokens=20, ops="reference"
     )
     assert output.num_tokens.tolist() == [20, 20]
@@ -137,4 +137,4 @@ def test_a_model_that_returns_no_cache():
             return SimpleNamespace(logits=super().forward(*args, **kwargs).logits)
 
     with pytest.raises(ValueError, match="got NoneType; pass use_cache=False"):
-        generate(Uncached(), random_prompts(1, 8), max_new_tokens=8, ops="reference")
+        spd_generate(Uncached(), random_prompts(1, 8), max_new_tokens=8, ops="reference")

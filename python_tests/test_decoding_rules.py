@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import dmax_kernels
 import dmax_kernels.reference
-from dmax_kernels.decoding import RULES, BlockState, generate
-from dmax_kernels.decoding.promotion import threshold_promote
+from dmax_kernels.decoding import RULES, BlockState, spd_generate
+from dmax_kernels.decoding.promote import threshold_promote
 from dmax_kernels.decoding.rules import ABLATIONS, composed_step_
 from dmax_kernels.decoding.settings import Settings
 
@@ -117,10 +117,10 @@ def released_decode_uniform(script, editable, tau_dec, tau_acc):
 
 
 def play(script, prompt_length, **arguments):
-    """One block of `generate` on script [STEPS, rows, K, V] with prompt_length tokens inside it."""
+    """One block, prompt_length tokens of it prompt, on script [STEPS, rows, K, V]."""
     model = ScriptedModel(script, eos_token_id=None)
     prompts = torch.arange(2, 2 + script.shape[1])[:, None].repeat(1, prompt_length)
-    output = generate(
+    output = spd_generate(
         model,
         prompts,
         block_length=K,

@@ -1,7 +1,7 @@
 """The rules beyond SPD in the loop: same tokens from both ops, any batch, with or without cache.
 
 SPD and its ablations have the whole grid of test_decoding.py; what differs between the rules here
-is one promotion function each (test_decoding_promotion.py), so one setting per rule is enough.
+is one promotion function each (test_decoding_promote.py), so one setting per rule is enough.
 """
 
 import math
@@ -10,7 +10,7 @@ import pytest
 import torch
 from decoding_models import MASK, RandomModel, ScriptedModel, random_prompts
 
-from dmax_kernels.decoding import RULES, generate
+from dmax_kernels.decoding import RULES, spd_generate
 from dmax_kernels.decoding.arness import arness
 from dmax_kernels.decoding.composed import ComposedRule
 from dmax_kernels.decoding.rules import ABLATIONS
@@ -43,7 +43,7 @@ def _one_thread():
 
 def decode(model, prompts, **changes):
     arguments = {"block_length": K, "max_new_tokens": 27, "ops": "reference"}
-    return generate(model, prompts, **{**arguments, **changes})
+    return spd_generate(model, prompts, **{**arguments, **changes})
 
 
 @pytest.mark.parametrize("rule", [*NAMES, *OTHERS], ids=str)
@@ -158,7 +158,7 @@ FIRST = [
 @pytest.mark.parametrize(("rule", "tau", "expected"), FIRST, ids=str)
 def test_first_step_by_hand(rule, tau, expected, ops):
     model = ScriptedModel(constant_script([0.5, 0.9, 0.3, 0.6, 0.95]), eos_token_id=None)
-    output = generate(
+    output = spd_generate(
         model,
         torch.tensor([[2]]),
         block_length=5,

@@ -5,10 +5,21 @@ changes), `forward.py` (the forward pass and its KV cache), `rules.py` (the pape
 `settings.py` (arguments and their errors), `trace.py` (what happened, as JSON).
 """
 
+from dmax_kernels.decoding.output import GenerationOutput, Statistics
+from dmax_kernels.decoding.requests import CommittedBlock
 from dmax_kernels.decoding.rule import Rule
 from dmax_kernels.decoding.rules import RULES
-from dmax_kernels.decoding.spd import GenerationOutput, generate
+from dmax_kernels.decoding.spd import spd_generate
 from dmax_kernels.decoding.state import BlockState
 from dmax_kernels.decoding.trace import Trace
 
-__all__ = ["RULES", "BlockState", "GenerationOutput", "Rule", "Trace", "generate"]
+__all__ = [
+    "RULES",
+    "BlockState",
+    "CommittedBlock",
+    "GenerationOutput",
+    "Rule",
+    "Statistics",
+    "Trace",
+    "spd_generate",
+]

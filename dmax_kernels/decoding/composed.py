@@ -43,7 +43,7 @@ class ComposedRule(Rule):
     def promote(
         self, statistics: Top1 | RowStatistics, state: BlockState, settings: Settings
     ) -> Tensor:
-        """Masked positions that become token positions, bool [B, K], by a function of `promotion`.
+        """Masked positions that become token positions, bool [B, K], by a function of `promote`.
 
         At least one in every row that has a masked position.
         """

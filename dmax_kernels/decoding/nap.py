@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmax_kernels.decoding.composed import ComposedRule, Top1
-from dmax_kernels.decoding.promotion import parallel_forced_promote
-from dmax_kernels.decoding.spd import GenerationOutput, generate
+from dmax_kernels.decoding.output import GenerationOutput
+from dmax_kernels.decoding.promote import parallel_forced_promote
+from dmax_kernels.decoding.spd import spd_generate
 from dmax_kernels.decoding.state import BlockState
 from dmax_kernels.decoding.unmasking import require_count
 
@@ -179,7 +180,7 @@ def nap_generate(
             f"the prompt, got {canvas.length} positions"
         )
     device = model.get_input_embeddings().weight.device
-    return generate(
+    return spd_generate(
         model,
         input_ids,
         block_length=block_length,

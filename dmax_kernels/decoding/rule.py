@@ -31,7 +31,7 @@ class Rule(ABC):
     def begin_(  # noqa: B027 - a default, not an oversight
         self, state: BlockState, rows: Tensor, embedding: Tensor, settings: Settings
     ) -> None:
-        """Change the start of a block in these rows [n], which were just set to all masks.
+        """Change the start of a block where rows, bool [B], is True: all masks until now.
 
         Called outside of any graph. By default nothing: the block starts fully masked.
         """

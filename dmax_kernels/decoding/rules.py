@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dmax_kernels.decoding.composed import ComposedRule, Top1, composed_step_
-from dmax_kernels.decoding.promotion import threshold_promote
+from dmax_kernels.decoding.promote import threshold_promote
 from dmax_kernels.decoding.rule import Rule
 from dmax_kernels.decoding.state import BlockState
 from dmax_kernels.decoding.unmasking import (
@@ -85,7 +85,7 @@ ABLATIONS = {
     "hard": Ablation(prefix=False, revise=True, soft=False),
     "threshold": Ablation(prefix=False, revise=False, soft=False),
 }
-# What `generate(rule=name)` knows by name; with other options, pass the instance
+# What `spd_generate(rule=name)` knows by name; with other options, pass the instance
 RULES: dict[str, Rule] = {
     **ABLATIONS,
     "spd": SoftParallel(),

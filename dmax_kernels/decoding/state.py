@@ -77,16 +77,31 @@ class BlockState:
         names = ("editable", "masked", "token", "confidence", "converged", "step", "inputs_embeds")
         return {name: getattr(self, name) for name in names}
 
-    def select_rows(self, rows: Tensor) -> BlockState:
-        """A copy of these rows."""
-        return BlockState(**{name: buffer[rows] for name, buffer in vars(self).items()})
+    def begin_(self, rows: Tensor, start: Tensor, mask_token_id: int, embedding: Tensor) -> None:
+        """Where rows [B] is True, a new block begins: all masks, at its start [B]."""
+        positions = rows.unsqueeze(-1)
+        self.editable.logical_or_(positions)
+        self.masked.logical_or_(positions)
+        self.token.masked_fill_(positions, mask_token_id)
+        self.confidence.masked_fill_(positions, 0)
+        self.converged.logical_and_(~rows)
+        self.step.masked_fill_(rows, 0)
+        mask = embedding[mask_token_id]
+        self.inputs_embeds.copy_(torch.where(positions.unsqueeze(-1), mask, self.inputs_embeds))
+        self.start.copy_(start)
 
-    def write_rows_(self, rows: Tensor, part: BlockState) -> None:
-        """Put a copy made by `select_rows` back."""
-        for name, buffer in vars(part).items():
-            getattr(self, name)[rows] = buffer
+    def cap_(self, max_steps: int, commit: bool) -> None:
+        """End the blocks that took `max_steps`; commit: with the last top-1 where still masked."""
+        over = self.step >= max_steps
+        self.converged.logical_or_(over)
+        if commit:
+            self.masked.logical_and_(~over.unsqueeze(-1))
 
-    def commit_(self) -> None:
-        """Stop every row where it is: the last top-1 of each position is its result."""
-        self.masked.zero_()
-        self.converged.fill_(True)
+    def move_rows_(self, sources: Tensor, holes: Tensor) -> None:
+        """Row sources[i] takes the place of row holes[i]."""
+        for buffer in vars(self).values():
+            buffer[holes] = buffer[sources]
+
+    def first(self, rows: int) -> BlockState:
+        """The first rows, in the same memory."""
+        return BlockState(**{name: buffer[:rows] for name, buffer in vars(self).items()})

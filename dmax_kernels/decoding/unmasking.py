@@ -1,8 +1,8 @@
-"""Decoding rules beyond SPD: each is a function of `promotion` with its options.
+"""Decoding rules beyond SPD: each is a function of `promote` with its options.
 
-The numbers that a rule compares with tau_dec come from `generate(tau_dec=...)`, per row; the rest
-are the rule's own: `generate(rule=Hierarchical(low_threshold=0.4))`. Rules without `revise` keep a
-token once decoded, as models trained by plain masked diffusion need it.
+What a rule compares with tau_dec comes from `spd_generate(tau_dec=...)`, per row; the rest are the
+rule's own options: `spd_generate(rule=Hierarchical(low_threshold=0.4))`. Rules without `revise`
+keep a token once decoded, as models trained by plain masked diffusion need it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from dmax_kernels.decoding import promotion
+from dmax_kernels.decoding import promote
 from dmax_kernels.decoding.composed import ComposedRule, Top1
 from dmax_kernels.decoding.state import BlockState
 from dmax_kernels.reference.row_statistics import RowStatistics
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Factor(ComposedRule):
-    """Fast-dLLM's factor rule: see `promotion.factor_promote`. No threshold."""
+    """Fast-dLLM's factor rule: see `promote.factor_promote`. No threshold."""
 
     factor: float = 1.0
 
@@ -32,12 +32,12 @@ class Factor(ComposedRule):
         require_number(self, "factor", self.factor, "positive", lambda value: value > 0)
 
     def promote(self, statistics: Top1, state: BlockState, settings: Settings) -> Tensor:
-        return promotion.factor_promote(statistics.confidence, state.masked, self.factor)
+        return promote.factor_promote(statistics.confidence, state.masked, self.factor)
 
 
 @dataclass(frozen=True)
 class Hierarchical(ComposedRule):
-    """dInfer's divide and conquer: see `promotion.hierarchical_promote`."""
+    """dInfer's divide and conquer: see `promote.hierarchical_promote`."""
 
     low_threshold: float = 0.2
 
@@ -47,7 +47,7 @@ class Hierarchical(ComposedRule):
         )
 
     def promote(self, statistics: Top1, state: BlockState, settings: Settings) -> Tensor:
-        return promotion.hierarchical_promote(
+        return promote.hierarchical_promote(
             statistics.confidence, state.masked, state.tau_dec, self.low_threshold
         )
 
@@ -64,25 +64,25 @@ class FixedCount(ComposedRule):
 
 @dataclass(frozen=True)
 class TopN(FixedCount):
-    """The most confident first: see `promotion.top_n_promote`."""
+    """The most confident first: see `promote.top_n_promote`."""
 
     def promote(self, statistics: Top1, state: BlockState, settings: Settings) -> Tensor:
-        return promotion.top_n_promote(statistics.confidence, state.masked, self.tokens_per_step)
+        return promote.top_n_promote(statistics.confidence, state.masked, self.tokens_per_step)
 
 
 @dataclass(frozen=True)
 class Autoregressive(FixedCount):
-    """From left to right: see `promotion.autoregressive_promote`."""
+    """From left to right: see `promote.autoregressive_promote`."""
 
     def promote(self, statistics: Top1, state: BlockState, settings: Settings) -> Tensor:
-        return promotion.autoregressive_promote(
+        return promote.autoregressive_promote(
             statistics.confidence, state.masked, self.tokens_per_step
         )
 
 
 @dataclass(frozen=True)
 class Random(FixedCount):
-    """In random order, the same for the same seed: see `promotion.random_promote`."""
+    """In random order, the same for the same seed: see `promote.random_promote`."""
 
     seed: int = 0
 
@@ -98,14 +98,14 @@ class Random(FixedCount):
 
     def promote(self, statistics: Top1, state: BlockState, settings: Settings) -> Tensor:
         token, confidence = statistics[:2]
-        return promotion.random_promote(
+        return promote.random_promote(
             token, confidence, state.step, state.masked, self.tokens_per_step, self.seed
         )
 
 
 @dataclass(frozen=True)
 class EntropyBound(ComposedRule):
-    """The most certain up to a sum of entropies: see `promotion.entropy_bound_promote`."""
+    """The most certain up to a sum of entropies: see `promote.entropy_bound_promote`."""
 
     entropy_bound: float = 0.1
     reads_distribution: ClassVar[bool] = True
@@ -116,34 +116,34 @@ class EntropyBound(ComposedRule):
         )
 
     def promote(self, statistics: RowStatistics, state: BlockState, settings: Settings) -> Tensor:
-        return promotion.entropy_bound_promote(statistics.entropy, state.masked, self.entropy_bound)
+        return promote.entropy_bound_promote(statistics.entropy, state.masked, self.entropy_bound)
 
 
 @dataclass(frozen=True)
 class Margin(ComposedRule):
-    """A threshold on the lead over the runner-up: see `promotion.margin_promote`."""
+    """A threshold on the lead over the runner-up: see `promote.margin_promote`."""
 
     reads_distribution: ClassVar[bool] = True
 
     def promote(self, statistics: RowStatistics, state: BlockState, settings: Settings) -> Tensor:
-        return promotion.margin_promote(
+        return promote.margin_promote(
             statistics.confidence, statistics.runner_up, state.masked, state.tau_dec
         )
 
 
 @dataclass(frozen=True)
 class Uniform(ComposedRule):
-    """All at once, then revision until convergence: see `promotion.uniform_promote`."""
+    """All at once, then revision until convergence: see `promote.uniform_promote`."""
 
     revise: bool = True
 
     def promote(self, statistics: Top1, state: BlockState, settings: Settings) -> Tensor:
-        return promotion.uniform_promote(statistics.confidence, state.masked)
+        return promote.uniform_promote(statistics.confidence, state.masked)
 
 
 @dataclass(frozen=True)
 class ParallelForced(FixedCount):
-    """Several slots of a block advance at every step: see `promotion.parallel_forced_promote`.
+    """Several slots of a block advance at every step: see `promote.parallel_forced_promote`.
 
     Here the slots are equal parts of each block. `nap.nap_generate` decodes the canvas of the
     paper, with headers and a summary.
@@ -156,7 +156,7 @@ class ParallelForced(FixedCount):
         require_count(self, "num_slots", self.num_slots)
 
     def promote(self, statistics: Top1, state: BlockState, settings: Settings) -> Tensor:
-        return promotion.parallel_forced_promote(
+        return promote.parallel_forced_promote(
             statistics.confidence, state.masked, self.num_slots, self.tokens_per_step
         )
 

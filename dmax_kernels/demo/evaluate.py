@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dmax_kernels.decoding import GenerationOutput, generate
+from dmax_kernels.decoding import GenerationOutput, spd_generate
 from dmax_kernels.decoding.arness import arness
 from dmax_kernels.decoding.rule import Rule
 from dmax_kernels.models import ring_walk
@@ -28,7 +28,7 @@ FIRST_PROBLEMS = 50
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to decode: a checkpoint, a rule of `generate`, and its settings."""
+    """One way to decode: a checkpoint, a rule of `spd_generate`, and its settings."""
 
     model: str
     rule: str | Rule
@@ -76,7 +76,7 @@ def encode_prompts(problems: list[ring_walk.Problem], block_length: int) -> torc
 def decode(
     model: Any, problems: list[ring_walk.Problem], cell: Cell, ops: str, trace: bool = False
 ) -> GenerationOutput:
-    return generate(
+    return spd_generate(
         model,
         encode_prompts(problems, model.config.block_length),
         block_length=model.config.block_length,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dmax_kernels.decoding import generate
+from dmax_kernels.decoding import spd_generate
 from dmax_kernels.models import ring_walk
 from dmax_kernels.training.data import Example
 from dmax_kernels.training.run_stage import check_same_stage, plain
@@ -70,7 +70,7 @@ def respond(
     prompts = torch.tensor(
         [ring_walk.encode_prompt(problem, model.config.block_length) for problem in problems]
     )
-    out = generate(
+    out = spd_generate(
         model,
         prompts,
         block_length=model.config.block_length,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmax_kernels.decoding import promotion
+from dmax_kernels.decoding import promote
 
 NAN = math.nan
 
@@ -36,10 +36,10 @@ def f32(*values):
 
 def test_threshold_by_hand():
     c, masked = f32(0.9, 0.96, 0.99, 0.5, NAN), mask_of("xx.xx")
-    assert positions(promotion.threshold_promote(c, masked, 0.95)) == [1]
-    assert positions(promotion.threshold_promote(c, masked, 0.4)) == [0, 1, 3]
-    assert positions(promotion.threshold_promote(c, masked, 0.96)) == [1]  # not above: the best
-    two_rows = promotion.threshold_promote(c.expand(2, -1), masked, torch.tensor([[0.95], [0.4]]))
+    assert positions(promote.threshold_promote(c, masked, 0.95)) == [1]
+    assert positions(promote.threshold_promote(c, masked, 0.4)) == [0, 1, 3]
+    assert positions(promote.threshold_promote(c, masked, 0.96)) == [1]  # not above: the best
+    two_rows = promote.threshold_promote(c.expand(2, -1), masked, torch.tensor([[0.95], [0.4]]))
     assert [positions(row) for row in two_rows] == [[1], [0, 1, 3]]
 
 
@@ -47,64 +47,64 @@ def test_factor_by_hand():
     # (n + 1)(1 - c_(n)) = 2 * 0.02, 3 * 0.1, 4 * 0.2, 5 * 0.5
     c, masked = f32(0.9, 0.5, 0.98, 1.0, 0.8), mask_of("xxx.x")
     for factor, expected in ((0.01, [2]), (0.04, [2]), (0.2, [2]), (0.31, [0, 2])):
-        assert positions(promotion.factor_promote(c, masked, factor)) == expected
-    assert positions(promotion.factor_promote(c, masked, 1.0)) == [0, 2, 4]
-    assert positions(promotion.factor_promote(c, masked, 3.0)) == [0, 1, 2, 4]
+        assert positions(promote.factor_promote(c, masked, factor)) == expected
+    assert positions(promote.factor_promote(c, masked, 1.0)) == [0, 2, 4]
+    assert positions(promote.factor_promote(c, masked, 3.0)) == [0, 1, 2, 4]
 
 
 def test_hierarchical_by_hand():
     # Runs of masked positions: 0-2, 4-5, 7
     c = f32(0.5, 0.6, 0.3, 0.9, 0.3, 0.35, 1.0, 0.1)
     masked = mask_of("xxx.xx.x")
-    assert positions(promotion.hierarchical_promote(c, masked, 0.95, 0.2)) == [1, 5]
-    assert positions(promotion.hierarchical_promote(c, masked, 0.95, 0.0)) == [1, 5, 7]
-    assert positions(promotion.hierarchical_promote(c, masked, 0.45, 0.2)) == [0, 1, 5]
-    assert positions(promotion.hierarchical_promote(c, masked, 0.95, 0.7)) == [1]  # the row's best
-    tied = promotion.hierarchical_promote(f32(0.5, 0.5, 0.5, 0.5), mask_of("xx.x"), 0.9, 0.2)
+    assert positions(promote.hierarchical_promote(c, masked, 0.95, 0.2)) == [1, 5]
+    assert positions(promote.hierarchical_promote(c, masked, 0.95, 0.0)) == [1, 5, 7]
+    assert positions(promote.hierarchical_promote(c, masked, 0.45, 0.2)) == [0, 1, 5]
+    assert positions(promote.hierarchical_promote(c, masked, 0.95, 0.7)) == [1]  # the row's best
+    tied = promote.hierarchical_promote(f32(0.5, 0.5, 0.5, 0.5), mask_of("xx.x"), 0.9, 0.2)
     assert positions(tied) == [0, 3]
-    torn = promotion.hierarchical_promote(f32(NAN, 0.4, NAN, NAN), mask_of("xx.x"), 0.9, 0.2)
+    torn = promote.hierarchical_promote(f32(NAN, 0.4, NAN, NAN), mask_of("xx.x"), 0.9, 0.2)
     assert positions(torn) == [1]
 
 
 def test_top_n_by_hand():
     c, masked = f32(0.2, 0.9, 0.2, 0.7, NAN), mask_of("x.xxx")
     for n, expected in ((1, [3]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 2, 3]), (9, [0, 2, 3])):
-        assert positions(promotion.top_n_promote(c, masked, n)) == expected
+        assert positions(promote.top_n_promote(c, masked, n)) == expected
 
 
 def test_autoregressive_by_hand():
     c = f32(NAN, 0.1, 0.9, NAN, 0.3)
-    assert positions(promotion.autoregressive_promote(c, mask_of("xx.xx"), 1)) == [0]
-    assert positions(promotion.autoregressive_promote(c, mask_of("xx.xx"), 2)) == [0, 1]
-    assert positions(promotion.autoregressive_promote(c, mask_of("xx.xx"), 4)) == [0, 1]  # NaN at 3
-    assert positions(promotion.autoregressive_promote(c, mask_of("...xx"), 2)) == [3, 4]
+    assert positions(promote.autoregressive_promote(c, mask_of("xx.xx"), 1)) == [0]
+    assert positions(promote.autoregressive_promote(c, mask_of("xx.xx"), 2)) == [0, 1]
+    assert positions(promote.autoregressive_promote(c, mask_of("xx.xx"), 4)) == [0, 1]  # NaN at 3
+    assert positions(promote.autoregressive_promote(c, mask_of("...xx"), 2)) == [3, 4]
 
 
 def test_entropy_bound_by_hand():
     # Ascending: 0.01 (3), 0.04 (0), 0.06 (4), 0.5 (1); sums before: 0, 0.01, 0.05, 0.11
     entropy, masked = f32(0.04, 0.5, 0.0, 0.01, 0.06, NAN), mask_of("xx.xxx")
     for bound, expected in ((0.0, [3]), (0.01, [0, 3]), (0.1, [0, 3, 4]), (0.2, [0, 1, 3, 4])):
-        assert positions(promotion.entropy_bound_promote(entropy, masked, bound)) == expected
+        assert positions(promote.entropy_bound_promote(entropy, masked, bound)) == expected
 
 
 def test_margin_by_hand():
     c, runner_up = f32(0.5, 0.5, 0.9, NAN), f32(0.1, 0.45, 0.05, NAN)
     masked = mask_of("xxxx")
-    assert positions(promotion.margin_promote(c, runner_up, masked, 0.3)) == [0, 2]
-    assert positions(promotion.margin_promote(c, runner_up, mask_of(".x.x"), 0.3)) == [1]
+    assert positions(promote.margin_promote(c, runner_up, masked, 0.3)) == [0, 2]
+    assert positions(promote.margin_promote(c, runner_up, mask_of(".x.x"), 0.3)) == [1]
 
 
 def test_uniform_by_hand():
     c = f32(0.1, NAN, 0.0, 0.9)
-    assert positions(promotion.uniform_promote(c, mask_of("xxx."))) == [0, 2]
-    assert positions(promotion.uniform_promote(c, mask_of(".x.."))) == [1]
+    assert positions(promote.uniform_promote(c, mask_of("xxx."))) == [0, 2]
+    assert positions(promote.uniform_promote(c, mask_of(".x.."))) == [1]
 
 
 def test_parallel_forced_by_hand():
     # Header, slot 0 (2 positions), header, slot 1 (3 positions), summary (2 positions)
     slots = torch.tensor([-1, 0, 0, -1, 1, 1, 1, 2, 2])
     c = f32(1, 0.2, 0.9, 1, 0.1, 0.5, 0.3, 0.99, 0.98)
-    forced = promotion.parallel_forced_promote
+    forced = promote.parallel_forced_promote
     reasoning = mask_of(".xx.xxxxx")
     assert positions(forced(c, reasoning, slots, 1, summary=2)) == [2, 5]
     assert positions(forced(c, reasoning, slots, 2, summary=2)) == [1, 2, 5, 6]
@@ -123,7 +123,7 @@ def random_promote(c, masked, n, seed=0, step=0, token=None):
     step = torch.as_tensor(step, dtype=torch.int32)
     masked = masked.expand(*step.shape, -1)
     token = torch.zeros(masked.shape, dtype=torch.int64) if token is None else token
-    return promotion.random_promote(token, c.expand(masked.shape), step, masked, n, seed)
+    return promote.random_promote(token, c.expand(masked.shape), step, masked, n, seed)
 
 
 def test_random_repeats_itself_and_draws_uniformly():
@@ -169,16 +169,16 @@ def call(name, statistics, masked, option):
     )
     tau, n = (0.0, 0.3, 0.8)[option], option + 1
     return {
-        "threshold": lambda: promotion.threshold_promote(c, masked, tau),
-        "factor": lambda: promotion.factor_promote(c, masked, 0.2 + tau),
-        "hierarchical": lambda: promotion.hierarchical_promote(c, masked, tau, tau / 2),
-        "top_n": lambda: promotion.top_n_promote(c, masked, n),
-        "autoregressive": lambda: promotion.autoregressive_promote(c, masked, n),
-        "random": lambda: promotion.random_promote(token, c, step, masked, n, option),
-        "entropy_bound": lambda: promotion.entropy_bound_promote(entropy, masked, tau),
-        "margin": lambda: promotion.margin_promote(c, runner_up, masked, tau),
-        "uniform": lambda: promotion.uniform_promote(c, masked),
-        "parallel_forced": lambda: promotion.parallel_forced_promote(c, masked, n, n, option),
+        "threshold": lambda: promote.threshold_promote(c, masked, tau),
+        "factor": lambda: promote.factor_promote(c, masked, 0.2 + tau),
+        "hierarchical": lambda: promote.hierarchical_promote(c, masked, tau, tau / 2),
+        "top_n": lambda: promote.top_n_promote(c, masked, n),
+        "autoregressive": lambda: promote.autoregressive_promote(c, masked, n),
+        "random": lambda: promote.random_promote(token, c, step, masked, n, option),
+        "entropy_bound": lambda: promote.entropy_bound_promote(entropy, masked, tau),
+        "margin": lambda: promote.margin_promote(c, runner_up, masked, tau),
+        "uniform": lambda: promote.uniform_promote(c, masked),
+        "parallel_forced": lambda: promote.parallel_forced_promote(c, masked, n, n, option),
     }[name]()
 
 
@@ -270,7 +270,7 @@ def test_entropy_bound_is_its_definition(row, bound):
         if before <= bound:
             expected.append(j)
         before = before + statistics["entropy"][0, j]
-    actual = promotion.entropy_bound_promote(statistics["entropy"], masked, bound)[0]
+    actual = promote.entropy_bound_promote(statistics["entropy"], masked, bound)[0]
     assert positions(actual) == (sorted(expected) or positions(masked[0])[:1])
 
 
@@ -285,7 +285,7 @@ def test_factor_takes_the_largest_n(row, factor):
     )
     sizes = [n for n, j in enumerate(ranked, start=1) if (n + 1) * (1 - c[j]) < factor]
     expected = sorted(ranked[: max(sizes, default=1)]) or positions(masked[0])[:1]
-    assert positions(promotion.factor_promote(c[None], masked, factor)[0]) == expected
+    assert positions(promote.factor_promote(c[None], masked, factor)[0]) == expected
 
 
 @settings(max_examples=100, deadline=None)
@@ -295,7 +295,7 @@ def test_factor_takes_the_largest_n(row, factor):
 def test_ranks_within_groups(row, groups):
     statistics, masked = build([row])
     c, group = statistics["confidence"], torch.tensor([groups[: len(row)]])
-    rank = promotion.rank_within(c, masked, group)[0]
+    rank = promote.rank_within(c, masked, group)[0]
 
     def key(j):
         return (not row[j][0], math.isnan(row[j][1]), -c[0, j].nan_to_num().item(), j)
