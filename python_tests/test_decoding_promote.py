@@ -211,7 +211,7 @@ def build(rows):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 9).flatmap(
         lambda n: st.lists(st.lists(columns, min_size=n, max_size=n), min_size=1, max_size=4)
@@ -306,12 +306,11 @@ def test_ranks_within_groups(row, groups):
         assert [rank[j].item() for j in masked_members] == list(range(len(masked_members)))
 
 
-def test_promotion_runs_in_a_compiled_graph():
-    """No data-dependent shape and no host sync: the whole grid of rules traces as one graph."""
+@pytest.mark.parametrize("name", NAMES)
+def test_no_host_sync(name):
+    """On tensors without values: nothing can be read back, and no shape can depend on a value."""
     statistics, masked = build([[(True, 0.5, 0.5, 0.1, 3), (True, 0.9, 0.0, 0.01, 4)] * 3] * 2)
-
-    def all_rules(statistics, masked):
-        return torch.stack([call(name, statistics, masked, 1) for name in NAMES])
-
-    compiled = torch.compile(all_rules, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(statistics, masked), all_rules(statistics, masked))
+    statistics = {key: value.to("meta") for key, value in statistics.items()}
+    promoted = call(name, statistics, masked.to("meta"), 1)
+    assert promoted.is_meta
+    assert promoted.shape == masked.shape
