@@ -1,7 +1,7 @@
 """What happens after a forward pass: the fused SPD step, and the paper's ablations of it.
 
 The ablations (Tables 3 and 4) are put together from the same small ops, so each is SPD with one
-idea taken away. All of them work on a `BlockState` in place and leave converged rows alone.
+idea taken away. All of them work on a `LiveBlocks` in place and leave converged rows alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmax_kernels.decoding.rule import Rule
-from dmax_kernels.decoding.state import BlockState
+from dmax_kernels.decoding.state import LiveBlocks
 
 if TYPE_CHECKING:
     from dmax_kernels.decoding.settings import Settings
@@ -24,7 +24,7 @@ class SoftParallel(Rule):
     """The paper's rule: one fused step, `spd_step_`."""
 
     def update_(
-        self, logits: Tensor, embedding: Tensor, state: BlockState, settings: Settings
+        self, logits: Tensor, embedding: Tensor, state: LiveBlocks, settings: Settings
     ) -> None:
         if settings.convergence != "both":
             composed_step_(logits, embedding, state, settings, ABLATIONS["spd"])
@@ -61,7 +61,7 @@ class Ablation(Rule):
     soft: bool
 
     def update_(
-        self, logits: Tensor, embedding: Tensor, state: BlockState, settings: Settings
+        self, logits: Tensor, embedding: Tensor, state: LiveBlocks, settings: Settings
     ) -> None:
         composed_step_(logits, embedding, state, settings, self)
 
@@ -78,7 +78,7 @@ RULES: dict[str, Rule] = {**ABLATIONS, "spd": SoftParallel()}
 
 
 def composed_step_(
-    logits: Tensor, embedding: Tensor, state: BlockState, s: Settings, rule: Ablation
+    logits: Tensor, embedding: Tensor, state: LiveBlocks, s: Settings, rule: Ablation
 ) -> None:
     """The paper's step with the parts that `rule` and `s.convergence` name.
 
