@@ -131,10 +131,10 @@ def test_a_config_without_eos_and_context_decodes_to_the_end():
     assert output.num_tokens.tolist() == [20, 20]
 
 
-def test_a_model_that_returns_no_cache():
+def test_a_model_that_does_not_use_the_cache():
     class Uncached(RandomModel):
-        def forward(self, *args, **kwargs):
-            return SimpleNamespace(logits=super().forward(*args, **kwargs).logits)
+        def forward(self, *args, use_cache, **kwargs):
+            return super().forward(*args, **kwargs, use_cache=False)
 
-    with pytest.raises(ValueError, match="got NoneType; pass use_cache=False"):
+    with pytest.raises(ValueError, match="did not; pass use_cache=False"):
         spd_generate(Uncached(), random_prompts(1, 8), max_new_tokens=8, ops="reference")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import dmax_kernels
 import dmax_kernels.reference
-from dmax_kernels.decoding import RULES, BlockState, spd_generate
+from dmax_kernels.decoding import RULES, LiveBlocks, spd_generate
 from dmax_kernels.decoding.promote import threshold_promote
 from dmax_kernels.decoding.rules import ABLATIONS, composed_step_
 from dmax_kernels.decoding.settings import Settings
@@ -243,7 +243,7 @@ def random_state(seed, rows=3, length=K, hidden=5, taus=(0.5, 0.9)):
         logits[..., :MASK].argmax(dim=-1),
         torch.randint(0, MASK, (rows, length), generator=generator),
     )
-    state = BlockState(
+    state = LiveBlocks(
         editable=editable,
         masked=editable & flip(0.5, rows, length),
         token=token,
@@ -280,7 +280,7 @@ def make_settings(**changes):
 
 
 def copy_state(state):
-    return BlockState(**{name: buffer.clone() for name, buffer in vars(state).items()})
+    return LiveBlocks(**{name: buffer.clone() for name, buffer in vars(state).items()})
 
 
 @settings(max_examples=150, deadline=None)

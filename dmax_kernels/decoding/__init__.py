@@ -10,7 +10,7 @@ from dmax_kernels.decoding.requests import CommittedBlock
 from dmax_kernels.decoding.rule import Rule
 from dmax_kernels.decoding.rules import RULES
 from dmax_kernels.decoding.spd import spd_generate
-from dmax_kernels.decoding.state import BlockState
+from dmax_kernels.decoding.state import BlockState, LiveBlocks
 from dmax_kernels.decoding.trace import Trace
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "BlockState",
     "CommittedBlock",
     "GenerationOutput",
+    "LiveBlocks",
     "Rule",
     "Statistics",
     "Trace",

@@ -13,7 +13,7 @@ from dmax_kernels.decoding.polling import Snapshot, to_device
 from dmax_kernels.decoding.promotions import PromotionLog
 from dmax_kernels.decoding.requests import CommittedBlock, Request
 from dmax_kernels.decoding.settings import Settings
-from dmax_kernels.decoding.state import BlockState
+from dmax_kernels.decoding.state import LiveBlocks
 from dmax_kernels.decoding.trace import Trace
 
 # A captured step attends to a multiple of this many positions, so that a graph serves many blocks
@@ -26,7 +26,7 @@ class Batch:
     def __init__(
         self,
         forward: BlockForward,
-        state: BlockState,
+        state: LiveBlocks,
         requests: list[Request],
         settings: Settings,
         runner: StepRunner,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmax_kernels.decoding.rule import Rule
-from dmax_kernels.decoding.state import BlockState
+from dmax_kernels.decoding.state import LiveBlocks
 from dmax_kernels.reference.row_statistics import RowStatistics
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class ComposedRule(Rule):
 
     @abstractmethod
     def promote(
-        self, statistics: Top1 | RowStatistics, state: BlockState, settings: Settings
+        self, statistics: Top1 | RowStatistics, state: LiveBlocks, settings: Settings
     ) -> Tensor:
         """Masked positions that become token positions, bool [B, K], by a function of `promote`.
 
@@ -49,13 +49,13 @@ class ComposedRule(Rule):
         """
 
     def update_(
-        self, logits: Tensor, embedding: Tensor, state: BlockState, settings: Settings
+        self, logits: Tensor, embedding: Tensor, state: LiveBlocks, settings: Settings
     ) -> None:
         composed_step_(logits, embedding, state, settings, self)
 
 
 def composed_step_(
-    logits: Tensor, embedding: Tensor, state: BlockState, s: Settings, rule: ComposedRule
+    logits: Tensor, embedding: Tensor, state: LiveBlocks, s: Settings, rule: ComposedRule
 ) -> None:
     """The paper's step with the parts that `rule` and `s.convergence` name.
 

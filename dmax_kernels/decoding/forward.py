@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmax_kernels.decoding.settings import FLOATS, one_of, require
-from dmax_kernels.decoding.state import BlockState
+from dmax_kernels.decoding.state import LiveBlocks
 
 PREFILL_CHUNK = 2048  # positions: bounds the [b, 1, Q, S] mask of a long prompt
 
@@ -69,7 +69,7 @@ class BlockForward:
             embeds = F.embedding(self.tokens[:, begin:end], self.embedding)
             self._forward(body, embeds, position, position, end)
 
-    def logits(self, state: BlockState, refresh: bool, visible: int) -> Tensor:
+    def logits(self, state: LiveBlocks, refresh: bool, visible: int) -> Tensor:
         """Logits [b, K, V] of the rows' live blocks. No host sync of its own.
 
         refresh: also forward the block before, from its committed tokens; some row's has not been
@@ -98,7 +98,7 @@ class BlockForward:
         output = self._forward(self.model, embeds, position, slots, visible)
         return self._checked(output.logits[:, -length:])
 
-    def commit(self, state: BlockState) -> None:
+    def commit(self, state: LiveBlocks) -> None:
         """Keep the rows' current tokens; those of blocks that are still live get overwritten."""
         rows = state.token.shape[0]
         self.tokens[:rows].scatter_(1, state.start.unsqueeze(-1) + self.offsets, state.token)

@@ -19,7 +19,7 @@ from dmax_kernels.decoding.composed import ComposedRule, Top1
 from dmax_kernels.decoding.output import GenerationOutput
 from dmax_kernels.decoding.promote import parallel_forced_promote
 from dmax_kernels.decoding.spd import spd_generate
-from dmax_kernels.decoding.state import BlockState
+from dmax_kernels.decoding.state import LiveBlocks
 from dmax_kernels.decoding.unmasking import require_count
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class CanvasRule(ComposedRule):
         require_count(self, "tokens_per_step", self.tokens_per_step)
 
     def begin_(
-        self, state: BlockState, rows: Tensor, embedding: Tensor, settings: Settings
+        self, state: LiveBlocks, rows: Tensor, embedding: Tensor, settings: Settings
     ) -> None:
         """Write the headers behind the prompt's tail, and padding behind the canvas."""
         index, inside = self._on_canvas(state.editable, 0)
@@ -112,7 +112,7 @@ class CanvasRule(ComposedRule):
         embeds = F.embedding(state.token, embedding)
         state.inputs_embeds.copy_(torch.where(begins.unsqueeze(-1), embeds, state.inputs_embeds))
 
-    def promote(self, statistics: Top1, state: BlockState, settings: Settings) -> Tensor:
+    def promote(self, statistics: Top1, state: LiveBlocks, settings: Settings) -> Tensor:
         index, _ = self._on_canvas(state.editable, self.canvas.offset)
         return parallel_forced_promote(
             statistics.confidence,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dmax_kernels.decoding.requests import Request
-from dmax_kernels.decoding.state import BlockState
+from dmax_kernels.decoding.state import LiveBlocks
 
 
 class Snapshot:
@@ -17,7 +17,7 @@ class Snapshot:
     step leaves converged rows alone: a row that has converged in the meantime only repeats itself.
     """
 
-    def __init__(self, state: BlockState, requests: list[Request]) -> None:
+    def __init__(self, state: LiveBlocks, requests: list[Request]) -> None:
         # Whose rows these are, and in which block, by the time of the step
         self.rows = [(request, request.start) for request in requests]
         self._event: torch.cuda.Event | None = None

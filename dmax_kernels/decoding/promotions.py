@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 from dmax_kernels.decoding.polling import Snapshot
 from dmax_kernels.decoding.requests import Request
-from dmax_kernels.decoding.state import BlockState
+from dmax_kernels.decoding.state import LiveBlocks
 
 
 class PromotionLog:
     """Counts from snapshots: how many masks a row had before a step, and has after it."""
 
-    def __init__(self, state: BlockState, requests: list[Request]) -> None:
+    def __init__(self, state: LiveBlocks, requests: list[Request]) -> None:
         masked = state.masked.sum(dim=-1).tolist()
         self._masked = {each.row: count for each, count in zip(requests, masked, strict=True)}
         self._steps = dict.fromkeys(self._masked, 0)  # of the live block

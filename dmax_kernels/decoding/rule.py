@@ -9,7 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from dmax_kernels.decoding.settings import Settings
-    from dmax_kernels.decoding.state import BlockState
+    from dmax_kernels.decoding.state import LiveBlocks
 
 
 class Rule(ABC):
@@ -29,7 +29,7 @@ class Rule(ABC):
     """
 
     def begin_(  # noqa: B027 - a default, not an oversight
-        self, state: BlockState, rows: Tensor, embedding: Tensor, settings: Settings
+        self, state: LiveBlocks, rows: Tensor, embedding: Tensor, settings: Settings
     ) -> None:
         """Change the start of a block where rows, bool [B], is True: all masks until now.
 
@@ -38,7 +38,7 @@ class Rule(ABC):
 
     @abstractmethod
     def update_(
-        self, logits: Tensor, embedding: Tensor, state: BlockState, settings: Settings
+        self, logits: Tensor, embedding: Tensor, state: LiveBlocks, settings: Settings
     ) -> None:
         """One step, in place: logits [B, K, V] of the live blocks, embedding [V, D].
 

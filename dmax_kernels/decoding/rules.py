@@ -1,7 +1,7 @@
 """The rules by name: the fused SPD step, the paper's ablations of it, and other decoders.
 
 The ablations (Tables 3 and 4) are put together from the same small ops, so each is SPD with one
-idea taken away. All rules work on a `BlockState` in place and leave converged rows alone.
+idea taken away. All rules work on `LiveBlocks` in place and leave converged rows alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from dmax_kernels.decoding.composed import ComposedRule, Top1, composed_step_
 from dmax_kernels.decoding.promote import threshold_promote
 from dmax_kernels.decoding.rule import Rule
-from dmax_kernels.decoding.state import BlockState
+from dmax_kernels.decoding.state import LiveBlocks
 from dmax_kernels.decoding.unmasking import (
     Autoregressive,
     EntropyBound,
@@ -36,7 +36,7 @@ class SoftParallel(Rule):
     """The paper's rule: one fused step, `spd_step_`."""
 
     def update_(
-        self, logits: Tensor, embedding: Tensor, state: BlockState, settings: Settings
+        self, logits: Tensor, embedding: Tensor, state: LiveBlocks, settings: Settings
     ) -> None:
         if settings.convergence != "both":
             composed_step_(logits, embedding, state, settings, ABLATIONS["spd"])
@@ -69,7 +69,7 @@ class Ablation(ComposedRule):
     soft: bool
 
     def promote(
-        self, statistics: Top1 | RowStatistics, state: BlockState, settings: Settings
+        self, statistics: Top1 | RowStatistics, state: LiveBlocks, settings: Settings
     ) -> Tensor:
         if not self.prefix:
             return threshold_promote(statistics.confidence, state.masked, state.tau_dec)

@@ -27,7 +27,7 @@ from dmax_kernels.decoding.settings import (
     resolve_settings,
     row_thresholds,
 )
-from dmax_kernels.decoding.state import BlockState
+from dmax_kernels.decoding.state import LiveBlocks
 from dmax_kernels.decoding.trace import Trace
 
 
@@ -189,12 +189,12 @@ def prefill(model: Any, prompts: list[Tensor], settings: Settings, use_cache: bo
 
 def first_blocks(
     forward: BlockForward, requests: list[Request], thresholds: Tensor, settings: Settings
-) -> BlockState:
+) -> LiveBlocks:
     """The state of each row's first block: masks behind the tail of the prompt that falls in it."""
     device = forward.tokens.device
     start = torch.tensor([request.start for request in requests], device=device)
     tail = torch.tensor([request.prompt_length for request in requests], device=device) - start
-    state = BlockState.fully_masked(
+    state = LiveBlocks.fully_masked(
         forward.tokens.gather(1, start.unsqueeze(-1) + forward.offsets),
         tail,
         forward.embedding,

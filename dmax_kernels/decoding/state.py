@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass
@@ -25,29 +29,25 @@ class BlockState:
     converged: Tensor  # bool [B]
     step: Tensor  # int32 [B]: steps this row took part in
     inputs_embeds: Tensor  # [B, K, D]: what the next forward pass reads
-    row: Tensor  # int64 [B]: which request of the batch this is, for a rule's random numbers
-    start: Tensor  # int64 [B]: position of the block's first token in the row's sequence
-    thresholds: Tensor  # float32 [B, 2]: (tau_dec, tau_acc) of the row
 
     @classmethod
     def fully_masked(
         cls,
         token: Tensor,
-        prompt_tail: Tensor,
+        prompt_tail: int | Tensor,
         embedding: Tensor,
         mask_token_id: int,
-        *,
-        row: Tensor,
-        start: Tensor,
-        thresholds: Tensor,
-    ) -> BlockState:
-        """The state before the first step: all masks, but for each row's tail of a prompt.
+        **further: Tensor,
+    ) -> Self:
+        """The state before the first step: all masks, but for a prompt's tail.
 
-        token: [B, K], of which only the prompt's tail is read; prompt_tail: int64 [B], its length.
+        token: [B, K], of which only the tail is read; prompt_tail: its length, or one per row [B];
+        further: what a subclass has besides these buffers.
         """
         rows, length = token.shape
         position = torch.arange(length, device=token.device)
-        editable = position >= prompt_tail.unsqueeze(-1)
+        tail = torch.as_tensor(prompt_tail, device=token.device).view(-1, 1)
+        editable = (position >= tail).expand(rows, -1).contiguous()
         token = token.masked_fill(editable, mask_token_id)
         return cls(
             editable=editable,
@@ -57,10 +57,21 @@ class BlockState:
             converged=torch.zeros(rows, dtype=torch.bool, device=token.device),
             step=torch.zeros(rows, dtype=torch.int32, device=token.device),
             inputs_embeds=F.embedding(token, embedding),
-            row=row,
-            start=start,
-            thresholds=thresholds,
+            **further,
         )
+
+    def spd_buffers(self) -> dict[str, Tensor]:
+        """The buffers of `spd_step_`, by its argument names."""
+        return {each.name: getattr(self, each.name) for each in fields(BlockState)}
+
+
+@dataclass
+class LiveBlocks(BlockState):
+    """The blocks that a batch of independent rows is at, each in its own sequence."""
+
+    row: Tensor  # int64 [B]: which request of the batch this is, for a rule's random numbers
+    start: Tensor  # int64 [B]: position of the block's first token in the row's sequence
+    thresholds: Tensor  # float32 [B, 2]: (tau_dec, tau_acc) of the row
 
     @property
     def tau_dec(self) -> Tensor:
@@ -71,11 +82,6 @@ class BlockState:
     def tau_acc(self) -> Tensor:
         """[B, 1]"""
         return self.thresholds[:, 1:2]
-
-    def spd_buffers(self) -> dict[str, Tensor]:
-        """The buffers of `spd_step_`, by its argument names."""
-        names = ("editable", "masked", "token", "confidence", "converged", "step", "inputs_embeds")
-        return {name: getattr(self, name) for name in names}
 
     def begin_(self, rows: Tensor, start: Tensor, mask_token_id: int, embedding: Tensor) -> None:
         """Where rows [B] is True, a new block begins: all masks, at its start [B]."""
@@ -102,6 +108,6 @@ class BlockState:
         for buffer in vars(self).values():
             buffer[holes] = buffer[sources]
 
-    def first(self, rows: int) -> BlockState:
+    def first(self, rows: int) -> LiveBlocks:
         """The first rows, in the same memory."""
-        return BlockState(**{name: buffer[:rows] for name, buffer in vars(self).items()})
+        return LiveBlocks(**{name: buffer[:rows] for name, buffer in vars(self).items()})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmax_kernels.decoding.state import BlockState
+from dmax_kernels.decoding.state import LiveBlocks
 
 
 @dataclass
@@ -45,14 +45,14 @@ class Trace:
         self._steps: list[_Step] = []
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def before(self, state: BlockState) -> None:
+    def before(self, state: LiveBlocks) -> None:
         self._before = (
             state.masked.clone(),
             state.token.clone(),
             state.converged.clone(),
         )
 
-    def after(self, state: BlockState) -> None:
+    def after(self, state: LiveBlocks) -> None:
         assert self._before is not None, "Trace.before records the state a step starts from"
         masked, token, converged = self._before
         self._steps.append(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmax_kernels.decoding import promote
 from dmax_kernels.decoding.composed import ComposedRule, Top1
-from dmax_kernels.decoding.state import BlockState
+from dmax_kernels.decoding.state import LiveBlocks
 from dmax_kernels.reference.row_statistics import RowStatistics
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Factor(ComposedRule):
     def __post_init__(self) -> None:
         require_number(self, "factor", self.factor, "positive", lambda value: value > 0)
 
-    def promote(self, statistics: Top1, state: BlockState, settings: Settings) -> Tensor:
+    def promote(self, statistics: Top1, state: LiveBlocks, settings: Settings) -> Tensor:
         return promote.factor_promote(statistics.confidence, state.masked, self.factor)
 
 
@@ -46,7 +46,7 @@ class Hierarchical(ComposedRule):
             self, "low_threshold", self.low_threshold, "in [0, 1]", lambda value: 0 <= value <= 1
         )
 
-    def promote(self, statistics: Top1, state: BlockState, settings: Settings) -> Tensor:
+    def promote(self, statistics: Top1, state: LiveBlocks, settings: Settings) -> Tensor:
         return promote.hierarchical_promote(
             statistics.confidence, state.masked, state.tau_dec, self.low_threshold
         )
@@ -66,7 +66,7 @@ class FixedCount(ComposedRule):
 class TopN(FixedCount):
     """The most confident first: see `promote.top_n_promote`."""
 
-    def promote(self, statistics: Top1, state: BlockState, settings: Settings) -> Tensor:
+    def promote(self, statistics: Top1, state: LiveBlocks, settings: Settings) -> Tensor:
         return promote.top_n_promote(statistics.confidence, state.masked, self.tokens_per_step)
 
 
@@ -74,7 +74,7 @@ class TopN(FixedCount):
 class Autoregressive(FixedCount):
     """From left to right: see `promote.autoregressive_promote`."""
 
-    def promote(self, statistics: Top1, state: BlockState, settings: Settings) -> Tensor:
+    def promote(self, statistics: Top1, state: LiveBlocks, settings: Settings) -> Tensor:
         return promote.autoregressive_promote(
             statistics.confidence, state.masked, self.tokens_per_step
         )
@@ -96,7 +96,7 @@ class Random(FixedCount):
             self.seed,
         )
 
-    def promote(self, statistics: Top1, state: BlockState, settings: Settings) -> Tensor:
+    def promote(self, statistics: Top1, state: LiveBlocks, settings: Settings) -> Tensor:
         token, confidence = statistics[:2]
         return promote.random_promote(
             token, confidence, state.step, state.masked, self.tokens_per_step, self.seed
@@ -115,7 +115,7 @@ class EntropyBound(ComposedRule):
             self, "entropy_bound", self.entropy_bound, "at least 0", lambda value: value >= 0
         )
 
-    def promote(self, statistics: RowStatistics, state: BlockState, settings: Settings) -> Tensor:
+    def promote(self, statistics: RowStatistics, state: LiveBlocks, settings: Settings) -> Tensor:
         return promote.entropy_bound_promote(statistics.entropy, state.masked, self.entropy_bound)
 
 
@@ -125,7 +125,7 @@ class Margin(ComposedRule):
 
     reads_distribution: ClassVar[bool] = True
 
-    def promote(self, statistics: RowStatistics, state: BlockState, settings: Settings) -> Tensor:
+    def promote(self, statistics: RowStatistics, state: LiveBlocks, settings: Settings) -> Tensor:
         return promote.margin_promote(
             statistics.confidence, statistics.runner_up, state.masked, state.tau_dec
         )
@@ -137,7 +137,7 @@ class Uniform(ComposedRule):
 
     revise: bool = True
 
-    def promote(self, statistics: Top1, state: BlockState, settings: Settings) -> Tensor:
+    def promote(self, statistics: Top1, state: LiveBlocks, settings: Settings) -> Tensor:
         return promote.uniform_promote(statistics.confidence, state.masked)
 
 
@@ -155,7 +155,7 @@ class ParallelForced(FixedCount):
         super().__post_init__()
         require_count(self, "num_slots", self.num_slots)
 
-    def promote(self, statistics: Top1, state: BlockState, settings: Settings) -> Tensor:
+    def promote(self, statistics: Top1, state: LiveBlocks, settings: Settings) -> Tensor:
         return promote.parallel_forced_promote(
             statistics.confidence, state.masked, self.num_slots, self.tokens_per_step
         )
