@@ -22,6 +22,7 @@ def main() -> None:
             target = torch.tensor([0, 1, -100, vocab - 1], device="cuda")
             dmax_kernels.top1_confidence(logits, suppress_token=3)
             dmax_kernels.topk_confidence(logits, 3)
+            dmax_kernels.row_statistics(logits)
             dmax_kernels.sample_tokens(logits, seed)
             parts = dmax_kernels.top1_partial(logits, 0)
             dmax_kernels.top1_merge(*(torch.stack([x, x]) for x in parts))

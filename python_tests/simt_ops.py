@@ -14,6 +14,8 @@ from simt_arrays import arrays_in, memory_of, resolve, snapshot
 from simt_build import load
 from torch import Tensor
 
+from dmax_kernels.ops import RowStatistics
+
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # (multiprocessors, compute capability's major, shared memory per block)
@@ -100,6 +102,14 @@ def topk_confidence(logits, k, *, temperature=1.0, suppress_token=-1, gpu=H200):
     call("topk_confidence", gpu_input(gpu), logits_input(logits, suppress_token, temperature), k,
          raw(tokens), raw(confidences))  # fmt: skip
     return tokens, confidences
+
+
+def row_statistics(logits, *, temperature=1.0, suppress_token=-1, gpu=H200):
+    token = torch.empty(logits.shape[:-1], dtype=torch.int64)
+    others = [torch.empty(logits.shape[:-1]) for _ in range(4)]
+    call("row_statistics", gpu_input(gpu), logits_input(logits, suppress_token, temperature),
+         raw(token), *map(raw, others))  # fmt: skip
+    return RowStatistics(token, *others)
 
 
 def sample_tokens(logits, seed, *, temperature=1.0, suppress_token=-1, gpu=H200):

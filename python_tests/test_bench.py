@@ -24,6 +24,7 @@ SMALL = {
     "oput_loss_and_grad_": (3, 64),
     "top1_confidence": (3, 64),
     "topk_confidence": (3, 64, 2),
+    "row_statistics": (3, 64),
     "sample_tokens": (3, 64),
     "top1_partial": (3, 64, 4),
 }

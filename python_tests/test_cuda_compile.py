@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(LIBRARY is None, reason=dmax_kernels.libraries.c
 STREAMING = (
     "top1_rows_kernel",
     "topk_rows_kernel",
+    "row_statistics_kernel",
     "sample_rows_kernel",
     "spd_step_kernel",
     "oput_loss_kernel",

@@ -26,7 +26,7 @@ def test_opcheck(op):
     torch.library.opcheck(getattr(torch.ops.dmax, op).default, arguments, options)
 
 
-@pytest.mark.parametrize("op", ["top1_confidence", "sample_tokens", "oput_loss"])
+@pytest.mark.parametrize("op", ["top1_confidence", "row_statistics", "sample_tokens", "oput_loss"])
 def test_compile_fullgraph(op):
     arguments, options = samples()[op]
     arguments = tuple(move(each) for each in arguments)
@@ -89,6 +89,7 @@ def test_row_ops_in_a_graph():
             *dmax_kernels.topk_confidence(logits, 3),
             *dmax_kernels.sample_tokens(logits, seed),
             dmax_kernels.oput_loss(logits, None, target)[0],
+            *dmax_kernels.row_statistics(logits),
         )
     drawn = set()
     for replay in range(100):
@@ -100,6 +101,7 @@ def test_row_ops_in_a_graph():
             *dmax_kernels.topk_confidence(logits, 3),
             *dmax_kernels.sample_tokens(logits, seed),
             dmax_kernels.oput_loss(logits, None, target)[0],
+            *dmax_kernels.row_statistics(logits),
         )
         for a, b in zip(results, expected, strict=True):
             assert torch.equal(a, b)
@@ -141,6 +143,7 @@ def test_no_host_sync():
         dmax_kernels.spd_step_(logits, embedding, **state, **SPD, semantics="released", top_k=3)
         dmax_kernels.top1_confidence(rows)
         dmax_kernels.topk_confidence(rows, 4)
+        dmax_kernels.row_statistics(rows)
         dmax_kernels.sample_tokens(rows, seed)
         dmax_kernels.oput_loss(rows, rows, target)
         dmax_kernels.oput_loss_and_grad_(rows, None, target)
@@ -175,6 +178,7 @@ def test_row_ops_are_one_launch():
     for function in (
         lambda: dmax_kernels.top1_confidence(logits),
         lambda: dmax_kernels.topk_confidence(logits, 4),
+        lambda: dmax_kernels.row_statistics(logits),
         lambda: dmax_kernels.sample_tokens(logits, seed),
         lambda: torch.ops.dmax.oput_loss(logits, logits, target),
         lambda: torch.ops.dmax.oput_loss_and_grad_(logits, None, target),

@@ -5,6 +5,7 @@ The CPU backend is itself held against float64 and the references (test_<op>.py)
 
 import pytest
 import torch
+from test_row_statistics import assert_statistics
 from test_simt_embeddings import MASK, copy_of, mix_case, spd_case
 
 import dmax_kernels
@@ -73,6 +74,10 @@ def test_rows(dtype, vocab_size):
         assert_tokens(*reversed(on_both("top1_confidence", logits, **options)))
         k = min(8, vocab_size)
         assert_tokens(*reversed(on_both("topk_confidence", logits, k, **options)))
+        expected, actual = on_both("row_statistics", logits, **options)
+        assert_statistics(actual, expected, 2)
+        top1 = dmax_kernels.top1_confidence(logits.to(DEVICE), **options)
+        assert torch.equal(bits(actual[1]), bits(to_cpu(top1)[1]))
         expected, actual = on_both("top1_partial", logits, 0, **options)
         assert actual[2].tolist() == expected[2].tolist()
         assert_close(actual[0], expected[0], 1e-6)
@@ -88,12 +93,15 @@ def test_bits_do_not_depend_on_the_batch(num_rows):
     token, confidence = dmax_kernels.top1_confidence(logits)
     loss, _ = dmax_kernels.oput_loss(logits, None, token)
     sampled = dmax_kernels.topk_confidence(logits, 4)
+    statistics = dmax_kernels.row_statistics(logits)
     for row in range(0, num_rows, max(1, num_rows // 7)):
         alone = logits[row : row + 1].clone()
         assert torch.equal(dmax_kernels.top1_confidence(alone)[1], confidence[row : row + 1])
         assert torch.equal(dmax_kernels.oput_loss(alone, None, token[row : row + 1])[0],
                            loss[row : row + 1])  # fmt: skip
         assert torch.equal(dmax_kernels.topk_confidence(alone, 4)[1], sampled[1][row : row + 1])
+        for a, b in zip(dmax_kernels.row_statistics(alone), statistics, strict=True):
+            assert torch.equal(a, b[row : row + 1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,7 +11,7 @@ from dmax_kernels.__main__ import main
 def test_info_lists_every_op(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    for op in dmax_kernels.__all__[:-1]:
+    for op in filter(str.islower, dmax_kernels.ops.__all__):  # RowStatistics is a result
         assert op in text
     assert "CPU instruction set" in text
 

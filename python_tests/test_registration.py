@@ -44,6 +44,7 @@ def samples():
     return {
         "top1_confidence": ((logits,), {"temperature": 0.5, "suppress_token": 3}),
         "topk_confidence": ((logits, 3), {}),
+        "row_statistics": ((logits,), {"temperature": 0.5, "suppress_token": 3}),
         "prefix_promote": ((torch.rand(3, 4), masked, 0.4), {"inclusive": True}),
         "hybrid_embedding": (hybrid, {}),
         "hybrid_embedding_backward": (
@@ -99,6 +100,7 @@ def decode(logits, embedding, seed, state):
     """Every decoding op in one graph."""
     token, confidence = dmax_kernels.top1_confidence(logits)
     tokens, confidences = dmax_kernels.topk_confidence(logits, 2)
+    statistics = dmax_kernels.row_statistics(logits)
     promoted = dmax_kernels.prefix_promote(confidence, state["masked"], 0.2)
     embeds = dmax_kernels.hybrid_embedding(embedding, tokens, confidences, ~promoted, 29)
     sampled, probability = dmax_kernels.sample_tokens(logits, seed)
@@ -110,7 +112,10 @@ def decode(logits, embedding, seed, state):
     dmax_kernels.spd_step_(
         logits, embedding, **state, mask_token_id=29, tau_dec=0.1, tau_acc=0.9, top_k=2
     )
-    return token + 0, confidence * 1, promoted, embeds, sampled, probability, merged
+    return (
+        token + 0, confidence * 1, promoted, embeds, sampled, probability, merged,
+        statistics.entropy * 1, *statistics,
+    )  # fmt: skip
 
 
 def train(masked, predicted, target):

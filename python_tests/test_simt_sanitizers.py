@@ -31,12 +31,14 @@ def row_calls(dtype):
         _, logits = stacked_rows(vocab_size, dtype)
         simt_ops.top1_confidence(logits, suppress_token=0)
         simt_ops.topk_confidence(logits, min(3, vocab_size))
+        simt_ops.row_statistics(logits, suppress_token=0)
         simt_ops.sample_tokens(logits, seed)
         simt_ops.top1_partial(logits, 50, suppress_token=52)
     for logits in strided_copies(logits_of(3, 2100, dtype)).values():
         simt_ops.top1_confidence(logits)
     logits = logits_of(2, SPLIT, dtype)
     simt_ops.topk_confidence(logits, 8)
+    simt_ops.row_statistics(logits)
     simt_ops.sample_tokens(logits, seed)
     parts = [simt_ops.top1_partial(logits[:, a : a + 4096], a) for a in (0, 4096)]
     simt_ops.top1_merge(*(torch.stack(each) for each in zip(*parts, strict=True)))
@@ -83,6 +85,7 @@ def tiny_calls(dtype):
     logits = logits_of(2, SPLIT, dtype)
     simt_ops.top1_confidence(logits)
     simt_ops.topk_confidence(logits, 2)
+    simt_ops.row_statistics(logits)
     simt_ops.sample_tokens(logits, seed)
     simt_ops.top1_confidence(logits, gpu=ONE_MULTIPROCESSOR)
     target = torch.tensor([3, 8])

@@ -14,17 +14,20 @@ import pytest
 
 SCRIPT = Path(__file__).parent / "triton_compile.py"
 # At 128 threads per program, 128 registers leave room for four programs per multiprocessor. The
-# noise generator, bound by arithmetic, takes more; tile_statistics_kernel does so on sm_80 alone.
+# noise generator, bound by arithmetic, takes more, and so does the entropy, which keeps logits and
+# weights of a tile (three programs); tile_statistics_kernel does so on sm_80 alone.
 # A matrix product keeps its accumulators in registers and takes all there are.
 MOST_REGISTERS = {
     "tile_sample_kernel": 184,
     "tile_statistics_kernel": 160,
+    "tile_entropy_kernel": 160,
     "linear_statistics_kernel": 255,
 }
 # Kernels that stream rows or embeddings; the others read a few statistics or positions
 STREAMING = {
     "tile_statistics_kernel",
     "tile_topk_kernel",
+    "tile_entropy_kernel",
     "tile_sample_kernel",
     "tile_sums_kernel",
     "grad_kernel",

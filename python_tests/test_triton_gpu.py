@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_row_statistics import assert_statistics
 from triton_device import cpp_op
 
 from dmax_kernels.testing.tolerances import CONFIDENCE_RTOL, assert_close
@@ -39,6 +40,13 @@ def test_ids_as_in_cpp(dtype, vocab_size):
         expected, expected_confidence = cpp_op(op, logits.cpu(), *more, suppress_token=156895)
         assert torch.equal(token.cpu(), expected), op
         assert_close(confidence.cpu(), expected_confidence, 2 * CONFIDENCE_RTOL)
+
+
+def test_row_statistics():
+    logits = logits_of(32)
+    actual = [x.cpu() for x in TRITON["row_statistics"](logits, temperature=0.7)]
+    assert_statistics(actual, cpp_op("row_statistics", logits.cpu(), temperature=0.7), 2)
+    assert torch.equal(actual[1], TRITON["top1_confidence"](logits, temperature=0.7)[1].cpu())
 
 
 def test_same_row_same_bits():

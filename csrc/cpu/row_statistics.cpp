@@ -77,10 +77,10 @@ Results results_of(const EntropyStats& stats, double temperature) {
   if (std::isnan(stats.rest)) return {kNan, kNan, stats.maximum};
   const double difference = static_cast<double>(stats.runner_up) - stats.maximum;
   const double runner_up = std::exp(difference / temperature) / (1.0 + stats.rest);
-  const double logsumexp = stats.maximum / temperature + std::log1p(stats.rest + stats.far);
+  const double rest = stats.rest + stats.far;
+  const double logsumexp = stats.maximum / temperature + std::log1p(rest);
   // exp2 of the tile kernels gives 2^-126 where there is no mass at all
   constexpr double kNoMass = 1e-30;
-  double rest = stats.rest + stats.far;
   const double entropy =
       rest < kNoMass ? 0 : std::log1p(rest) - 0.6931471805599453 * stats.exponent / (1.0 + rest);
   return {static_cast<float>(runner_up), static_cast<float>(entropy),

@@ -43,8 +43,12 @@ __device__ __forceinline__ LossPartial loss_tile(const Tile<T>& tile, const Row<
   LossPartial partial;
   const VectorMaxima<T> maxima = vector_maxima(tile);
   partial.max = warp_max(maxima.lane);
-  partial.below = 0.0f;
-  partial.rest = tile_rest<T, kMean>(tile, maxima, partial.max, kLog2E, row.vocab, &partial.below);
+  float distances[2] = {0.0f, 0.0f};
+  partial.rest =
+      tile_rest(tile, maxima, partial.max, kLog2E, [&](int v, int e, float d, float /*weight*/) {
+        if (kMean && tile.id(v, e) < row.vocab) distances[e % 2] -= d;
+      });
+  partial.below = kMean ? warp_sum(distances[0] + distances[1]) : 0.0f;
   partial.count = static_cast<float>(min(kTileSize<T>, row.vocab - tile.begin));
   return partial;
 }

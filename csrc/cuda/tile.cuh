@@ -184,14 +184,13 @@ __device__ __forceinline__ float finite_reference(float max) {
 // Sum of 2^((x - max) * scale) over the elements below max, and the number of those at max less
 // one: SoftmaxStats::rest. The subtraction comes first: x * scale - max * scale would lose the
 // digits of logits with a large common offset, and overflow at extreme temperatures.
-// kBelow: also the sum of max - x, over the elements inside the vocabulary.
-template <class T, bool kBelow = false>
+// also(v, e, d, weight): what an op sums beside it, of element e of this lane's vector v at
+// d = x - max with weight 2^(d * scale); the weight is 0 at max.
+template <class T, class Also>
 __device__ __forceinline__ float tile_rest(const Tile<T>& tile, const VectorMaxima<T>& maxima,
-                                           float max, float scale, int vocab = 0,
-                                           float* below = nullptr) {
+                                           float max, float scale, const Also& also) {
   const float reference = finite_reference(max);
   float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  float distances[2] = {0.0f, 0.0f};
   float at_max = 0.0f;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -200,26 +199,32 @@ __device__ __forceinline__ float tile_rest(const Tile<T>& tile, const VectorMaxi
       for (int e = 0; e < kWidth<T>; ++e) {
         const float x = tile.at(v, e);
         const float d = x - reference;
+        float weight = 0.0f;
         if (x == max) {
           at_max += 1.0f;
         } else {
-          sums[e % 4] += exp2_approx(d * scale);
+          weight = exp2_approx(d * scale);
+          sums[e % 4] += weight;
         }
-        if (kBelow && tile.id(v, e) < vocab) distances[e % 2] -= d;
+        also(v, e, d, weight);
       }
     } else {
 #pragma unroll
       for (int e = 0; e < kWidth<T>; ++e) {
         const float d = tile.at(v, e) - reference;
-        sums[e % 4] += exp2_approx(d * scale);
-        if (kBelow && tile.id(v, e) < vocab) distances[e % 2] -= d;
+        const float weight = exp2_approx(d * scale);
+        sums[e % 4] += weight;
+        also(v, e, d, weight);
       }
     }
   }
-  if (kBelow) *below = warp_sum(distances[0] + distances[1]);
   const float others = warp_sum(at_max) - 1.0f;
   return warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + others;
 }
+
+struct NothingElse {
+  __device__ __forceinline__ void operator()(int, int, float, float) const {}
+};
 
 // max and id of a tile whose sum is NaN: its first NaN, else its first +inf
 template <class T>
@@ -233,16 +238,23 @@ __device__ __forceinline__ void find_broken(const Tile<T>& tile, const Row<T>& r
   }
 }
 
-template <class T>
-__device__ __forceinline__ SoftmaxStats tile_stats(const Tile<T>& tile, const Row<T>& row,
-                                                   int suppress, float scale) {
-  const VectorMaxima<T> maxima = vector_maxima(tile);
+// `also`: see tile_rest
+template <class T, class Also>
+__device__ __forceinline__ SoftmaxStats tile_stats(const Tile<T>& tile,
+                                                   const VectorMaxima<T>& maxima, const Row<T>& row,
+                                                   int suppress, float scale, const Also& also) {
   SoftmaxStats stats;
   stats.max = warp_max(maxima.lane);
-  stats.rest = tile_rest(tile, maxima, stats.max, scale);
+  stats.rest = tile_rest(tile, maxima, stats.max, scale, also);
   stats.id = warp_first(maxima.lane == stats.max ? lane_argmax(tile, maxima) : kNoId);
   if (stats.rest != stats.rest) find_broken(tile, row, suppress, &stats);
   return stats;
+}
+
+template <class T>
+__device__ __forceinline__ SoftmaxStats tile_stats(const Tile<T>& tile, const Row<T>& row,
+                                                   int suppress, float scale) {
+  return tile_stats(tile, vector_maxima(tile), row, suppress, scale, NothingElse{});
 }
 
 }  // namespace dmax::cuda

@@ -47,6 +47,8 @@ Chosen top1_confidence(Gpu gpu, LogitsInput logits, Address token, Address confi
 Chosen top1_partial(Gpu gpu, LogitsInput logits, int64_t vocab_start, Address maximum,
                     Address sum_exp, Address token);
 Chosen topk_confidence(Gpu gpu, LogitsInput logits, int k, Address tokens, Address confidences);
+Chosen row_statistics(Gpu gpu, LogitsInput logits, Address token, Address confidence,
+                      Address runner_up, Address entropy, Address logsumexp);
 Chosen sample_tokens(Gpu gpu, LogitsInput logits, Address seed, bool seed_per_row, Address token,
                      Address probability);
 Chosen top1_merge(Address maximum, Address sum_exp, Address token, int64_t shards, int64_t rows,

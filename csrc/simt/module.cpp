@@ -45,6 +45,7 @@ PYBIND11_MODULE(dmax_simt, m) {
   m.def("top1_confidence", top1_confidence);
   m.def("top1_partial", top1_partial);
   m.def("topk_confidence", topk_confidence);
+  m.def("row_statistics", row_statistics);
   m.def("sample_tokens", sample_tokens);
   m.def("top1_merge", top1_merge);
   m.def("prefix_promote", prefix_promote);

@@ -1,4 +1,5 @@
 #include "cuda/prefix_promote.cuh"
+#include "cuda/row_statistics.cuh"
 #include "cuda/sample_tokens.cuh"
 #include "cuda/top1_confidence.cuh"
 #include "cuda/top1_merge.cuh"
@@ -50,6 +51,24 @@ Chosen topk_confidence(Gpu gpu, LogitsInput in, int k, Address tokens, Address c
     launch_topk_rows(view_of<T>(in), launch, row_split(launch, scratch.data(), counters.data()),
                      static_cast<Rank*>(lists.data()),
                      {pointer<int64_t>(tokens), pointer<float>(confidences), k}, Stream{});
+    result = chosen(launch);
+  });
+  return result;
+}
+
+Chosen row_statistics(Gpu gpu, LogitsInput in, Address token, Address confidence, Address runner_up,
+                      Address entropy, Address logsumexp) {
+  Chosen result;
+  dispatch(in.dtype, [&](auto element) {
+    using T = decltype(element);
+    const RowLaunch launch = choose_row_statistics_launch<T>(in.rows, in.vocab, device_of(gpu));
+    Scratch scratch(launch.scratch_bytes);
+    Counters counters(launch.counters);
+    const RowStatisticsOutput out{pointer<int64_t>(token),   pointer<float>(confidence),
+                                  pointer<float>(runner_up), pointer<float>(entropy),
+                                  pointer<float>(logsumexp), 1.0 / in.temperature};
+    launch_row_statistics(view_of<T>(in), launch,
+                          row_split(launch, scratch.data(), counters.data()), out, Stream{});
     result = chosen(launch);
   });
   return result;

@@ -36,6 +36,28 @@ def topk_confidence(inputs: Inputs, rows: int = 32, vocab: int = VOCAB, k: int =
 
 
 @workload
+def row_statistics(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
+    """Softmax in float32, its two largest, its entropy, and logsumexp: four reads or more."""
+    logits = inputs.logits(rows, vocab)
+
+    def eager():
+        x = logits.float()  # an entropy summed in 16 bits would be noise
+        probability = torch.softmax(x, dim=-1)
+        top, token = probability.topk(2, dim=-1)
+        entropy = torch.special.entr(probability).sum(dim=-1)
+        return token[..., 0], top[..., 0], top[..., 1], entropy, torch.logsumexp(x, dim=-1)
+
+    return Work(
+        {
+            "eager": eager,
+            "fused": lambda: dmax_kernels.row_statistics(logits),
+            "top1_confidence": lambda: dmax_kernels.top1_confidence(logits),
+        },
+        logits.nbytes,
+    )
+
+
+@workload
 def sample_tokens(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
     """Softmax in float32, then an exponential race: what engines run for a sample."""
     logits, seed = inputs.logits(rows, vocab), inputs.seed()

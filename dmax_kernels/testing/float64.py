@@ -31,6 +31,32 @@ def top1_confidence(logits: Tensor, temperature: float = 1.0, suppress_token: in
     return token, probability.gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
+def row_statistics(logits: Tensor, temperature: float = 1.0, suppress_token: int = -1):
+    """(token, confidence, runner_up, entropy, logsumexp). The entropy from the differences to the
+    maximum, without the winner: -sum p log p would lose the digits of a sure row's.
+    """
+    token, confidence = top1_confidence(logits, temperature, suppress_token)
+    x = logits.double() / temperature
+    if suppress_token >= 0:
+        x = x.clone()
+        x[..., suppress_token] = -torch.inf
+    best = token.unsqueeze(-1)
+    below = (x - x.gather(-1, best)).scatter(-1, best, -torch.inf)
+    weight = below.exp()
+    rest = weight.sum(dim=-1)
+    surprise = torch.where(weight == 0, 0.0, -below * weight).sum(dim=-1)
+    undefined = confidence.isnan()
+    runner_up = weight.amax(dim=-1) / (1 + rest)
+    entropy = rest.log1p() + surprise / (1 + rest)
+    return (
+        token,
+        confidence,
+        runner_up.masked_fill(undefined, torch.nan),
+        entropy.masked_fill(undefined, torch.nan),
+        x.logsumexp(dim=-1),
+    )
+
+
 def token_loss(
     logits: Tensor, target: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> Tensor:

@@ -11,6 +11,9 @@ REFERENCE_RTOL = 1e-5
 LOSS_RTOL = 1e-6
 # A loss next to 0 is the sum of small exponentials, each good to a few float32 roundings
 LOSS_ATOL = 1e-7
+# Entropy and logsumexp: a float32 sum's relative error is an absolute one of its logarithm
+ENTROPY_RTOL, ENTROPY_ATOL = 2e-6, 1e-6
+LOGSUMEXP_TOL = 1e-6
 # Gradients and embeddings end in one rounding to the output's dtype: half a unit in the last place,
 # and a few float32 roundings before it
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

@@ -21,6 +21,7 @@ _MODULE_OF = {
     "hybrid_embedding": "hybrid_embedding",
     "hybrid_embedding_backward": "hybrid_embedding",
     "spd_step_": "spd_step_",
+    "row_statistics": "row_statistics",
     "sample_tokens": "sample_tokens",
     "oput_loss": "oput_loss",
     "oput_loss_backward": "oput_loss",
