@@ -86,7 +86,9 @@ def spd_generate(
         mask_token_id, eos_token_id, pad_token_id: from the model's config unless given.
         rule: "spd", or an ablation: "hybrid" (no prefix), "hard_prefix", "hard" (tokens instead of
             soft embeddings), "threshold" (no revision; `convergence` and tau_acc do not apply); or
-            a `Rule` of your own.
+            another decoder of `RULES`: "factor", "hierarchical", "top_n", "autoregressive",
+            "random", "entropy_bound", "margin", "uniform", "parallel_forced", which are classes
+            where they have options (`Hierarchical(low_threshold=0.4)`); or a `Rule` of your own.
         semantics: "paper", or "released" for the token ids of the authors' released code, which may
             leave mask tokens in the result when tau_dec > tau_acc.
         top_k: how many candidates a hybrid embedding mixes (1 in the paper).
