@@ -38,7 +38,8 @@ def test_threshold_by_hand():
     c, masked = f32(0.9, 0.96, 0.99, 0.5, NAN), mask_of("xx.xx")
     assert positions(promote.threshold_promote(c, masked, 0.95)) == [1]
     assert positions(promote.threshold_promote(c, masked, 0.4)) == [0, 1, 3]
-    assert positions(promote.threshold_promote(c, masked, 0.96)) == [1]  # not above: the best
+    assert positions(promote.threshold_promote(c, masked, 0.5)) == [0, 1]  # above, not at it
+    assert positions(promote.threshold_promote(c, masked, 0.96)) == [1]  # none above: the best
     two_rows = promote.threshold_promote(c.expand(2, -1), masked, torch.tensor([[0.95], [0.4]]))
     assert [positions(row) for row in two_rows] == [[1], [0, 1, 3]]
 
@@ -50,6 +51,7 @@ def test_factor_by_hand():
         assert positions(promote.factor_promote(c, masked, factor)) == expected
     assert positions(promote.factor_promote(c, masked, 1.0)) == [0, 2, 4]
     assert positions(promote.factor_promote(c, masked, 3.0)) == [0, 1, 2, 4]
+    assert positions(promote.factor_promote(f32(0.5, 0.5), mask_of("xx"), 1.5)) == [0]  # 1.5 < 1.5
 
 
 def test_hierarchical_by_hand():
@@ -62,6 +64,8 @@ def test_hierarchical_by_hand():
     assert positions(promote.hierarchical_promote(c, masked, 0.95, 0.7)) == [1]  # the row's best
     tied = promote.hierarchical_promote(f32(0.5, 0.5, 0.5, 0.5), mask_of("xx.x"), 0.9, 0.2)
     assert positions(tied) == [0, 3]
+    tied = promote.hierarchical_promote(f32(0.5, 0.5, 0.5, 0.5), mask_of("xx.x"), 0.9, 0.5)
+    assert positions(tied) == [0]
     torn = promote.hierarchical_promote(f32(NAN, 0.4, NAN, NAN), mask_of("xx.x"), 0.9, 0.2)
     assert positions(torn) == [1]
 
@@ -83,7 +87,7 @@ def test_autoregressive_by_hand():
 def test_entropy_bound_by_hand():
     # Ascending: 0.01 (3), 0.04 (0), 0.06 (4), 0.5 (1); sums before: 0, 0.01, 0.05, 0.11
     entropy, masked = f32(0.04, 0.5, 0.0, 0.01, 0.06, NAN), mask_of("xx.xxx")
-    for bound, expected in ((0.0, [3]), (0.01, [0, 3]), (0.1, [0, 3, 4]), (0.2, [0, 1, 3, 4])):
+    for bound, expected in ((0.0, [3]), (0.01, [0, 3]), (0.1, [0, 3, 4]), (9.0, [0, 1, 3, 4])):
         assert positions(promote.entropy_bound_promote(entropy, masked, bound)) == expected
 
 
