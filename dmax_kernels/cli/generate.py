@@ -18,7 +18,8 @@ forward pass, and prints the answers; counts and speed go to stderr.
 
   python -m dmax_kernels generate --model Zigeng/DMax-Math-16B --device cuda \\
       --prompt "How many primes are there below 30?"
-  python -m dmax_kernels generate --model oput --prompt "p3 c+2 , c-1 , c+1 ..." --trace out.html
+  python -m dmax_kernels generate --model oput --trace out.html \\
+      --prompt "s4 u1 s1 u1 s6 d1 s2 d1 s3 u2 s5 d1 start 2 ="
 
 MODEL is
   - Zigeng/DMax-16B, Zigeng/DMax-Math-16B, Zigeng/DMax-Coder-16B or inclusionAI/LLaDA2.0-mini, whose
@@ -27,8 +28,8 @@ MODEL is
     config does not say (mask token, eos) is asked for,
   - base, oput or control: the small checkpoints of `demo`, which come with the package.
 
-Several prompts are one batch: each goes on at its own pace and is answered as it would be alone, but
-for what the model's own matrix products round differently at another batch size.
+Several prompts are one batch: each goes on at its own pace and is answered as it would be alone,
+but for what the model's own matrix products round differently at another batch size.
 """
 
 
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--raw",
         action="store_true",
-        help="leave the prompt as it is: no chat template (default: the tokenizer's, if it has one)",
+        help="leave the prompt as it is: no chat template (default: the tokenizer's)",
     )
     add("--max-new-tokens", type=int, default=256, metavar="N", help="per answer (%(default)s)")
     group = parser.add_argument_group("decoding (defaults: what suits the model)")
@@ -255,7 +256,7 @@ def summary(output: GenerationOutput) -> str:
     if s.capture_refusal:
         graph = f", no CUDA graph ({s.capture_refusal})"
     return (
-        f"{s.tokens} tokens in {s.row_forwards} denoising passes = {s.tokens_per_forward:.2f} tokens "
-        f"per forward; {s.tokens_per_second:.1f} tokens/s ({s.prefill_seconds:.2f} s prefill, "
+        f"{s.tokens} tokens in {s.row_forwards} denoising passes = {s.tokens_per_forward:.2f} per "
+        f"forward; {s.tokens_per_second:.1f} tokens/s ({s.prefill_seconds:.2f} s prefill, "
         f"{s.decode_seconds:.2f} s decoding, {s.forwards} batch passes{graph})"
     )
