@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     loaded = load_pretrained(args.model, dtype=dtype, device=device)
     if loaded.defaults.note and (args.rule or loaded.defaults.rule) == "spd":
         print(f"note: {args.model} was {loaded.defaults.note}", file=sys.stderr)
-    encoded = [encode(loaded.tokenizer, prompt, args.raw) for prompt in prompts]
+    encoded = [encode(loaded, prompt, args.raw) for prompt in prompts]
 
     size = args.batch_size or len(prompts)
     records, runs = [], []
@@ -152,9 +152,14 @@ def prompt_field(line: str, place: str) -> str:
     return record["prompt"]
 
 
-def encode(tokenizer: Any, prompt: str, raw: bool) -> list[int]:
+def encode(loaded: Loaded, prompt: str, raw: bool) -> list[int]:
+    tokenizer = loaded.tokenizer
     if raw or not getattr(tokenizer, "chat_template", None):
-        return tokenizer(prompt).input_ids
+        ids = tokenizer(prompt).input_ids
+        if loaded.defaults.pad_prompts and ids:
+            missing = -len(ids) % loaded.defaults.block_length
+            ids = [tokenizer.pad_token_id] * missing + ids
+        return ids
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )

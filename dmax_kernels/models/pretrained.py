@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Defaults:
     tau_acc: float = 0.9
     rule: str = "spd"
     note: str = ""
+    pad_prompts: bool = False  # on the left to whole blocks, as the model was trained
 
 
 LLADA2 = {"mask_token_id": 156895, "eos_token_id": 156892}
@@ -78,7 +79,8 @@ def load_pretrained(
     if name in SHIPPED:
         model, tokenizer = load_checkpoint(name)
         model = model.to(device=torch.device(device), dtype=dtype)
-        return Loaded(model, tokenizer, model_defaults(name, model.config))
+        defaults = replace(model_defaults(name, model.config), pad_prompts=True)
+        return Loaded(model, tokenizer, defaults)
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"load_pretrained: name must be a folder with a config.json, got {name!r}")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
