@@ -49,15 +49,17 @@ def save_stand_in(folder: Path, *, seed: int = 0, ids: bool = True, **config) ->
 def new_model(folder: Path, seed: int):
     """Random weights under which decoding settles as a trained model's does.
 
-    Sharp logits, so that confidences cross the thresholds; and layers that add little to what they
-    read, so that a rounding in an embedding does not grow into another token within a few steps.
+    Sharp logits, so that confidences cross the thresholds; attention that tells positions apart;
+    and experts that add little, whose choice would otherwise make another token of a rounding.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(("dense.weight", "down_proj.weight")):
+            if name.endswith("dense.weight"):
+                weight.mul_(2.0)
+            if name.endswith("down_proj.weight"):
                 weight.mul_(0.2)
-        model.lm_head.weight.mul_(36.0)
+        model.lm_head.weight.mul_(108.0)
     return model
