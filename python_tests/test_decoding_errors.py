@@ -92,6 +92,43 @@ MISTAKES = {
         {"input_ids": torch.full((1, 4), 99)},
         "input_ids must be in [0, 23), the model's vocabulary, got 99",
     ),
+    "a prompt of the list is empty": (
+        {"input_ids": [[3, 4], []]},
+        "input_ids must be at least one prompt token per row, got an empty prompt (row 1)",
+    ),
+    "a prompt of the list is nested": (
+        {"input_ids": [[[3, 4]]]},
+        "each prompt must be 1-D, got 2-D",
+    ),
+    "nothing but padding": (
+        {"attention_mask": torch.tensor([[1] * 11, [0] * 11])},
+        "input_ids must be at least one prompt token per row, got an empty prompt (row 1)",
+    ),
+    "padding inside a prompt": (
+        {"attention_mask": torch.tensor([[1] * 11, [1] * 4 + [0] + [1] * 6])},
+        "attention_mask must be one run of ones per row, got a gap in row 1",
+    ),
+    "attention_mask of another shape": (
+        {"attention_mask": torch.ones(2, 10)},
+        "attention_mask must be [2, 11] as input_ids, got [2, 10]",
+    ),
+    "attention_mask with a list": (
+        {"input_ids": [[3, 4]], "attention_mask": torch.ones(1, 2)},
+        "attention_mask must be None where input_ids is a list of prompts, got a mask",
+    ),
+    "thresholds' shape": (
+        {"thresholds": [[0.5, 0.9]]},
+        "thresholds must be [2, 2]: (tau_dec, tau_acc) of each row, got [1, 2]",
+    ),
+    "a row's threshold": (
+        {"thresholds": [[0.5, 0.75], [0.5, 1.5]]},
+        "thresholds must be in [0, 1], got 1.5",
+    ),
+    "poll_lag": ({"poll_lag": -1}, "poll_lag must be a non-negative integer, got -1"),
+    "cuda_graph on a CPU": (
+        {"cuda_graph": True},
+        "cuda_graph must be False or None unless the model is on a GPU, got True on cpu",
+    ),
     "negative token": (
         {"input_ids": torch.full((1, 4), -3)},
         "input_ids must be in [0, 23), the model's vocabulary, got -3",
@@ -138,3 +175,59 @@ def test_a_model_that_does_not_use_the_cache():
 
     with pytest.raises(ValueError, match="did not; pass use_cache=False"):
         spd_generate(Uncached(), random_prompts(1, 8), max_new_tokens=8, ops="reference")
+
+
+def run_once(model):
+    spd_generate(model, random_prompts(1, 8), block_length=8, max_new_tokens=8, ops="reference")
+
+
+def test_a_quantised_embedding():
+    model = RandomModel()
+    table = SimpleNamespace(weight=(model.words.weight.data * 50).to(torch.int8))
+    model.get_input_embeddings = lambda: table
+    need = "a float32, bfloat16 or float16 table [V, D]; load it without quantising the embedding"
+    got = "Tensor of torch.int8, [23, 16]"
+    with pytest.raises(ValueError, match=r"^spd_generate: ") as error:
+        run_once(model)
+    assert (
+        str(error.value) == f"spd_generate: the model's input embedding must be {need}, got {got}"
+    )
+    del table.weight  # some quantised modules keep it under another name
+    with pytest.raises(ValueError, match="without quantising the embedding, got no weight"):
+        run_once(model)
+
+
+def test_a_tied_head_and_a_quantised_one_decode():
+    """The head belongs to the model's own forward: only its logits matter."""
+    tied = RandomModel()
+    tied.head.weight = tied.words.weight
+    run_once(tied)
+    quantised = RandomModel()
+    weight = (quantised.head.weight.data * 100).round().to(torch.int8)
+    quantised.head = torch.nn.Identity()
+    quantised.head.forward = lambda x: torch.nn.functional.linear(x, weight.float() / 100)
+    run_once(quantised)
+
+
+def test_logits_that_the_step_cannot_read():
+    class Raw(RandomModel):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = self.change(output.logits)
+            return output
+
+    model = Raw()
+    model.change = lambda logits: logits.double()
+    with pytest.raises(ValueError, match=r"^spd_generate: the model's logits must be one of "):
+        run_once(model)
+    model.change = lambda logits: logits[..., :20]
+    need = "over the 23 tokens of its input embedding, got 20"
+    with pytest.raises(ValueError, match=need):
+        run_once(model)
+
+
+def test_eager_attention_of_llada2_reads_the_mask_otherwise():
+    model = RandomModel()
+    model.config.model_type, model.config._attn_implementation = "llada2_moe", "eager"
+    with pytest.raises(ValueError, match="the model's attention must be 'sdpa' .* got 'eager'"):
+        run_once(model)

@@ -71,6 +71,20 @@ def test_every_slot_advances_at_every_step_and_the_summary_waits(tokens_per_step
     assert output.num_forwards.tolist() == [steps] * 3
 
 
+def test_the_first_pass_reads_headers_and_masks():
+    class Keeping(RandomModel):
+        def forward(self, inputs_embeds, *args, **kwargs):
+            self.inputs.append(inputs_embeds.clone())
+            return super().forward(inputs_embeds, *args, **kwargs)
+
+    model, prompts = Keeping(), random_prompts(2, 7)
+    model.inputs = []
+    nap_generate(model, prompts, CANVAS)
+    read = torch.cdist(model.inputs[0], model.words.weight[None]).argmin(dim=-1)
+    canvas = [HEADERS.get(j, MASK) for j in range(18)]
+    assert read.tolist() == [[*prompt, *canvas] for prompt in prompts.tolist()]
+
+
 def test_inside_a_slot_confidence_decides():
     """The most confident position of each slot first, left to right only by chance."""
     output = nap_generate(RandomModel(), random_prompts(8, 7), CANVAS, trace=True, ops="reference")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -61,7 +62,8 @@ class Batch:
         self.refreshing_forwards += refresh
         if self.trace is not None:
             self.trace.before(self.state)
-        self.runner((len(self.requests), refresh, visible), lambda: self._denoise(refresh, visible))
+        key = (len(self.requests), refresh, visible)
+        self.runner(key, partial(self._denoise, refresh, visible))
         if self.trace is not None:
             self.trace.after(self.state)
 

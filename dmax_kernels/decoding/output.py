@@ -58,7 +58,14 @@ class GenerationOutput:
     num_refreshes: Tensor  # int64 [B]: finished blocks whose hard tokens entered the cache later
     promotions: list[list[int]]  # per row and step: positions that left the mask
     statistics: Statistics
+    max_new_tokens: int
     trace: Trace | None = None
+
+    @property
+    def answers(self) -> list[list[int]]:
+        """Each row's new tokens, up to and including its first eos."""
+        rows = self.sequences[:, -self.max_new_tokens :].tolist()
+        return [row[:n] for row, n in zip(rows, self.num_tokens.tolist(), strict=True)]
 
     @property
     def num_forwards(self) -> Tensor:
@@ -98,5 +105,6 @@ def assemble(
         num_refreshes=((blocks - 1) * int(use_cache)).to(device),
         promotions=[promotions[row] for row in range(len(rows))],
         statistics=statistics,
+        max_new_tokens=max_new_tokens,
         trace=trace,
     )
