@@ -30,6 +30,7 @@ from dmax_kernels.testing.tolerances import (
     LOGSUMEXP_TOL,
     assert_close,
 )
+from dmax_kernels.triton.launch import TILE, choose_tiles
 
 
 def triton(logits, **options):
@@ -76,12 +77,12 @@ def same_bits(a, b):
 
 
 # Every edge case in every dtype at every small V: tails, tiles, ties at each level of the
-# reduction, NaN, infinities, offsets. Triton's interpreter is slow: one V within a tile, and two
-# tiles, the second cut
+# reduction, NaN, infinities, offsets. Triton's interpreter is slow: one token, one V within a tile,
+# and two tiles, the second cut, each in another dtype
 @pytest.mark.parametrize(
     ("name", "vocab_size", "dtype"),
     [(n, v, d) for n in ("reference", "cpu", "cuda") for v in SMALL_VOCABS for d in DTYPES]
-    + [("triton", v, d) for v in (1, 127, 5000) for d in (torch.float32, torch.bfloat16)],
+    + [("triton", v, d) for v, d in zip((1, 127, 5000), DTYPES, strict=True)],
 )
 def test_edge_cases(name, vocab_size, dtype):
     _, logits = stacked_rows(vocab_size, dtype)
@@ -146,7 +147,8 @@ def test_same_bits_as_top1_and_topk(backend, dtype):
 
 
 def test_triton_confidence_is_that_of_top1():
-    _, logits = stacked_rows(5000, torch.bfloat16)
+    names = ("normal", "tie_across_tiles", "large_offset", "infs")
+    logits = torch.stack([logit_rows(5000)[name] for name in names]).bfloat16()
     token, confidence, *_ = triton(logits)
     expected_token, expected = triton_op("top1_confidence", logits)
     assert torch.equal(token, expected_token)
@@ -262,7 +264,9 @@ def test_same_row_same_bits_on_cuda_and_triton():
     alone = simt_ops.row_statistics(logits[7:8].clone())
     assert CHOSEN[-1].splits > 1
     assert all(torch.equal(a, b[7:8]) for a, b in zip(alone, together, strict=True))
-    together = triton(logits)  # several tiles per program, and one
+    logits = logits[:24, : 2 * TILE + 801]  # two tiles per program, and one
+    assert choose_tiles(24, logits.shape[1], logits.device).per_program == 2
+    together = triton(logits)
     alone = triton(logits[7:8])
     assert all(torch.equal(a, b[7:8]) for a, b in zip(alone, together, strict=True))
 
