@@ -89,6 +89,7 @@ def test_entropy_bound_by_hand():
     entropy, masked = f32(0.04, 0.5, 0.0, 0.01, 0.06, NAN), mask_of("xx.xxx")
     for bound, expected in ((0.0, [3]), (0.01, [0, 3]), (0.1, [0, 3, 4]), (9.0, [0, 1, 3, 4])):
         assert positions(promote.entropy_bound_promote(entropy, masked, bound)) == expected
+    assert positions(promote.entropy_bound_promote(f32(0.1, NAN), mask_of("xx"), 9.0)) == [0]
 
 
 def test_margin_by_hand():
