@@ -1,4 +1,4 @@
-# make demo | test | lint | format | bench | build | train | gpu | clean
+# make demo | test | lint | format | bench | docs | build | train | gpu | clean
 #
 # The first call makes .venv with everything the targets need. To use an environment of your own,
 # with torch in it: make test PYTHON=python3
@@ -7,7 +7,7 @@ PYTHON ?= .venv/bin/python
 BUILD := build/dev
 export PATH := $(abspath $(dir $(PYTHON))):$(PATH)
 
-.PHONY: demo test lint format bench build build-cpu configure train gpu clean
+.PHONY: demo test lint format bench docs build build-cpu configure train gpu clean
 
 demo: build-cpu
 	$(PYTHON) -m dmax_kernels demo
@@ -19,7 +19,11 @@ train: build-cpu
 	$(PYTHON) -m dmax_kernels train
 
 bench: build-cpu
-	$(PYTHON) -m pytest bench --benchmark-only
+	$(PYTHON) bench/run.py --output build/bench/results.json
+
+# Pages and docstrings as HTML, in build/docs
+docs: build-cpu
+	$(PYTHON) -m sphinx -q -W --keep-going docs build/docs
 
 # Offline, with the Python that has this machine's CUDA build of PyTorch: build, test, sanitize, time
 GPU_PYTHON ?= python3

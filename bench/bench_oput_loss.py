@@ -1,36 +1,13 @@
 """oput_loss, forward and backward of both passes, against eager cross-entropy."""
 
-import torch
-import torch.nn.functional as F
-
-import dmax_kernels
-from bench.cases import DTYPES, VOCAB, Case, Work, benchmark_of, flat_logits
-
-
-def build(tokens, dtype):
-    first = flat_logits(tokens, DTYPES[dtype])
-    leaves = [first.requires_grad_(), first.detach().flip(0).requires_grad_()]
-    target = torch.randint(0, VOCAB, (tokens,), generator=torch.manual_seed(2))
-
-    def eager():
-        # As the released training code: logits in float32, then log-softmax and its gradient
-        loss = sum(F.cross_entropy(x.float(), target) for x in leaves)
-        return torch.autograd.grad(loss, leaves)
-
-    def fused():
-        loss = dmax_kernels.oput_loss(*leaves, target, reduction="mean")
-        return torch.autograd.grad(loss, leaves)
-
-    return Work({"eager": eager, "fused": fused}, read=torch.cat(leaves).detach())
-
+from bench.cases import Case, benchmark_of
 
 CASES = [
-    Case(
-        f"oput_loss 2 x 64 x 157184 {dtype} forward and backward",
-        lambda d=dtype: build(64, d),
-        target=2.0,
-    )
-    for dtype in DTYPES
+    Case("oput_loss", (64, 157184), dtype, speedup_target=2) for dtype in ("float32", "bfloat16")
+] + [Case("oput_loss_and_grad_", (64, 157184))]
+GPU_CASES = [
+    Case("oput_loss", (4096, 157184), target_us=1700.0, compiled=True),
+    Case("oput_loss_and_grad_", (4096, 157184), target_us=1200.0, predicted_us=1250.0),
 ]
 
 test_benchmark = benchmark_of(CASES)

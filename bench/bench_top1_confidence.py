@@ -1,36 +1,28 @@
-"""top1_confidence against softmax then max, the eager way to a token and its confidence."""
+"""top1_confidence against softmax, then max."""
 
-import torch
+from bench.cases import Case, benchmark_of
 
-import dmax_kernels
-from bench.cases import DTYPES, LOGITS, Case, Work, benchmark_of
-
-
-def eager(logits):
-    confidence, token = torch.softmax(logits, dim=-1).max(dim=-1)
-    return token, confidence
-
-
-def build(rows, dtype, kind):
-    logits = LOGITS[kind](rows, DTYPES[dtype])
-    return Work(
-        {"eager": lambda: eager(logits), "fused": lambda: dmax_kernels.top1_confidence(logits)},
-        read=logits,
-    )
-
+ROWS = (32, 157184)
 
 # One row (threads share the vocabulary), a block, and enough rows to leave every cache
 CASES = [
-    Case(
-        f"top1_confidence {rows} x 157184 {dtype} {kind}",
-        lambda rows=rows, dtype=dtype, kind=kind: build(rows, dtype, kind),
-        target={"float32": 8.0, "bfloat16": 25.0}[dtype] if rows == 32 else None,
-        bandwidth_target=0.8 if rows == 32 and kind == "peaked" else None,
-    )
-    for rows in (1, 32, 256)
-    for dtype in DTYPES
-    for kind in LOGITS
-    if not (rows == 256 and dtype == "float32")
+    Case("top1_confidence", (1, 157184)),
+    Case("top1_confidence", ROWS, "float32", "flat", speedup_target=8, compiled=True),
+    Case("top1_confidence", ROWS, "float32", "peaked", speedup_target=8, bandwidth_target=0.8),
+    Case("top1_confidence", ROWS, "bfloat16", "flat", speedup_target=25, compiled=True),
+    Case("top1_confidence", ROWS, "bfloat16", "peaked", speedup_target=25, bandwidth_target=0.8),
+    Case("top1_confidence", (256, 157184), "bfloat16", "flat"),
+    Case("top1_confidence", (256, 157184), "bfloat16", "peaked", bandwidth_target=0.8),
 ]
+
+GPU_CASES = [
+    Case("top1_confidence", (1, 157184)),
+    Case("top1_confidence", ROWS, target_us=6.0, predicted_us=6.0, compiled=True),
+    Case("top1_confidence", ROWS, "float32"),
+    Case("top1_confidence", (256, 157184), predicted_us=22.0),
+    Case("top1_confidence", (1024, 157184), predicted_us=78.0),
+    Case("top1_confidence", (4096, 157184), bandwidth_target=0.9, predicted_us=310.0,
+         compiled=True),
+]  # fmt: skip
 
 test_benchmark = benchmark_of(CASES)

@@ -1,59 +1,46 @@
-"""What a benchmark file lists: cases, each with candidates that do the same work.
+"""What a benchmark file lists: the cases of an op that are kept, with what they must reach.
 
-Every bench/bench_<op>.py has ``CASES`` and a pytest-benchmark test made of them.
-``pytest bench --benchmark-only`` times each candidate alone; ``python bench/run.py`` times the
-candidates of a case in turn, in one run, and writes the ratios: those are the figures to quote.
+Every bench/bench_<op>.py has ``CASES`` (CPU) and may have ``GPU_CASES``, and a pytest-benchmark
+test of the former. ``pytest bench --benchmark-only`` times each candidate alone;
+``python bench/run.py`` (``make bench``) times the candidates of a case in turn, in one run, and
+writes the ratios: those are the figures to quote.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
-import torch
 
-VOCAB = 157184  # LLaDA-2.0-mini's vocabulary, hidden size, mask token
-DIM = 2048
-MASK = 156895
+from dmax_kernels.benchmark.workload import DTYPES, WORKLOADS, Inputs, Work
 
-
-@dataclass
-class Work:
-    """The inputs of a case, made when it runs, and what is timed on them."""
-
-    candidates: dict[str, Callable[[], object]]
-    before_each: Callable[[], object] | None = None  # untimed: restores what a candidate overwrites
-    read: torch.Tensor | None = None  # what has to be read once: the floor of the case
+CANDIDATES = ("eager", "fused")  # in every workload, whatever else it has
 
 
-@dataclass
+@dataclass(frozen=True)
 class Case:
-    """One op at one shape. ``candidates`` do the same work; "fused" is ours."""
+    """A workload at one shape. The targets are those of the design."""
 
-    name: str
-    build: Callable[[], Work]
-    candidates: tuple[str, ...] = ("eager", "fused")
-    target: float | None = None  # the speed-up over the first candidate that the design asks for
-    bandwidth_target: float | None = None  # share of the read bandwidth measured beside it
-    facts: dict[str, object] = field(default_factory=dict)
+    workload: str
+    sizes: tuple[int, ...]
+    dtype: str = "bfloat16"
+    values: str = "flat"
+    speedup_target: float | None = None  # over eager, on a CPU
+    bandwidth_target: float | None = None  # share of what is measured beside it
+    target_us: float | None = None  # on an H200
+    # Written before any run: bytes over 4.3 TB/s, the copy bandwidth expected of an H200, plus 2 us
+    # of launch, plus 2 us where a second phase follows the stream
+    predicted_us: float | None = None
+    compiled: bool = False  # torch.compile is a candidate, too
 
+    @property
+    def name(self) -> str:
+        shape = " x ".join(map(str, WORKLOADS[self.workload].all_sizes(self.sizes)))
+        return f"{self.workload} {shape} {self.dtype} {self.values}"
 
-def peaked_logits(rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of a model that is sure: one logit stands far out of normal noise."""
-    generator = torch.manual_seed(0)
-    logits = torch.randn(rows, VOCAB, generator=generator)
-    logits[torch.arange(rows), torch.randint(0, VOCAB, (rows,), generator=generator)] = 60.0
-    return logits.to(dtype)
-
-
-def flat_logits(rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of a model that is not: every exponential counts."""
-    return (3 * torch.randn(rows, VOCAB, generator=torch.manual_seed(0))).to(dtype)
-
-
-LOGITS = {"peaked": peaked_logits, "flat": flat_logits}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    def work(self, device: str = "cpu") -> Work:
+        inputs = Inputs(DTYPES[self.dtype], device, self.values)
+        return WORKLOADS[self.workload].work(inputs, self.sizes)
 
 
 def benchmark_of(cases: list[Case]):
@@ -61,18 +48,17 @@ def benchmark_of(cases: list[Case]):
     parameters = [
         pytest.param(case, candidate, id=f"{case.name}-{candidate}")
         for case in cases
-        for candidate in case.candidates
+        for candidate in CANDIDATES
     ]
 
     @pytest.mark.parametrize(("case", "candidate"), parameters)
     def test_benchmark(benchmark, case, candidate):
-        work = case.build()
-        assert set(work.candidates) == set(case.candidates)
+        work = case.work()
         benchmark.group = case.name
 
         def setup():
-            if work.before_each:
-                work.before_each()
+            if work.restore:
+                work.restore()
 
         benchmark.pedantic(work.candidates[candidate], setup=setup, rounds=10, warmup_rounds=1)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 BUILD = ROOT / "build" / "gpu"
 STAGES = ("build", "test", "sanitize", "bench")
 SANITIZERS = ("memcheck", "racecheck")
@@ -115,10 +117,18 @@ def sanitize(record: dict) -> int:
 
 
 def bench(record: dict) -> int:
-    sys.path.insert(0, str(ROOT))
-    from bench.gpu import run_all
+    """The GPU cases of every op, and how cost grows; pictures where matplotlib is installed."""
+    from bench.run import cases_of, machine_facts, print_table, run_cases
+    from bench.scaling import run_scaling
+    from dmax_kernels.benchmark.measure import Machine
 
-    record |= run_all()
+    machine = Machine("cuda")
+    record["machine"] = machine_facts() | record["machine"]
+    record["copy GB/s"] = round(machine.copy_bandwidth / 1e9, 1)
+    record["matrix TFLOP/s"] = round(machine.matrix_rate / 1e12, 1)
+    record["results"] = run_cases(cases_of(device="cuda"), machine, repetitions=100)
+    print_table(record["results"])
+    record["scaling"] = run_scaling(machine)
     return 0
 
 
@@ -154,6 +164,10 @@ def main() -> int:
     name = facts["device"].lower().replace(" ", "-")
     path = folder / f"gpu-{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
+    if "results" in record and importlib.util.find_spec("matplotlib"):
+        from bench.pictures import draw
+
+        print(*draw(record, path.with_suffix("")), sep="\n")
     print(f"make gpu: {'failed at ' + stage if code else 'done'}; {path}")
     return code
 

@@ -1,6 +1,7 @@
-"""``python bench/run.py``: every case's candidates in turn; a table, and JSON with the machine.
+"""``python bench/run.py`` (``make bench``): every case's candidates in turn, in one run.
 
-Times are printed but not to be quoted: compare candidates within a run, never runs.
+Prints a table; with --output writes JSON with the machine, and pictures beside it. Times are
+printed but not to be quoted: compare candidates within a run, never runs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,8 +23,59 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.cases import Case  # noqa: E402
+from bench.scaling import run_scaling  # noqa: E402
+from dmax_kernels.benchmark.measure import Machine, measure  # noqa: E402
 from dmax_kernels.cli.info import collect  # noqa: E402
-from dmax_kernels.testing.timer import compare, read_seconds  # noqa: E402
+
+
+def cases_of(ops: Sequence[str] = (), device: str = "cpu") -> list[Case]:
+    """The cases of these ops' files (default: all), for this device."""
+    files = {
+        path.stem.removeprefix("bench_"): f"bench.{path.stem}"
+        for path in sorted((ROOT / "bench").glob("bench_*.py"))
+    }
+    if unknown := set(ops) - set(files):
+        sys.exit(
+            f"bench: no benchmark of {', '.join(sorted(unknown))}; there are: {', '.join(files)}"
+        )
+    attribute = "GPU_CASES" if device == "cuda" else "CASES"
+    return [
+        case
+        for op in ops or files
+        for case in getattr(importlib.import_module(files[op]), attribute, [])
+    ]
+
+
+def run_cases(cases: list[Case], machine: Machine, repetitions: int) -> list[dict]:
+    rows = []
+    for case in tqdm(cases, desc="cases", disable=None):
+        result = measure(
+            case.work(machine.device), machine, repetitions=repetitions, compiled=case.compiled
+        )
+        targets = {
+            "speed-up": case.speedup_target,
+            "share of bandwidth": case.bandwidth_target,
+            "us": case.target_us,
+        }
+        row = {"case": case.name, "op": case.workload, **result}
+        row["targets"] = {name: value for name, value in targets.items() if value is not None}
+        if case.predicted_us is not None:
+            row["predicted us"] = case.predicted_us
+        rows.append(row)
+        if machine.device == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def machine_facts() -> dict:
+    """What a result must carry to mean anything."""
+    facts = {"CPU": cpu_name(), "cores": os.cpu_count(), "commit": commit()}
+    facts["date"] = datetime.date.today().isoformat()
+    return facts | {
+        name: fact
+        for name, fact in collect().items()
+        if name not in ("backends", "CPU library", "CUDA library", "CUDA kernels")
+    }
 
 
 def cpu_name() -> str:
@@ -35,80 +88,49 @@ def cpu_name() -> str:
 def commit() -> str:
     run = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     return run.stdout.strip() or "not a checkout"
 
 
-def measure(case: Case, repetitions: int) -> dict:
-    work = case.build()
-    timings = compare(work.candidates, repetitions=repetitions, before_each=work.before_each)
-    base = timings[case.candidates[0]].median
-    row = {
-        "case": case.name,
-        "microseconds": {name: round(t.median * 1e6, 1) for name, t in timings.items()},
-        "spread": {name: round(t.spread, 3) for name, t in timings.items()},
-        "speed-up": {
-            name: round(base / t.median, 2)
-            for name, t in timings.items()
-            if name != case.candidates[0]
-        },
-        "target": case.target,
-    }
-    if work.read is not None:
-        read = read_seconds(work.read)
-        row["share of read bandwidth"] = round(read / timings["fused"].median, 3)
-        row["bandwidth target"] = case.bandwidth_target
-        row["read GB/s"] = round(work.read.nbytes / read / 1e9, 1)
-    return row
+def print_table(rows: list[dict]) -> None:
+    width = max(len(row["case"]) for row in rows)
+    print(f"{'case':<{width}}  speed-up  torch.compile  of bandwidth  targets")
+    for row in rows:
+        candidates = row["candidates"]
+        compiled = candidates.get("torch.compile", {}).get("speed-up", "")
+        targets = ", ".join(f"{name} {value}" for name, value in row["targets"].items())
+        print(
+            f"{row['case']:<{width}}  {candidates['fused']['speed-up']:>8}  {compiled:>13}  "
+            f"{row['share of bandwidth']:>12.0%}  {targets}"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("ops", nargs="*", help="only these ops (default: all)")
+    parser.add_argument("ops", nargs="*", help="only these ops (default: all, and how cost grows)")
     parser.add_argument("--repetitions", type=int, default=20, help="rounds per case (default 20)")
     parser.add_argument("--threads", type=int, help="CPU threads, for all candidates alike")
-    parser.add_argument("--output", type=Path, help="write the results as JSON here")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--output", type=Path, help="write JSON here, pictures beside it")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-
-    files = sorted((ROOT / "bench").glob("bench_*.py"))
-    known = {path.stem.removeprefix("bench_"): f"bench.{path.stem}" for path in files}
-    unknown = set(options.ops) - set(known)
-    if unknown:
-        sys.exit(
-            f"bench: no benchmark of {', '.join(sorted(unknown))}; there are: {', '.join(known)}"
-        )
-    cases = [
-        case
-        for op, module in known.items()
-        if not options.ops or op in options.ops
-        for case in importlib.import_module(module).CASES
-    ]
-
-    rows = []
-    for case in tqdm(cases, desc="cases", disable=None):
-        rows.append(measure(case, options.repetitions))
-    width = max(len(row["case"]) for row in rows)
-    print(f"{'case':<{width}}  speed-up  target  of read bandwidth  target")
-    for row in rows:
-        share = row.get("share of read bandwidth", "")
-        print(
-            f"{row['case']:<{width}}  {row['speed-up']['fused']:>8}  {row['target'] or '':>6}  "
-            f"{share:>17}  {row.get('bandwidth target') or '':>6}"
-        )
+    machine = Machine(options.device)
+    rows = run_cases(cases_of(options.ops, options.device), machine, options.repetitions)
+    print_table(rows)
+    record = {"machine": machine_facts(), "results": rows}
+    if not options.ops:
+        record["scaling"] = run_scaling(machine)
     if options.output:
-        facts = collect()
-        machine = {"CPU": cpu_name(), "cores": os.cpu_count(), "commit": commit()}
-        machine["date"] = datetime.date.today().isoformat()
-        machine |= {k: v for k, v in facts.items() if k not in ("backends", "CPU library")}
-        options.output.write_text(
-            json.dumps({"machine": machine, "results": rows}, indent=1) + "\n"
-        )
+        from bench.pictures import draw
+
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+        for path in (options.output, *draw(record, options.output.with_suffix(""))):
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``python -m dmax_kernels COMMAND``: info, generate, demo, train."""
+"""``python -m dmax_kernels COMMAND``: info, generate, demo, bench, train."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ COMMANDS = {
     "info": "versions, build, and which backend serves each op on each device",
     "generate": "answer prompts with a model by name or folder, several tokens per forward pass",
     "demo": "decode held-out problems with the shipped checkpoints: table, page, picture",
+    "bench": "time one op at one shape beside the eager PyTorch it replaces",
     "train": "make the three checkpoints of the demo from nothing",
 }
 

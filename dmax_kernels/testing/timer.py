@@ -66,7 +66,13 @@ def compare(
     return {name: Timing(seconds) for name, seconds in times.items()}
 
 
-def read_seconds(x: torch.Tensor, repetitions: int = 20) -> float:
-    """Median time of reading x once with all threads: the floor of every op that reads it."""
-    words = x.contiguous().view(torch.float32)
+def read_seconds(nbytes: int, repetitions: int = 20) -> float:
+    """Median time of reading so many bytes once with all threads: the floor of what reads them."""
+    words = torch.ones(max(nbytes // 4, 1))
     return compare({"read": words.sum}, repetitions=repetitions)["read"].median
+
+
+def multiply_rate(size: int = 1024) -> float:
+    """FLOP per second of PyTorch's float32 product of two square matrices."""
+    a, b = torch.ones(size, size), torch.ones(size, size)
+    return 2 * size**3 / compare({"product": lambda: a @ b}, repetitions=5)["product"].median

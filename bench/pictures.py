@@ -1,0 +1,88 @@
+"""Pictures of a record that bench/run.py wrote: speed-ups, roofline, how cost grows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+OURS, OTHER, TARGET = "#1b7f79", "#9aa5b1", "#d1495b"
+
+
+def draw(record: dict, stem: Path) -> Iterator[Path]:
+    """Writes ``<stem>-speedup.png``, ``-roofline.png`` and, where measured, ``-scaling.png``."""
+    machine = record["machine"]
+    device = machine["GPU"] if machine["GPU"] != "none" else machine["CPU"]
+    caption = f"{device}, torch {machine['torch']}, commit {machine['commit']}"
+    figures = {"speedup": speedups, "roofline": roofline}
+    if record.get("scaling"):
+        figures["scaling"] = scaling
+    for name, make in figures.items():
+        figure = make(record)
+        figure.text(0.01, 0.005, caption, fontsize=7, color="#667")
+        path = stem.with_name(f"{stem.name}-{name}.png")
+        figure.savefig(path, dpi=130, bbox_inches="tight")
+        plt.close(figure)
+        yield path
+
+
+def speedups(record: dict):
+    """Ours over eager, a bar a case; a red mark where the design sets a target."""
+    rows = record["results"][::-1]
+    figure, axes = plt.subplots(figsize=(9, 0.27 * len(rows) + 1))
+    values = [row["candidates"]["fused"]["speed-up"] for row in rows]
+    axes.barh(range(len(rows)), values, color=OURS, height=0.7)
+    for index, (row, value) in enumerate(zip(rows, values, strict=True)):
+        axes.text(value * 1.03, index, f"{value:.1f}", va="center", fontsize=7)
+        if target := row["targets"].get("speed-up"):
+            axes.plot([target, target], [index - 0.4, index + 0.4], color=TARGET, lw=2)
+        if compiled := row["candidates"].get("torch.compile"):
+            axes.plot(compiled["speed-up"], index, "o", color="black", ms=4)
+    axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=7)
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", lw=0.8)
+    axes.set_xlabel("speed-up over eager PyTorch (red: target; dot: torch.compile)")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def roofline(record: dict):
+    """How much of the time the bytes alone would take: ours, a bar a case that moves real bytes."""
+    rows = [row for row in record["results"] if row["bytes"] >= 1 << 20][::-1]
+    figure, axes = plt.subplots(figsize=(9, 0.27 * len(rows) + 1))
+    for index, row in enumerate(rows):
+        floor = max(row["share of bandwidth"], row.get("share of matrix rate", 0))
+        bound = "matrix rate" if floor == row.get("share of matrix rate") else "bandwidth"
+        axes.barh(index, floor, color=OURS if bound == "bandwidth" else OTHER, height=0.7)
+        axes.text(floor + 0.01, index, f"{floor:.0%} of {bound}", va="center", fontsize=7)
+        if target := row["targets"].get("share of bandwidth"):
+            axes.plot([target, target], [index - 0.4, index + 0.4], color=TARGET, lw=2)
+    axes.set_yticks(range(len(rows)), [row["case"] for row in rows], fontsize=7)
+    axes.axvline(1, color="black", lw=0.8)
+    axes.set_xlim(0, 1.25)
+    axes.set_xlabel("share of the nearer roof, measured in the same run (red: target)")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def scaling(record: dict):
+    series = record["scaling"]
+    figure, grid = plt.subplots(1, len(series), figsize=(3.4 * len(series), 3), squeeze=False)
+    for axes, each in zip(grid[0], series, strict=True):
+        sizes = [point[each["axis"]] for point in each["points"]]
+        for name, color in (("eager", OTHER), ("fused", OURS)):
+            times = [point[name] / 1e3 for point in each["points"]]
+            axes.plot(sizes, times, "o-", color=color, label=name, ms=4)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(each["axis"])
+        axes.set_title(each["op"], fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].set_ylabel("milliseconds")
+    grid[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    return figure

@@ -1,0 +1,87 @@
+"""``python bench/report.py``: writes bench/results/README.md from the JSON beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+NOT_MEASURED = "not yet measured"
+
+
+def main() -> None:
+    page = render(records())
+    (RESULTS / "README.md").write_text(page)
+    print(f"wrote {RESULTS / 'README.md'}")
+
+
+def records() -> dict[str, dict]:
+    """Every record of bench/run.py and bench/gpu_session.py, by file name."""
+    found = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    return {name: record for name, record in found.items() if "results" in record}
+
+
+def render(found: dict[str, dict]) -> str:
+    lines = [
+        "# Results",
+        "",
+        "Written by `python bench/report.py` from the JSON files of this folder. Candidates ran in",
+        "turn in one run; compare within a table, never between tables. Speed-ups are medians over",
+        '"eager", what people run today; bandwidth is of what was measured in the same run.',
+    ]
+    if not any(is_gpu(record) for record in found.values()):
+        lines += ["", f"GPU: {NOT_MEASURED}. `make gpu` writes these tables on a machine with one."]
+    for name, record in found.items():
+        lines += ["", *section(name, record)]
+    return "\n".join(lines) + "\n"
+
+
+def is_gpu(record: dict) -> bool:
+    return record["machine"].get("GPU", "none") != "none"
+
+
+def section(name: str, record: dict) -> list[str]:
+    machine = record["machine"]
+    gpu = is_gpu(record)
+    device = machine["GPU"] if gpu else f"{machine['CPU']}, {machine['CPU threads']} threads"
+    lines = [f"## {device}", ""]
+    facts = [
+        f"torch {machine['torch']}",
+        f"triton {machine['triton']}",
+        f"Python {machine['python']}",
+    ]
+    if gpu:
+        facts.append(f"driver {machine.get('driver', 'unknown')}")
+    else:
+        facts.append(machine["CPU instruction set"])
+    facts += [f"commit {machine['commit']}", machine["date"], f"[{name}]({name})"]
+    lines += ["; ".join(facts), ""]
+    lines += ["| case | us | speed-up | torch.compile | of bandwidth | of matrix rate | target |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for row in record["results"]:
+        fused, compiled = row["candidates"]["fused"], row["candidates"].get("torch.compile")
+        rate = row.get("share of matrix rate")
+        lines.append(
+            f"| {row['case']} | {fused['us']:.1f} | {fused['speed-up']:.1f} | "
+            f"{compiled['speed-up'] if compiled else ''} | {row['share of bandwidth']:.0%} | "
+            f"{f'{rate:.0%}' if rate else ''} | {'; '.join(verdicts(row))} |"
+        )
+    stem = name.removesuffix(".json")
+    pictures = sorted(path.name for path in RESULTS.glob(f"{stem}-*.png"))
+    lines += [line for picture in pictures for line in ("", f"![{picture}]({picture})")]
+    return lines
+
+
+def verdicts(row: dict) -> list[str]:
+    """Of each target: met, or missed by how much."""
+    texts = []
+    for name, target in row["targets"].items():
+        value = row["candidates"]["fused"].get(name, row.get(name))
+        met = value <= target if name == "us" else value >= target
+        by = f"missed by {abs(value / target - 1):.0%}"
+        texts.append(f"{name} {target:g}: {'met' if met else by}")
+    return texts
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Workloads of the dual-pass loss: forward and backward of both passes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+import dmax_kernels
+from dmax_kernels.benchmark.workload import VOCAB, Inputs, Work, workload
+
+
+def gradients(loss, leaves):
+    return torch.autograd.grad(loss, leaves)
+
+
+@workload
+def oput_loss(inputs: Inputs, tokens: int = 64, vocab: int = VOCAB) -> Work:
+    """Eager as in released training code: logits in float32, cross-entropy, autograd."""
+    leaves = [inputs.logits(tokens, vocab).requires_grad_() for _ in range(2)]
+    target = inputs.ids(tokens, below=vocab)
+    return Work(
+        {
+            "eager": lambda: gradients(
+                sum(F.cross_entropy(x.float(), target) for x in leaves), leaves
+            ),
+            "fused": lambda: gradients(
+                dmax_kernels.oput_loss(*leaves, target, reduction="mean"), leaves
+            ),
+        },
+        3 * sum(x.nbytes for x in leaves),  # read, read again for the gradient, write it
+    )
+
+
+@workload
+def oput_loss_and_grad_(inputs: Inputs, tokens: int = 64, vocab: int = VOCAB) -> Work:
+    """The gradients overwrite the logits; eager copies them first, since it may not."""
+    start = [inputs.logits(tokens, vocab) for _ in range(2)]
+    logits = [x.clone() for x in start]
+    target = inputs.ids(tokens, below=vocab)
+    weight = torch.full((tokens,), 1 / tokens, device=inputs.device)
+
+    def eager():
+        leaves = [x.detach().requires_grad_() for x in logits]
+        return gradients(sum(F.cross_entropy(x.float(), target) for x in leaves), leaves)
+
+    def restore():
+        for x, values in zip(logits, start, strict=True):
+            x.copy_(values)
+
+    return Work(
+        {
+            "eager": eager,
+            "fused": lambda: dmax_kernels.oput_loss_and_grad_(*logits, target, weight, weight),
+        },
+        2 * sum(x.nbytes for x in logits),
+        restore=restore,
+    )

@@ -1,0 +1,100 @@
+"""A workload: an op's inputs at given sizes, and the candidates that do the same work on them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+VOCAB = 157184  # LLaDA-2.0-mini: vocabulary, hidden size, block, mask token
+DIM = 2048
+BLOCK = 32
+MASK = 156895
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+VALUES = ("flat", "peaked")
+
+
+@dataclass
+class Inputs:
+    """Makes a workload's tensors: always the same ones for the same sizes."""
+
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cpu"
+    values: str = "flat"
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator(self.device).manual_seed(0)
+
+    def logits(self, rows: int, vocab: int) -> Tensor:
+        """Rows of a model that is not sure ("flat": every exponential counts), or that is
+        ("peaked": one logit stands far out of the noise, as late in decoding)."""
+        if self.values == "flat":
+            return self.normal(rows, vocab, scale=3.0)
+        logits = torch.randn(rows, vocab, generator=self.generator, device=self.device)
+        logits[torch.arange(rows, device=self.device), self.ids(rows, below=vocab)] = 60.0
+        return logits.to(self.dtype)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        noise = torch.randn(*shape, generator=self.generator, device=self.device)
+        return noise.mul_(scale).to(self.dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator, device=self.device)
+
+    def ids(self, *shape: int, below: int) -> Tensor:
+        return torch.randint(0, below, shape, generator=self.generator, device=self.device)
+
+    def seed(self) -> Tensor:
+        return torch.tensor([1, 2], device=self.device)
+
+
+@dataclass
+class Work:
+    """What is timed. The first candidate is what others are compared with; "fused" is ours."""
+
+    candidates: dict[str, Callable[[], object]]
+    bytes_moved: int  # the fewest: every input read once, every output written once
+    flops: int = 0  # of matrix products; the rest is bound by bytes
+    restore: Callable[[], object] | None = None  # untimed: what the candidates overwrite
+
+
+@dataclass
+class Workload:
+    """How to make an op's work from its sizes."""
+
+    name: str
+    sizes: dict[str, int]  # name -> default, in the order of --shape
+    build: Callable[..., Work]
+
+    def work(self, inputs: Inputs, sizes: tuple[int, ...] = ()) -> Work:
+        if len(sizes) > len(self.sizes):
+            raise ValueError(
+                f"{self.name} has the sizes {self.shape_names}, got {'x'.join(map(str, sizes))}"
+            )
+        return self.build(inputs, **dict(zip(self.sizes, self.all_sizes(sizes), strict=True)))
+
+    def all_sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """The given sizes, the rest by default."""
+        return (*sizes, *list(self.sizes.values())[len(sizes) :])
+
+    @property
+    def shape_names(self) -> str:
+        return " x ".join(self.sizes)
+
+
+WORKLOADS: dict[str, Workload] = {}
+
+
+def workload(build: Callable[..., Work]) -> Callable[..., Work]:
+    """Registers a builder under its name; its sizes are its arguments after ``inputs``."""
+    sizes = {
+        name: parameter.default
+        for name, parameter in inspect.signature(build).parameters.items()
+        if name != "inputs"
+    }
+    WORKLOADS[build.__name__] = Workload(build.__name__, sizes, build)
+    return build

@@ -1,0 +1,63 @@
+"""The code of the README and of docs/ runs as it stands; links and commands exist; docs build."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name
+)
+def test_code_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a block may write files
+    namespace = {}
+    for block in python_blocks(page):
+        exec(compile(block, page.name, "exec"), namespace)
+    if page == README:
+        assert namespace["logits"].grad.shape == (32, 157184)
+        assert (namespace["output"].num_tokens > namespace["output"].num_forwards).all()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_exist(page):
+    from dmax_kernels.__main__ import COMMANDS
+
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", page.read_text(), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for command in re.findall(r"python -m dmax_kernels (\w+)", page.read_text()):
+        assert command in COMMANDS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_pictures_and_links_exist(page):
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+def test_map_names_what_is_there():
+    tree = re.search(r"## Map\n+```\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    for line in tree.splitlines():
+        for path in line.split("  ")[0].split(", "):
+            assert (ROOT / path.replace("<op>", "top1_confidence")).exists(), path
+
+
+def test_docs_build(tmp_path):
+    pytest.importorskip("furo")
+    pytest.importorskip("myst_parser")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "docs", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    assert "top1_confidence" in (tmp_path / "api.html").read_text()
