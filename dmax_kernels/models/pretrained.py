@@ -9,7 +9,11 @@ from typing import Any
 import torch
 
 from dmax_kernels.models.checkpoint import SHIPPED, load_checkpoint
-from dmax_kernels.models.remote_code import prepare_remote_code, repair_loaded_model
+from dmax_kernels.models.remote_code import (
+    dtype_argument,
+    prepare_remote_code,
+    repair_loaded_model,
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def load_pretrained(
         config=config,
         trust_remote_code=True,
         attn_implementation="sdpa",
-        dtype=dtype or "auto",
+        **dtype_argument(dtype),
         device_map=device if str(device) == "auto" else None,
     )
     repair_loaded_model(model)

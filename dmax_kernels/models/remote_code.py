@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import modeling_rope_utils
 from transformers.utils import import_utils
@@ -23,6 +24,16 @@ def prepare_remote_code() -> None:
     # transformers 5 moved unscaled rotary embeddings from this table into each model's file.
     # Delete when the checkpoints' code brings its own.
     modeling_rope_utils.ROPE_INIT_FUNCTIONS.setdefault("default", unscaled_rotary_frequencies)
+
+
+def dtype_argument(dtype: torch.dtype | None) -> dict[str, Any]:
+    """`from_pretrained`'s dtype: named torch_dtype before transformers 4.56.
+
+    Delete when pyproject.toml asks for transformers >= 4.56.
+    """
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    name = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+    return {name: "auto" if dtype is None else dtype}
 
 
 def unscaled_rotary_frequencies(
