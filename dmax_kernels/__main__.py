@@ -1,4 +1,4 @@
-"""``python -m dmax_kernels COMMAND``: info, bench, demo, train."""
+"""``python -m dmax_kernels COMMAND``: info, generate, demo, bench, train."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 # imported only when asked for, so that `info` needs nothing but torch
 COMMANDS = {
     "info": "versions, build, and which backend serves each op on each device",
+    "generate": "answer prompts with a model by name or folder, several tokens per forward pass",
     "demo": "decode held-out problems with the shipped checkpoints: table, page, picture",
     "bench": "time one op at one shape beside the eager PyTorch it replaces",
     "train": "train a block-diffusion model on conversations (OPUT); or the demo's, from nothing",

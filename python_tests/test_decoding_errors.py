@@ -1,4 +1,4 @@
-"""Every mistake in the arguments of `generate` gives one sentence that names it."""
+"""Every mistake in the arguments of `spd_generate` gives one sentence that names it."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from decoding_models import RandomModel, make_config, random_prompts
 
-from dmax_kernels.decoding import generate
+from dmax_kernels.decoding import spd_generate
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -24,7 +24,9 @@ MISTAKES = {
     "tau_dec is NaN": ({"tau_dec": float("nan")}, "tau_dec must be in [0, 1], got nan"),
     "rule": (
         {"rule": "soft"},
-        "rule must be one of 'spd', 'hybrid', 'hard_prefix', 'hard', 'threshold', got 'soft'",
+        "rule must be one of 'spd', 'hybrid', 'hard_prefix', 'hard', 'threshold', 'factor', "
+        "'hierarchical', 'top_n', 'autoregressive', 'random', 'entropy_bound', 'margin', "
+        "'uniform', 'parallel_forced', or a Rule, got 'soft'",
     ),
     "semantics": (
         {"semantics": "dinfer"},
@@ -84,11 +86,48 @@ MISTAKES = {
     ),
     "empty prompt": (
         {"input_ids": torch.zeros(2, 0).long()},
-        "input_ids must be at least one prompt token, got an empty prompt",
+        "input_ids must be at least one prompt token per row, got an empty prompt (row 0)",
     ),
     "token outside the vocabulary": (
         {"input_ids": torch.full((1, 4), 99)},
         "input_ids must be in [0, 23), the model's vocabulary, got 99",
+    ),
+    "a prompt of the list is empty": (
+        {"input_ids": [[3, 4], []]},
+        "input_ids must be at least one prompt token per row, got an empty prompt (row 1)",
+    ),
+    "a prompt of the list is nested": (
+        {"input_ids": [[[3, 4]]]},
+        "each prompt must be 1-D, got 2-D",
+    ),
+    "nothing but padding": (
+        {"attention_mask": torch.tensor([[1] * 11, [0] * 11])},
+        "input_ids must be at least one prompt token per row, got an empty prompt (row 1)",
+    ),
+    "padding inside a prompt": (
+        {"attention_mask": torch.tensor([[1] * 11, [1] * 4 + [0] + [1] * 6])},
+        "attention_mask must be one run of ones per row, got a gap in row 1",
+    ),
+    "attention_mask of another shape": (
+        {"attention_mask": torch.ones(2, 10)},
+        "attention_mask must be [2, 11] as input_ids, got [2, 10]",
+    ),
+    "attention_mask with a list": (
+        {"input_ids": [[3, 4]], "attention_mask": torch.ones(1, 2)},
+        "attention_mask must be None where input_ids is a list of prompts, got a mask",
+    ),
+    "thresholds' shape": (
+        {"thresholds": [[0.5, 0.9]]},
+        "thresholds must be [2, 2]: (tau_dec, tau_acc) of each row, got [1, 2]",
+    ),
+    "a row's threshold": (
+        {"thresholds": [[0.5, 0.75], [0.5, 1.5]]},
+        "thresholds must be in [0, 1], got 1.5",
+    ),
+    "poll_lag": ({"poll_lag": -1}, "poll_lag must be a non-negative integer, got -1"),
+    "cuda_graph on a CPU": (
+        {"cuda_graph": True},
+        "cuda_graph must be False or None unless the model is on a GPU, got True on cpu",
     ),
     "negative token": (
         {"input_ids": torch.full((1, 4), -3)},
@@ -107,32 +146,88 @@ def test_one_sentence_names_the_mistake(mistake):
         "ops": "reference",
         **changes,
     }
-    with pytest.raises(ValueError, match=r"^generate: ") as error:
-        generate(RandomModel(), **arguments)
-    assert str(error.value) == f"generate: {sentence}"
+    with pytest.raises(ValueError, match=r"^spd_generate: ") as error:
+        spd_generate(RandomModel(), **arguments)
+    assert str(error.value) == f"spd_generate: {sentence}"
 
 
 def test_a_model_without_mask_token():
     model = RandomModel()
     model.config = SimpleNamespace()
-    with pytest.raises(ValueError, match=r"^generate: the model has no mask token"):
-        generate(model, random_prompts(1, 8), max_new_tokens=8, ops="reference")
+    with pytest.raises(ValueError, match=r"^spd_generate: the model has no mask token"):
+        spd_generate(model, random_prompts(1, 8), max_new_tokens=8, ops="reference")
 
 
 def test_a_config_without_eos_and_context_decodes_to_the_end():
     model = RandomModel()
     model.config = make_config(eos_token_id=None, pad_token_id=None)
     del model.config.max_position_embeddings
-    output = generate(
+    output = spd_generate(
         model, random_prompts(2, 8), block_length=8, max_new_tokens=20, ops="reference"
     )
     assert output.num_tokens.tolist() == [20, 20]
 
 
-def test_a_model_that_returns_no_cache():
+def test_a_model_that_does_not_use_the_cache():
     class Uncached(RandomModel):
-        def forward(self, *args, **kwargs):
-            return SimpleNamespace(logits=super().forward(*args, **kwargs).logits)
+        def forward(self, *args, use_cache, **kwargs):
+            return super().forward(*args, **kwargs, use_cache=False)
 
-    with pytest.raises(ValueError, match="got NoneType; pass use_cache=False"):
-        generate(Uncached(), random_prompts(1, 8), max_new_tokens=8, ops="reference")
+    with pytest.raises(ValueError, match="did not; pass use_cache=False"):
+        spd_generate(Uncached(), random_prompts(1, 8), max_new_tokens=8, ops="reference")
+
+
+def run_once(model):
+    spd_generate(model, random_prompts(1, 8), block_length=8, max_new_tokens=8, ops="reference")
+
+
+def test_a_quantised_embedding():
+    model = RandomModel()
+    table = SimpleNamespace(weight=(model.words.weight.data * 50).to(torch.int8))
+    model.get_input_embeddings = lambda: table
+    need = "a float32, bfloat16 or float16 table [V, D]; load it without quantising the embedding"
+    got = "Tensor of torch.int8, [23, 16]"
+    with pytest.raises(ValueError, match=r"^spd_generate: ") as error:
+        run_once(model)
+    assert (
+        str(error.value) == f"spd_generate: the model's input embedding must be {need}, got {got}"
+    )
+    del table.weight  # some quantised modules keep it under another name
+    with pytest.raises(ValueError, match="without quantising the embedding, got no weight"):
+        run_once(model)
+
+
+def test_a_tied_head_and_a_quantised_one_decode():
+    """The head belongs to the model's own forward: only its logits matter."""
+    tied = RandomModel()
+    tied.head.weight = tied.words.weight
+    run_once(tied)
+    quantised = RandomModel()
+    weight = (quantised.head.weight.data * 100).round().to(torch.int8)
+    quantised.head = torch.nn.Identity()
+    quantised.head.forward = lambda x: torch.nn.functional.linear(x, weight.float() / 100)
+    run_once(quantised)
+
+
+def test_logits_that_the_step_cannot_read():
+    class Raw(RandomModel):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = self.change(output.logits)
+            return output
+
+    model = Raw()
+    model.change = lambda logits: logits.double()
+    with pytest.raises(ValueError, match=r"^spd_generate: the model's logits must be one of "):
+        run_once(model)
+    model.change = lambda logits: logits[..., :20]
+    need = "over the 23 tokens of its input embedding, got 20"
+    with pytest.raises(ValueError, match=need):
+        run_once(model)
+
+
+def test_eager_attention_of_llada2_reads_the_mask_otherwise():
+    model = RandomModel()
+    model.config.model_type, model.config._attn_implementation = "llada2_moe", "eager"
+    with pytest.raises(ValueError, match="the model's attention must be 'sdpa' .* got 'eager'"):
+        run_once(model)

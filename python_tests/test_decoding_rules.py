@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 import dmax_kernels
 import dmax_kernels.reference
-from dmax_kernels.decoding import RULES, BlockState, generate
-from dmax_kernels.decoding.rules import composed_step_, promote_all, update_
+from dmax_kernels.decoding import RULES, LiveBlocks, spd_generate
+from dmax_kernels.decoding.promote import threshold_promote
+from dmax_kernels.decoding.rules import ABLATIONS, composed_step_
 from dmax_kernels.decoding.settings import Settings
 
 K, V, STEPS = 6, MASK + 1, 12
@@ -116,10 +117,10 @@ def released_decode_uniform(script, editable, tau_dec, tau_acc):
 
 
 def play(script, prompt_length, **arguments):
-    """One block of `generate` on script [STEPS, rows, K, V] with prompt_length tokens inside it."""
+    """One block, prompt_length tokens of it prompt, on script [STEPS, rows, K, V]."""
     model = ScriptedModel(script, eos_token_id=None)
     prompts = torch.arange(2, 2 + script.shape[1])[:, None].repeat(1, prompt_length)
-    output = generate(
+    output = spd_generate(
         model,
         prompts,
         block_length=K,
@@ -136,7 +137,7 @@ TAUS = [(0.95, 0.9), (0.5, 0.9), (0.0, 0.9), (0.5, 0.3)]
 
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize(("tau_dec", "tau_acc"), TAUS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ABLATIONS)
 def test_rule_is_the_papers(rule, tau_dec, tau_acc, ops):
     for seed in range(15):
         script = random_script(seed, rows=2)
@@ -196,7 +197,7 @@ def test_released_semantics_gives_the_ids_of_the_released_step(tau_dec, tau_acc,
 
 
 @pytest.mark.parametrize("ops", OPS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ABLATIONS)
 def test_the_next_pass_reads_eqs_7_to_10(rule, ops):
     """Mask embeddings where masked, the rule's embedding elsewhere, frozen once converged."""
     script = random_script(3, rows=4)
@@ -212,7 +213,7 @@ def test_the_next_pass_reads_eqs_7_to_10(rule, ops):
                 e = words[step["token"][j]]
                 if step["masked"][j]:
                     expected = words[MASK]
-                elif j >= 2 and RULES[rule].soft:
+                elif j >= 2 and ABLATIONS[rule].soft:
                     p = confidence[j]
                     mix = p * e + (1 - p) * words[MASK]
                     expected = mix / mix.norm() * (p * e.norm() + (1 - p) * words[MASK].norm())
@@ -226,7 +227,7 @@ def test_the_next_pass_reads_eqs_7_to_10(rule, ops):
             assert torch.equal(inputs, seen[0])
 
 
-def random_state(seed, rows=3, length=K, hidden=5):
+def random_state(seed, rows=3, length=K, hidden=5, taus=(0.5, 0.9)):
     """A state in the middle of a block, with a converged row now and then, and its logits."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -242,7 +243,7 @@ def random_state(seed, rows=3, length=K, hidden=5):
         logits[..., :MASK].argmax(dim=-1),
         torch.randint(0, MASK, (rows, length), generator=generator),
     )
-    state = BlockState(
+    state = LiveBlocks(
         editable=editable,
         masked=editable & flip(0.5, rows, length),
         token=token,
@@ -250,6 +251,9 @@ def random_state(seed, rows=3, length=K, hidden=5):
         converged=flip(0.2, rows),
         step=torch.randint(0, 3, (rows,), generator=generator, dtype=torch.int32),
         inputs_embeds=torch.randn(rows, length, hidden, generator=generator),
+        row=torch.arange(rows),
+        start=torch.zeros(rows, dtype=torch.int64),
+        thresholds=torch.tensor([taus]).repeat(rows, 1),
     )
     state.editable[:, -1] = True  # a block that decodes nothing never reaches a step
     return state, logits, embedding
@@ -264,7 +268,7 @@ def make_settings(**changes):
         "mask_token_id": MASK,
         "eos_token_ids": (),
         "pad_token_id": 0,
-        "rule": "spd",
+        "rule": RULES["spd"],
         "semantics": "paper",
         "top_k": 1,
         "convergence": "both",
@@ -276,7 +280,7 @@ def make_settings(**changes):
 
 
 def copy_state(state):
-    return BlockState(**{name: buffer.clone() for name, buffer in vars(state).items()})
+    return LiveBlocks(**{name: buffer.clone() for name, buffer in vars(state).items()})
 
 
 @settings(max_examples=150, deadline=None)
@@ -287,11 +291,11 @@ def copy_state(state):
 )
 def test_composed_ops_are_the_spd_step(seed, tau, top_k):
     """The ablations' step, with nothing taken away, is `spd_step_`."""
-    expected, logits, embedding = random_state(seed)
+    expected, logits, embedding = random_state(seed, taus=(tau, 0.3 + tau / 2))
     actual = copy_state(expected)
-    s = make_settings(tau_dec=tau, tau_acc=0.3 + tau / 2, top_k=top_k)
-    update_(logits, embedding, expected, s)
-    composed_step_(logits, embedding, actual, s)
+    s = make_settings(top_k=top_k)
+    s.rule.update_(logits, embedding, expected, s)
+    composed_step_(logits, embedding, actual, s, ABLATIONS["spd"])
     for name, buffer in vars(expected).items():
         torch.testing.assert_close(getattr(actual, name), buffer, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -303,14 +307,9 @@ def test_composed_ops_are_the_spd_step(seed, tau, top_k):
     st.sampled_from([0.0, 0.5, 0.95]),
 )
 def test_a_step_keeps_its_promises(seed, rule, tau):
-    before, logits, embedding = random_state(seed)
+    before, logits, embedding = random_state(seed, taus=(tau, 0.9))
     state = copy_state(before)
-    update_(
-        logits,
-        embedding,
-        state,
-        make_settings(rule=rule, tau_dec=tau),
-    )
+    RULES[rule].update_(logits, embedding, state, make_settings(rule=RULES[rule]))
     for row in range(len(state.converged)):
         if before.converged[row]:  # frozen: not one bit of the row changes
             for name, buffer in vars(before).items():
@@ -322,13 +321,13 @@ def test_a_step_keeps_its_promises(seed, rule, tau):
         assert not (left & ~masked).any()  # no token position goes back to the mask
         assert promoted.any() or not masked.any()
         assert not (left.any() and state.converged[row])
-        if not state.converged[row] and promoted.sum() > 1:
+        if rule in ABLATIONS and not state.converged[row] and promoted.sum() > 1:
             assert (state.confidence[row][promoted] > tau).all()
         assert torch.equal(
             state.token[row][~state.editable[row]],
             before.token[row][~state.editable[row]],
         )
-        if rule == "threshold":
+        if rule != "spd" and not RULES[rule].revise:
             decoded = before.editable[row] & ~masked
             assert torch.equal(state.token[row][decoded], before.token[row][decoded])
         assert (state.token[row][state.editable[row]] != MASK).all()
@@ -343,9 +342,9 @@ def test_a_step_keeps_its_promises(seed, rule, tau):
     ),
     st.sampled_from([0.0, 0.5, 0.95]),
 )
-def test_promote_all_takes_the_confident_or_the_best(positions, threshold):
+def test_threshold_promotes_the_confident_or_the_best(positions, threshold):
     masked, confidence = (torch.tensor(column)[None] for column in zip(*positions, strict=True))
-    promoted = promote_all(confidence, masked, threshold)[0].tolist()
+    promoted = threshold_promote(confidence, masked, threshold)[0].tolist()
     above = [m and c > threshold for m, c in positions]
     if any(above):
         assert promoted == above

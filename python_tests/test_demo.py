@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dmax_kernels.__main__ import main
-from dmax_kernels.demo import evaluate, page, step_time, table
+from dmax_kernels.demo import evaluate, page, rules, step_time, table
 from dmax_kernels.demo.evaluate import TAUS, Cell, Result
 from dmax_kernels.models import ring_walk
 from dmax_kernels.models.checkpoint import build_model, load_checkpoint, save_checkpoint
@@ -70,6 +70,25 @@ def test_the_printed_table_holds_the_figures(demo):
                 f"{cell['tokens_per_forward']:.2f}",
                 f"{cell['forwards_per_block']:.2f}",
             ]
+
+
+def test_rules_prints_a_table_of_its_own(tmp_path, capsys, monkeypatch):
+    """Four rules on one model; random decoding is the one far from left to right."""
+    few = [row for row in rules.ROWS if row[1] in ("random", "threshold", "hierarchical", "spd")]
+    monkeypatch.setattr(rules, "ROWS", tuple(few))
+    monkeypatch.setattr(evaluate, "MODELS", ("oput",))
+    out = ["--output-dir", str(tmp_path), "--json", str(tmp_path / "rules.json")]
+    assert main(["demo", "--rules", "--problems", "3", "--workers", "1", *out]) == 0
+    cells = json.loads((tmp_path / "rules.json").read_text())["cells"]
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if " | " in line]
+    assert len(cells) == len(few) == len(printed) - 1
+    for cell, words in zip(cells, printed[1:], strict=True):
+        assert words[-1] == f"{cell['arness']:.2f}"
+        assert words[-5] == f"{100 * cell['answer']:.1f}"
+    scores = {cell["rule"]: cell["arness"] for cell in cells}
+    assert scores["random"] == min(scores.values()) < 0.3
+    assert scores["SPD 0.5"] == 1  # the prefix rule commits from left to right
+    assert [path.name for path in tmp_path.iterdir()] == ["rules.json"]
 
 
 def test_shipped_checkpoints_show_the_papers_pattern():

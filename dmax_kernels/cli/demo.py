@@ -7,12 +7,13 @@ import json
 import os
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from dmax_kernels.decoding.settings import OPS
-from dmax_kernels.demo import evaluate, page, picture, table
+from dmax_kernels.demo import evaluate, page, picture, rules, table
 from dmax_kernels.demo.step_time import step_speedup
 from dmax_kernels.models import ring_walk
 from dmax_kernels.models.checkpoint import load_checkpoint
@@ -87,6 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write every figure to this file"
     )
+    parser.add_argument(
+        "--rules",
+        action="store_true",
+        help="instead of the paper's tables, one table of every decoding rule on each checkpoint, "
+        "with its Global-ARness@1 (1 = strictly left to right)",
+    )
 
 
 def available_cores() -> int:
@@ -110,17 +117,11 @@ def run(args: argparse.Namespace) -> int:
     models = {name: load_checkpoint(checkpoint)[0] for name, checkpoint in checkpoints.items()}
     problems = ring_walk.evaluation_problems(args.problems, seed=args.seed)
 
-    cells = evaluate.all_cells()
-    results = {}
-    with tqdm(total=len(cells), desc="decoding", unit="cell", leave=False) as progress:
-        for cell, result in evaluate.evaluate_cells(
-            cells, checkpoints, problems, args.ops, args.workers
-        ):
-            results[cell] = result
-            progress.update()
+    if args.rules:
+        return run_rules(args, checkpoints, problems)
 
-    print(f"{args.problems} held-out problems, ops {args.ops!r}. answer, strict: % right;")
-    print("t/f: tokens per forward pass; f/b: forward passes per block of 32.")
+    results = decode_cells(evaluate.all_cells(), args, checkpoints, problems)
+    print_legend(args)
     print(f"\n{table.ablation_table(results)}")
     print("\nOPUT with SPD at tau_dec 0.5, by convergence criterion:")
     print(f"\n{table.convergence_table(results)}")
@@ -148,13 +149,47 @@ def run(args: argparse.Namespace) -> int:
     page.write_page(models, problems[show], args.ops, html)
     picture.write_picture(results, args.problems, png)
     print(f"\nWrote {html} (problem {show}, step by step) and {png}")
-    if args.json is not None:
-        report = {
-            "problems": args.problems,
-            "seed": args.seed,
-            "cells": evaluate.as_json(results),
-            "step_speedup": speedups,
-        }
-        args.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-        print(f"Wrote {args.json}")
+    write_json(args, {"cells": evaluate.as_json(results), "step_speedup": speedups})
     return 0
+
+
+def run_rules(
+    args: argparse.Namespace, checkpoints: dict[str, Any], problems: list[ring_walk.Problem]
+) -> int:
+    """The table of `--rules`."""
+    cells = rules.all_cells(evaluate.MODELS)
+    results = decode_cells(list(cells), args, checkpoints, problems)
+    print_legend(args)
+    print("ARness: Global-ARness@1 up to the end of sequence, 1 = strictly left to right.")
+    print(f"\n{rules.rules_table(results, cells)}")
+    write_json(args, {"cells": rules.as_json(results, cells)})
+    return 0
+
+
+def decode_cells(
+    cells: list[evaluate.Cell],
+    args: argparse.Namespace,
+    checkpoints: dict[str, Any],
+    problems: list[ring_walk.Problem],
+) -> dict[evaluate.Cell, evaluate.Result]:
+    results = {}
+    with tqdm(total=len(cells), desc="decoding", unit="cell", leave=False) as progress:
+        for cell, result in evaluate.evaluate_cells(
+            cells, checkpoints, problems, args.ops, args.workers
+        ):
+            results[cell] = result
+            progress.update()
+    return results
+
+
+def print_legend(args: argparse.Namespace) -> None:
+    print(f"{args.problems} held-out problems, ops {args.ops!r}. answer, strict: % right;")
+    print("t/f: tokens per forward pass; f/b: forward passes per block of 32.")
+
+
+def write_json(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    if args.json is None:
+        return
+    report = {"problems": args.problems, "seed": args.seed, **figures}
+    args.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    print(f"Wrote {args.json}")

@@ -1,90 +1,140 @@
-"""The forward pass over one block, and the KV cache of the blocks before it."""
+"""The forward pass over the live blocks of a batch, each row at its own place.
+
+Shapes: b live rows, K block length, Q queries of a pass, S positions, V vocabulary, D hidden size.
+"""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dmax_kernels.decoding.settings import FLOATS, one_of, require
+from dmax_kernels.decoding.state import LiveBlocks
+
+PREFILL_CHUNK = 2048  # positions: bounds the [b, 1, Q, S] mask of a long prompt
+
 
 def block_causal_mask(
-    begin: int, end: int, block_length: int, *, dtype: torch.dtype, device: torch.device
+    position: Tensor, visible: int, block_length: int, dtype: torch.dtype
 ) -> Tensor:
-    """Additive mask [1, 1, end - begin, end]: a query sees its own block and every earlier one.
+    """Additive mask [b, 1, Q, visible]: a query sees its own block and every earlier one.
 
-    Blocks lie on the absolute grid of multiples of `block_length`, whatever the prompt's length.
+    position: int64 [b, Q]. Blocks lie on the absolute grid of multiples of `block_length`, whatever
+    the prompt's length.
     """
-    key_block = torch.arange(end, device=device) // block_length
-    visible = key_block <= key_block[begin:].unsqueeze(-1)
-    mask = torch.full(visible.shape, -torch.inf, dtype=dtype, device=device)
-    return mask.masked_fill_(visible, 0)[None, None]
+    key_block = torch.arange(visible, device=position.device) // block_length
+    seen = key_block <= (position // block_length).unsqueeze(-1)
+    mask = torch.full(seen.shape, -torch.inf, dtype=dtype, device=position.device)
+    return mask.masked_fill_(seen, 0).unsqueeze(1)
 
 
 class BlockForward:
-    """Runs the model on a live block behind committed tokens.
+    """Runs the model on one live block per row, behind the row's committed tokens.
 
-    The cache only ever holds hard tokens of committed blocks. A live block's keys and values come
-    from mask or soft embeddings, so they are cropped off after each pass; the block's hard tokens
-    enter the cache with the first pass of the next block, which forwards both. With
-    `use_cache=False` every pass reads the whole sequence: slow, and what the cache must agree with.
+    The cache only ever keeps hard tokens of committed blocks. A live block's keys and values come
+    from mask or soft embeddings and are overwritten by its next pass; once it is committed, a
+    refreshing pass forwards its hard tokens together with the next block. With `use_cache=False`
+    every pass reads whole sequences: slow, and what the cache must agree with.
     """
 
-    def __init__(self, model: Any, block_length: int, use_cache: bool) -> None:
+    def __init__(self, model: Any, tokens: Tensor, block_length: int, use_cache: bool) -> None:
+        """tokens: int64 [B, S], prompts from position 0 on; S in whole blocks."""
         self.model = model
         self.embedding: Tensor = model.get_input_embeddings().weight.detach()  # [V, D]
-        self.block_length = block_length
-        self.use_cache = use_cache
+        self.tokens = tokens  # committed so far; what follows is never seen
+        self.offsets = torch.arange(block_length, device=tokens.device)
         self.cache: Any = None
-        self.cached = 0  # positions [0, cached) are in the cache
+        if use_cache:
+            from dmax_kernels.decoding.cache import BlockCache  # imports transformers
 
-    def prefill(self, tokens: Tensor) -> None:
-        """Put whole blocks of a prompt, tokens [B, n * K], into the empty cache."""
-        if self.use_cache and tokens.shape[1] > 0:
-            self._forward(F.embedding(tokens, self.embedding))
-            self.cached = tokens.shape[1]
+            self.cache = BlockCache(*tokens.shape)
 
-    def logits(self, tokens: Tensor, inputs_embeds: Tensor) -> Tensor:
-        """Logits [B, K, V] of the block that follows the committed tokens [B, start]."""
-        start, length = tokens.shape[1], inputs_embeds.shape[1]
-        if self.cached < start:  # a block's first pass; without a cache, every pass
-            hard = F.embedding(tokens[:, self.cached :], self.embedding)
-            inputs_embeds = torch.cat([hard, inputs_embeds], dim=1)
-        logits = self._forward(inputs_embeds)[:, -length:]
-        if self.use_cache:
-            self.cache.crop(-length)  # negative: how many to drop, in every transformers version
-            self.cached = start
-        return logits
+    def prefill(self, length: int) -> None:
+        """Put the first `length` positions, whole blocks, into the cache.
 
-    def select_rows(self, rows: Tensor) -> BlockForward:
-        """The same for these rows of the batch alone; this one's cache stays as it is."""
-        part = copy.copy(self)
-        part.cache = None
-        if self.cached > 0:  # a cache cropped to nothing would still insist on its old batch size
-            part.cache = copy.deepcopy(self.cache)
-            part.cache.batch_select_indices(rows)
-        return part
+        Rows with shorter prompts bring positions of later blocks along: nothing sees them before
+        those blocks' own passes overwrite them.
+        """
+        if self.cache is None:
+            return
+        # Without the head, whose logits [B, S, V] nobody would read
+        body = getattr(self.model, "base_model", self.model)
+        rows = self.tokens.shape[0]
+        for begin in range(0, length, PREFILL_CHUNK):
+            end = min(begin + PREFILL_CHUNK, length)
+            position = torch.arange(begin, end, device=self.tokens.device).expand(rows, -1)
+            embeds = F.embedding(self.tokens[:, begin:end], self.embedding)
+            self._forward(body, embeds, position, position, end)
 
-    def _forward(self, inputs_embeds: Tensor) -> Tensor:
-        begin, end = self.cached, self.cached + inputs_embeds.shape[1]
-        device, rows = inputs_embeds.device, inputs_embeds.shape[0]
-        mask = block_causal_mask(
-            begin, end, self.block_length, dtype=inputs_embeds.dtype, device=device
-        )
-        output = self.model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=mask.expand(rows, -1, -1, -1),
-            position_ids=torch.arange(begin, end, device=device).expand(rows, -1),
+    def logits(self, state: LiveBlocks, refresh: bool, visible: int) -> Tensor:
+        """Logits [b, K, V] of the rows' live blocks. No host sync of its own.
+
+        refresh: also forward the block before, from its committed tokens; some row's has not been
+        yet. visible: the furthest end of a live block, or more.
+        """
+        rows, length = state.token.shape
+        position = state.start.unsqueeze(-1) + self.offsets  # [b, K]
+        embeds = state.inputs_embeds
+        if self.cache is None:
+            whole = F.embedding(self.tokens[:rows, :visible], self.embedding)
+            row = torch.arange(rows, device=position.device).unsqueeze(-1)
+            whole[row, position] = embeds
+            everything = torch.arange(visible, device=position.device).expand(rows, -1)
+            return self._checked(
+                self._forward(self.model, whole, everything, None, visible).logits[row, position]
+            )
+        slots = position
+        if refresh:
+            before = position - length
+            known = before >= 0  # a row in its sequence's first block has none before it
+            before = before.clamp(min=0)
+            hard = F.embedding(self.tokens[:rows].gather(1, before), self.embedding)
+            embeds = torch.cat([hard, embeds], dim=1)
+            position = torch.cat([before, position], dim=1)
+            slots = torch.cat([torch.where(known, before, self.tokens.shape[1]), slots], dim=1)
+        output = self._forward(self.model, embeds, position, slots, visible)
+        return self._checked(output.logits[:, -length:])
+
+    def commit(self, state: LiveBlocks) -> None:
+        """Keep the rows' current tokens; those of blocks that are still live get overwritten."""
+        rows = state.token.shape[0]
+        self.tokens[:rows].scatter_(1, state.start.unsqueeze(-1) + self.offsets, state.token)
+
+    def move_rows_(self, sources: Tensor, holes: Tensor) -> None:
+        self.tokens[holes] = self.tokens[sources]
+        if self.cache is not None:
+            self.cache.move_rows_(sources, holes)
+
+    def _forward(
+        self, model: Any, embeds: Tensor, position: Tensor, slots: Tensor | None, visible: int
+    ) -> Any:
+        if self.cache is not None:
+            self.cache.begin_pass(slots, visible)
+        block_length = len(self.offsets)
+        output = model(
+            inputs_embeds=embeds,
+            attention_mask=block_causal_mask(position, visible, block_length, embeds.dtype),
+            position_ids=position,
             past_key_values=self.cache,
-            use_cache=self.use_cache,
+            use_cache=self.cache is not None,
         )
-        if self.use_cache:
-            self.cache = getattr(output, "past_key_values", None)
-            if not hasattr(self.cache, "crop"):
-                raise ValueError(
-                    "generate: the model must return past_key_values with a crop method when "
-                    f"use_cache=True, got {type(self.cache).__name__}; pass use_cache=False"
-                )
-        return output.logits
+        if self.cache is not None and not self.cache.keys:
+            raise ValueError(
+                "spd_generate: the model must call past_key_values.update when use_cache=True, but "
+                "did not; pass use_cache=False"
+            )
+        return output
+
+    def _checked(self, logits: Tensor) -> Tensor:
+        vocabulary = self.embedding.shape[0]
+        require(logits.dtype in FLOATS, "the model's logits", one_of(FLOATS), logits.dtype)
+        require(
+            logits.shape[-1] == vocabulary,
+            "the model's logits",
+            f"over the {vocabulary} tokens of its input embedding",
+            f"{logits.shape[-1]} (resize the embedding or the head)",
+        )
+        return logits.to(self.embedding.device)

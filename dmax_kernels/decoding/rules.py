@@ -1,116 +1,101 @@
-"""What happens after a forward pass: the fused SPD step, and the paper's ablations of it.
+"""The rules by name: the fused SPD step, the paper's ablations of it, and other decoders.
 
 The ablations (Tables 3 and 4) are put together from the same small ops, so each is SPD with one
-idea taken away. All of them work on a `BlockState` in place and leave converged rows alone.
+idea taken away. All rules work on `LiveBlocks` in place and leave converged rows alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from dmax_kernels.decoding.settings import Settings
-from dmax_kernels.decoding.state import BlockState
+from dmax_kernels.decoding.composed import ComposedRule, Top1, composed_step_
+from dmax_kernels.decoding.promote import threshold_promote
+from dmax_kernels.decoding.rule import Rule
+from dmax_kernels.decoding.state import LiveBlocks
+from dmax_kernels.decoding.unmasking import (
+    Autoregressive,
+    EntropyBound,
+    Factor,
+    Hierarchical,
+    Margin,
+    ParallelForced,
+    Random,
+    TopN,
+    Uniform,
+)
+from dmax_kernels.reference.row_statistics import RowStatistics
+
+if TYPE_CHECKING:
+    from dmax_kernels.decoding.settings import Settings
+
+
+class SoftParallel(Rule):
+    """The paper's rule: one fused step, `spd_step_`."""
+
+    def update_(
+        self, logits: Tensor, embedding: Tensor, state: LiveBlocks, settings: Settings
+    ) -> None:
+        if settings.convergence != "both":
+            composed_step_(logits, embedding, state, settings, ABLATIONS["spd"])
+            return
+        settings.ops.spd_step_(
+            logits,
+            embedding,
+            **state.spd_buffers(),
+            mask_token_id=settings.mask_token_id,
+            tau_dec=settings.tau_dec,
+            tau_acc=settings.tau_acc,
+            semantics=settings.semantics,
+            top_k=settings.top_k,
+            suppress_token=settings.suppress_token,
+            thresholds=state.thresholds,
+        )
 
 
 @dataclass(frozen=True)
-class Rule:
-    """Three switches span the paper's Table 3.
+class Ablation(ComposedRule):
+    """Three switches span the paper's Table 3: `revise` and `soft` of every composed rule, and
 
     prefix: promote only the leftmost run of confident masked positions; otherwise every confident
         one. Where none is confident: the leftmost, or the most confident, so that a step always
         makes progress.
-    revise: predict token positions anew at each step; otherwise a token once decoded stays, and
-        the block ends when no mask is left.
-    soft: token positions enter the next pass as hybrid embeddings (Eqs. 8-10); otherwise as the
-        plain embedding of their token.
     """
 
     prefix: bool
     revise: bool
     soft: bool
 
+    def promote(
+        self, statistics: Top1 | RowStatistics, state: LiveBlocks, settings: Settings
+    ) -> Tensor:
+        if not self.prefix:
+            return threshold_promote(statistics.confidence, state.masked, state.tau_dec)
+        # The op's threshold is one number; each row has its own
+        passes = (statistics.confidence > state.tau_dec).float()
+        return settings.ops.prefix_promote(passes, state.masked, 0.5)
 
-RULES = {
-    "spd": Rule(prefix=True, revise=True, soft=True),
-    "hybrid": Rule(prefix=False, revise=True, soft=True),
-    "hard_prefix": Rule(prefix=True, revise=True, soft=False),
-    "hard": Rule(prefix=False, revise=True, soft=False),
-    "threshold": Rule(prefix=False, revise=False, soft=False),
+
+ABLATIONS = {
+    "spd": Ablation(prefix=True, revise=True, soft=True),
+    "hybrid": Ablation(prefix=False, revise=True, soft=True),
+    "hard_prefix": Ablation(prefix=True, revise=True, soft=False),
+    "hard": Ablation(prefix=False, revise=True, soft=False),
+    "threshold": Ablation(prefix=False, revise=False, soft=False),
 }
-
-
-def update_(logits: Tensor, embedding: Tensor, state: BlockState, s: Settings) -> None:
-    """One step after a forward pass: logits [B, K, V] of the block, state changed in place."""
-    if s.rule == "spd" and s.convergence == "both":
-        s.ops.spd_step_(
-            logits,
-            embedding,
-            **vars(state),
-            mask_token_id=s.mask_token_id,
-            tau_dec=s.tau_dec,
-            tau_acc=s.tau_acc,
-            semantics=s.semantics,
-            top_k=s.top_k,
-            suppress_token=s.suppress_token,
-        )
-    else:
-        composed_step_(logits, embedding, state, s)
-
-
-def composed_step_(logits: Tensor, embedding: Tensor, state: BlockState, s: Settings) -> None:
-    """The paper's step with the parts that `s.rule` and `s.convergence` name.
-
-    For rule "spd" and both criteria this is `spd_step_`, which a test holds it to.
-    """
-    rule, ops = RULES[s.rule], s.ops
-    y, c = ops.top1_confidence(logits, suppress_token=s.suppress_token)
-    if not rule.revise:
-        y = torch.where(state.masked, y, state.token)
-        c = torch.where(state.masked, c, state.confidence)
-
-    # Promote masked positions, then look for convergence row by row
-    if rule.prefix:
-        promoted = ops.prefix_promote(c, state.masked, s.tau_dec)
-    else:
-        promoted = promote_all(c, state.masked, s.tau_dec)
-    masked = state.masked & ~promoted
-    if rule.revise:
-        # A prediction at a mask position is no decision yet, repeated or not
-        decided = (y == state.token) & ~state.masked
-        same = (decided | ~state.editable).all(dim=-1) & (state.step >= 1)
-        sure = ((c > s.tau_acc) | ~state.editable).all(dim=-1)
-        converged = {"both": same | sure, "consistency": same, "confidence": sure}[s.convergence]
-    else:
-        converged = ~masked.any(dim=-1)
-    masked = masked & ~converged.unsqueeze(-1)  # a commit takes every position: no mask is left
-
-    # Inputs of the next pass
-    token = torch.where(state.editable, y, state.token)
-    embeds = F.embedding(token.masked_fill(masked, s.mask_token_id), embedding)
-    if rule.soft:
-        top = (y, c)
-        if s.top_k > 1:
-            top = ops.topk_confidence(logits, s.top_k, suppress_token=s.suppress_token)
-        hybrid = ops.hybrid_embedding(embedding, *top, masked, s.mask_token_id)
-        embeds = torch.where(state.editable.unsqueeze(-1), hybrid, embeds)
-
-    # Rows that had converged before this step keep all of their state
-    active = ~state.converged.unsqueeze(-1)
-    state.masked.copy_(torch.where(active, masked, state.masked))
-    state.token.copy_(torch.where(active, token, state.token))
-    state.confidence.copy_(torch.where(active & state.editable, c, state.confidence))
-    state.inputs_embeds.copy_(torch.where(active.unsqueeze(-1), embeds, state.inputs_embeds))
-    state.step.add_(~state.converged)
-    state.converged.logical_or_(converged)
-
-
-def promote_all(confidence: Tensor, masked: Tensor, threshold: float) -> Tensor:
-    """Masked positions above the threshold, wherever they are; else the most confident one."""
-    above = masked & (confidence > threshold)
-    rank = confidence.nan_to_num(nan=-1.0).masked_fill(~masked, -2.0)
-    best = F.one_hot(rank.argmax(dim=-1), rank.shape[-1]).bool() & masked
-    return torch.where(above.any(dim=-1, keepdim=True), above, best)
+# What `spd_generate(rule=name)` knows by name; with other options, pass the instance
+RULES: dict[str, Rule] = {
+    **ABLATIONS,
+    "spd": SoftParallel(),
+    "factor": Factor(),
+    "hierarchical": Hierarchical(),
+    "top_n": TopN(),
+    "autoregressive": Autoregressive(),
+    "random": Random(),
+    "entropy_bound": EntropyBound(),
+    "margin": Margin(),
+    "uniform": Uniform(),
+    "parallel_forced": ParallelForced(),
+}

@@ -1,19 +1,23 @@
-"""The arguments of `generate`, checked once; a mistake gives one sentence that names it."""
+"""The arguments of `spd_generate`, checked once; a mistake gives one sentence that names it."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-RULE_NAMES = ("spd", "hybrid", "hard_prefix", "hard", "threshold")
+from dmax_kernels.decoding.rule import Rule
+from dmax_kernels.decoding.rules import RULES
+
 SEMANTICS = ("paper", "released")
 CONVERGENCE = ("both", "consistency", "confidence")
 OPS = {"fused": "dmax_kernels", "reference": "dmax_kernels.reference"}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Settings:
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
-    rule: str
+    rule: Rule
     semantics: str
     top_k: int
     convergence: str
@@ -38,16 +42,15 @@ class Settings:
 
 def require(condition: bool, argument: str, need: str, got: object) -> None:
     if not condition:
-        raise ValueError(f"generate: {argument} must be {need}, got {got}")
+        raise ValueError(f"spd_generate: {argument} must be {need}, got {got}")
 
 
-def one_of(names: Iterable[str]) -> str:
+def one_of(names: Iterable[object]) -> str:
     return "one of " + ", ".join(repr(name) for name in names)
 
 
 def resolve_settings(
     model: Any,
-    input_ids: Tensor,
     *,
     block_length: int,
     max_new_tokens: int,
@@ -56,7 +59,7 @@ def resolve_settings(
     mask_token_id: int | None,
     eos_token_id: int | Iterable[int] | None,
     pad_token_id: int | None,
-    rule: str,
+    rule: str | Rule,
     semantics: str,
     top_k: int,
     convergence: str,
@@ -65,31 +68,14 @@ def resolve_settings(
     ops: str,
 ) -> Settings:
     """Check the arguments against each other and the model; fill in what its config knows."""
-    require(input_ids.dim() == 2, "input_ids", "2-D [B, T]", f"{input_ids.dim()}-D")
-    is_integer = not (input_ids.is_floating_point() or input_ids.is_complex())
-    require(is_integer, "input_ids", "integer token ids", input_ids.dtype)
-    require(input_ids.shape[0] > 0, "input_ids", "at least one row", "0 rows")
-    require(
-        input_ids.shape[1] > 0,
-        "input_ids",
-        "at least one prompt token",
-        "an empty prompt",
-    )
-    for name, count in (
-        ("block_length", block_length),
-        ("max_new_tokens", max_new_tokens),
-    ):
+    for name, count in (("block_length", block_length), ("max_new_tokens", max_new_tokens)):
         require(is_count(count), name, "a positive integer", count)
     for name, tau in (("tau_dec", tau_dec), ("tau_acc", tau_acc)):
         require(0 <= tau <= 1, name, "in [0, 1]", tau)
-    require(rule in RULE_NAMES, "rule", one_of(RULE_NAMES), repr(rule))
+    known = isinstance(rule, Rule) or rule in RULES
+    require(known, "rule", f"{one_of(RULES)}, or a Rule", repr(rule))
     require(semantics in SEMANTICS, "semantics", one_of(SEMANTICS), repr(semantics))
-    require(
-        convergence in CONVERGENCE,
-        "convergence",
-        one_of(CONVERGENCE),
-        repr(convergence),
-    )
+    require(convergence in CONVERGENCE, "convergence", one_of(CONVERGENCE), repr(convergence))
     require(ops in OPS, "ops", one_of(OPS), repr(ops))
     require(is_count(top_k) and top_k <= 8, "top_k", "an integer in [1, 8]", top_k)
     if max_steps_per_block is None:
@@ -102,36 +88,23 @@ def resolve_settings(
     )
     if semantics == "released":
         require(
-            rule == "spd" and convergence == "both",
+            rule in ("spd", RULES["spd"]) and convergence == "both",
             "semantics",
             "'paper' unless rule is 'spd' and convergence is 'both'",
             f"'released' with rule '{rule}' and convergence '{convergence}'",
         )
 
     config = model.config
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = check_model(model)
     if mask_token_id is None:
         mask_token_id = getattr(config, "mask_token_id", None)
     if mask_token_id is None:
         raise ValueError(
-            "generate: the model has no mask token (config.mask_token_id); pass mask_token_id, or "
-            "use a model trained for masked diffusion"
+            "spd_generate: the model has no mask token (config.mask_token_id); pass mask_token_id, "
+            "or use a model trained for masked diffusion"
         )
     in_vocabulary = f"in [0, {vocabulary}), the model's vocabulary"
     require(0 <= mask_token_id < vocabulary, "mask_token_id", in_vocabulary, mask_token_id)
-    # Read back once per call, not per step: an id out of range would fault inside the embedding
-    lowest, highest = (int(bound) for bound in input_ids.aminmax())
-    require(lowest >= 0, "input_ids", in_vocabulary, lowest)
-    require(highest < vocabulary, "input_ids", in_vocabulary, highest)
-
-    length = -(-(input_ids.shape[1] + max_new_tokens) // block_length) * block_length
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and length > context:
-        raise ValueError(
-            f"generate: a prompt of {input_ids.shape[1]} tokens and "
-            f"max_new_tokens={max_new_tokens} need {length} positions in whole blocks of "
-            f"{block_length}, but the model's context is {context} (config.max_position_embeddings)"
-        )
 
     if eos_token_id is None:
         eos_token_id = getattr(config, "eos_token_id", None)
@@ -151,7 +124,7 @@ def resolve_settings(
         mask_token_id=mask_token_id,
         eos_token_ids=eos_token_ids,
         pad_token_id=pad_token_id,
-        rule=rule,
+        rule=rule if isinstance(rule, Rule) else RULES[rule],
         semantics=semantics,
         top_k=top_k,
         convergence=convergence,
@@ -159,6 +132,46 @@ def resolve_settings(
         max_steps_per_block=max_steps_per_block,
         ops=importlib.import_module(OPS[ops]),
     )
+
+
+def check_model(model: Any) -> int:
+    """The size of the vocabulary, of a model that the step after the forward pass can read."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    got = "no weight"
+    if weight is not None:
+        got = f"{type(weight).__name__} of {weight.dtype}, {list(weight.shape)}"
+    # A quantised head is fine: the model's own forward makes logits of it. The embedding is read
+    # by the step itself, whose hybrid embeddings mix its rows.
+    require(
+        weight is not None and weight.dim() == 2 and weight.dtype in FLOATS,
+        "the model's input embedding",
+        "a float32, bfloat16 or float16 table [V, D]; load it without quantising the embedding",
+        got,
+    )
+    # LLaDA2's remote code reads a 4-D mask as 1 = attend in eager attention, as added in sdpa's
+    attention = getattr(model.config, "_attn_implementation", None)
+    if getattr(model.config, "model_type", "").startswith("llada2"):
+        require(
+            attention == "sdpa",
+            "the model's attention",
+            "'sdpa' (from_pretrained(..., attn_implementation='sdpa')), which adds its 4-D mask",
+            repr(attention),
+        )
+    return weight.shape[0]
+
+
+def row_thresholds(
+    thresholds: Tensor | Sequence[Sequence[float]] | None, settings: Settings, rows: int
+) -> Tensor:
+    """float32 [B, 2] on the CPU: each row's (tau_dec, tau_acc)."""
+    if thresholds is None:
+        return torch.tensor([[settings.tau_dec, settings.tau_acc]]).repeat(rows, 1)
+    table = torch.as_tensor(thresholds, dtype=torch.float32).cpu()
+    need = f"[{rows}, 2]: (tau_dec, tau_acc) of each row"
+    require(table.shape == (rows, 2), "thresholds", need, list(table.shape))
+    outside = table[~((table >= 0) & (table <= 1))]
+    require(len(outside) == 0, "thresholds", "in [0, 1]", next(iter(outside.tolist()), None))
+    return table
 
 
 def is_count(value: object) -> bool:

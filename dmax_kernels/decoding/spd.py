@@ -1,63 +1,51 @@
 """Soft Parallel Decoding (arXiv 2604.08302, section 3.2, Algorithm 1), block by block.
 
-generate -> prefill -> denoise_block -> step. Shapes: B rows, T prompt tokens, K block length,
-V vocabulary, D hidden size.
+spd_generate -> prefill -> step -> advance. Shapes: B rows, b of them live, T prompt tokens,
+K block length, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dmax_kernels.decoding.batch import Batch
 from dmax_kernels.decoding.forward import BlockForward
-from dmax_kernels.decoding.rules import update_
-from dmax_kernels.decoding.settings import Settings, resolve_settings
-from dmax_kernels.decoding.state import BlockState
+from dmax_kernels.decoding.graph import make_runner
+from dmax_kernels.decoding.output import GenerationOutput, Statistics, assemble
+from dmax_kernels.decoding.prompts import check_prompts, read_prompts
+from dmax_kernels.decoding.requests import CommittedBlock, Request
+from dmax_kernels.decoding.rule import Rule
+from dmax_kernels.decoding.settings import (
+    Settings,
+    is_count,
+    require,
+    resolve_settings,
+    row_thresholds,
+)
+from dmax_kernels.decoding.state import LiveBlocks
 from dmax_kernels.decoding.trace import Trace
 
 
-@dataclass
-class GenerationOutput:
-    """What `generate` returns. N is the number of blocks that the longest row took.
-
-    `num_forwards` counts the denoising passes a row took part in. Nothing else is hidden in it: the
-    prompt's prefill is one more pass for the whole batch, and refreshing the KV cache costs no pass
-    of its own (a block's first pass carries the block before it). An engine that refreshes with a
-    separate pass adds `num_refreshes`.
-    """
-
-    sequences: Tensor  # int64 [B, T + max_new_tokens]; pad after a row's first eos
-    num_tokens: Tensor  # int64 [B]: generated tokens, up to and including the first eos
-    block_forwards: Tensor  # int64 [B, N]: denoising passes per block, 0 after a row has ended
-    num_refreshes: Tensor  # int64 [B]: finished blocks whose hard tokens entered the cache later
-    trace: Trace | None = None
-
-    @property
-    def num_forwards(self) -> Tensor:
-        return self.block_forwards.sum(dim=1)
-
-    @property
-    def num_blocks(self) -> Tensor:
-        return (self.block_forwards > 0).sum(dim=1)
-
-
 @torch.no_grad()
-def generate(
+def spd_generate(
     model: Any,
-    input_ids: Tensor,
+    input_ids: Tensor | Sequence[Tensor | Sequence[int]],
     *,
+    attention_mask: Tensor | None = None,
     block_length: int = 32,
     max_new_tokens: int,
     tau_dec: float = 0.5,
     tau_acc: float = 0.9,
+    thresholds: Tensor | Sequence[Sequence[float]] | None = None,
     mask_token_id: int | None = None,
     eos_token_id: int | Iterable[int] | None = None,
     pad_token_id: int | None = None,
-    rule: str = "spd",
+    rule: str | Rule = "spd",
     semantics: str = "paper",
     top_k: int = 1,
     convergence: str = "both",
@@ -65,29 +53,42 @@ def generate(
     suppress_mask: bool = True,
     use_cache: bool = True,
     max_steps_per_block: int | None = None,
+    cuda_graph: bool | None = None,
+    poll_lag: int = 0,
+    on_block: Callable[[CommittedBlock], None] | None = None,
     trace: bool = False,
     progress: bool = False,
 ) -> GenerationOutput:
     """Decode `max_new_tokens` after each prompt, several tokens per forward pass.
 
-    The sequence is cut into absolute blocks of K positions. Each block starts fully masked and is
-    denoised until it converges, per row: no mask left and the top-1 predictions equal twice in a
-    row, or all confidences above tau_acc. A prompt's tail inside the first decoded block is kept as
-    it is. Rows converge and end independently, so a row's result is the same alone and in any
-    batch.
+    Each row's sequence is cut into blocks of K positions, counted from its own first token. A block
+    starts fully masked and is denoised until it converges: no mask left and the top-1 predictions
+    equal twice in a row, or all confidences above tau_acc. A prompt's tail inside the first decoded
+    block is kept as it is.
+
+    Rows are independent: a row whose block has converged goes on to its next block while the others
+    are still at theirs, and a row that ends leaves the batch. No decision about a row reads another
+    one. So a row's result is the same alone and in any batch wherever the model's own logits are;
+    matrix products may round differently for different batch sizes, which is the one thing a batch
+    can change (float64 models, whose logits are then float32, show the promise: a test does).
 
     Args:
         model: a Hugging Face causal LM that takes `inputs_embeds`, a 4-D additive `attention_mask`,
             `position_ids`, `past_key_values` and `use_cache`, and predicts each position's own
             token (no shift by one).
-        input_ids: [B, T], prompts of one length.
+        input_ids: [B, T], or a list of B prompts of any lengths.
+        attention_mask: [B, T], 0 where a prompt is padded, on either side.
         block_length: K; the length the model was trained with.
-        max_new_tokens: length of the result; decoding runs to the end of the block it falls in.
+        max_new_tokens: length of each answer; decoding runs to the end of the block it falls in.
         tau_dec: a masked position is promoted when its confidence exceeds this.
         tau_acc: a block is accepted when all of its confidences exceed this.
+        thresholds: [B, 2], (tau_dec, tau_acc) of each row in place of the two numbers.
         mask_token_id, eos_token_id, pad_token_id: from the model's config unless given.
         rule: "spd", or an ablation: "hybrid" (no prefix), "hard_prefix", "hard" (tokens instead of
-            soft embeddings), "threshold" (no revision; `convergence` and tau_acc do not apply).
+            soft embeddings), "threshold" (no revision; `convergence` and tau_acc do not apply); or
+            another decoder of `RULES`: "factor", "hierarchical", "top_n", "autoregressive",
+            "random", "entropy_bound", "margin", "uniform", "parallel_forced", which are classes
+            where they have options (`Hierarchical(low_threshold=0.4)`); or a `Rule` of your own.
         semantics: "paper", or "released" for the token ids of the authors' released code, which may
             leave mask tokens in the result when tau_dec > tau_acc.
         top_k: how many candidates a hybrid embedding mixes (1 in the paper).
@@ -97,6 +98,12 @@ def generate(
         use_cache: keep keys and values of committed blocks; False forwards the whole sequence.
         max_steps_per_block: cap on steps; at the cap the current top-1 tokens are committed.
             Default: K.
+        cuda_graph: capture forward pass and step as one CUDA graph. None: on a GPU, where the
+            model allows it; True: an error where it does not; False: never.
+        poll_lag: how many steps the host may launch before it looks whether rows have converged.
+            0 waits for each step's flags. 1 keeps a GPU busy where a step is shorter than the
+            host's part in it, for one pass too many per block. The tokens are the same.
+        on_block: called with each `CommittedBlock` as soon as it is (streaming).
         trace: record every step in the output's `trace`.
         progress: show a progress bar over blocks.
 
@@ -105,7 +112,6 @@ def generate(
     """
     settings = resolve_settings(
         model,
-        input_ids,
         block_length=block_length,
         max_new_tokens=max_new_tokens,
         tau_dec=tau_dec,
@@ -121,144 +127,116 @@ def generate(
         max_steps_per_block=max_steps_per_block,
         ops=ops,
     )
-    batch, prompt_length = input_ids.shape
-    first, end = prompt_length // block_length, prompt_length + max_new_tokens
-    starts = range(first * block_length, end, block_length)
-    device = input_ids.device
-
-    sequences = torch.full(
-        (batch, starts[-1] + block_length),
-        settings.pad_token_id,
-        dtype=torch.int64,
-        device=device,
-    )
-    sequences[:, :prompt_length] = input_ids
-    num_tokens = torch.full((batch,), max_new_tokens, dtype=torch.int64, device=device)
-    block_forwards = torch.zeros(batch, len(starts), dtype=torch.int64, device=device)
+    require(poll_lag == 0 or is_count(poll_lag), "poll_lag", "a non-negative integer", poll_lag)
+    prompts = read_prompts(input_ids, attention_mask)
+    embedding = model.get_input_embeddings().weight
+    check_prompts(prompts, len(embedding), model.config, block_length, max_new_tokens)
+    requests = [
+        Request(row, len(prompt), len(prompt) // block_length * block_length)
+        for row, prompt in enumerate(prompts)
+    ]
+    runner = make_runner(cuda_graph, embedding.device)
     recorder = Trace() if trace else None
 
-    rows = torch.arange(batch, device=device)  # rows that have not ended
-    forward = prefill(model, sequences[:, : starts[0]], settings, use_cache)
-    for n, start in enumerate(progress_bar(starts, progress)):
-        tokens = sequences[rows, : start + block_length]
-        state = BlockState.fully_masked(
-            tokens[:, start:], prompt_length - start, forward.embedding, settings.mask_token_id
-        )
-        denoise_block(
-            forward,
-            tokens[:, :start],
-            state,
-            rows,
-            settings.max_steps_per_block,
-            settings,
-            recorder,
-        )
-        token, ended, length = end_at_eos(state.token, state.editable, settings)
-        sequences[rows, start : start + block_length] = token
-        block_forwards[rows, n] = state.step.long()
-        reached = start + length - prompt_length
-        num_tokens[rows] = torch.where(ended, reached.clamp(max=max_new_tokens), num_tokens[rows])
+    started = time.perf_counter()
+    forward = prefill(model, prompts, settings, use_cache)
+    table = row_thresholds(thresholds, settings, len(prompts))
+    state = first_blocks(forward, requests, table, settings)
+    if embedding.is_cuda:
+        torch.cuda.synchronize(embedding.device)  # once per call: to time the prefill by itself
+    prefilled = time.perf_counter()
+    batch = Batch(forward, state, requests, settings, runner, poll_lag, recorder)
+    with Progress(requests, settings, progress) as bar:
+        for block in batch.run():
+            bar.update(block)
+            if on_block is not None:
+                on_block(block)
+    finished = time.perf_counter()
 
-        # A host sync, once per block: rows that ended leave the batch and cost no further passes
-        alive = torch.nonzero(~ended).flatten()
-        if len(alive) == 0:
-            break
-        if len(alive) < len(rows):
-            rows, forward = rows[alive], forward.select_rows(alive)
-
-    block_forwards = block_forwards[:, : n + 1]
-    blocks = (block_forwards > 0).sum(dim=1)
-    return GenerationOutput(
-        sequences=sequences[:, :end],
-        num_tokens=num_tokens,
-        block_forwards=block_forwards,
-        num_refreshes=blocks - 1 if use_cache else torch.zeros_like(blocks),
-        trace=recorder,
+    statistics = Statistics(
+        tokens=sum(len(request.answer) for request in requests),
+        forwards=batch.forwards,
+        refreshing_forwards=batch.refreshing_forwards,
+        row_forwards=sum(sum(request.block_forwards) for request in requests),
+        prefill_seconds=prefilled - started,
+        decode_seconds=finished - prefilled,
+        captured_steps=len(runner.replays),
+        capture_refusal=runner.refusal,
+    )
+    return assemble(
+        prompts,
+        requests,
+        max_new_tokens,
+        settings.pad_token_id,
+        use_cache,
+        batch.promotions.promotions,
+        statistics,
+        recorder,
+        input_ids.device if isinstance(input_ids, Tensor) else embedding.device,
     )
 
 
-def prefill(model: Any, tokens: Tensor, settings: Settings, use_cache: bool) -> BlockForward:
-    """Put the prompt's whole blocks, tokens [B, n * K], into a new KV cache."""
-    forward = BlockForward(model, settings.block_length, use_cache)
-    forward.prefill(tokens)
+def prefill(model: Any, prompts: list[Tensor], settings: Settings, use_cache: bool) -> BlockForward:
+    """Put the prompts' whole blocks into a new KV cache."""
+    length = settings.block_length
+    longest = max(map(len, prompts)) + settings.max_new_tokens
+    tokens = torch.full((len(prompts), -(-longest // length) * length), settings.pad_token_id)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    device = model.get_input_embeddings().weight.device
+    forward = BlockForward(model, tokens.to(device), length, use_cache)
+    forward.prefill(max(len(prompt) // length * length for prompt in prompts))
     return forward
 
 
-def denoise_block(
-    forward: BlockForward,
-    tokens: Tensor,
-    state: BlockState,
-    rows: Tensor,
-    steps: int,
-    settings: Settings,
-    trace: Trace | None,
-) -> None:
-    """Step until every row of the block has converged, `steps` times at most.
-
-    tokens [b, start] are the committed ones before the block; rows [b] says which rows of the
-    whole batch these are, for the trace.
-    """
-    for n in range(steps):
-        if trace is not None:
-            trace.before(state)
-        step(forward, tokens, state, settings)
-        if trace is not None:
-            trace.after(state, tokens.shape[1], rows)
-
-        # The one host sync per pass: how many rows are left decides what the host launches next
-        left = torch.nonzero(~state.converged).flatten()
-        if len(left) == 0:
-            return
-        if 2 * len(left) <= len(rows):  # frozen rows still cost their forward: go on without them
-            part = state.select_rows(left)
-            denoise_block(
-                forward.select_rows(left),
-                tokens[left],
-                part,
-                rows[left],
-                steps - n - 1,
-                settings,
-                trace,
-            )
-            state.write_rows_(left, part)
-            return
-    if settings.semantics == "paper":  # the released code stops with whatever the block holds
-        state.commit_()
-        if trace is not None:
-            trace.capped(state)
-
-
-def step(
-    forward: BlockForward,
-    tokens: Tensor,
-    state: BlockState,
-    settings: Settings,
-) -> None:
-    """One forward pass over the block and one update of its state; no host sync of its own."""
-    logits = forward.logits(tokens, state.inputs_embeds)
-    update_(logits, forward.embedding, state, settings)
-
-
-def end_at_eos(
-    token: Tensor, editable: Tensor, settings: Settings
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pad what follows a row's first decoded eos.
-
-    Returns token [B, K], whether each row ended [B], and its length in this block with the eos [B].
-    """
-    eos = torch.tensor(settings.eos_token_ids, dtype=token.dtype, device=token.device)
-    is_eos = torch.isin(token, eos) & editable
-    after = is_eos.cumsum(dim=-1) - is_eos.long() > 0
-    return (
-        token.masked_fill(after, settings.pad_token_id),
-        is_eos.any(dim=-1),
-        (~after).sum(dim=-1),
+def first_blocks(
+    forward: BlockForward, requests: list[Request], thresholds: Tensor, settings: Settings
+) -> LiveBlocks:
+    """The state of each row's first block: masks behind the tail of the prompt that falls in it."""
+    device = forward.tokens.device
+    start = torch.tensor([request.start for request in requests], device=device)
+    tail = torch.tensor([request.prompt_length for request in requests], device=device) - start
+    state = LiveBlocks.fully_masked(
+        forward.tokens.gather(1, start.unsqueeze(-1) + forward.offsets),
+        tail,
+        forward.embedding,
+        settings.mask_token_id,
+        row=torch.arange(len(requests), device=device),
+        start=start,
+        thresholds=thresholds.to(device),
     )
+    begin = torch.ones(len(requests), dtype=torch.bool, device=device)
+    settings.rule.begin_(state, begin, forward.embedding, settings)
+    return state
 
 
-def progress_bar(starts: range, show: bool) -> Iterable[int]:
-    if not show:
-        return starts
-    from tqdm.auto import tqdm
+class Progress:
+    """A progress bar over the rows' blocks; a row that ends early takes its other blocks off it."""
 
-    return tqdm(starts, desc="blocks", unit="block")
+    def __init__(self, requests: list[Request], settings: Settings, show: bool) -> None:
+        self.bar: Any = None
+        self.length = settings.block_length
+        self.ends = [each.prompt_length + settings.max_new_tokens for each in requests]
+        self.requests = requests
+        if show:
+            from tqdm.auto import tqdm
+
+            blocks = sum(self._left(each) for each in requests)
+            self.bar = tqdm(total=blocks, desc="blocks", unit="block")
+
+    def _left(self, request: Request) -> int:
+        return -(-(self.ends[request.row] - request.start) // self.length)
+
+    def update(self, block: CommittedBlock) -> None:
+        if self.bar is None:
+            return
+        if block.finished:
+            self.bar.total -= self._left(self.requests[block.row]) - 1
+        self.bar.update()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass
@@ -28,15 +32,22 @@ class BlockState:
 
     @classmethod
     def fully_masked(
-        cls, token: Tensor, prompt_tail: int, embedding: Tensor, mask_token_id: int
-    ) -> BlockState:
-        """The state before the first step: all masks, but for a prompt's tail of that length.
+        cls,
+        token: Tensor,
+        prompt_tail: int | Tensor,
+        embedding: Tensor,
+        mask_token_id: int,
+        **further: Tensor,
+    ) -> Self:
+        """The state before the first step: all masks, but for a prompt's tail.
 
-        token: [B, K], of which only the prompt's tail is read.
+        token: [B, K], of which only the tail is read; prompt_tail: its length, or one per row [B];
+        further: what a subclass has besides these buffers.
         """
         rows, length = token.shape
         position = torch.arange(length, device=token.device)
-        editable = (position >= prompt_tail).expand(rows, -1).contiguous()
+        tail = torch.as_tensor(prompt_tail, device=token.device).view(-1, 1)
+        editable = (position >= tail).expand(rows, -1).contiguous()
         token = token.masked_fill(editable, mask_token_id)
         return cls(
             editable=editable,
@@ -46,18 +57,57 @@ class BlockState:
             converged=torch.zeros(rows, dtype=torch.bool, device=token.device),
             step=torch.zeros(rows, dtype=torch.int32, device=token.device),
             inputs_embeds=F.embedding(token, embedding),
+            **further,
         )
 
-    def select_rows(self, rows: Tensor) -> BlockState:
-        """A copy of these rows."""
-        return BlockState(**{name: buffer[rows] for name, buffer in vars(self).items()})
+    def spd_buffers(self) -> dict[str, Tensor]:
+        """The buffers of `spd_step_`, by its argument names."""
+        return {each.name: getattr(self, each.name) for each in fields(BlockState)}
 
-    def write_rows_(self, rows: Tensor, part: BlockState) -> None:
-        """Put a copy made by `select_rows` back."""
-        for name, buffer in vars(part).items():
-            getattr(self, name)[rows] = buffer
 
-    def commit_(self) -> None:
-        """Stop every row where it is: the last top-1 of each position is its result."""
-        self.masked.zero_()
-        self.converged.fill_(True)
+@dataclass
+class LiveBlocks(BlockState):
+    """The blocks that a batch of independent rows is at, each in its own sequence."""
+
+    row: Tensor  # int64 [B]: which request of the batch this is, for a rule's random numbers
+    start: Tensor  # int64 [B]: position of the block's first token in the row's sequence
+    thresholds: Tensor  # float32 [B, 2]: (tau_dec, tau_acc) of the row
+
+    @property
+    def tau_dec(self) -> Tensor:
+        """[B, 1]"""
+        return self.thresholds[:, 0:1]
+
+    @property
+    def tau_acc(self) -> Tensor:
+        """[B, 1]"""
+        return self.thresholds[:, 1:2]
+
+    def begin_(self, rows: Tensor, start: Tensor, mask_token_id: int, embedding: Tensor) -> None:
+        """Where rows [B] is True, a new block begins: all masks, at its start [B]."""
+        positions = rows.unsqueeze(-1)
+        self.editable.logical_or_(positions)
+        self.masked.logical_or_(positions)
+        self.token.masked_fill_(positions, mask_token_id)
+        self.confidence.masked_fill_(positions, 0)
+        self.converged.logical_and_(~rows)
+        self.step.masked_fill_(rows, 0)
+        mask = embedding[mask_token_id]
+        self.inputs_embeds.copy_(torch.where(positions.unsqueeze(-1), mask, self.inputs_embeds))
+        self.start.copy_(start)
+
+    def cap_(self, max_steps: int, commit: bool) -> None:
+        """End the blocks that took `max_steps`; commit: with the last top-1 where still masked."""
+        over = self.step >= max_steps
+        self.converged.logical_or_(over)
+        if commit:
+            self.masked.logical_and_(~over.unsqueeze(-1))
+
+    def move_rows_(self, sources: Tensor, holes: Tensor) -> None:
+        """Row sources[i] takes the place of row holes[i]."""
+        for buffer in vars(self).values():
+            buffer[holes] = buffer[sources]
+
+    def first(self, rows: int) -> LiveBlocks:
+        """The first rows, in the same memory."""
+        return LiveBlocks(**{name: buffer[:rows] for name, buffer in vars(self).items()})

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmax_kernels.decoding.state import BlockState
+from dmax_kernels.decoding.state import LiveBlocks
 
 
 @dataclass
 class _Step:
-    start: int  # absolute position of the block
+    start: Tensor  # int64 [b]: position of the block in the row's sequence
     rows: Tensor  # [b]: which rows of the batch these are
     took_part: Tensor  # bool [b]
     converged: Tensor  # bool [b], after the step
@@ -45,23 +45,23 @@ class Trace:
         self._steps: list[_Step] = []
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def before(self, state: BlockState) -> None:
+    def before(self, state: LiveBlocks) -> None:
         self._before = (
             state.masked.clone(),
             state.token.clone(),
             state.converged.clone(),
         )
 
-    def after(self, state: BlockState, start: int, rows: Tensor) -> None:
+    def after(self, state: LiveBlocks) -> None:
         assert self._before is not None, "Trace.before records the state a step starts from"
         masked, token, converged = self._before
         self._steps.append(
             _Step(
-                start=start,
-                rows=rows,
+                start=state.start.clone(),
+                rows=state.row.clone(),
                 took_part=~converged,
                 converged=state.converged.clone(),
-                editable=state.editable,
+                editable=state.editable.clone(),
                 token=state.token.clone(),
                 confidence=state.confidence.clone(),
                 masked=state.masked.clone(),
@@ -70,22 +70,18 @@ class Trace:
             )
         )
 
-    def capped(self, state: BlockState) -> None:
-        """The step cap ended the block: its last step committed what was there."""
-        last = self._steps[-1]
-        last.promoted = last.promoted | (last.masked & ~state.masked)
-        last.masked, last.converged = state.masked.clone(), state.converged.clone()
-
     def to_dict(self) -> dict[str, Any]:
         rows: dict[int, list[dict[str, Any]]] = {}
         for step in self._steps:
-            for i, row in enumerate(step.rows.tolist()):
+            for i, (row, start) in enumerate(
+                zip(step.rows.tolist(), step.start.tolist(), strict=True)
+            ):
                 if not step.took_part[i]:
                     continue
                 blocks = rows.setdefault(row, [])
-                if not blocks or blocks[-1]["start"] != step.start:
+                if not blocks or blocks[-1]["start"] != start:
                     editable = step.editable[i].int().tolist()
-                    blocks.append({"start": step.start, "editable": editable, "steps": []})
+                    blocks.append({"start": start, "editable": editable, "steps": []})
                 blocks[-1]["steps"].append(
                     {
                         "token": step.token[i].tolist(),

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from dmax_kernels.decoding import GenerationOutput, generate
+from dmax_kernels.decoding import GenerationOutput, spd_generate
+from dmax_kernels.decoding.arness import arness
+from dmax_kernels.decoding.rule import Rule
 from dmax_kernels.models import ring_walk
 from dmax_kernels.models.checkpoint import load_checkpoint
 
@@ -26,17 +28,21 @@ FIRST_PROBLEMS = 50
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to decode: a checkpoint, a rule of `generate`, and its settings."""
+    """One way to decode: a checkpoint, a rule of `spd_generate`, and its settings."""
 
     model: str
-    rule: str
+    rule: str | Rule
     tau_dec: float
     convergence: str = "both"
+    trace: bool = False  # also measure the ARness
 
 
 @dataclass(frozen=True)
 class Result:
-    """Means over `problems` problems; the first two are shares in [0, 1]."""
+    """Means over `problems` problems; the first two are shares in [0, 1].
+
+    arness: Global-ARness@1 of the tokens up to the end of sequence, where the cell asks for it.
+    """
 
     answer: float
     strict: float
@@ -44,6 +50,7 @@ class Result:
     forwards_per_block: float
     problems: int
     collapsed: bool
+    arness: float | None = None
 
 
 def ablation_rows() -> Iterator[tuple[str, str]]:
@@ -69,7 +76,7 @@ def encode_prompts(problems: list[ring_walk.Problem], block_length: int) -> torc
 def decode(
     model: Any, problems: list[ring_walk.Problem], cell: Cell, ops: str, trace: bool = False
 ) -> GenerationOutput:
-    return generate(
+    return spd_generate(
         model,
         encode_prompts(problems, model.config.block_length),
         block_length=model.config.block_length,
@@ -99,12 +106,15 @@ def evaluate_cell(model: Any, problems: list[ring_walk.Problem], cell: Cell, ops
     Such a cell costs ten times the passes of the others, and further problems would only repeat
     its zero; its result says how many problems it stands on.
     """
-    outputs, grades, collapsed = [], [], False
+    outputs, grades, scores, collapsed = [], [], [], False
     for batch in (problems[:FIRST_PROBLEMS], problems[FIRST_PROBLEMS:]):
         if not batch or collapsed:
             break
-        output = decode(model, batch, cell, ops)
+        output = decode(model, batch, cell, ops, cell.trace)
         outputs.append(output)
+        if cell.trace:
+            prompt_length = output.sequences.shape[1] - MAX_NEW_TOKENS
+            scores += arness(output.trace, ends=(output.num_tokens + prompt_length).tolist())
         grades += map(ring_walk.grade, batch, response_words(output))
         blocks = sum(int(output.num_blocks.sum()) for output in outputs)
         passes = sum(int(output.num_forwards.sum()) for output in outputs)
@@ -120,6 +130,7 @@ def evaluate_cell(model: Any, problems: list[ring_walk.Problem], cell: Cell, ops
         forwards_per_block=passes / blocks,
         problems=len(grades),
         collapsed=collapsed,
+        arness=sum(scores) / len(scores) if scores else None,
     )
 
 

@@ -60,9 +60,14 @@ def write_page(models: dict[str, Any], problem: ring_walk.Problem, ops: str, pat
         "prompt": ring_walk.render_prompt(problem),
         "answer": str(problem.places[-1]),
         "words": list(ring_walk.WORDS),
-        "eos": ring_walk.EOS_ID,
+        "eos": [ring_walk.EOS_ID],
         "runs": [trace_run(models[cell.model], problem, cell, ops) for cell in SHOWN],
     }
+    fill_template(data, path)
+
+
+def fill_template(data: dict[str, Any], path: Path) -> None:
+    """The page for this data: words by id, ids that end an answer, and runs with their blocks."""
     # "<" inside the data must not end the script element
     embedded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     path.write_text(TEMPLATE.read_text("utf-8").replace("__DATA__", embedded), "utf-8")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dmax_kernels.decoding import generate
+from dmax_kernels.decoding import spd_generate
 from dmax_kernels.models import ring_walk
 from dmax_kernels.training.checkpoints import write_atomically
 from dmax_kernels.training.config import check_same_run
@@ -71,7 +71,7 @@ def respond(
     prompts = torch.tensor(
         [ring_walk.encode_prompt(problem, model.config.block_length) for problem in problems]
     )
-    out = generate(
+    out = spd_generate(
         model,
         prompts,
         block_length=model.config.block_length,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dmax_kernels.decoding import generate
+from dmax_kernels.decoding import spd_generate
 from dmax_kernels.models import ring_walk
 from dmax_kernels.training.ring_walk.distill import MAX_NEW_TOKENS
 
@@ -26,7 +26,7 @@ def evaluate(
     prompts = torch.tensor(
         [ring_walk.encode_prompt(problem, model.config.block_length) for problem in problems]
     )
-    out = generate(
+    out = spd_generate(
         model,
         prompts,
         block_length=model.config.block_length,

@@ -1,0 +1,267 @@
+"""``python -m dmax_kernels generate``: answers to prompts, by soft parallel decoding."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dmax_kernels.decoding import CommittedBlock, GenerationOutput
+    from dmax_kernels.models.pretrained import Loaded
+
+DESCRIPTION = """\
+Decodes prompts with a diffusion language model that has LLaDA2's interface, several tokens per
+forward pass, and prints the answers; counts and speed go to stderr.
+
+  python -m dmax_kernels generate --model Zigeng/DMax-Math-16B --device cuda \\
+      --prompt "How many primes are there below 30?"
+  python -m dmax_kernels generate --model oput --trace out.html \\
+      --prompt "s4 u1 s1 u1 s6 d1 s2 d1 s3 u2 s5 d1 start 2 ="
+
+MODEL is
+  - Zigeng/DMax-16B, Zigeng/DMax-Math-16B, Zigeng/DMax-Coder-16B or inclusionAI/LLaDA2.0-mini, whose
+    special tokens and thresholds are known here (about 32 GB of weights in bfloat16 each),
+  - any other name on the Hugging Face hub, or a local folder; its own code is run, and what its
+    config does not say (mask token, eos) is asked for,
+  - base, oput or control: the small checkpoints of `demo`, which come with the package.
+
+Several prompts are one batch: each goes on at its own pace and is answered as it would be alone,
+but for what the model's own matrix products round differently at another batch size.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = DESCRIPTION
+    add = parser.add_argument
+    add("--model", required=True, help="a name or a folder, see above")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    add(
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="one prompt per line; in a .jsonl file, the field 'prompt' of each line",
+    )
+    add(
+        "--raw",
+        action="store_true",
+        help="leave the prompt as it is: no chat template (default: the tokenizer's)",
+    )
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="per answer (%(default)s)")
+    group = parser.add_argument_group("decoding (defaults: what suits the model)")
+    add = group.add_argument
+    add("--tau-dec", type=float, metavar="T", help="promote masks more confident than this")
+    add("--tau-acc", type=float, metavar="T", help="accept a block more confident than this")
+    add("--rule", help="spd, or an ablation of it; see dmax_kernels.decoding.RULES")
+    add("--semantics", default="paper", help="paper, or released: as the authors' code (paper)")
+    add("--top-k", type=int, default=1, metavar="K", help="tokens in a soft embedding, 1 to 8 (1)")
+    add("--block-length", type=int, metavar="K", help="positions that are decoded together")
+    add("--mask-token-id", type=int, metavar="ID", help="where the model's config has none")
+    add("--eos-token-id", type=int, metavar="ID", help="where the model's config has none")
+    group = parser.add_argument_group("where it runs")
+    add = group.add_argument
+    add("--ops", default="fused", help="fused kernels or eager reference: fused (default)")
+    add(
+        "--device",
+        default=None,
+        help="cpu, cuda, cuda:1, ...; auto spreads the layers (default: cuda where there is one)",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights (auto: as saved)",
+    )
+    add("--batch-size", type=int, metavar="B", help="prompts at a time (default: all)")
+    add("--no-cuda-graph", action="store_true", help="never capture the step as a CUDA graph")
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--stream", action="store_true", help="print each block as soon as it is committed")
+    add("--trace", type=Path, metavar="FILE", help="write a page that plays the decoding back")
+    add("--json", metavar="FILE", help="write answers and counts as JSON; - for stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    prompts = read_prompts(args)
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    if args.json == "-" and args.stream:
+        raise ValueError("--json must name a file where --stream prints to stdout, got -")
+    import torch  # imported here, as transformers below: `--help` need not wait for them
+
+    from dmax_kernels.models.pretrained import load_pretrained
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device must be cpu on this machine, which has no GPU, got {device}")
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    loaded = load_pretrained(args.model, dtype=dtype, device=device)
+    if loaded.defaults.note and (args.rule or loaded.defaults.rule) == "spd":
+        print(f"note: {args.model} was {loaded.defaults.note}", file=sys.stderr)
+    encoded = [encode(loaded, prompt, args.raw) for prompt in prompts]
+
+    size = args.batch_size or len(prompts)
+    records, runs = [], []
+    for first in range(0, len(prompts), size):
+        output = decode(args, loaded, encoded[first : first + size], first)
+        records += answers(loaded, output, prompts[first : first + size])
+        if args.trace is not None:
+            runs += traced_runs(loaded, output, encoded[first : first + size], first)
+        print(summary(output), file=sys.stderr)
+        statistics = output.statistics.as_dict()
+        for record in records[first:]:
+            record["batch"] = statistics
+    if args.json != "-" and not args.stream:
+        print_answers(records)
+    if args.json is not None:
+        text = json.dumps({"model": args.model, "answers": records}, indent=1) + "\n"
+        print(text, end="") if args.json == "-" else Path(args.json).write_text(text, "utf-8")
+    if args.trace is not None:
+        from dmax_kernels.demo.trace_page import write_trace_page
+
+        write_trace_page(runs, eos_ids(args, loaded), args.trace)
+    return 0
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompt)
+    if args.prompt_file is not None:
+        lines = args.prompt_file.read_text("utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            if args.prompt_file.suffix == ".jsonl":
+                line = prompt_field(line, f"{args.prompt_file}, line {number}")
+            prompts.append(line)
+    if not prompts:
+        raise ValueError("--prompt or --prompt-file must give at least one prompt, got none")
+    return prompts
+
+
+def prompt_field(line: str, place: str) -> str:
+    need = 'a JSON object with a text field "prompt"'
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        raise ValueError(f"{place}: must be {need}, got no JSON") from None
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise ValueError(f"{place}: must be {need}, got {line[:60]}")
+    return record["prompt"]
+
+
+def encode(loaded: Loaded, prompt: str, raw: bool) -> list[int]:
+    tokenizer = loaded.tokenizer
+    if raw or not getattr(tokenizer, "chat_template", None):
+        ids = tokenizer(prompt).input_ids
+        if loaded.defaults.pad_prompts and ids:
+            missing = -len(ids) % loaded.defaults.block_length
+            ids = [tokenizer.pad_token_id] * missing + ids
+        return ids
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def decode(
+    args: argparse.Namespace, loaded: Loaded, prompts: list[list[int]], first: int
+) -> GenerationOutput:
+    from dmax_kernels.decoding import spd_generate
+
+    known = loaded.defaults
+    return spd_generate(
+        loaded.model,
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        block_length=known.block_length if args.block_length is None else args.block_length,
+        tau_dec=known.tau_dec if args.tau_dec is None else args.tau_dec,
+        tau_acc=known.tau_acc if args.tau_acc is None else args.tau_acc,
+        rule=args.rule or known.rule,
+        semantics=args.semantics,
+        top_k=args.top_k,
+        ops=args.ops,
+        mask_token_id=known.mask_token_id if args.mask_token_id is None else args.mask_token_id,
+        eos_token_id=known.eos_token_id if args.eos_token_id is None else args.eos_token_id,
+        cuda_graph=False if args.no_cuda_graph else None,
+        on_block=Stream(loaded.tokenizer, len(prompts), first) if args.stream else None,
+        trace=args.trace is not None,
+    )
+
+
+class Stream:
+    """Prints blocks as they are committed; with several rows, each line with its row."""
+
+    def __init__(self, tokenizer: Any, rows: int, first: int) -> None:
+        self.tokenizer, self.first = tokenizer, first
+        self.ids: list[list[int]] = [[] for _ in range(rows)]
+        self.printed = [0] * rows
+
+    def __call__(self, block: CommittedBlock) -> None:
+        row, alone = block.row, len(self.ids) == 1
+        self.ids[row] += block.token_ids
+        # All of the answer, as a word may span two blocks; only what is new of it is printed
+        text = self.tokenizer.decode(self.ids[row], skip_special_tokens=True)
+        if not block.finished:
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # the first bytes of a character
+        new = text[self.printed[row] :]
+        self.printed[row] = len(text)
+        if alone:
+            print(new, end="\n" if block.finished else "", flush=True)
+        else:
+            end = " (end)" if block.finished else ""
+            print(f"[{self.first + row + 1}] {new.strip()}{end}", flush=True)
+
+
+def answers(loaded: Loaded, output: GenerationOutput, prompts: list[str]) -> list[dict[str, Any]]:
+    records = []
+    for row, (prompt, ids) in enumerate(zip(prompts, output.answers, strict=True)):
+        records.append(
+            {
+                "prompt": prompt,
+                "answer": loaded.tokenizer.decode(ids, skip_special_tokens=True),
+                "token_ids": ids,
+                "forwards": int(output.num_forwards[row]),
+                "tokens_per_forward": len(ids) / int(output.num_forwards[row]),
+                "promotions": output.promotions[row],
+            }
+        )
+    return records
+
+
+def print_answers(records: list[dict[str, Any]]) -> None:
+    for number, record in enumerate(records, 1):
+        if len(records) > 1:
+            print(f"[{number}] {record['prompt']}")
+        print(record["answer"])
+
+
+def traced_runs(
+    loaded: Loaded, output: GenerationOutput, prompts: list[list[int]], first: int
+) -> list[dict[str, Any]]:
+    from dmax_kernels.demo.trace_page import trace_runs
+
+    return trace_runs(output, prompts, loaded.tokenizer, first)
+
+
+def eos_ids(args: argparse.Namespace, loaded: Loaded) -> list[int]:
+    eos = args.eos_token_id
+    if eos is None:
+        eos = loaded.defaults.eos_token_id
+    if eos is None:
+        eos = getattr(loaded.model.config, "eos_token_id", None)
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def summary(output: GenerationOutput) -> str:
+    s = output.statistics
+    graph = f", {s.captured_steps} CUDA graphs" if s.captured_steps else ""
+    if s.capture_refusal:
+        graph = f", no CUDA graph ({s.capture_refusal})"
+    return (
+        f"{s.tokens} tokens in {s.row_forwards} denoising passes = {s.tokens_per_forward:.2f} per "
+        f"forward; {s.tokens_per_second:.1f} tokens/s ({s.prefill_seconds:.2f} s prefill, "
+        f"{s.decode_seconds:.2f} s decoding, {s.forwards} batch passes{graph})"
+    )

@@ -1,0 +1,103 @@
+"""Rules put together from small ops: what a rule promotes, and the step around it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dmax_kernels.decoding.rule import Rule
+from dmax_kernels.decoding.state import LiveBlocks
+from dmax_kernels.reference.row_statistics import RowStatistics
+
+if TYPE_CHECKING:
+    from dmax_kernels.decoding.settings import Settings
+
+
+class Top1(NamedTuple):
+    """The two fields of `RowStatistics` that most rules read."""
+
+    token: Tensor  # int64 [B, K]
+    confidence: Tensor  # float32 [B, K]
+
+
+class ComposedRule(Rule):
+    """A rule that says which masked positions to promote; the rest of the step is common.
+
+    revise: predict token positions anew at each step, until the block converges by
+        `settings.convergence`; otherwise a token once decoded stays, and the block ends when no
+        mask is left.
+    soft: token positions enter the next pass as hybrid embeddings (Eqs. 8-10); otherwise as the
+        plain embedding of their token.
+    """
+
+    revise: bool = False
+    soft: bool = False
+    # Whether `promote` reads more of the logits than the top-1: then it gets all RowStatistics
+    reads_distribution: ClassVar[bool] = False
+
+    @abstractmethod
+    def promote(
+        self, statistics: Top1 | RowStatistics, state: LiveBlocks, settings: Settings
+    ) -> Tensor:
+        """Masked positions that become token positions, bool [B, K], by a function of `promote`.
+
+        At least one in every row that has a masked position.
+        """
+
+    def update_(
+        self, logits: Tensor, embedding: Tensor, state: LiveBlocks, settings: Settings
+    ) -> None:
+        composed_step_(logits, embedding, state, settings, self)
+
+
+def composed_step_(
+    logits: Tensor, embedding: Tensor, state: LiveBlocks, s: Settings, rule: ComposedRule
+) -> None:
+    """The paper's step with the parts that `rule` and `s.convergence` name.
+
+    With nothing taken away and both criteria this is `spd_step_`, which a test holds it to.
+    """
+    ops = s.ops
+    if rule.reads_distribution:
+        statistics = ops.row_statistics(logits, suppress_token=s.suppress_token)
+    else:
+        statistics = Top1(*ops.top1_confidence(logits, suppress_token=s.suppress_token))
+    y, c = statistics.token, statistics.confidence
+    if not rule.revise:
+        y = torch.where(state.masked, y, state.token)
+        c = torch.where(state.masked, c, state.confidence)
+
+    # Promote masked positions, then look for convergence row by row
+    masked = state.masked & ~rule.promote(statistics, state, s)
+    if rule.revise:
+        # A prediction at a mask position is no decision yet, repeated or not
+        decided = (y == state.token) & ~state.masked
+        same = (decided | ~state.editable).all(dim=-1) & (state.step >= 1)
+        sure = ((c > state.tau_acc) | ~state.editable).all(dim=-1)
+        converged = {"both": same | sure, "consistency": same, "confidence": sure}[s.convergence]
+    else:
+        converged = ~masked.any(dim=-1)
+    masked = masked & ~converged.unsqueeze(-1)  # a commit takes every position: no mask is left
+
+    # Inputs of the next pass
+    token = torch.where(state.editable, y, state.token)
+    embeds = F.embedding(token.masked_fill(masked, s.mask_token_id), embedding)
+    if rule.soft:
+        top = (y, c)
+        if s.top_k > 1:
+            top = ops.topk_confidence(logits, s.top_k, suppress_token=s.suppress_token)
+        hybrid = ops.hybrid_embedding(embedding, *top, masked, s.mask_token_id)
+        embeds = torch.where(state.editable.unsqueeze(-1), hybrid, embeds)
+
+    # Rows that had converged before this step keep all of their state
+    active = ~state.converged.unsqueeze(-1)
+    state.masked.copy_(torch.where(active, masked, state.masked))
+    state.token.copy_(torch.where(active, token, state.token))
+    state.confidence.copy_(torch.where(active & state.editable, c, state.confidence))
+    state.inputs_embeds.copy_(torch.where(active.unsqueeze(-1), embeds, state.inputs_embeds))
+    state.step.add_(~state.converged)
+    state.converged.logical_or_(converged)

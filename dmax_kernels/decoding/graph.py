@@ -1,0 +1,75 @@
+"""The whole step as a CUDA graph: one launch instead of one per kernel of the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+
+Step = Callable[[], None]
+
+
+class StepRunner:
+    """Runs a step plainly, or captured: a step is captured the second time its key comes up.
+
+    All that a step reads and writes lies in buffers that stay where they are, so a replay does what
+    the call would do; the key names what may differ between two steps besides the buffers'
+    contents (rows, refresh, visible positions). A key's first step runs plainly, which is also the
+    warm-up that a capture wants. A model that cannot be captured (some mixture-of-experts code asks
+    the host where its tokens go) is told so by the driver: with `required` that is an error,
+    otherwise the run goes on plainly and `refusal` says why.
+    """
+
+    def __init__(self, capture: Callable[[Step], Step] | None, required: bool = False) -> None:
+        self.capture = capture
+        self.required = required
+        self.refusal: str | None = None
+        self.replays: dict[Hashable, Step] = {}
+        self._seen: set[Hashable] = set()
+
+    @property
+    def captures(self) -> bool:
+        return self.capture is not None
+
+    def __call__(self, key: Hashable, step: Step) -> None:
+        if self.captures and key in self._seen and key not in self.replays:
+            self._capture(key, step)
+        self._seen.add(key)
+        self.replays.get(key, step)()
+
+    def _capture(self, key: Hashable, step: Step) -> None:
+        assert self.capture is not None
+        try:
+            self.replays[key] = self.capture(step)
+        except RuntimeError as error:
+            reason = str(error).split("\n")[0]
+            if self.required:
+                raise ValueError(
+                    f"spd_generate: cuda_graph must be False or None for this model, got True: "
+                    f"its forward pass cannot be captured ({reason})"
+                ) from error
+            self.capture, self.refusal = None, reason
+
+
+class CudaCapture:
+    """Captures steps of one run into CUDA graphs that share their memory."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Step) -> Step:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            step()
+        return graph.replay
+
+
+def make_runner(cuda_graph: bool | None, device: torch.device) -> StepRunner:
+    """cuda_graph: None captures where it can, on GPUs; True insists; False runs plainly."""
+    if cuda_graph and device.type != "cuda":
+        raise ValueError(
+            f"spd_generate: cuda_graph must be False or None unless the model is on a GPU, "
+            f"got True on {device.type}"
+        )
+    wanted = device.type == "cuda" and cuda_graph is not False
+    return StepRunner(CudaCapture() if wanted else None, required=bool(cuda_graph))

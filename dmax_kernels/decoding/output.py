@@ -1,0 +1,110 @@
+"""What `spd_generate` returns: sequences, counts, times."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dmax_kernels.decoding.requests import Request
+from dmax_kernels.decoding.trace import Trace
+
+
+@dataclass
+class Statistics:
+    """Counts and times of one call, over all of its rows."""
+
+    tokens: int  # up to and including each row's eos
+    forwards: int  # batch passes after the prefill
+    refreshing_forwards: int  # those of them that also forwarded committed blocks
+    row_forwards: int  # denoising passes of rows: the sum over rows of num_forwards
+    prefill_seconds: float
+    decode_seconds: float
+    captured_steps: int  # CUDA graphs made
+    capture_refusal: str | None  # why the step runs without a CUDA graph, where one was tried
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens over the denoising passes of their rows (TPF; the paper's, at one row)."""
+        return self.tokens / self.row_forwards
+
+    @property
+    def tokens_per_second(self) -> float:
+        """All rows' tokens over prefill and decoding time."""
+        return self.tokens / max(self.prefill_seconds + self.decode_seconds, 1e-9)
+
+    def as_dict(self) -> dict[str, Any]:
+        rates = {name: getattr(self, name) for name in ("tokens_per_forward", "tokens_per_second")}
+        return {**asdict(self), **rates}
+
+
+@dataclass
+class GenerationOutput:
+    """What `spd_generate` returns. N is the number of blocks that the longest row took.
+
+    `num_forwards` counts the denoising passes a row took part in. Nothing else is hidden in it: the
+    prompt's prefill is one more pass for the whole batch, and refreshing the KV cache costs no pass
+    of its own (a block's first pass carries the block before it). An engine that refreshes with a
+    separate pass adds `num_refreshes`.
+    """
+
+    sequences: Tensor  # int64 [B, T + max_new_tokens]: prompt, padded on the left to T; answer;
+    # pad after a row's first eos
+    num_tokens: Tensor  # int64 [B]: generated tokens, up to and including the first eos
+    block_forwards: Tensor  # int64 [B, N]: denoising passes per block, 0 after a row has ended
+    num_refreshes: Tensor  # int64 [B]: finished blocks whose hard tokens entered the cache later
+    promotions: list[list[int]]  # per row and step: positions that left the mask
+    statistics: Statistics
+    max_new_tokens: int
+    trace: Trace | None = None
+
+    @property
+    def answers(self) -> list[list[int]]:
+        """Each row's new tokens, up to and including its first eos."""
+        rows = self.sequences[:, -self.max_new_tokens :].tolist()
+        return [row[:n] for row, n in zip(rows, self.num_tokens.tolist(), strict=True)]
+
+    @property
+    def num_forwards(self) -> Tensor:
+        return self.block_forwards.sum(dim=1)
+
+    @property
+    def num_blocks(self) -> Tensor:
+        return (self.block_forwards > 0).sum(dim=1)
+
+
+def assemble(
+    prompts: list[Tensor],
+    requests: list[Request],
+    max_new_tokens: int,
+    pad_token_id: int,
+    use_cache: bool,
+    promotions: dict[int, list[int]],
+    statistics: Statistics,
+    trace: Trace | None,
+    device: torch.device,
+) -> GenerationOutput:
+    rows = [
+        torch.cat([prompt, torch.tensor(request.answer)])
+        for prompt, request in zip(prompts, requests, strict=True)
+    ]
+    longest = max(map(len, prompts))
+    sequences = torch.full((len(rows), longest + max_new_tokens), pad_token_id)
+    for sequence, prompt, row in zip(sequences, prompts, rows, strict=True):
+        begin = longest - len(prompt)
+        sequence[begin : begin + len(row)] = row
+    forwards = pad_sequence([torch.tensor(each.block_forwards) for each in requests], True)
+    blocks = (forwards > 0).sum(dim=1)
+    return GenerationOutput(
+        sequences=sequences.to(device),
+        num_tokens=torch.tensor([len(each.answer) for each in requests], device=device),
+        block_forwards=forwards.to(device),
+        num_refreshes=((blocks - 1) * int(use_cache)).to(device),
+        promotions=[promotions[row] for row in range(len(rows))],
+        statistics=statistics,
+        max_new_tokens=max_new_tokens,
+        trace=trace,
+    )

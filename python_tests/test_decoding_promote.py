@@ -1,0 +1,321 @@
+"""The promotion functions: cases worked by hand, the rules' own words, and what all share."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmax_kernels.decoding import promote
+
+NAN = math.nan
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """These tensors are tiny: a second thread only costs its synchronisation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def positions(promoted):
+    return torch.nonzero(promoted).flatten().tolist()
+
+
+def mask_of(pattern):
+    """'xx.x' -> [True, True, False, True]"""
+    return torch.tensor([mark == "x" for mark in pattern])
+
+
+def f32(*values):
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def test_threshold_by_hand():
+    c, masked = f32(0.9, 0.96, 0.99, 0.5, NAN), mask_of("xx.xx")
+    assert positions(promote.threshold_promote(c, masked, 0.95)) == [1]
+    assert positions(promote.threshold_promote(c, masked, 0.4)) == [0, 1, 3]
+    assert positions(promote.threshold_promote(c, masked, 0.5)) == [0, 1]  # above, not at it
+    assert positions(promote.threshold_promote(c, masked, 0.96)) == [1]  # none above: the best
+    two_rows = promote.threshold_promote(c.expand(2, -1), masked, torch.tensor([[0.95], [0.4]]))
+    assert [positions(row) for row in two_rows] == [[1], [0, 1, 3]]
+
+
+def test_factor_by_hand():
+    # (n + 1)(1 - c_(n)) = 2 * 0.02, 3 * 0.1, 4 * 0.2, 5 * 0.5
+    c, masked = f32(0.9, 0.5, 0.98, 1.0, 0.8), mask_of("xxx.x")
+    for factor, expected in ((0.01, [2]), (0.04, [2]), (0.2, [2]), (0.31, [0, 2])):
+        assert positions(promote.factor_promote(c, masked, factor)) == expected
+    assert positions(promote.factor_promote(c, masked, 1.0)) == [0, 2, 4]
+    assert positions(promote.factor_promote(c, masked, 3.0)) == [0, 1, 2, 4]
+    assert positions(promote.factor_promote(f32(0.5, 0.5), mask_of("xx"), 1.5)) == [0]  # 1.5 < 1.5
+
+
+def test_hierarchical_by_hand():
+    # Runs of masked positions: 0-2, 4-5, 7
+    c = f32(0.5, 0.6, 0.3, 0.9, 0.3, 0.35, 1.0, 0.1)
+    masked = mask_of("xxx.xx.x")
+    assert positions(promote.hierarchical_promote(c, masked, 0.95, 0.2)) == [1, 5]
+    assert positions(promote.hierarchical_promote(c, masked, 0.95, 0.0)) == [1, 5, 7]
+    assert positions(promote.hierarchical_promote(c, masked, 0.45, 0.2)) == [0, 1, 5]
+    assert positions(promote.hierarchical_promote(c, masked, 0.95, 0.7)) == [1]  # the row's best
+    tied = promote.hierarchical_promote(f32(0.5, 0.5, 0.5, 0.5), mask_of("xx.x"), 0.9, 0.2)
+    assert positions(tied) == [0, 3]
+    tied = promote.hierarchical_promote(f32(0.5, 0.5, 0.5, 0.5), mask_of("xx.x"), 0.9, 0.5)
+    assert positions(tied) == [0]
+    torn = promote.hierarchical_promote(f32(NAN, 0.4, NAN, NAN), mask_of("xx.x"), 0.9, 0.2)
+    assert positions(torn) == [1]
+
+
+def test_top_n_by_hand():
+    c, masked = f32(0.2, 0.9, 0.2, 0.7, NAN), mask_of("x.xxx")
+    for n, expected in ((1, [3]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 2, 3]), (9, [0, 2, 3])):
+        assert positions(promote.top_n_promote(c, masked, n)) == expected
+
+
+def test_autoregressive_by_hand():
+    c = f32(NAN, 0.1, 0.9, NAN, 0.3)
+    assert positions(promote.autoregressive_promote(c, mask_of("xx.xx"), 1)) == [0]
+    assert positions(promote.autoregressive_promote(c, mask_of("xx.xx"), 2)) == [0, 1]
+    assert positions(promote.autoregressive_promote(c, mask_of("xx.xx"), 4)) == [0, 1]  # NaN at 3
+    assert positions(promote.autoregressive_promote(c, mask_of("...xx"), 2)) == [3, 4]
+
+
+def test_entropy_bound_by_hand():
+    # Ascending: 0.01 (3), 0.04 (0), 0.06 (4), 0.5 (1); sums before: 0, 0.01, 0.05, 0.11
+    entropy, masked = f32(0.04, 0.5, 0.0, 0.01, 0.06, NAN), mask_of("xx.xxx")
+    for bound, expected in ((0.0, [3]), (0.01, [0, 3]), (0.1, [0, 3, 4]), (9.0, [0, 1, 3, 4])):
+        assert positions(promote.entropy_bound_promote(entropy, masked, bound)) == expected
+    assert positions(promote.entropy_bound_promote(f32(0.1, NAN), mask_of("xx"), 9.0)) == [0]
+
+
+def test_margin_by_hand():
+    c, runner_up = f32(0.5, 0.5, 0.9, NAN), f32(0.1, 0.45, 0.05, NAN)
+    masked = mask_of("xxxx")
+    assert positions(promote.margin_promote(c, runner_up, masked, 0.3)) == [0, 2]
+    assert positions(promote.margin_promote(c, runner_up, mask_of(".x.x"), 0.3)) == [1]
+
+
+def test_uniform_by_hand():
+    c = f32(0.1, NAN, 0.0, 0.9)
+    assert positions(promote.uniform_promote(c, mask_of("xxx."))) == [0, 2]
+    assert positions(promote.uniform_promote(c, mask_of(".x.."))) == [1]
+
+
+def test_parallel_forced_by_hand():
+    # Header, slot 0 (2 positions), header, slot 1 (3 positions), summary (2 positions)
+    slots = torch.tensor([-1, 0, 0, -1, 1, 1, 1, 2, 2])
+    c = f32(1, 0.2, 0.9, 1, 0.1, 0.5, 0.3, 0.99, 0.98)
+    forced = promote.parallel_forced_promote
+    reasoning = mask_of(".xx.xxxxx")
+    assert positions(forced(c, reasoning, slots, 1, summary=2)) == [2, 5]
+    assert positions(forced(c, reasoning, slots, 2, summary=2)) == [1, 2, 5, 6]
+    assert positions(forced(c, reasoning, slots, 1)) == [2, 5, 7]  # a slot like the others
+    assert positions(forced(c, mask_of("....x..xx"), slots, 1, summary=2)) == [4]
+    assert positions(forced(c, mask_of(".......xx"), slots, 1, summary=2)) == [7]
+    # Two equal slots of 4 and 5 positions
+    assert positions(forced(c, mask_of("xxxxxxxxx"), 2, 1)) == [0, 7]
+    # A slot without a number still moves: the leftmost of it
+    torn = f32(1, NAN, NAN, 1, 0.1, NAN, 0.3, 1, 1)
+    assert positions(forced(torn, reasoning, slots, 3, summary=2)) == [1, 4, 6]
+
+
+def random_promote(c, masked, n, seed=0, step=0, token=None):
+    """Rows of `step` many draws, or one draw."""
+    step = torch.as_tensor(step, dtype=torch.int32)
+    masked = masked.expand(*step.shape, -1)
+    token = torch.zeros(masked.shape, dtype=torch.int64) if token is None else token
+    return promote.random_promote(token, c.expand(masked.shape), step, masked, n, seed)
+
+
+def test_random_repeats_itself_and_draws_uniformly():
+    masked, c = mask_of("xxxxx.xx"), torch.full((8,), 0.5)
+    draws = random_promote(c, masked, 2, step=torch.arange(2000))
+    assert torch.equal(draws, random_promote(c, masked, 2, step=torch.arange(2000)))
+    assert torch.equal(draws[7], random_promote(c, masked, 2, step=7))
+    assert (draws.sum(dim=-1) == 2).all()
+    counts = draws.sum(dim=0).tolist()
+    assert counts.pop(5) == 0
+    # 2 of 7 positions: 571 times each, with a standard deviation of 20
+    assert all(abs(count - 4000 / 7) < 100 for count in counts), counts
+
+
+def test_random_differs_by_seed_step_and_the_rows_predictions():
+    masked, c = torch.ones(64, dtype=torch.bool), torch.full((64,), 0.5)
+    token = torch.arange(64)
+    drawn = [
+        positions(random_promote(c, masked, 8, seed, step, salt))
+        for seed, step, salt in (
+            (0, 0, token),
+            (1, 0, token),
+            (2**40, 0, token),
+            (0, 1, token),
+            (0, 0, token + 1),
+        )
+    ]
+    assert len(set(map(tuple, drawn))) == len(drawn)
+
+
+def test_random_never_takes_a_nan_while_others_are_masked():
+    c = torch.where(torch.arange(8) < 6, NAN, 0.5)
+    masked = mask_of("xxxxxxxx")
+    for step in range(20):
+        assert positions(random_promote(c, masked, 3, step=step)) == [6, 7]
+        assert positions(random_promote(c, mask_of(".xxx...."), 3, step=step)) == [1]
+
+
+# Every function with the statistics it reads, and its options
+def call(name, statistics, masked, option):
+    c, runner_up, entropy, token, step = (
+        statistics[key] for key in ("confidence", "runner_up", "entropy", "token", "step")
+    )
+    tau, n = (0.0, 0.3, 0.8)[option], option + 1
+    return {
+        "threshold": lambda: promote.threshold_promote(c, masked, tau),
+        "factor": lambda: promote.factor_promote(c, masked, 0.2 + tau),
+        "hierarchical": lambda: promote.hierarchical_promote(c, masked, tau, tau / 2),
+        "top_n": lambda: promote.top_n_promote(c, masked, n),
+        "autoregressive": lambda: promote.autoregressive_promote(c, masked, n),
+        "random": lambda: promote.random_promote(token, c, step, masked, n, option),
+        "entropy_bound": lambda: promote.entropy_bound_promote(entropy, masked, tau),
+        "margin": lambda: promote.margin_promote(c, runner_up, masked, tau),
+        "uniform": lambda: promote.uniform_promote(c, masked),
+        "parallel_forced": lambda: promote.parallel_forced_promote(c, masked, n, n, option),
+    }[name]()
+
+
+NAMES = (
+    *("threshold", "factor", "hierarchical", "top_n", "autoregressive", "random"),
+    *("entropy_bound", "margin", "uniform", "parallel_forced"),
+)
+# One column per position: masked, c, share of the rest that the runner-up has, entropy
+columns = st.tuples(
+    st.booleans(),
+    st.sampled_from([0.0, 0.1, 0.3, 0.3, 0.5, 0.8, 0.9, 1.0, NAN]),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from([0.0, 0.01, 0.1, 0.1, 0.7, 3.0]),
+    st.integers(0, 20),
+)
+
+
+def build(rows):
+    masked, c, share, entropy, token = (
+        torch.tensor([[column[i] for column in row] for row in rows]) for i in range(5)
+    )
+    statistics = {
+        "confidence": c,
+        "runner_up": torch.minimum(c, share * (1 - c)),
+        "entropy": torch.where(c.isnan(), NAN, entropy),
+        "token": token,
+        "step": torch.arange(len(rows), dtype=torch.int32) % 3,
+    }
+    return statistics, masked
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 9).flatmap(
+        lambda n: st.lists(st.lists(columns, min_size=n, max_size=n), min_size=1, max_size=4)
+    ),
+    st.integers(0, 2),
+)
+def test_promises_all_rules_share(name, rows, option):
+    statistics, masked = build(rows)
+    promoted = call(name, statistics, masked, option)
+    assert promoted.dtype == torch.bool
+    assert promoted.shape == masked.shape
+    assert not (promoted & ~masked).any()
+    assert torch.equal(promoted.any(dim=-1), masked.any(dim=-1))
+    unknown = statistics["confidence"].isnan()
+    for i in range(len(rows)):
+        # A NaN moves only where it must: one, and the leftmost of what the rule looks at
+        forced = positions(promoted[i] & unknown[i])
+        if name == "autoregressive":
+            assert forced in ([], positions(masked[i])[:1])
+        elif name != "parallel_forced":
+            known = masked[i] & ~unknown[i]
+            assert forced == ([] if known.any() else positions(masked[i])[:1])
+        # The same row alone, and among others in another order
+        alone = {key: value[i : i + 1] for key, value in statistics.items()}
+        assert torch.equal(call(name, alone, masked[i : i + 1], option)[0], promoted[i])
+    mirrored = {key: value.flip(0) for key, value in statistics.items()}
+    assert torch.equal(call(name, mirrored, masked.flip(0), option).flip(0), promoted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_block_ends_after_as_many_steps_as_positions(name):
+    generator = torch.Generator().manual_seed(1)
+    masked = torch.rand(3, 2, 17, generator=generator) < 0.8  # any leading shape
+    c = torch.rand(masked.shape, generator=generator)
+    statistics = {
+        "confidence": c.masked_fill(c < 0.2, NAN),
+        "runner_up": (1 - c).clamp(max=c),
+        "entropy": -3 * c.log(),
+        "token": torch.randint(0, 50, masked.shape, generator=generator),
+        "step": torch.zeros(masked.shape[:-1], dtype=torch.int32),
+    }
+    for _ in range(17):
+        masked = masked & ~call(name, statistics, masked, 0)
+        statistics["step"] += 1
+    assert not masked.any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(columns, min_size=1, max_size=9), st.floats(0, 2))
+def test_entropy_bound_is_its_definition(row, bound):
+    statistics, masked = build([row])
+    entropies = statistics["entropy"][0].tolist()
+    known = [j for j, column in enumerate(row) if column[0] and not math.isnan(column[1])]
+    expected, before = [], torch.tensor(0.0)
+    for j in sorted(known, key=lambda j: (entropies[j], j)):
+        if before <= bound:
+            expected.append(j)
+        before = before + statistics["entropy"][0, j]
+    actual = promote.entropy_bound_promote(statistics["entropy"], masked, bound)[0]
+    assert positions(actual) == (sorted(expected) or positions(masked[0])[:1])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(columns, min_size=1, max_size=9), st.sampled_from([0.05, 0.4, 1.0, 2.5]))
+def test_factor_takes_the_largest_n(row, factor):
+    statistics, masked = build([row])
+    c = statistics["confidence"][0]
+    ranked = sorted(
+        (j for j, column in enumerate(row) if column[0] and not math.isnan(column[1])),
+        key=lambda j: (-c[j].item(), j),
+    )
+    sizes = [n for n, j in enumerate(ranked, start=1) if (n + 1) * (1 - c[j]) < factor]
+    expected = sorted(ranked[: max(sizes, default=1)]) or positions(masked[0])[:1]
+    assert positions(promote.factor_promote(c[None], masked, factor)[0]) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(columns, min_size=1, max_size=9), st.lists(st.integers(-2, 2), min_size=9, max_size=9)
+)
+def test_ranks_within_groups(row, groups):
+    statistics, masked = build([row])
+    c, group = statistics["confidence"], torch.tensor([groups[: len(row)]])
+    rank = promote.rank_within(c, masked, group)[0]
+
+    def key(j):
+        return (not row[j][0], math.isnan(row[j][1]), -c[0, j].nan_to_num().item(), j)
+
+    for g in set(groups[: len(row)]):
+        members = [j for j in range(len(row)) if groups[j] == g]
+        masked_members = [j for j in sorted(members, key=key) if row[j][0]]
+        assert [rank[j].item() for j in masked_members] == list(range(len(masked_members)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_host_sync(name):
+    """On tensors without values: nothing can be read back, and no shape can depend on a value."""
+    statistics, masked = build([[(True, 0.5, 0.5, 0.1, 3), (True, 0.9, 0.0, 0.01, 4)] * 3] * 2)
+    statistics = {key: value.to("meta") for key, value in statistics.items()}
+    promoted = call(name, statistics, masked.to("meta"), 1)
+    assert promoted.is_meta
+    assert promoted.shape == masked.shape

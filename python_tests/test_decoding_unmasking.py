@@ -1,0 +1,202 @@
+"""The rules beyond SPD in the loop: same tokens from both ops, any batch, with or without cache.
+
+SPD and its ablations have the whole grid of test_decoding.py; what differs between the rules here
+is one promotion function each (test_decoding_promote.py), so one setting per rule is enough.
+"""
+
+import math
+
+import pytest
+import torch
+from decoding_models import MASK, RandomModel, ScriptedModel, random_prompts
+
+from dmax_kernels.decoding import RULES, spd_generate
+from dmax_kernels.decoding.arness import arness
+from dmax_kernels.decoding.composed import ComposedRule
+from dmax_kernels.decoding.rules import ABLATIONS
+from dmax_kernels.decoding.unmasking import (
+    Autoregressive,
+    EntropyBound,
+    Factor,
+    Hierarchical,
+    Margin,
+    ParallelForced,
+    Random,
+    TopN,
+    Uniform,
+)
+
+K = 8
+NAMES = sorted(set(RULES) - set(ABLATIONS))
+# Every class with an option off its default
+OTHERS = [TopN(3), Autoregressive(2), Random(2, seed=5), ParallelForced(2, num_slots=4)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """These tensors are tiny: a second thread only costs its synchronisation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def decode(model, prompts, **changes):
+    arguments = {"block_length": K, "max_new_tokens": 27, "ops": "reference"}
+    return spd_generate(model, prompts, **{**arguments, **changes})
+
+
+@pytest.mark.parametrize("rule", [*NAMES, *OTHERS], ids=str)
+def test_same_tokens_from_both_ops_in_any_batch_and_without_cache(rule):
+    model, prompts = RandomModel(), random_prompts(4, 11)
+    settings = {"rule": rule, "tau_dec": 0.4, "eos_token_id": 3}
+    expected = decode(model, prompts, **settings)
+    assert (expected.sequences[:, 11:] != MASK).all()
+    for changes in ({"ops": "fused"}, {"use_cache": False}):
+        actual = decode(model, prompts, **settings, **changes)
+        assert torch.equal(actual.sequences, expected.sequences)
+        assert torch.equal(actual.block_forwards, expected.block_forwards)
+    alone = decode(model, prompts[2:3], **settings)
+    assert torch.equal(alone.sequences[0], expected.sequences[2])
+    assert alone.num_forwards[0] == expected.num_forwards[2]
+
+
+@pytest.mark.parametrize("rule", [*NAMES, *OTHERS], ids=str)
+def test_a_trace_shows_the_rules_promises(rule):
+    """One promotion or more per step; a rule that does not revise never changes a token."""
+    model = RandomModel()
+    settings = {"rule": rule, "tau_dec": 0.4, "eos_token_id": ()}
+    output = decode(model, random_prompts(3, 11), **settings, trace=True)
+    revises = rule == "uniform"
+    for row in output.trace.to_dict()["rows"]:
+        assert [block["start"] for block in row["blocks"]] == [8, 16, 24, 32]
+        for block in row["blocks"]:
+            editable = [j for j in range(K) if block["editable"][j]]
+            assert len(block["steps"]) <= len(editable) or revises
+            promoted = [j for step in block["steps"] for j in step["promoted"]]
+            assert sorted(promoted) == editable
+            for n, step in enumerate(block["steps"]):
+                assert step["promoted"] or (revises and n > 0)
+                assert revises or not step["revised"]
+            if revises:
+                assert sorted(block["steps"][0]["promoted"]) == editable
+                assert block["steps"][-1]["converged"]
+
+
+# (rule, steps of a block of 8 that is all masks)
+COUNTS = [(TopN(), 8), (TopN(3), 3), (Autoregressive(), 8), (Autoregressive(5), 2)]
+COUNTS += [(Random(), 8), (Random(8), 1), (ParallelForced(), 3), (ParallelForced(2), 2)]
+COUNTS += [(ParallelForced(num_slots=8), 1), (ParallelForced(num_slots=1), 8)]
+
+
+@pytest.mark.parametrize(("rule", "steps"), COUNTS, ids=str)
+def test_rules_of_a_fixed_count_take_their_number_of_steps(rule, steps):
+    output = decode(RandomModel(), random_prompts(2, K), rule=rule, max_new_tokens=2 * K)
+    assert (output.block_forwards == steps).all()
+
+
+def test_left_to_right_is_fully_autoregressive_and_random_is_not():
+    model, prompts = RandomModel(), random_prompts(8, K)
+
+    def score(rule, **measure):
+        output = decode(model, prompts, rule=rule, eos_token_id=(), trace=True)
+        scores = arness(output.trace, **measure)
+        return sum(scores) / len(scores)
+
+    for rule in ("autoregressive", Autoregressive(3)):
+        assert score(rule) == 1
+        assert score(rule, scope="local") == 1
+    # Of a random order in blocks of 8: (1 + 1/2 + ... + 1/8) / 8 = 0.34
+    assert score("random") == pytest.approx(0.34, abs=0.08)
+    assert score("random", k=K) == 1
+    assert score("parallel_forced") < 0.75
+
+
+def test_random_repeats_itself_and_differs_by_seed():
+    model, prompts = RandomModel(), random_prompts(4, K)
+    first, again, other = (
+        decode(model, prompts, rule=Random(seed=seed), trace=True).trace.to_dict()
+        for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+def constant_script(probabilities, steps=6):
+    """Logits [steps, 1, K, V]: at every step the top-1 of position j is token 4 + j with p_j."""
+    script = torch.zeros(
+        1, len(probabilities), MASK
+    )  # a vocabulary without the mask token's column
+    for j, p in enumerate(probabilities):
+        script[0, j, 4 + j] = math.log(p / (1 - p) * (MASK - 1))
+    mask_column = torch.full((1, len(probabilities), 1), -math.inf)
+    return torch.cat([script, mask_column], dim=-1).repeat(steps, 1, 1, 1)
+
+
+# What each rule promotes first of confidences .9 .3 .6 .95 behind a prompt token. What they compare
+# with tau or their option: confidences; the margin .6 - .4 / 21 = .58; (n + 1)(1 - c_n) = .1, .3;
+# entropies -p ln p - (1 - p) ln((1 - p) / 21) = .63, 2.74, 1.89, .35
+FIRST = [
+    ("threshold", 0.55, [1, 3, 4]),
+    (Margin(), 0.55, [1, 3, 4]),
+    (Margin(), 0.59, [1, 4]),
+    (Factor(0.31), 0, [1, 4]),
+    (Factor(0.29), 0, [4]),
+    (Hierarchical(0.2), 0.92, [4]),  # one run: its best
+    (Hierarchical(0.2), 0.55, [1, 3, 4]),
+    (EntropyBound(0.3), 0, [4]),
+    (EntropyBound(0.36), 0, [1, 4]),
+    (TopN(2), 0, [1, 4]),
+    (ParallelForced(num_slots=5), 0, [1, 2, 3, 4]),
+    (ParallelForced(num_slots=2), 0, [1, 4]),  # positions 0-2 and 3-4
+    (Autoregressive(2), 0, [1, 2]),
+    (Uniform(), 0, [1, 2, 3, 4]),
+]
+
+
+@pytest.mark.parametrize("ops", ["reference", "fused"])
+@pytest.mark.parametrize(("rule", "tau", "expected"), FIRST, ids=str)
+def test_first_step_by_hand(rule, tau, expected, ops):
+    model = ScriptedModel(constant_script([0.5, 0.9, 0.3, 0.6, 0.95]), eos_token_id=None)
+    output = spd_generate(
+        model,
+        torch.tensor([[2]]),
+        block_length=5,
+        max_new_tokens=4,
+        rule=rule,
+        tau_dec=tau,
+        ops=ops,
+        use_cache=False,
+        trace=True,
+    )
+    steps = output.trace.to_dict()["rows"][0]["blocks"][0]["steps"]
+    assert steps[0]["promoted"] == expected
+    assert output.sequences[0].tolist() == [2, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_the_rule_with_its_defaults(name):
+    rule = RULES[name]
+    assert isinstance(rule, ComposedRule)
+    assert rule == type(rule)()
+    assert rule.promote.__module__.startswith("dmax_kernels.decoding")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Factor(0), "Factor: factor must be a number, positive, got 0"),
+        (lambda: Factor("1"), "Factor: factor must be a number, positive, got 1"),
+        (lambda: Hierarchical(1.5), "Hierarchical: low_threshold must be a number, in [0, 1]"),
+        (lambda: EntropyBound(-0.1), "EntropyBound: entropy_bound must be a number, at least 0"),
+        (lambda: EntropyBound(math.nan), "must be a number, at least 0, got nan"),
+        (lambda: TopN(0), "TopN: tokens_per_step must be a positive integer, got 0"),
+        (lambda: Autoregressive(1.0), "Autoregressive: tokens_per_step must be a positive integer"),
+        (lambda: Random(seed=-1), "Random: seed must be an integer in [0, 2^64), got -1"),
+        (lambda: ParallelForced(num_slots=0), "num_slots must be a positive integer, got 0"),
+    ],
+)
+def test_mistakes_are_named(make, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the text is compared below
+        make()
+    assert message in str(error.value)

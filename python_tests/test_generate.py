@@ -1,0 +1,252 @@
+"""`python -m dmax_kernels generate` and the loading of models with LLaDA2's interface.
+
+The model is a stand-in with LLaDA2's parts and interface, saved as a folder with its own code and
+loaded as a checkpoint is: AutoModelForCausalLM with trust_remote_code.
+"""
+
+import json
+import re
+
+import pytest
+import torch
+from stand_in import EOS, MASK, save_stand_in
+
+from dmax_kernels.__main__ import main
+from dmax_kernels.decoding import spd_generate
+from dmax_kernels.models import ring_walk
+from dmax_kernels.models.pretrained import KNOWN, load_pretrained, model_defaults
+from dmax_kernels.models.remote_code import repair_loaded_model, unscaled_rotary_frequencies
+
+PROMPTS = ["w5 w6", "w7 w8 w9 w10", " ".join(f"w{i}" for i in range(3, 73))]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """These tensors are tiny: a second thread only costs its synchronisation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_stand_in(tmp_path_factory.mktemp("stand_in") / "model")
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return load_pretrained(str(folder))
+
+
+def random_ids(lengths, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 110, (n,), generator=generator) for n in lengths]
+
+
+@pytest.mark.parametrize("semantics", ["paper", "released"])
+@pytest.mark.parametrize("tau_dec", [0.9, 0.3, 0.0])
+def test_reference_and_fused_give_the_same_tokens(loaded, tau_dec, semantics):
+    prompts = random_ids([5, 33, 64, 70])
+    settings = {"max_new_tokens": 60, "tau_dec": tau_dec, "semantics": semantics}
+    reference = spd_generate(loaded.model, prompts, ops="reference", **settings)
+    fused = spd_generate(loaded.model, prompts, ops="fused", **settings)
+    assert fused.answers == reference.answers
+    assert fused.promotions == reference.promotions
+
+
+def test_the_cache_gives_what_whole_sequences_give(loaded):
+    prompts = random_ids([5, 33, 64, 70])
+    cached = spd_generate(loaded.model, prompts, max_new_tokens=60)
+    whole = spd_generate(loaded.model, prompts, max_new_tokens=60, use_cache=False)
+    assert cached.answers == whole.answers
+    assert len({tuple(answer) for answer in cached.answers}) == 4
+
+
+def test_rotary_frequencies_are_whole_after_loading(loaded):
+    """transformers 5 leaves what is not in the checkpoint uninitialised; the shim restores it."""
+    rotary = loaded.model.model.rotary_emb
+    dim = 4  # half of a head of 8
+    expected = torch.tensor([10000.0 ** (-2 * i / dim) for i in range(dim // 2)])
+    torch.testing.assert_close(rotary.inv_freq, expected)
+    torch.testing.assert_close(rotary.original_inv_freq, expected)
+    scaled, factor = unscaled_rotary_frequencies(loaded.model.config)
+    torch.testing.assert_close(scaled, expected)
+    assert factor == 1.0
+    # Positions come from nowhere else: the frequencies reach the logits
+    inputs = {
+        "input_ids": random_ids([9])[0][None],
+        "attention_mask": torch.zeros(1, 1, 9, 9),
+        "position_ids": torch.arange(9)[None],
+    }
+    with torch.no_grad():
+        before = loaded.model(**inputs).logits
+        rotary.inv_freq.zero_()
+        try:
+            assert not torch.allclose(loaded.model(**inputs).logits, before)
+        finally:
+            repair_loaded_model(loaded.model)
+        assert torch.equal(loaded.model(**inputs).logits, before)
+
+
+def test_known_models_and_what_a_config_leaves_out(folder, loaded):
+    for name, known in KNOWN.items():
+        assert (known.mask_token_id, known.eos_token_id) == (156895, 156892), name
+        assert 0 <= known.tau_dec <= 1
+    assert (loaded.defaults.mask_token_id, loaded.defaults.eos_token_id) == (MASK, EOS)
+    loaded.model.config.mask_token_id = None
+    try:
+        assert model_defaults("elsewhere", loaded.model.config).mask_token_id == 156895
+    finally:
+        loaded.model.config.mask_token_id = MASK
+
+
+def generate(capsys, *arguments):
+    status = main(["generate", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_command_prints_json_that_is_the_loops_output(folder, loaded, capsys):
+    prompts = [argument for prompt in PROMPTS for argument in ("--prompt", prompt)]
+    common = ("--model", folder, *prompts, "--max-new-tokens", 50, "--tau-dec", 0.3, "--json", "-")
+    status, out, err = generate(capsys, *common)
+    assert status == 0
+    report = json.loads(out)
+    # The stand-in's chat template puts w1 before the prompt and w2 after it
+    ids = [[1, *(int(word[1:]) for word in prompt.split()), 2] for prompt in PROMPTS]
+    expected = spd_generate(loaded.model, ids, max_new_tokens=50, tau_dec=0.3)
+    assert [record["token_ids"] for record in report["answers"]] == expected.answers
+    for row, record in enumerate(report["answers"]):
+        assert record["prompt"] == PROMPTS[row]
+        assert record["answer"] == " ".join(f"w{i}" for i in expected.answers[row] if i != EOS)
+        assert record["forwards"] == expected.num_forwards[row]
+        assert record["promotions"] == expected.promotions[row]
+        assert record["batch"]["tokens"] == expected.num_tokens.sum()
+    assert re.search(r"\d+ tokens in \d+ denoising passes = ", err)
+    # One at a time, on the reference, is the same
+    _, out, _ = generate(capsys, *common, "--batch-size", 1, "--ops", "reference")
+    again = json.loads(out)["answers"]
+    assert [each["token_ids"] for each in again] == expected.answers
+
+
+def test_raw_prompts_from_files(folder, loaded, capsys, tmp_path):
+    text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    text.write_text("\n\n".join(PROMPTS[:2]))
+    lines.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS[:2]))
+    ids = [[int(word[1:]) for word in prompt.split()] for prompt in PROMPTS[:2]]
+    expected = spd_generate(loaded.model, ids, max_new_tokens=20)
+    for file in (text, lines):
+        _, out, _ = generate(
+            capsys, "--model", folder, "--prompt-file", file, "--raw", "--max-new-tokens", 20
+        )
+        printed = re.split(r"^\[\d\] .*$", out, flags=re.MULTILINE)[1:]
+        words = [[f"w{i}" for i in answer if i != EOS] for answer in expected.answers]
+        assert [block.split() for block in printed] == words
+
+
+def test_streamed_text_is_the_answer(folder, capsys):
+    command = ("--model", folder, "--prompt", PROMPTS[0], "--max-new-tokens", 70)
+    _, whole, _ = generate(capsys, *command)
+    _, streamed, _ = generate(capsys, *command, "--stream")
+    assert streamed == whole
+    assert len(whole.split()) > 32  # more than one block
+    _, streamed, _ = generate(capsys, *command, "--prompt", PROMPTS[2], "--stream")
+    lines = [line for line in streamed.splitlines() if line.startswith("[1] ")]
+    assert " ".join(line[4:].removesuffix(" (end)") for line in lines) == whole.strip()
+
+
+def test_trace_page_has_every_step(folder, loaded, capsys, tmp_path):
+    page = tmp_path / "trace.html"
+    command = ("--model", folder, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1])
+    generate(capsys, *command, "--max-new-tokens", 40, "--raw", "--trace", page)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text("utf-8"), re.DOTALL)[1])
+    ids = [[int(word[1:]) for word in prompt.split()] for prompt in PROMPTS[:2]]
+    expected = spd_generate(loaded.model, ids, max_new_tokens=40, trace=True)
+    rows = expected.trace.to_dict()["rows"]
+    assert [run["blocks"] for run in data["runs"]] == [row["blocks"] for row in rows]
+    assert data["runs"][1]["prompt"] == PROMPTS[1].split()
+    assert [run["forwards"] for run in data["runs"]] == expected.num_forwards.tolist()
+    assert data["eos"] == [EOS]
+    shown = {
+        token for row in rows for b in row["blocks"] for s in b["steps"] for token in s["token"]
+    }
+    assert set(data["words"]) == set(map(str, shown))
+
+
+def test_a_shipped_checkpoint_solves_its_task(capsys):
+    problem = ring_walk.evaluation_problems(1)[0]
+    prompt = " ".join(ring_walk.render_prompt(problem))
+    status, out, _ = generate(
+        capsys, "--model", "oput", "--prompt", prompt, "--max-new-tokens", 96, "--device", "cpu"
+    )
+    assert status == 0
+    assert ring_walk.grade(problem, out.split()).answer
+
+
+MISTAKES = {
+    "no prompt": ([], "--prompt or --prompt-file must give at least one prompt, got none"),
+    "batch size": (
+        ["--prompt", "w1", "--batch-size", "0"],
+        "--batch-size must be at least 1, got 0",
+    ),
+    "empty prompt": (
+        ["--prompt", "", "--raw"],
+        (
+            "spd_generate: input_ids must be at least one prompt token per row, "
+            "got an empty prompt (row 0)"
+        ),
+    ),
+    "threshold": (
+        ["--prompt", "w1", "--tau-dec", "2"],
+        "spd_generate: tau_dec must be in [0, 1], got 2.0",
+    ),
+    "mask id": (
+        ["--prompt", "w1", "--mask-token-id", "120"],
+        "spd_generate: mask_token_id must be in [0, 120), the model's vocabulary, got 120",
+    ),
+    "ops": (
+        ["--prompt", "w1", "--ops", "cuda"],
+        "spd_generate: ops must be one of 'fused', 'reference', got 'cuda'",
+    ),
+    "semantics": (
+        ["--prompt", "w1", "--semantics", "dinfer"],
+        "spd_generate: semantics must be one of 'paper', 'released', got 'dinfer'",
+    ),
+    "context": (
+        ["--prompt", "w1", "--raw", "--max-new-tokens", "500"],
+        (
+            "spd_generate: a prompt of 1 tokens and max_new_tokens=500 need 512 positions in whole "
+            "blocks of 32, but the model's context is 256 (config.max_position_embeddings)"
+        ),
+    ),
+    "stream and json": (
+        ["--prompt", "w1", "--stream", "--json", "-"],
+        "--json must name a file where --stream prints to stdout, got -",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_users_mistake_reads_as_one_line(folder, mistake, capsys):
+    arguments, sentence = MISTAKES[mistake]
+    status, out, err = generate(capsys, "--model", folder, *arguments)
+    assert (status, out) == (1, "")
+    assert err.splitlines()[-1] == f"dmax_kernels generate: {sentence}"
+
+
+def test_places_that_are_not_there(folder, tmp_path, capsys):
+    status, _, err = generate(capsys, "--model", tmp_path, "--prompt", "w1")
+    assert status == 1
+    need = "load_pretrained: name must be a folder with a config.json"
+    assert err == f"dmax_kernels generate: {need}, got {str(tmp_path)!r}\n"
+    status, _, err = generate(capsys, "--model", folder, "--prompt-file", tmp_path / "none.txt")
+    assert status == 1
+    assert "none.txt" in err
+    assert len(err.splitlines()) == 1
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "w1"}\n{"text": "w1"}\n')
+    _, _, err = generate(capsys, "--model", folder, "--prompt-file", tmp_path / "bad.jsonl")
+    assert 'bad.jsonl, line 2: must be a JSON object with a text field "prompt", got' in err
+    if not torch.cuda.is_available():
+        _, _, err = generate(capsys, "--model", folder, "--prompt", "w1", "--device", "cuda")
+        assert "--device must be cpu on this machine, which has no GPU, got cuda" in err
