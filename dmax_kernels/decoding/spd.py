@@ -129,6 +129,7 @@ def spd_generate(
     prompts = read_prompts(input_ids, attention_mask)
     embedding = model.get_input_embeddings().weight
     check_prompts(prompts, len(embedding), model.config, block_length, max_new_tokens)
+    table = row_thresholds(thresholds, settings, len(prompts))
     requests = [
         Request(row, len(prompt), len(prompt) // block_length * block_length)
         for row, prompt in enumerate(prompts)
@@ -138,7 +139,6 @@ def spd_generate(
 
     started = time.perf_counter()
     forward = prefill(model, prompts, settings, use_cache)
-    table = row_thresholds(thresholds, settings, len(prompts))
     state = first_blocks(forward, requests, table, settings)
     if embedding.is_cuda:
         torch.cuda.synchronize(embedding.device)  # once per call: to time the prefill by itself
