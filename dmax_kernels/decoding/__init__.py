@@ -1,11 +1,8 @@
 """Block-wise decoding of diffusion language models; Soft Parallel Decoding is the default rule.
 
-Read in this order: `spd.py` (spd_generate: check, prefill, run), `batch.py` (step, advance, leave),
-`state.py` (what a step changes), `forward.py` and `cache.py` (the forward pass, rows at different
-places), `rule.py` (what a rule gets and does), `rules.py` (the paper's, and its ablations),
-`requests.py` (a row on the host), `polling.py` and `graph.py` (what a GPU is not waited for, and
-its captured step), `settings.py` and `prompts.py` (arguments and their errors), `output.py`,
-`trace.py` (what happened, as JSON).
+Read in this order: `spd.py` (spd_generate -> prefill -> step -> advance), `state.py` (what a step
+changes), `forward.py` (the forward pass and its KV cache), `rules.py` (the paper's ablations),
+`settings.py` (arguments and their errors), `trace.py` (what happened, as JSON).
 """
 
 from dmax_kernels.decoding.output import GenerationOutput, Statistics

@@ -1,7 +1,9 @@
 """Soft Parallel Decoding (arXiv 2604.08302, section 3.2, Algorithm 1), block by block.
 
-spd_generate -> prefill -> step -> advance. Shapes: B rows, b of them live, T prompt tokens,
-K block length, V vocabulary, D hidden size.
+spd_generate -> prefill -> step -> advance; the last two are in `batch.py`. A row's part on the host
+is in `requests.py`, its slots of the KV cache in `cache.py`; `polling.py` and `graph.py` keep a GPU
+from waiting. Shapes: B rows, b of them live, T prompt tokens, K block length, V vocabulary,
+D hidden size.
 """
 
 from __future__ import annotations
