@@ -1,6 +1,6 @@
 """Block-wise decoding of diffusion language models; Soft Parallel Decoding is the default rule.
 
-Read in this order: `spd.py` (generate -> prefill -> denoise_block -> step), `state.py` (what a step
+Read in this order: `spd.py` (spd_generate -> prefill -> step -> advance), `state.py` (what a step
 changes), `forward.py` (the forward pass and its KV cache), `rules.py` (the paper's ablations),
 `settings.py` (arguments and their errors), `trace.py` (what happened, as JSON).
 

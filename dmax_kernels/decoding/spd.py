@@ -1,7 +1,9 @@
 """Soft Parallel Decoding (arXiv 2604.08302, section 3.2, Algorithm 1), block by block.
 
-spd_generate -> prefill -> step -> advance. Shapes: B rows, b of them live, T prompt tokens,
-K block length, V vocabulary, D hidden size.
+spd_generate -> prefill -> step -> advance; the last two are in `batch.py`. A row's part on the host
+is in `requests.py`, its slots of the KV cache in `cache.py`; `polling.py` and `graph.py` keep a GPU
+from waiting. Shapes: B rows, b of them live, T prompt tokens, K block length, V vocabulary,
+D hidden size.
 """
 
 from __future__ import annotations
@@ -131,6 +133,7 @@ def spd_generate(
     prompts = read_prompts(input_ids, attention_mask)
     embedding = model.get_input_embeddings().weight
     check_prompts(prompts, len(embedding), model.config, block_length, max_new_tokens)
+    table = row_thresholds(thresholds, settings, len(prompts))
     requests = [
         Request(row, len(prompt), len(prompt) // block_length * block_length)
         for row, prompt in enumerate(prompts)
@@ -140,7 +143,6 @@ def spd_generate(
 
     started = time.perf_counter()
     forward = prefill(model, prompts, settings, use_cache)
-    table = row_thresholds(thresholds, settings, len(prompts))
     state = first_blocks(forward, requests, table, settings)
     if embedding.is_cuda:
         torch.cuda.synchronize(embedding.device)  # once per call: to time the prefill by itself
