@@ -2,7 +2,11 @@
 
 from bench.cases import Case, benchmark_of
 
-CASES = [Case("linear_top1_confidence", (32, 2048, 157184), d) for d in ("float32", "bfloat16")]
+CASES = [
+    Case("linear_top1_confidence", (rows, 2048, 157184), dtype, speedup_target=1)
+    for rows in (32, 256)
+    for dtype in ("float32", "bfloat16")
+]
 # Every row count of the dispatch: the fused op may be slower than the product at none of them
 GPU_CASES = [
     Case(

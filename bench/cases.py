@@ -34,13 +34,19 @@ class Case:
     compiled: bool = False  # torch.compile is a candidate, too
 
     @property
+    def all_sizes(self) -> tuple[int, ...]:
+        return WORKLOADS[self.workload].all_sizes(self.sizes)
+
+    @property
     def name(self) -> str:
-        shape = " x ".join(map(str, WORKLOADS[self.workload].all_sizes(self.sizes)))
+        shape = " x ".join(map(str, self.all_sizes))
         return f"{self.workload} {shape} {self.dtype} {self.values}"
 
+    def inputs(self, device: str = "cpu") -> Inputs:
+        return Inputs(DTYPES[self.dtype], device, self.values)
+
     def work(self, device: str = "cpu") -> Work:
-        inputs = Inputs(DTYPES[self.dtype], device, self.values)
-        return WORKLOADS[self.workload].work(inputs, self.sizes)
+        return WORKLOADS[self.workload].work(self.inputs(device), self.sizes)
 
 
 def benchmark_of(cases: list[Case]):

@@ -118,6 +118,7 @@ def sanitize(record: dict) -> int:
 
 def bench(record: dict) -> int:
     """The GPU cases of every op, and how cost grows; pictures where matplotlib is installed."""
+    from bench.linear_ways import run_linear_ways
     from bench.run import cases_of, machine_facts, print_table, run_cases
     from bench.scaling import run_scaling
     from dmax_kernels.benchmark.measure import Machine
@@ -129,6 +130,7 @@ def bench(record: dict) -> int:
     record["results"] = run_cases(cases_of(device="cuda"), machine, repetitions=100)
     print_table(record["results"])
     record["scaling"] = run_scaling(machine)
+    record["linear ways"] = run_linear_ways()
     return 0
 
 

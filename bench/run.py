@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.cases import Case  # noqa: E402
+from bench.peers import add_peers  # noqa: E402
 from bench.scaling import run_scaling  # noqa: E402
 from dmax_kernels.benchmark.measure import Machine, measure  # noqa: E402
 from dmax_kernels.cli.info import collect  # noqa: E402
@@ -49,9 +50,9 @@ def cases_of(ops: Sequence[str] = (), device: str = "cpu") -> list[Case]:
 def run_cases(cases: list[Case], machine: Machine, repetitions: int) -> list[dict]:
     rows = []
     for case in tqdm(cases, desc="cases", disable=None):
-        result = measure(
-            case.work(machine.device), machine, repetitions=repetitions, compiled=case.compiled
-        )
+        work = case.work(machine.device)
+        absent = add_peers(work, case.workload, case.inputs(machine.device), case.all_sizes)
+        result = measure(work, machine, repetitions=repetitions, compiled=case.compiled)
         targets = {
             "speed-up": case.speedup_target,
             "share of bandwidth": case.bandwidth_target,
@@ -59,6 +60,8 @@ def run_cases(cases: list[Case], machine: Machine, repetitions: int) -> list[dic
         }
         row = {"case": case.name, "op": case.workload, **result}
         row["targets"] = {name: value for name, value in targets.items() if value is not None}
+        if absent:
+            row["peers without a time"] = absent
         if case.predicted_us is not None:
             row["predicted us"] = case.predicted_us
         rows.append(row)

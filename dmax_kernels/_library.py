@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from dmax_kernels import _gpus
+
 MIN_TORCH = (2, 10)
 CPU_LIBRARY = "libdmax_cpu.so"
 CUDA_LIBRARY = "libdmax_cuda.so"
@@ -32,14 +34,18 @@ class Libraries:
 
     def cuda_report(self) -> dict | None:
         """What the CUDA library was built for and with, and what ptxas said of every kernel."""
-        path = self.cuda.with_suffix(".json") if self.cuda else None
-        return json.loads(path.read_text()) if path and path.is_file() else None
+        return _report(self.cuda) if self.cuda else None
 
     def instruction_set(self) -> str:
-        """The CPU instruction set the kernels run in: avx512, avx2 or portable."""
+        """The CPU instruction set the kernels run in; PyTorch's ATEN_CPU_CAPABILITY lowers it."""
         function = ctypes.CDLL(str(self.cpu)).dmax_cpu_instruction_set
         function.restype = ctypes.c_char_p
         return function().decode()
+
+
+def _report(library: Path) -> dict | None:
+    path = library.with_suffix(".json")
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _find(name: str) -> Path | None:
@@ -79,6 +85,9 @@ def _load_cuda(libraries: Libraries) -> None:
     if path is None:
         libraries.cuda_reason = "not built (no nvcc when the package was installed)"
         return
+    if reason := _fits_no_gpu(path):
+        libraries.cuda_reason = reason
+        return
     try:
         torch.ops.load_library(str(path))
     except OSError as error:  # say, a CUDA runtime of another major version
@@ -87,9 +96,27 @@ def _load_cuda(libraries: Libraries) -> None:
     libraries.cuda = path
 
 
+def _fits_no_gpu(path: Path) -> str:
+    """Why Triton should serve a machine none of whose GPUs the library was built for; else ""."""
+    report = _report(path)
+    gpus = sorted(set(_gpus.capabilities()))
+    if report is None or not gpus or importlib.util.find_spec("triton") is None:
+        return ""
+    if any(_gpus.runs_on(each, gpu) for each in report["architectures"] for gpu in gpus):
+        return ""
+    built = ", ".join(f"sm_{each}" for each in report["architectures"])
+    here = ", ".join(f"sm_{major}{minor}" for major, minor in gpus)
+    return f"built for {built}, but the GPU here is {here}: install again on this machine"
+
+
 def _register_triton(libraries: Libraries) -> None:
     """Triton where the CUDA slot is empty: without the CUDA library every op, with it those that
     have no CUDA C++ (the ones with a matrix product). Triton is imported when an op first runs.
+
+    Plain registrations, not torch.library.triton_op: that would define the op a second time, in
+    Python (an error, tried with torch 2.13), where one schema in C++ serves every backend. What it
+    buys is that Inductor sees the kernels; but ours read and write their tensors once and have no
+    elementwise neighbour to fuse with, and the launch code looks at strides, which a trace freezes.
     """
     if importlib.util.find_spec("triton") is None:
         libraries.triton_reason = "not installed"

@@ -64,6 +64,40 @@ def test_cases_name_workloads(device):
     assert {case.workload for case in cases} <= set(WORKLOADS)
 
 
+def test_peers_that_cannot_run_are_named_and_not_timed(monkeypatch):
+    """Absent packages, no GPU, a call that fails: a reason each, and no candidate."""
+    from bench import peers
+
+    assert {each.workload for each in peers.PEERS} <= {*WORKLOADS, "linear_oput_loss"}
+    work = WORKLOADS["top1_confidence"].work(Inputs(torch.float32), (3, 64))
+    before = set(work.candidates)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    absent = peers.add_peers(work, "top1_confidence", Inputs(torch.float32), (3, 64))
+    assert len(absent) == 3
+    assert set(absent.values()) == {"not installed"}
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
+    absent = peers.add_peers(work, "top1_confidence", Inputs(torch.float32), (3, 64))
+    assert set(absent.values()) == {"needs a GPU"}
+    monkeypatch.setattr(peers, "PEERS", [peers.Peer("x", "x", "x", lambda *_: 1 / 0)])
+    device = Inputs(torch.float32)
+    device.device = "cuda"
+    assert peers.add_peers(work, "x", device, ()) == {
+        "x": "failed: ZeroDivisionError: division by zero"
+    }
+    assert set(work.candidates) == before
+
+
+def test_row_count_of_the_dispatch():
+    from bench.linear_ways import CHUNKED, FUSED, least_chunked_rows
+
+    def rows(*ways):
+        return [{"dtype": "float32", "rows": 2**i, "faster": w} for i, w in enumerate(ways)]
+
+    assert least_chunked_rows(rows(FUSED, CHUNKED, FUSED, CHUNKED, CHUNKED), "float32") == 8
+    assert least_chunked_rows(rows(CHUNKED, FUSED), "float32") is None
+    assert least_chunked_rows(rows(CHUNKED, CHUNKED), "float32") == 1
+
+
 def test_command_prints_a_table_and_writes_json(capsys, tmp_path):
     path = tmp_path / "result.json"
     arguments = ["--shape", "3x64", "--repetitions", "5", "--json", str(path)]

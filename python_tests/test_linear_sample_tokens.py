@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_linear_top1_confidence import held_inputs
-from triton_device import triton_op
+from triton_device import chunked_from, triton_op
 
 import dmax_kernels
 from dmax_kernels import reference
@@ -16,7 +16,16 @@ def triton(*arguments, **options):
     return triton_op("linear_sample_tokens", *arguments, **options)
 
 
-BACKENDS = {"cpu": dmax_kernels.linear_sample_tokens, "triton": triton}
+def triton_chunks(*arguments, **options):
+    with chunked_from(1):
+        return triton(*arguments, **options)
+
+
+BACKENDS = {
+    "cpu": dmax_kernels.linear_sample_tokens,
+    "triton": triton,
+    "triton in chunks": triton_chunks,
+}
 
 
 # Exact logits (small integers), so that only the noise's rounding could tell backends apart. A seed

@@ -1,11 +1,12 @@
 """linear_top1_confidence on every backend at hand: values, edges, memory, precision."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from triton_device import DEVICE, triton_op
+from triton_device import DEVICE, chunked_from, triton_op
 
 import dmax_kernels
 from dmax_kernels import reference
@@ -19,10 +20,22 @@ def triton(hidden, weight, bias=None, **options):
     return triton_op("linear_top1_confidence", hidden, weight, bias, **options)
 
 
+def triton_chunks(hidden, weight, bias=None, **options):
+    """The library's product of chunks of the vocabulary, at any number of rows."""
+    with chunked_from(1):
+        return triton(hidden, weight, bias, **options)
+
+
+def triton_fused(hidden, weight, bias=None, **options):
+    with chunked_from(None):
+        return triton(hidden, weight, bias, **options)
+
+
 BACKENDS = {
     "reference": reference.linear_top1_confidence,
     "cpu": dmax_kernels.linear_top1_confidence,
-    "triton": triton,
+    "triton": triton_fused,
+    "triton in chunks": triton_chunks,
 }
 # Triton's interpreter multiplies the bits of bfloat16 as integers: float16 stands in for it there
 DTYPES = (torch.float32, torch.float16) if DEVICE.type == "cpu" else (torch.float32, torch.bfloat16)
@@ -40,15 +53,15 @@ def held_inputs(rows, vocab_size, dim, dtype=torch.float32):
 
 # One row and the least that a tensor core takes and more; one token, part of a tile, several tiles;
 # a width of part of a step, of several steps with a cut one. 1,100 tokens and 520 rows: two blocks
-# of the CPU's in both directions (not under the interpreter, for time)
+# of the CPU's in both directions (less under the interpreter, for time; 4,200 are two chunks)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "vocab_size", "dim"), [
     (1, 1, 1), (3, 300, 40), (17, 130, 33), (520, 1100, 24),
 ])  # fmt: skip
 def test_exact_against_float64(backend, dtype, rows, vocab_size, dim):
-    if rows == 520 and backend == "triton" and DEVICE.type == "cpu":
-        rows = 66
+    if rows == 520 and backend.startswith("triton") and DEVICE.type == "cpu":
+        rows, vocab_size = (3, 4200) if "chunks" in backend else (66, 1100)
     hidden, weight, bias = held_inputs(rows, vocab_size, dim, dtype)
     for given in (None, bias):
         options = {"temperature": 5.0, "suppress_token": vocab_size // 2 if vocab_size > 1 else -1}
@@ -89,6 +102,71 @@ def test_undefined_logits(backend):
     minus_inf[170] = -1.0
     token, confidence = BACKENDS[backend](torch.ones(1, 1), minus_inf)
     assert (token.item(), confidence.item()) == (170, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_undefined_logits_leave_other_tokens_and_rows_alone(dtype):
+    """A NaN weight reaches every row, a NaN row no other row: of 33 rows and 300 tokens."""
+    hidden, weight, _ = held_inputs(33, 300, 40, dtype)
+    hidden[17] = torch.nan
+    token, confidence = dmax_kernels.linear_top1_confidence(hidden, weight)
+    expected, _ = float64.top1_confidence(hidden.double() @ weight.double().t())
+    assert torch.equal(token, expected)
+    assert confidence.isnan().nonzero().tolist() == [[17]]
+    weight[299] = torch.nan
+    token, confidence = dmax_kernels.linear_top1_confidence(hidden, weight)
+    assert token.tolist() == [0 if row == 17 else 299 for row in range(33)]
+    assert confidence.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_cpu_bits_depend_on_the_row_alone(dtype):
+    """Not on the other rows, nor on the threads: 300 rows are two readings of the weight."""
+    generator = torch.manual_seed(0)
+    hidden = torch.randn(300, 300, generator=generator).to(dtype)
+    weight = torch.randn(700, 300, generator=generator).to(dtype)
+    expected = dmax_kernels.linear_top1_confidence(hidden, weight)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = dmax_kernels.linear_top1_confidence(hidden, weight)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(alone[0], expected[0])
+    assert torch.equal(alone[1], expected[1])
+    for some in (slice(299, 300), slice(5, 38), slice(250, 266)):
+        token, confidence = dmax_kernels.linear_top1_confidence(hidden[some], weight)
+        assert torch.equal(token, expected[0][some])
+        assert torch.equal(confidence, expected[1][some])
+
+
+INSTRUCTION_SETS = """
+import sys, torch, dmax_kernels
+sys.path.insert(0, "python_tests")
+from test_linear_top1_confidence import held_inputs
+print(dmax_kernels.libraries.instruction_set())
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    hidden, weight, bias = held_inputs(37, 333, 300, dtype)
+    token, _ = dmax_kernels.linear_top1_confidence(hidden, weight, bias)
+    assert torch.equal(token, (hidden.double() @ weight.double().t() + bias.double()).argmax(-1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [("default", "portable"), ("avx2", "avx2"), ("avx512", "avx512")]
+)
+def test_every_instruction_set(capability, expected):
+    """What this CPU lacks falls back to less, which is tested all the same."""
+    result = subprocess.run(
+        [sys.executable, "-c", INSTRUCTION_SETS],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    order = ["portable", "avx2", "avx512"]
+    assert order.index(result.stdout.strip()) <= order.index(expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -385,7 +385,7 @@ def broken(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"logits": torch.randn(4, VOCAB)}, r"logits must be \[B, K, V\], got \[4, 40\]"),
+        ({"logits": torch.randn(4, VOCAB)}, r"logits must be \[B, K, V\] .*, got \[4, 40\]"),
         ({"logits": torch.randn(2, 4, VOCAB).double()}, "logits must be float32.*, got float64"),
         ({"embedding": torch.randn(9, DIM)}, r"embedding must be \[V, D\] with V = 40 .*\[9, 12\]"),
         ({"editable": torch.ones(2, 4)}, "editable must be bool, got float32"),
@@ -414,6 +414,18 @@ def test_bad_input(changes, message):
         dmax_kernels.spd_step_(**arguments)
     for name in WRITTEN:
         assert torch.equal(arguments[name], before[name]), name
+
+
+def test_a_block_without_positions_is_an_error():
+    """K = 0 on every backend in the same words (Triton's: test_triton_messages)."""
+    state = new_state(torch.ones(2, 0, dtype=torch.bool), embedding_table())
+    arguments = broken(**state, logits=torch.randn(2, 0, VOCAB))
+    for op in (reference.spd_step_, dmax_kernels.spd_step_):
+        with pytest.raises(
+            RuntimeError,
+            match=r"^spd_step_: logits must be \[B, K, V\] with K >= 1, got \[2, 0, 40\]",
+        ):
+            op(**arguments)
 
 
 def test_bad_semantics():

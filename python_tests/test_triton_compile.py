@@ -38,6 +38,7 @@ STREAMING = {
     "linear_statistics_kernel",
     "linear_loss_partials_kernel",
     "logits_grad_kernel",
+    "chunk_statistics_kernel",
 }
 
 

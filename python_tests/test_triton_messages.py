@@ -158,6 +158,7 @@ BAD = [
     ),
     ("linear_sample_tokens", (torch.ones(3, 4), E, torch.zeros(2, 2).long()), {}),
     spd(logits=X),
+    spd(logits=torch.ones(2, 0, 6)),
     spd(logits=torch.ones(2, 3, 6).long()),
     spd(embedding=torch.ones(5, 4)),
     spd(embedding=E.double()),

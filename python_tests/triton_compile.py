@@ -135,20 +135,26 @@ def call_linear_ops() -> None:
         OPS["linear_top1_confidence"](hidden, weight)
         OPS["linear_sample_tokens"](hidden, weight, seed, weight[:, 0])
     OPS["linear_top1_confidence"](torch.empty(32, D), torch.empty(V, D))
-    call_linear_loss(weight)
+    # The way by chunks of the vocabulary: the products run here, so they are small ones
+    hidden, weight = torch.empty(64, 16), torch.empty(4000, 16)
+    OPS["linear_top1_confidence"](hidden, weight)
+    OPS["linear_sample_tokens"](hidden, weight, seed, weight[:, 0])
+    # Few rows, and the many that a training step has
+    call_linear_loss(16, with_bias=False)
+    call_linear_loss(128, with_bias=False)
+    call_linear_loss(128, with_bias=True, label_smoothing=0.1)
 
 
-def call_linear_loss(weight: torch.Tensor) -> None:
-    """Both passes and all gradients, of few rows and of the many that a training step has."""
-    for rows, options in ((16, {}), (128, {"label_smoothing": 0.1}), (128, {})):
-        hidden = torch.empty(rows, D, dtype=weight.dtype)
-        target = torch.zeros(rows, dtype=torch.int64)
-        bias = weight[:, 0] if options else None
-        losses = OPS["linear_oput_loss"](hidden, hidden, weight, target, bias, **options)
-        OPS["linear_oput_loss_backward"](
-            *losses[:2], hidden, hidden, weight, target, *losses[2:], bias, **options,
-            needs_masked=False, needs_predicted=False, needs_weight=False, needs_bias=False,
-        )  # fmt: skip
+def call_linear_loss(rows: int, with_bias: bool, **options) -> None:
+    """Both passes; of the backward pass our kernel alone, since products would run here."""
+    hidden, weight = torch.empty(rows, D).bfloat16(), torch.empty(V, D, dtype=torch.bfloat16)
+    target = torch.zeros(rows, dtype=torch.int64)
+    bias = weight[:, 0] if with_bias else None
+    losses = OPS["linear_oput_loss"](hidden, hidden, weight, target, bias, **options)
+    OPS["linear_oput_loss_backward"](
+        *losses[:2], hidden, hidden, weight, target, *losses[2:], bias, **options,
+        needs_masked=False, needs_predicted=False, needs_weight=False, needs_bias=False,
+    )  # fmt: skip
 
 
 def call_with_other_values() -> None:
@@ -172,6 +178,8 @@ def call_with_other_values() -> None:
         losses = {"ignore_index": value, "label_smoothing": 1 / (value + 2), "z_loss": value}
         OPS["oput_loss"](logits, None, target, **losses)
         OPS["linear_top1_confidence"](hidden, torch.empty(V, D), **options)
+        call_linear_loss(128 + value, with_bias=True, **losses)
+        OPS["linear_top1_confidence"](torch.empty(64 + value, 16), torch.empty(4000, 16), **options)
         spd_step(1, mask_token_id=value, tau_dec=float(value), tau_acc=value, suppress_token=value)
 
 

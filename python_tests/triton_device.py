@@ -1,5 +1,7 @@
 """Calls a Triton op where it can run: on the GPU, else under the interpreter on the CPU."""
 
+import contextlib
+
 import torch
 
 from dmax_kernels.triton import IMPLEMENTATIONS
@@ -19,6 +21,19 @@ def triton_op(op, *arguments, **options):
     if torch.is_tensor(results):
         return results.cpu()
     return results if results is None else tuple(t.cpu() for t in results)
+
+
+@contextlib.contextmanager
+def chunked_from(rows):
+    """linear_* ops take the library's products from `rows` rows on (None: never), in any dtype."""
+    from dmax_kernels.triton.linear_rows import LEAST_CHUNKED_ROWS
+
+    before = dict(LEAST_CHUNKED_ROWS)
+    LEAST_CHUNKED_ROWS.update(dict.fromkeys(before, rows))
+    try:
+        yield
+    finally:
+        LEAST_CHUNKED_ROWS.update(before)
 
 
 def cpp_op(op, *arguments, **options):

@@ -136,7 +136,8 @@ void reduce_linear_rows_of(const Tensor& hidden, const Tensor& weight, const Opt
                              hidden_view.column_stride};
     products.pack_rows(part, m, dim, packed.data);
     std::fill(states.begin(), states.end(), State{});
-    constexpr int64_t kGrain = 1 << 21;  // products: below, waking a thread costs more than it saves
+    constexpr int64_t kGrain =
+        1 << 21;  // products; below, waking a thread costs more than it saves
     parallel_for(groups, kGrain / (m * dim * group_tokens), [&](int64_t begin, int64_t end) {
       const AlignedBuffer scratch(products.scratch_bytes(dim, m));
       std::vector<float> logits(m * kLinearTokens);

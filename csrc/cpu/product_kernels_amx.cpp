@@ -11,10 +11,10 @@ namespace dmax::cpu::DMAX_ISA {
 
 namespace {
 
-constexpr int64_t kStep = 32;                          // columns of one instruction
-constexpr int64_t kTileElements = kLanes * kStep;      // 16-bit elements of one tile: 1 KiB
-constexpr int64_t kPairRows = 2 * kLanes;              // rows and tokens of one call of the inner
-constexpr int64_t kPairTokens = 2 * kLanes;            // loop: four tiles of sums
+constexpr int64_t kStep = 32;                      // columns of one instruction
+constexpr int64_t kTileElements = kLanes * kStep;  // 16-bit elements of one tile: 1 KiB
+constexpr int64_t kPairRows = 2 * kLanes;          // rows and tokens of one call of the inner
+constexpr int64_t kPairTokens = 2 * kLanes;        // loop: four tiles of sums
 constexpr int64_t kTileBytes = kTileElements * 2;
 
 int64_t num_steps(int64_t dim) { return (dim + kStep - 1) / kStep; }
@@ -102,6 +102,11 @@ void multiply(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, const vo
       _tile_zero(2);
       _tile_zero(3);
       for (int64_t step = 0; step < steps; ++step) {
+        if (pair == 0) {  // into L2 while the tiles multiply: else the two would take turns
+          for (int64_t next = 0; next < kPairTokens; ++next) {
+            __builtin_prefetch(weight.row(t + kPairTokens + next) + step * kStep, 0, 2);
+          }
+        }
         _tile_loadd(4, a, kRowBytes);
         _tile_loadd(5, a + kTileBytes, kRowBytes);
         _tile_loadd(6, b, kRowBytes);

@@ -1,4 +1,5 @@
-// The products of product_kernels.h in float32 vectors; compiled once per instruction set (DMAX_ISA).
+// The products of product_kernels.h in float32 vectors; compiled once per instruction set
+// (DMAX_ISA).
 #include "cpu/product_kernels.h"
 #include "cpu/simd.h"
 #include "cpu/transpose.h"
@@ -7,9 +8,10 @@ namespace dmax::cpu::DMAX_ISA {
 
 namespace {
 
-// Part of D that one pass over the weights takes. 16-bit weights are widened into the scratch
-// memory, which also keeps rows of a power-of-two stride from evicting one another from L1.
-constexpr int64_t kDepth = 512;
+// Part of D that one pass over the weights takes: with two panels of hidden rows, 40 KiB of L1.
+// Weights go through scratch memory: 16-bit ones widened, and rows of a power-of-two stride would
+// evict one another from L1.
+constexpr int64_t kDepth = 256;
 constexpr int64_t kDepthStride = kDepth + kLanes;
 
 // One call of the inner loop keeps kTileTokens x panels sums in registers
@@ -63,10 +65,12 @@ void pack_rows(MatrixView<T> hidden, int64_t rows, int64_t dim, void* packed) {
   }
 }
 
-// sums[panel][token][row] (+)= the products over `depth` columns
-template <int kPanels>
+// sums[panel][token][row] (+)= the products over `depth` columns. Meanwhile the same part of `next`
+// comes into L2: else reading the weight and multiplying would take turns. A prefetch never faults,
+// so that `next` may lie past the end.
+template <int kPanels, class T>
 DMAX_INLINE void multiply_tile(const float* weight, const float* rows, int64_t panel_stride,
-                               int64_t depth, float* sums, bool first) {
+                               int64_t depth, float* sums, bool first, const MatrixView<T>* next) {
   constexpr int64_t kPanelSums = kProductTokens * kLanes;
   VecF sum[kPanels][kTileTokens];
   for (int p = 0; p < kPanels; ++p) {
@@ -74,12 +78,19 @@ DMAX_INLINE void multiply_tile(const float* weight, const float* rows, int64_t p
       sum[p][t] = first ? splat(0.0f) : load(sums + p * kPanelSums + t * kLanes);
     }
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    VecF row[kPanels];
-    for (int p = 0; p < kPanels; ++p) row[p] = load(rows + p * panel_stride + k * kLanes);
-    for (int t = 0; t < kTileTokens; ++t) {
-      const VecF w = splat(weight[t * kDepthStride + k]);
-      for (int p = 0; p < kPanels; ++p) sum[p][t] = sum[p][t] + row[p] * w;
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t begin = 0; begin < depth; begin += kLine) {
+    const int64_t end = depth - begin < kLine ? depth : begin + kLine;
+    if (next) {
+      for (int t = 0; t < kTileTokens; ++t) __builtin_prefetch(next->row(t) + begin, 0, 2);
+    }
+    for (int64_t k = begin; k < end; ++k) {
+      VecF row[kPanels];
+      for (int p = 0; p < kPanels; ++p) row[p] = load(rows + p * panel_stride + k * kLanes);
+      for (int t = 0; t < kTileTokens; ++t) {
+        const VecF w = splat(weight[t * kDepthStride + k]);
+        for (int p = 0; p < kPanels; ++p) sum[p][t] = sum[p][t] + row[p] * w;
+      }
     }
   }
   for (int p = 0; p < kPanels; ++p) {
@@ -100,15 +111,20 @@ void multiply(MatrixView<T> weight, int64_t tokens, int64_t dim, const void* pac
       widen(weight.row(t) + begin * weight.column_stride, weight.column_stride, depth,
             wide + t * kDepthStride);
     }
+    const bool last = begin + depth == dim;
     for (int64_t panel = 0; panel < panels; panel += kTilePanels) {
       const float* first_row = packed_rows + (panel * dim + begin) * kLanes;
       for (int64_t t = 0; t < tokens; t += kTileTokens) {  // past the last: whatever is there
         const float* w = wide + t * kDepthStride;
         float* out = sums + (panel * kProductTokens + t) * kLanes;
+        const T* next_tokens = last ? weight.row(kProductTokens + t)
+                                    : weight.row(t) + (begin + depth) * weight.column_stride;
+        const MatrixView<T> next{next_tokens, weight.row_stride, 1};
+        const MatrixView<T>* ahead = panel == 0 ? &next : nullptr;
         if (panel + kTilePanels <= panels) {
-          multiply_tile<kTilePanels>(w, first_row, dim * kLanes, depth, out, begin == 0);
+          multiply_tile<kTilePanels>(w, first_row, dim * kLanes, depth, out, begin == 0, ahead);
         } else {
-          multiply_tile<1>(w, first_row, dim * kLanes, depth, out, begin == 0);
+          multiply_tile<1>(w, first_row, dim * kLanes, depth, out, begin == 0, ahead);
         }
       }
     }

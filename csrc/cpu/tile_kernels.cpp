@@ -67,8 +67,9 @@ InstructionSet allowed() {
 InstructionSet detect() {
   const InstructionSet most = allowed();
 #if defined(DMAX_HAVE_AVX512)
-  if (most >= InstructionSet::kAvx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+  if (most >= InstructionSet::kAvx512 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
 #if defined(DMAX_HAVE_AMX)
     if (most >= InstructionSet::kAmx && have_amx()) return InstructionSet::kAmx;
 #endif
@@ -77,7 +78,8 @@ InstructionSet detect() {
 #endif
 #if defined(DMAX_HAVE_AVX2)
   // Every CPU with AVX2 has F16C
-  if (most >= InstructionSet::kAvx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (most >= InstructionSet::kAvx2 && __builtin_cpu_supports("avx2") &&
+      __builtin_cpu_supports("fma")) {
     return InstructionSet::kAvx2;
   }
 #endif

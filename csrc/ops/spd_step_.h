@@ -30,7 +30,8 @@ inline SpdStepSizes check_spd_step_(const Tensor& logits, const Tensor& embeddin
                                     int64_t suppress_token, const OptionalTensor& thresholds) {
   constexpr const char* op = "spd_step_";
   const int64_t vocab = check_logits(op, "logits", logits);
-  DMAX_CHECK(logits.dim() == 3, op, ": logits must be [B, K, V], got ", shape_text(logits.sizes()));
+  DMAX_CHECK(logits.dim() == 3 && logits.size(1) >= 1, op,
+             ": logits must be [B, K, V] with K >= 1, got ", shape_text(logits.sizes()));
   const int64_t batch = logits.size(0);
   const int64_t block = logits.size(1);
   check_float(op, "embedding", embedding);

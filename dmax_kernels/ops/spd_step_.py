@@ -46,7 +46,8 @@ def spd_step_(
     elsewhere, ``converged = False``, ``step = 0``.
 
     Args:
-        logits: [B, K, V], float32, bfloat16 or float16: the forward pass over the blocks.
+        logits: [B, K, V] with K >= 1, float32, bfloat16 or float16: the forward pass over the
+            blocks.
         embedding: [V, D], the model's input embeddings.
         editable: bool [B, K], the positions this block decodes.
         masked: bool [B, K], a subset of ``editable``; written.

@@ -29,6 +29,10 @@ def spd_step_(
     suppress_token: int = -1,
     thresholds: Tensor | None = None,
 ) -> None:
+    if logits.dim() != 3 or logits.shape[1] < 1:
+        raise RuntimeError(
+            f"spd_step_: logits must be [B, K, V] with K >= 1, got {list(logits.shape)}"
+        )
     released = semantics == "released"
     if thresholds is not None:
         tau_dec, tau_acc = thresholds[:, 0:1], thresholds[:, 1:2]

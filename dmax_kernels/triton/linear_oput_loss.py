@@ -93,12 +93,13 @@ def linear_loss_partials_kernel(
     tl.store(target_logit + stacked, wanted_logit, mask=valid & mine)
 
 
-@triton.jit(do_not_specialize=["ignore_index", "num_groups"])
+@triton.jit(do_not_specialize=["first_row", "ignore_index", "num_groups"])
 def linear_loss_kernel(
-    target, vocab, ignore_index, log2_e, label_smoothing, z_loss,
+    target, first_row, vocab, ignore_index, log2_e, label_smoothing, z_loss,
     partial_max, partial_sum, partial_total, target_logit, num_groups, loss, logsumexp,
     SMOOTHED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
+    """One pass, whose partial results begin at first_row of both passes'."""
     row = tl.program_id(0).to(tl.int64)
     wanted = tl.load(target + row).to(tl.int64)
     if wanted == ignore_index:
@@ -109,7 +110,7 @@ def linear_loss_kernel(
     # Merge the groups in one order: logsumexp = maximum + log(sum of exponentials)
     groups = tl.arange(0, GROUPS)
     valid = groups < num_groups
-    at = row * num_groups + groups
+    at = (first_row + row) * num_groups + groups
     maxima = tl.load(partial_max + at, mask=valid, other=float("-inf"))
     sums = tl.load(partial_sum + at, mask=valid, other=0.0)
     best = tl.max(maxima, axis=0)
@@ -118,7 +119,7 @@ def linear_loss_kernel(
 
     # A target outside the vocabulary has no logit and makes this row's loss NaN
     known = (wanted >= 0) & (wanted < vocab)
-    x = tl.load(target_logit + row, mask=known, other=float("nan"))
+    x = tl.load(target_logit + first_row + row, mask=known, other=float("nan"))
     value = (best - x) + log_sum  # best - x first: exact where the target is the best
     if SMOOTHED:
         totals = tl.load(partial_total + at, mask=valid, other=0.0)
@@ -235,8 +236,8 @@ def linear_oput_loss(
         )  # fmt: skip
         for part, i in enumerate(present):
             linear_loss_kernel[(num_rows,)](
-                target, vocab, ignore_index, LOG2_E, float(label_smoothing), float(z_loss),
-                *(p[part] for p in partials), num_groups, losses[i], logsumexps[i],
+                target, part * num_rows, vocab, ignore_index, LOG2_E, float(label_smoothing),
+                float(z_loss), *partials, num_groups, losses[i], logsumexps[i],
                 SMOOTHED=smoothed, GROUPS=next_power_of_2(num_groups), num_warps=1,
             )  # fmt: skip
     return *losses, *logsumexps

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmax_kernels.triton.launch import Rows, next_power_of_2, num_multiprocessors
+from dmax_kernels.triton.linear_chunks import CHUNK_ROWS, CHUNK_TILE, chunk_statistics
 from dmax_kernels.triton.philox import gumbel_of_word, philox_words
 from dmax_kernels.triton.stats import NO_ID, finite_or_zero, softmax_scale
 
@@ -24,6 +25,20 @@ from dmax_kernels.triton.stats import NO_ID, finite_or_zero, softmax_scale
 MOST_ROWS = 4096
 # Tokens per program at most, for the same bound
 MOST_TOKENS = 2048
+
+# Rows from which on linear_chunks.py's products take over from the fused kernel; None: at no count.
+# Predicted for an H200 and not measured: bench/gpu_session.py times both ways at every row count
+# and says which was faster. Float32 has no tensor cores at full precision; from 64 rows on the
+# product takes longer (0.8 ms at cuBLAS's 50 TF) than reading the weight (0.3 ms), and tl.dot's
+# share of the FMA rate is about half of cuBLAS's. With 16-bit inputs a buffer below 8 MB holds at
+# most 120 tiles of 128 x 128 logits, less than one wave of 132 multiprocessors: 8 us at full rate,
+# beside 4 us of launch and 3 us to reduce it, for each chunk. The fused kernel needs half of the
+# tensor cores' rate to be faster, and has the weight read once besides.
+LEAST_CHUNKED_ROWS: dict[torch.dtype, int | None] = {
+    torch.float32: 64,
+    torch.bfloat16: None,
+    torch.float16: None,
+}
 
 
 class LinearTiles(NamedTuple):
@@ -202,42 +217,58 @@ class LinearPartials(NamedTuple):
     num_groups: int
 
 
-def launch_linear_statistics(
+def takes_chunks(num_rows: int, dtype: torch.dtype) -> bool:
+    least = LEAST_CHUNKED_ROWS[dtype]
+    if least is None or num_rows < least:
+        return False
+    # Where TensorFloat-32 is switched on, the library's product would be one
+    return dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+def fused_statistics(
     hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
-    seed: Tensor | None = None, first_row: int = 0,
-) -> LinearPartials:  # fmt: skip
-    """``seed`` [2] or [rows, 2] asks for samples; ``first_row`` counts earlier launches' rows."""
-    device, dtype, dim = hidden.tensor.device, hidden.tensor.dtype, hidden.width
-    sampling = seed is not None
-    tiles = choose_linear_tiles(hidden.count, weight.count, dtype, device, sampling)
-    num_groups = -(-weight.count // (tiles.block_n * tiles.tiles_per_program))
-
-    def partial(kind: torch.dtype) -> Tensor:
-        return torch.empty((hidden.count, num_groups), dtype=kind, device=device)
-
-    partials = LinearPartials(
-        partial(torch.float32), partial(torch.float32), partial(torch.int32),
-        partial(torch.float32) if sampling else None,
-        partial(torch.float32) if sampling else None,
-        num_groups,
-    )  # fmt: skip
-    grid = (-(-hidden.count // tiles.block_m), num_groups)
-    linear_statistics_kernel[grid](
+    seed: Tensor | None, first_row: int, tiles: LinearTiles, partials: tuple[Tensor | None, ...],
+    num_groups: int,
+) -> None:  # fmt: skip
+    dtype, dim, sampling = hidden.tensor.dtype, hidden.width, seed is not None
+    linear_statistics_kernel[(-(-hidden.count // tiles.block_m), num_groups)](
         hidden.tensor, hidden.stride, weight.tensor, weight.stride, bias,
         hidden.count, weight.count, dim, suppress_token, softmax_scale(temperature),
-        seed, first_row, 1.0 / temperature, *partials, tiles.tiles_per_program,
+        seed, first_row, 1.0 / temperature, *partials, num_groups, tiles.tiles_per_program,
         PRECISION="ieee" if dtype == torch.float32 else "tf32",
         EVEN_K=dim % tiles.block_k == 0, HAS_BIAS=bias is not None,
         SAMPLE=sampling, SEED_PER_ROW=sampling and seed.dim() == 2,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-    return partials
 
 
-def row_chunks(rows: Rows) -> Iterator[tuple[int, Rows]]:
-    """(first row, rows) of every launch."""
-    flat = rows.tensor.as_strided((rows.count, rows.width), (rows.stride, 1))
-    for first in range(0, rows.count, MOST_ROWS):
-        part = flat[first : first + MOST_ROWS]
-        yield first, Rows(part, part.shape[0], rows.width, rows.stride)
+def linear_statistics(
+    hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
+    seed: Tensor | None = None,
+) -> Iterator[tuple[slice, LinearPartials]]:  # fmt: skip
+    """The partial results of some rows at a time; ``seed`` [2] or [rows, 2] asks for samples."""
+    device, dtype = hidden.tensor.device, hidden.tensor.dtype
+    sampling, seed_per_row = seed is not None, seed is not None and seed.dim() == 2
+    chunked = takes_chunks(hidden.count, dtype)
+    most_rows = CHUNK_ROWS if chunked else MOST_ROWS
+    flat = hidden.tensor.as_strided((hidden.count, hidden.width), (hidden.stride, 1))
+    for first in range(0, hidden.count, most_rows):
+        some = slice(first, min(first + most_rows, hidden.count))
+        count = some.stop - first
+        rows = Rows(flat[some], count, hidden.width, hidden.stride)
+        tiles = choose_linear_tiles(count, weight.count, dtype, device, sampling)
+        group_tokens = CHUNK_TILE if chunked else tiles.block_n * tiles.tiles_per_program
+        num_groups = -(-weight.count // group_tokens)
+        kinds = [torch.float32, torch.float32, torch.int32] + [torch.float32] * 2 * sampling
+        partials = [torch.empty((count, num_groups), dtype=t, device=device) for t in kinds]
+        partials += [None] * (5 - len(partials))
+        arguments = (
+            rows, weight, bias, temperature, suppress_token, seed[some] if seed_per_row else seed,
+            first,
+        )  # fmt: skip
+        if chunked:
+            chunk_statistics(*arguments, partials)
+        else:
+            fused_statistics(*arguments, tiles, partials, num_groups)
+        yield some, LinearPartials(*partials, num_groups)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dmax_kernels.triton import checks
 from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
-from dmax_kernels.triton.linear_rows import launch_linear_statistics, row_chunks
+from dmax_kernels.triton.linear_rows import linear_statistics
 from dmax_kernels.triton.linear_top1_confidence import linear_top1_confidence
 from dmax_kernels.triton.sample_tokens import merge_samples
 from dmax_kernels.triton.stats import NO_ID, softmax_scale
@@ -57,15 +57,11 @@ def linear_sample_tokens(
         return token, probability
     bias = None if bias is None else bias.contiguous()
     seed = seed.reshape(-1, 2).contiguous() if per_row else seed.contiguous()
-    weight_rows = row_view(weight)
     with device_of(hidden):
-        for first, rows in row_chunks(row_view(hidden)):
-            some = slice(first, first + rows.count)
-            partials = launch_linear_statistics(
-                rows, weight_rows, bias, temperature, suppress_token,
-                seed[some] if per_row else seed, first,
-            )  # fmt: skip
-            linear_sample_merge_kernel[(rows.count,)](
+        for some, partials in linear_statistics(
+            row_view(hidden), row_view(weight), bias, temperature, suppress_token, seed
+        ):
+            linear_sample_merge_kernel[(some.stop - some.start,)](
                 *partials, softmax_scale(temperature),
                 token.view(-1)[some], probability.view(-1)[some],
                 GROUPS=next_power_of_2(partials.num_groups), num_warps=4,

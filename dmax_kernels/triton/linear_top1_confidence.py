@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dmax_kernels.triton import checks
 from dmax_kernels.triton.launch import device_of, row_view
-from dmax_kernels.triton.linear_rows import launch_linear_statistics, row_chunks
+from dmax_kernels.triton.linear_rows import linear_statistics
 from dmax_kernels.triton.stats import Partials, softmax_scale
 from dmax_kernels.triton.top1_confidence import merge_top1
 
@@ -28,13 +28,10 @@ def linear_top1_confidence(
     if token.numel() == 0:
         return token, confidence
     bias = None if bias is None else bias.contiguous()
-    weight_rows = row_view(weight)
     with device_of(hidden):
-        for first, rows in row_chunks(row_view(hidden)):
-            partials = launch_linear_statistics(
-                rows, weight_rows, bias, temperature, suppress_token
-            )
-            some = slice(first, first + rows.count)
+        for some, partials in linear_statistics(
+            row_view(hidden), row_view(weight), bias, temperature, suppress_token
+        ):
             merge_top1(
                 Partials(*partials[:3], partials.num_groups), softmax_scale(temperature),
                 token.view(-1)[some], confidence.view(-1)[some],

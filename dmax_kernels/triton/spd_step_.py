@@ -113,7 +113,10 @@ def check_spd_step(
 ) -> None:  # fmt: skip
     op = "spd_step_"
     vocab = checks.check_logits(op, "logits", logits)
-    checks.check(logits.dim() == 3, f"{op}: logits must be [B, K, V], got {list(logits.shape)}")
+    checks.check(
+        logits.dim() == 3 and logits.shape[1] >= 1,
+        f"{op}: logits must be [B, K, V] with K >= 1, got {list(logits.shape)}",
+    )
     batch, block = logits.shape[:2]
     checks.check_float(op, "embedding", embedding)
     checks.check(
@@ -203,8 +206,6 @@ def spd_step_(
             RELEASED=released, HAS_THRESHOLDS=thresholds is not None, TOP_K=top_k,
             BLOCK=next_power_of_2(block), num_warps=1 if block <= 64 else 4,
         )  # fmt: skip
-        if block == 0:
-            return
         embed_kernel[(batch * block,)](
             embedding_rows.tensor, embedding_rows.stride, source, token, *top,
             mask_token_id, vocab, embedding.shape[1], inputs_embeds,

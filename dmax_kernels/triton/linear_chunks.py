@@ -1,0 +1,91 @@
+"""hidden @ weight^T by the library's matrix product, some thousand tokens at a time, then reduced.
+
+The other way to linear_rows.py's fused kernel, for shapes at which cuBLAS's rate is worth writing
+the logits out once: a float32 buffer takes the product of one chunk of the vocabulary, and
+one read of it gives the same partial results per tile. Buffer and partial results together stay
+below 8 MB for CHUNK_ROWS rows, whatever the vocabulary.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmax_kernels.triton.launch import Rows
+from dmax_kernels.triton.philox import gumbel_noise, row_key
+from dmax_kernels.triton.sample_tokens import tile_sample
+from dmax_kernels.triton.stats import softmax_scale, tile_statistics
+
+CHUNK_ROWS = 512
+CHUNK_TILE = 1024  # tokens per program
+CHUNK_TOKENS = 3 * CHUNK_TILE  # 6.3 MB of float32 logits for CHUNK_ROWS rows
+
+
+@triton.jit(do_not_specialize=["first", "count", "suppress_token", "first_row", "num_tiles"])
+def chunk_statistics_kernel(
+    logits, logits_stride, bias, first, count, suppress_token, scale,
+    seed, first_row, inverse_temperature,
+    partial_max, partial_sum, partial_token, partial_score, partial_value, num_tiles,
+    HAS_BIAS: tl.constexpr, SAMPLE: tl.constexpr, SEED_PER_ROW: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Tokens first .. first + count, whose logits the buffer holds; first divides by TILE."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    tile = first // TILE + tl.program_id(1)
+    ids = first + place
+    from_here = logits + row * logits_stride
+    # The mask of a tile cut off by the vocabulary's end would cost the others 16-byte loads
+    if (tl.program_id(1) + 1) * TILE <= count:
+        x = tl.load(from_here + place)
+    else:
+        x = tl.load(from_here + place, mask=place < count, other=float("-inf"))
+    if HAS_BIAS:
+        x += tl.load(bias + ids, mask=place < count, other=0.0).to(tl.float32)
+    x = tl.where(ids == suppress_token, float("-inf"), x)
+    maximum, sum_exp, token = tile_statistics(x, ids, scale)
+    at = row * num_tiles + tile
+    if SAMPLE:
+        key, offset, row_number = row_key(seed, row, SEED_PER_ROW)
+        if not SEED_PER_ROW:
+            row_number += first_row
+        noise = gumbel_noise(key, row_number, offset, tile, TILE)
+        score, token = tile_sample(x, ids, sum_exp, token, inverse_temperature, noise)
+        tl.store(partial_score + at, score)
+        tl.store(partial_value + at, tl.max(tl.where(ids == token, x, float("-inf")), axis=0))
+    tl.store(partial_max + at, maximum)
+    tl.store(partial_sum + at, sum_exp)
+    tl.store(partial_token + at, token)
+
+
+def multiply_into(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = hidden @ weight^T with float32 sums, never rounded to the inputs' dtype.
+
+    The `out` forms are not on autocast's list, which would make a float32 product 16 bits wide.
+    """
+    if hidden.dtype == torch.float32:
+        torch.mm(hidden, weight.t(), out=out)
+    elif hidden.is_cuda:
+        torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
+    else:  # the interpreter's device, whose product has no float32 output
+        torch.mm(hidden.float(), weight.float().t(), out=out)
+
+
+def chunk_statistics(
+    hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
+    seed: Tensor | None, first_row: int, partials: tuple[Tensor | None, ...],
+) -> None:  # fmt: skip
+    """Fills the partial results, [rows, tiles] each, of at most CHUNK_ROWS rows."""
+    vocab = weight.count
+    table = weight.tensor.as_strided((vocab, weight.width), (weight.stride, 1))
+    buffer = hidden.tensor.new_empty((hidden.count, CHUNK_TOKENS), dtype=torch.float32)
+    for first in range(0, vocab, CHUNK_TOKENS):
+        count = min(CHUNK_TOKENS, vocab - first)
+        logits = buffer[:, :count]
+        multiply_into(hidden.tensor, table[first : first + count], logits)
+        chunk_statistics_kernel[(hidden.count, -(-count // CHUNK_TILE))](
+            logits, buffer.stride(0), bias, first, count, suppress_token,
+            softmax_scale(temperature), seed, first_row, 1.0 / temperature, *partials,
+            -(-vocab // CHUNK_TILE),
+            HAS_BIAS=bias is not None, SAMPLE=seed is not None,
+            SEED_PER_ROW=seed is not None and seed.dim() == 2, TILE=CHUNK_TILE, num_warps=4,
+        )  # fmt: skip
