@@ -90,12 +90,20 @@ void multiply(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, const vo
   constexpr int64_t kRowBytes = 64;
   const TileState state;
   for (int64_t t = 0; t < tokens; t += kPairTokens) {
-    const MatrixView<BFloat16> part{weight.row(t), weight.row_stride, weight.column_stride};
-    pack_tokens(part, tokens - t, dim, static_cast<BFloat16*>(scratch));
-    // gcc 12 does not know that _tile_loadd reads memory
-    __asm__ volatile("" ::: "memory");
+    // Copied to be read by several pairs of panels; a single pair reads whole tiles where they lie
+    const bool in_place = num_pairs(rows) == 1 && weight.column_stride == 1 && dim % kStep == 0 &&
+                          tokens - t >= kPairTokens;
+    if (!in_place) {
+      const MatrixView<BFloat16> part{weight.row(t), weight.row_stride, weight.column_stride};
+      pack_tokens(part, tokens - t, dim, static_cast<BFloat16*>(scratch));
+      // gcc 12 does not know that _tile_loadd reads memory
+      __asm__ volatile("" ::: "memory");
+    }
+    const int64_t a_row_bytes = in_place ? weight.row_stride * 2 : kRowBytes;
+    const int64_t a_next_half = in_place ? kLanes * a_row_bytes : kTileBytes;
+    const int64_t a_next_step = in_place ? kStep * 2 : 2 * kTileBytes;
     for (int64_t pair = 0; pair < num_pairs(rows); ++pair) {
-      const char* a = packed_tokens;
+      const char* a = in_place ? reinterpret_cast<const char*>(weight.row(t)) : packed_tokens;
       const char* b = packed_rows + pair * 2 * steps * kTileBytes;
       _tile_zero(0);
       _tile_zero(1);
@@ -107,15 +115,15 @@ void multiply(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, const vo
             __builtin_prefetch(weight.row(t + kPairTokens + next) + step * kStep, 0, 2);
           }
         }
-        _tile_loadd(4, a, kRowBytes);
-        _tile_loadd(5, a + kTileBytes, kRowBytes);
+        _tile_loadd(4, a, a_row_bytes);
+        _tile_loadd(5, a + a_next_half, a_row_bytes);
         _tile_loadd(6, b, kRowBytes);
         _tile_loadd(7, b + kTileBytes, kRowBytes);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-        a += 2 * kTileBytes;
+        a += a_next_step;
         b += 2 * kTileBytes;
       }
       constexpr int64_t kSums = kLanes * kLanes;
