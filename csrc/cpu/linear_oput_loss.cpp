@@ -12,6 +12,7 @@
 #include <array>
 #include <memory>
 
+#include "cpu/linear_loss_amx.h"
 #include "cpu/linear_rows.h"
 #include "cpu/loss_rows.h"
 #include "cpu/stacked_rows.h"
@@ -213,23 +214,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
   const bool needs_hidden =
       (needs_masked && hidden_masked) || (needs_predicted && hidden_predicted);
   needs_bias = needs_bias && bias.has_value();
+  Tensor grad_hidden = buffer(needs_hidden ? num_rows : 0, dim);
+  Tensor grad_weight = torch::stable::new_zeros(weight, needs_weight ? Sizes{vocab, dim} : Sizes{0},
+                                                weight.scalar_type());
+  Tensor grad_bias =
+      torch::stable::new_zeros(weight, {needs_bias ? vocab : 0}, weight.scalar_type());
+  const std::vector<float> bias_values = widened_bias(bias);
+  const TileKernels<float>& kernels = tile_kernels<float>();
+  const auto row_gradient = [&](int64_t i, float* x, int64_t first, int64_t n) {
+    if (bias) kernels.add_scaled(x, bias_values.data() + first, 1.0f, n);
+    const auto [pass, at] = stacked.rows[i];
+    const int64_t place = targets[at] - first;
+    loss_gradient(kernels, x, x, n, vocab, place < n ? std::max<int64_t>(place, -1) : -1,
+                  log_sums[pass].const_data_ptr<float>()[at],
+                  grad_losses[pass].const_data_ptr<float>()[at], options);
+  };
+  const auto all_gradients = [&] {
+    const auto hidden_grads =
+        scattered_gradients(stacked, {hidden_masked, hidden_predicted},
+                            {needs_masked, needs_predicted}, weight, grad_hidden);
+    return std::make_tuple(hidden_grads[0], hidden_grads[1], grad_weight, grad_bias);
+  };
+
+  if (weight.scalar_type() == ScalarType::BFloat16 && product_kernels<BFloat16>().narrow_products) {
+    LinearLossGradients wanted{grad_hidden, grad_weight, grad_bias};
+    AmxLossGradients(stacked, weight, wanted).run(row_gradient);
+    return all_gradients();
+  }
   const bool narrow = weight.scalar_type() != ScalarType::Float;
   const int64_t block_rows = std::min(num_rows, kGradRows);
   const int64_t block_tokens = std::min(vocab, kGradTokens);
   const Tensor hidden = widened_rows(stacked, weight, dim);
   const auto packed =
       narrow ? packed_rows(stacked, weight) : std::vector<std::unique_ptr<AlignedBuffer>>{};
-  const Tensor grad_hidden = buffer(needs_hidden ? num_rows : 0, dim);
-  const Tensor grad_weight = torch::stable::new_zeros(
-      weight, needs_weight ? Sizes{vocab, dim} : Sizes{0}, weight.scalar_type());
-  Tensor grad_bias =
-      torch::stable::new_zeros(weight, {needs_bias ? vocab : 0}, weight.scalar_type());
   const Tensor weight_buffer = buffer(narrow ? block_tokens : 0, dim);
   const Tensor grad_buffer = buffer(narrow && needs_weight ? block_tokens : 0, dim);
   const Tensor logits = buffer(block_rows, block_tokens);
   float* logits_data = logits.mutable_data_ptr<float>();
-  const std::vector<float> bias_values = widened_bias(bias);
-  const TileKernels<float>& kernels = tile_kernels<float>();
 
   for (int64_t first = 0; first < vocab && num_rows > 0; first += block_tokens) {
     const int64_t n = std::min(block_tokens, vocab - first);
@@ -249,14 +270,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
       }
       parallel_for(m, std::max<int64_t>(1, 16384 / n), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          float* values = logits_data + i * block_tokens;
-          if (bias) kernels.add_scaled(values, bias_values.data() + first, 1.0f, n);
-          const auto [pass, at] = stacked.rows[row + i];
-          const int64_t place = targets[at] - first;
-          loss_gradient(kernels, values, values, n, vocab,
-                        place < n ? std::max<int64_t>(place, -1) : -1,
-                        log_sums[pass].const_data_ptr<float>()[at],
-                        grad_losses[pass].const_data_ptr<float>()[at], options);
+          row_gradient(row + i, logits_data + i * block_tokens, first, n);
         }
       });
       if (needs_hidden) accumulate_product(x, weight_block, first == 0, part(grad_hidden, row, m));
@@ -278,9 +292,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
       });
     }
   }
-  const auto grads = scattered_gradients(stacked, {hidden_masked, hidden_predicted},
-                                         {needs_masked, needs_predicted}, weight, grad_hidden);
-  return {grads[0], grads[1], grad_weight, grad_bias};
+  return all_gradients();
 }
 
 }  // namespace dmax::cpu

@@ -34,6 +34,8 @@ struct ProductKernels {
   // logits[row * logits_stride + token] for all rows and `tokens` <= kProductTokens rows of weight
   void (*multiply)(MatrixView<T> weight, int64_t tokens, int64_t dim, const void* packed,
                    int64_t rows, void* scratch, float* logits, int64_t logits_stride);
+  // Multiplies T as it is stored, at several times the speed of float32; else widened to float32
+  bool narrow_products;
 };
 
 template <class T>

@@ -26,10 +26,37 @@ int64_t packed_bytes(int64_t rows, int64_t dim) {
 
 int64_t scratch_bytes(int64_t dim, int64_t) { return (2 * num_steps(dim) + 4) * kTileBytes; }
 
+// pack_rows() of a matrix whose rows are adjacent in memory: two columns become one line of pairs
+void pack_columns(MatrixView<BFloat16> hidden, int64_t rows, int64_t dim, BFloat16* out) {
+  const auto bits = [](const BFloat16* x) { return reinterpret_cast<const uint16_t*>(x); };
+  for (int64_t k = 0; k < dim; k += 2) {
+    const uint16_t* even = bits(hidden.data + k * hidden.column_stride);
+    const uint16_t* odd = even + hidden.column_stride;
+    for (int64_t row = 0; row < rows; row += kLanes) {
+      const int64_t tile = (row / kPairRows * num_steps(dim) + k / kStep) * 2 + row / kLanes % 2;
+      uint16_t* line =
+          reinterpret_cast<uint16_t*>(out + tile * kTileElements + k % kStep / 2 * kStep);
+      const int64_t count = rows - row < kLanes ? rows - row : kLanes;
+      if (count == kLanes && k + 1 < dim) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          line[2 * lane] = even[row + lane];
+          line[2 * lane + 1] = odd[row + lane];
+        }
+        continue;
+      }
+      for (int64_t lane = 0; lane < count; ++lane) {
+        line[2 * lane] = even[row + lane];
+        if (k + 1 < dim) line[2 * lane + 1] = odd[row + lane];
+      }
+    }
+  }
+}
+
 // packed[pair of panels][step][panel][column / 2][row][column % 2]
 void pack_rows(MatrixView<BFloat16> hidden, int64_t rows, int64_t dim, void* packed) {
   BFloat16* out = static_cast<BFloat16*>(packed);
   __builtin_memset(packed, 0, packed_bytes(rows, dim));
+  if (hidden.row_stride == 1) return pack_columns(hidden, rows, dim, out);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t pair = row / kPairRows, panel = row / kLanes % 2, lane = row % kLanes;
     const BFloat16* x = hidden.row(row);
@@ -145,6 +172,6 @@ void multiply(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, const vo
 }  // namespace
 
 extern const ProductKernels<BFloat16> kBFloat16Products = {packed_bytes, scratch_bytes, pack_rows,
-                                                           multiply};
+                                                           multiply, true};
 
 }  // namespace dmax::cpu::DMAX_ISA

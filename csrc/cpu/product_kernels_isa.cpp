@@ -139,7 +139,7 @@ void multiply(MatrixView<T> weight, int64_t tokens, int64_t dim, const void* pac
 
 template <class T>
 constexpr ProductKernels<T> products() {
-  return {packed_bytes, scratch_bytes, pack_rows<T>, multiply<T>};
+  return {packed_bytes, scratch_bytes, pack_rows<T>, multiply<T>, false};
 }
 
 }  // namespace
