@@ -16,6 +16,8 @@ constexpr int64_t kTileElements = kLanes * kStep;  // 16-bit elements of one til
 constexpr int64_t kPairRows = 2 * kLanes;          // rows and tokens of one call of the inner
 constexpr int64_t kPairTokens = 2 * kLanes;        // loop: four tiles of sums
 constexpr int64_t kTileBytes = kTileElements * 2;
+// Steps before the next pair of panels takes its turn: the tokens' part, 32 KiB, stays in L1
+constexpr int64_t kDepthSteps = 16;
 
 int64_t num_steps(int64_t dim) { return (dim + kStep - 1) / kStep; }
 int64_t num_pairs(int64_t rows) { return (rows + kPairRows - 1) / kPairRows; }
@@ -24,7 +26,10 @@ int64_t packed_bytes(int64_t rows, int64_t dim) {
   return num_pairs(rows) * 2 * num_steps(dim) * kTileBytes;
 }
 
-int64_t scratch_bytes(int64_t dim, int64_t) { return (2 * num_steps(dim) + 4) * kTileBytes; }
+// Packed tokens, and four tiles of sums per pair of panels
+int64_t scratch_bytes(int64_t dim, int64_t rows) {
+  return (2 * num_steps(dim) + 4 * num_pairs(rows)) * kTileBytes;
+}
 
 // pack_rows() of a matrix whose rows are adjacent in memory: two columns become one line of pairs
 void pack_columns(MatrixView<BFloat16> hidden, int64_t rows, int64_t dim, BFloat16* out) {
@@ -115,6 +120,7 @@ void multiply(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, const vo
   const int64_t steps = num_steps(dim);
   float* sums = static_cast<float*>(scratch) + 2 * steps * kTileBytes / sizeof(float);
   constexpr int64_t kRowBytes = 64;
+  constexpr int64_t kSums = kLanes * kLanes;
   const TileState state;
   for (int64_t t = 0; t < tokens; t += kPairTokens) {
     // Copied to be read by several pairs of panels; a single pair reads whole tiles where they lie
@@ -129,41 +135,55 @@ void multiply(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, const vo
     const int64_t a_row_bytes = in_place ? weight.row_stride * 2 : kRowBytes;
     const int64_t a_next_half = in_place ? kLanes * a_row_bytes : kTileBytes;
     const int64_t a_next_step = in_place ? kStep * 2 : 2 * kTileBytes;
-    for (int64_t pair = 0; pair < num_pairs(rows); ++pair) {
-      const char* a = in_place ? reinterpret_cast<const char*>(weight.row(t)) : packed_tokens;
-      const char* b = packed_rows + pair * 2 * steps * kTileBytes;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int64_t step = 0; step < steps; ++step) {
-        if (pair == 0) {  // into L2 while the tiles multiply: else the two would take turns
-          for (int64_t next = 0; next < kPairTokens; ++next) {
-            __builtin_prefetch(weight.row(t + kPairTokens + next) + step * kStep, 0, 2);
-          }
+    const int64_t pairs = num_pairs(rows);
+    const int64_t depth = pairs == 1 ? steps : kDepthSteps;
+    for (int64_t begin = 0; begin < steps; begin += depth) {
+      const int64_t end = steps - begin < depth ? steps : begin + depth;
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        const char* a = in_place ? reinterpret_cast<const char*>(weight.row(t)) : packed_tokens;
+        a += begin * a_next_step;
+        const char* b = packed_rows + (pair * steps + begin) * 2 * kTileBytes;
+        float* pair_sums = sums + pair * 4 * kSums;
+        if (begin == 0) {
+          _tile_zero(0);
+          _tile_zero(1);
+          _tile_zero(2);
+          _tile_zero(3);
+        } else {
+          _tile_loadd(0, pair_sums, kRowBytes);
+          _tile_loadd(1, pair_sums + kSums, kRowBytes);
+          _tile_loadd(2, pair_sums + 2 * kSums, kRowBytes);
+          _tile_loadd(3, pair_sums + 3 * kSums, kRowBytes);
         }
-        _tile_loadd(4, a, a_row_bytes);
-        _tile_loadd(5, a + a_next_half, a_row_bytes);
-        _tile_loadd(6, b, kRowBytes);
-        _tile_loadd(7, b + kTileBytes, kRowBytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        a += a_next_step;
-        b += 2 * kTileBytes;
-      }
-      constexpr int64_t kSums = kLanes * kLanes;
-      _tile_stored(0, sums, kRowBytes);
-      _tile_stored(1, sums + kSums, kRowBytes);
-      _tile_stored(2, sums + 2 * kSums, kRowBytes);
-      _tile_stored(3, sums + 3 * kSums, kRowBytes);
-      for (int64_t tile = 0; tile < 4; ++tile) {
-        const int64_t row = pair * kPairRows + tile % 2 * kLanes;
-        const int64_t token = t + tile / 2 * kLanes;
-        if (row >= rows || token >= tokens) continue;
-        store_transposed(sums + tile * kSums, rows - row, tokens - token,
-                         logits + row * logits_stride + token, logits_stride);
+        for (int64_t step = begin; step < end; ++step) {
+          if (pair == 0) {  // into L2 while the tiles multiply: else the two would take turns
+            for (int64_t next = 0; next < kPairTokens; ++next) {
+              __builtin_prefetch(weight.row(t + kPairTokens + next) + step * kStep, 0, 2);
+            }
+          }
+          _tile_loadd(4, a, a_row_bytes);
+          _tile_loadd(5, a + a_next_half, a_row_bytes);
+          _tile_loadd(6, b, kRowBytes);
+          _tile_loadd(7, b + kTileBytes, kRowBytes);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(1, 4, 7);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+          a += a_next_step;
+          b += 2 * kTileBytes;
+        }
+        _tile_stored(0, pair_sums, kRowBytes);
+        _tile_stored(1, pair_sums + kSums, kRowBytes);
+        _tile_stored(2, pair_sums + 2 * kSums, kRowBytes);
+        _tile_stored(3, pair_sums + 3 * kSums, kRowBytes);
+        if (end < steps) continue;
+        for (int64_t tile = 0; tile < 4; ++tile) {
+          const int64_t row = pair * kPairRows + tile % 2 * kLanes;
+          const int64_t token = t + tile / 2 * kLanes;
+          if (row >= rows || token >= tokens) continue;
+          store_transposed(pair_sums + tile * kSums, rows - row, tokens - token,
+                           logits + row * logits_stride + token, logits_stride);
+        }
       }
     }
   }
