@@ -70,7 +70,7 @@ class AmxLossGradients {
 
  private:
   // Tokens per block: two parallel regions each. The block's gradients take 8 KiB per row.
-  static constexpr int64_t kBlock = 4096;
+  static constexpr int64_t kBlock = 2048;
   // Rows, tokens and columns of what a thread multiplies at once: at D = 2,048 a packed operand
   // takes 1 MiB of a 2 MiB L2
   static constexpr int64_t kPart = 256;

@@ -5,17 +5,37 @@
 
 namespace dmax::cpu::DMAX_ISA {
 
+#if defined(__AVX512F__)
+// Lanes that swap the off-diagonal quarters of squares of side 8, 4, 2, 1: read from memory, as gcc
+// 12 would write them to the stack anew in every call
+struct SwappedLanes {
+  alignas(64) int32_t low[4][kLanes] = {};
+  alignas(64) int32_t high[4][kLanes] = {};
+
+  constexpr SwappedLanes() {
+    for (int level = 0; level < 4; ++level) {
+      const int side = 8 >> level;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const bool second = lane & side;
+        low[level][lane] = second ? kLanes + lane - side : lane;
+        high[level][lane] = second ? kLanes + lane : lane + side;
+      }
+    }
+  }
+};
+static constexpr SwappedLanes kSwappedLanes;
+#endif
+
 DMAX_INLINE void transpose(VecF* x) {
 #if defined(__AVX512F__)
   // Swaps the off-diagonal quarters of ever smaller squares: 64 permutations in all
-  for (int side = kLanes / 2; side >= 1; side /= 2) {
-    int32_t low[kLanes], high[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const bool second = lane & side;
-      low[lane] = second ? kLanes + lane - side : lane;
-      high[lane] = second ? kLanes + lane : lane + side;
-    }
-    const __m512i take_low = _mm512_loadu_si512(low), take_high = _mm512_loadu_si512(high);
+  static_assert(kLanes == 16, "four levels");
+#pragma GCC unroll 4
+  for (int level = 0; level < 4; ++level) {
+    const int side = 8 >> level;
+    const __m512i take_low = _mm512_load_si512(kSwappedLanes.low[level]);
+    const __m512i take_high = _mm512_load_si512(kSwappedLanes.high[level]);
+#pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
       if (i & side) continue;
       const __m512 a = (__m512)x[i].part[0], b = (__m512)x[i + side].part[0];
