@@ -71,7 +71,7 @@ COMBINATIONS = [(b, o) for b in BACKENDS for o in OPTIONS if b == "cpu" or o is 
 # the interpreter, for time, two of each
 def sizes(backend):
     small = backend == "triton" and DEVICE.type == "cpu"
-    return [(1, 1, 1), (3, 300, 40), (33, 140, 33) if small else (300, 1100, 24)]
+    return [(1, 1, 1), (3, 300, 40), (33, 140, 33) if small else (300, 4200, 24)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, NARROW], ids=str)
@@ -121,6 +121,33 @@ def test_gradients(backend, options, dtype):
             part = 3e-6 if dtype == torch.float32 or backend == "cpu" else ROUNDING[dtype]
             assert gradient.dtype == dtype
             assert_close(gradient, wanted, ROUNDING[dtype], part * wanted.abs().max().item())
+
+
+# Rows, tokens and columns of several parts with cut ones; odd and even tails of each
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 300, 40), (37, 4300, 271), (300, 2050, 24)])
+def test_bfloat16_gradients(shape):
+    """On the CPU a logit's gradient may be rounded to bfloat16 before the products, by 2^-8 of
+    itself; the result is rounded once more. However many blocks: sums are float32."""
+    (hidden, _), weight, bias, target = case(*shape, torch.bfloat16)
+    grads = torch.randn(shape[0], generator=torch.manual_seed(1))
+    none = torch.empty(0)
+    _, _, lse, _ = cpu("linear_oput_loss", hidden, None, weight, target, bias)
+    actual = cpu(
+        "linear_oput_loss_backward", grads, none, hidden, None, weight, target, lse, none, bias
+    )
+    keep = (target != IGNORED).double()[:, None]
+    logits = hidden.double() @ weight.double().t() + bias.double()
+    one_hot = F.one_hot(target.where(target != IGNORED, 0), shape[1])
+    grad_logits = (logits.softmax(-1) - one_hot) * keep * grads.double()[:, None]
+    ones = torch.ones(shape[0], 1).double()
+    for gradient, a, b in (
+        (actual[0], grad_logits, weight.double()),
+        (actual[2], grad_logits.t(), hidden.double()),
+        (actual[3][:, None], grad_logits.t(), ones),
+    ):
+        exact, magnitudes = a @ b, a.abs() @ b.abs()
+        allowed = 2**-8 * (magnitudes + exact.abs()) + 1e-5 * magnitudes + 1e-7
+        assert ((gradient.double() - exact).abs() <= allowed).all()
 
 
 def fused_and_reference(inputs, **options):

@@ -21,8 +21,10 @@ namespace dmax::cpu {
 
 namespace {
 
-constexpr int64_t kGradTokens = 1024;
+// Large enough that a block's three products outweigh the waits between them; 8 MiB of float32
+constexpr int64_t kGradTokens = 4096;
 constexpr int64_t kGradRows = 512;
+
 std::vector<float> widened_bias(const OptionalTensor& bias) {
   if (!bias) return {};
   std::vector<float> wide(bias->numel(), 0.0f);
@@ -215,8 +217,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
       (needs_masked && hidden_masked) || (needs_predicted && hidden_predicted);
   needs_bias = needs_bias && bias.has_value();
   Tensor grad_hidden = buffer(needs_hidden ? num_rows : 0, dim);
-  Tensor grad_weight = torch::stable::new_zeros(weight, needs_weight ? Sizes{vocab, dim} : Sizes{0},
-                                                weight.scalar_type());
+  // With a row to learn from, every element is written below
+  Tensor grad_weight =
+      empty_like_device(weight, needs_weight ? Sizes{vocab, dim} : Sizes{0}, weight.scalar_type());
+  if (num_rows == 0) torch::stable::zero_(grad_weight);
   Tensor grad_bias =
       torch::stable::new_zeros(weight, {needs_bias ? vocab : 0}, weight.scalar_type());
   const std::vector<float> bias_values = widened_bias(bias);
