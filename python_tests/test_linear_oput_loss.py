@@ -146,7 +146,7 @@ def test_bfloat16_gradients(shape):
         (actual[3][:, None], grad_logits.t(), ones),
     ):
         exact, magnitudes = a @ b, a.abs() @ b.abs()
-        allowed = 2**-8 * (magnitudes + exact.abs()) + 1e-5 * magnitudes + 1e-7
+        allowed = 2**-8 * (magnitudes + exact.abs()) + 3e-5 * magnitudes + 1e-7
         assert ((gradient.double() - exact).abs() <= allowed).all()
 
 
