@@ -4,7 +4,7 @@
 // stacked, ignored ones left out, so a block of the weight is read (and widened) once for both
 // passes. The backward pass computes each block of logits again, which costs one product in four
 // and saves rows x V numbers; every weight block's gradient is finished and rounded before the next
-// begins.
+// begins. bfloat16 has a way of its own where the CPU multiplies it as stored: linear_loss_amx.h.
 #include "ops/linear_oput_loss.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
