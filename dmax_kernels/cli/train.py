@@ -29,7 +29,7 @@ Text goes through the tokenizer's chat template. The last assistant message is l
 the prompt, which is never masked. A record without a response, or too long, is skipped and counted;
 one that is malformed stops the command before training starts.
 
-output: OUTPUT/checkpoints/step-N (Hugging Face folders: load_checkpoint, from_pretrained),
+output: OUTPUT/checkpoints/step-0000000N (Hugging Face folders: load_checkpoint, from_pretrained),
 metrics.jsonl, loss.png. The same command on the same folder goes on from the newest checkpoint and
 gives the losses of an uninterrupted run.
 
