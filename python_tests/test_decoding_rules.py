@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import dmax_kernels
 import dmax_kernels.reference
 from dmax_kernels.decoding import RULES, LiveBlocks, spd_generate
+from dmax_kernels.decoding.named_rules import ABLATIONS, composed_step_
 from dmax_kernels.decoding.promote import threshold_promote
-from dmax_kernels.decoding.rules import ABLATIONS, composed_step_
 from dmax_kernels.decoding.settings import Settings
 
 K, V, STEPS = 6, MASK + 1, 12

@@ -6,6 +6,7 @@ loaded as a checkpoint is: AutoModelForCausalLM with trust_remote_code.
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from stand_in import EOS, MASK, save_stand_in
 from dmax_kernels.__main__ import main
 from dmax_kernels.decoding import spd_generate
 from dmax_kernels.models import ring_walk
+from dmax_kernels.models.checkpoint import checkpoint_folder
 from dmax_kernels.models.pretrained import KNOWN, load_pretrained, model_defaults
 from dmax_kernels.models.remote_code import repair_loaded_model, unscaled_rotary_frequencies
 
@@ -250,3 +252,15 @@ def test_places_that_are_not_there(folder, tmp_path, capsys):
     if not torch.cuda.is_available():
         _, _, err = generate(capsys, "--model", folder, "--prompt", "w1", "--device", "cuda")
         assert "--device must be cpu on this machine, which has no GPU, got cuda" in err
+
+
+def test_a_copy_of_a_shipped_checkpoint_answers_alike_when_told_to_pad(tmp_path, capsys):
+    # Only the shipped names are known to want padding; without it the copy answers otherwise
+    copy = tmp_path / "own"
+    shutil.copytree(checkpoint_folder("oput"), copy)
+    prompt = ["--prompt", "s4 u1 s1 u1 s6 d1 s2 d1 s3 u2 s5 d1 start 2 =", "--max-new-tokens", "32"]
+    answers = []
+    for arguments in (["oput"], [str(copy), "--pad-prompts"], [str(copy)]):
+        assert main(["generate", "--model", *arguments, *prompt]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]

@@ -27,19 +27,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOGUE
     parser.add_argument("op", nargs="?", metavar="OP", help="left out: lists the ops")
-    parser.add_argument("--shape", default="", help="sizes, as 32x157184; the rest by default")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(%(default)s)")
+    parser.add_argument(
+        "--shape",
+        default="",
+        help="sizes, as 32x157184; the first ones suffice (default: what `bench` alone lists)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)"
+    )
     parser.add_argument(
         "--values", choices=VALUES, default="flat",
-        help="logits of a model that is not sure, or that is (%(default)s)",
+        help="flat: logits of a model that is not sure; peaked: of one that is (default: flat)",
     )  # fmt: skip
     parser.add_argument(
         "--device", choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)",
+        default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--compile", action="store_true", help="torch.compile of eager, too")
-    parser.add_argument("--repetitions", type=int, default=20, metavar="N", help="(%(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads, for all alike")
+    parser.add_argument(
+        "--compile", action="store_true", help="time torch.compile of the eager reference, too"
+    )
+    parser.add_argument(
+        "--repetitions", type=int, default=20, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of every candidate")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here, too")
 
 
@@ -56,6 +66,10 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--device cuda: PyTorch sees no GPU")
     if options.repetitions < 5:
         raise ValueError(f"--repetitions must be at least 5, got {options.repetitions}")
+    if options.threads is not None and options.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {options.threads}")
+    if options.json is not None and not options.json.parent.is_dir():  # before minutes of timing
+        raise ValueError(f"--json must be a file in a folder that exists, got {options.json}")
     if options.threads:
         torch.set_num_threads(options.threads)
     workload, sizes = WORKLOADS[options.op], parse_shape(options.shape)

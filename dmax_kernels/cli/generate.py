@@ -50,20 +50,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave the prompt as it is: no chat template (default: the tokenizer's)",
     )
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="per answer (%(default)s)")
+    add(
+        "--pad-prompts",
+        action=argparse.BooleanOptionalAction,
+        help="fill raw prompts up to whole blocks on the left, as the demo's models were trained; "
+        "for copies and descendants of these (default: for base, oput and control)",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="per answer (default: %(default)s)",
+    )
     group = parser.add_argument_group("decoding (defaults: what suits the model)")
     add = group.add_argument
     add("--tau-dec", type=float, metavar="T", help="promote masks more confident than this")
     add("--tau-acc", type=float, metavar="T", help="accept a block more confident than this")
-    add("--rule", help="spd, or an ablation of it; see dmax_kernels.decoding.RULES")
-    add("--semantics", default="paper", help="paper, or released: as the authors' code (paper)")
-    add("--top-k", type=int, default=1, metavar="K", help="tokens in a soft embedding, 1 to 8 (1)")
+    add(
+        "--rule",
+        metavar="NAME",
+        help="spd; its ablations hybrid, hard_prefix, hard, threshold; or another decoder: factor, "
+        "hierarchical, top_n, autoregressive, random, entropy_bound, margin, uniform, "
+        "parallel_forced",
+    )
+    add(
+        "--semantics",
+        default="paper",
+        help="paper, or released: as the authors' code (default: paper)",
+    )
+    add(
+        "--top-k",
+        type=int,
+        default=1,
+        metavar="K",
+        help="tokens in a soft embedding, 1 to 8 (default: 1)",
+    )
     add("--block-length", type=int, metavar="K", help="positions that are decoded together")
     add("--mask-token-id", type=int, metavar="ID", help="where the model's config has none")
     add("--eos-token-id", type=int, metavar="ID", help="where the model's config has none")
     group = parser.add_argument_group("where it runs")
     add = group.add_argument
-    add("--ops", default="fused", help="fused kernels or eager reference: fused (default)")
+    add(
+        "--ops",
+        default="fused",
+        help="fused kernels, or the eager reference (default: fused)",
+    )
     add(
         "--device",
         default=None,
@@ -73,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of the weights (auto: as saved)",
+        help="of the weights (default: auto, as saved)",
     )
     add("--batch-size", type=int, metavar="B", help="prompts at a time (default: all)")
     add("--no-cuda-graph", action="store_true", help="never capture the step as a CUDA graph")
@@ -90,6 +122,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.json == "-" and args.stream:
         raise ValueError("--json must name a file where --stream prints to stdout, got -")
+    for option, path in (("--trace", args.trace), ("--json", args.json)):
+        if path not in (None, "-") and not Path(path).parent.is_dir():  # before minutes of decoding
+            raise ValueError(f"{option} must be a file in a folder that exists, got {path}")
     import torch  # imported here, as transformers below: `--help` need not wait for them
 
     from dmax_kernels.models.pretrained import load_pretrained
@@ -97,11 +132,20 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device must be cpu on this machine, which has no GPU, got {device}")
+    if device != "auto":
+        try:
+            torch.device(device)
+        except RuntimeError:
+            need = "auto or a device of PyTorch, as cpu or cuda:1"
+            raise ValueError(f"--device must be {need}, got {device}") from None
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     loaded = load_pretrained(args.model, dtype=dtype, device=device)
     if loaded.defaults.note and (args.rule or loaded.defaults.rule) == "spd":
         print(f"note: {args.model} was {loaded.defaults.note}", file=sys.stderr)
-    encoded = [encode(loaded, prompt, args.raw) for prompt in prompts]
+    pad_prompts = loaded.defaults.pad_prompts if args.pad_prompts is None else args.pad_prompts
+    if pad_prompts and loaded.tokenizer.pad_token_id is None:
+        raise ValueError("--pad-prompts needs a tokenizer with a padding token, got none")
+    encoded = [encode(loaded, prompt, args.raw, pad_prompts) for prompt in prompts]
 
     size = args.batch_size or len(prompts)
     records, runs = [], []
@@ -129,6 +173,8 @@ def run(args: argparse.Namespace) -> int:
 def read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
     if args.prompt_file is not None:
+        if not args.prompt_file.is_file():
+            raise ValueError(f"--prompt-file must be a file, got {args.prompt_file}")
         lines = args.prompt_file.read_text("utf-8").splitlines()
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -152,11 +198,11 @@ def prompt_field(line: str, place: str) -> str:
     return record["prompt"]
 
 
-def encode(loaded: Loaded, prompt: str, raw: bool) -> list[int]:
+def encode(loaded: Loaded, prompt: str, raw: bool, pad: bool) -> list[int]:
     tokenizer = loaded.tokenizer
     if raw or not getattr(tokenizer, "chat_template", None):
         ids = tokenizer(prompt).input_ids
-        if loaded.defaults.pad_prompts and ids:
+        if pad and ids:
             missing = -len(ids) % loaded.defaults.block_length
             ids = [tokenizer.pad_token_id] * missing + ids
         return ids

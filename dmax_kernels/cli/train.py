@@ -29,7 +29,7 @@ Text goes through the tokenizer's chat template. The last assistant message is l
 the prompt, which is never masked. A record without a response, or too long, is skipped and counted;
 one that is malformed stops the command before training starts.
 
-output: OUTPUT/checkpoints/step-N (Hugging Face folders: load_checkpoint, from_pretrained),
+output: OUTPUT/checkpoints/step-0000000N (Hugging Face folders: load_checkpoint, from_pretrained),
 metrics.jsonl, loss.png. The same command on the same folder goes on from the newest checkpoint and
 gives the losses of an uninterrupted run.
 
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--data", nargs="+", type=Path, metavar="JSONL", help="conversations")
     where.add_argument("--dataset", help="instead: a Hugging Face dataset (needs 'datasets')")
     where.add_argument("--dataset-config", help="its configuration")
-    where.add_argument("--split", help="its split (train)")
+    where.add_argument("--split", help="its split (default: train)")
     where.add_argument(
         "--skip-malformed",
         action=argparse.BooleanOptionalAction,
@@ -95,11 +95,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--max-length",
         type=int,
-        help="skip longer records; tokens of prompt and response (the model's context)",
+        help="skip longer records; tokens of prompt and response (default: the model's context)",
     )
     where.add_argument("--mask-token-id", type=int, help="where the model's config has none")
     where.add_argument(
-        "--output", type=Path, help=f"folder of the run ({OUTPUT}; {RECIPE}: {RECIPE_OUTPUT})"
+        "--output",
+        type=Path,
+        help=f"folder of the run (default: {OUTPUT}; {RECIPE}: {RECIPE_OUTPUT})",
     )
     options = {item.name: item for item in fields(TrainConfig)}
     for title, names in SECTIONS.items():
@@ -107,7 +109,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         for name in names:
             add_option(group, options[name])
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", choices=("cuda", "cpu"), help="(cuda where there is one)")
+    machine.add_argument(
+        "--device", choices=("cuda", "cpu"), help="(default: cuda where there is one)"
+    )
     machine.add_argument(
         "--threads",
         type=int,
@@ -126,7 +130,7 @@ def add_option(group: argparse._ArgumentGroup, item: Any) -> None:
     text = item.metadata["help"].replace("%", "%%")
     if item.default is not None and item.default is not False:
         pair = isinstance(item.default, tuple)
-        text += f" ({' '.join(map(str, item.default)) if pair else item.default})"
+        text += f" (default: {' '.join(map(str, item.default)) if pair else item.default})"
     if item.type == "bool":
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     elif item.type.startswith("tuple"):

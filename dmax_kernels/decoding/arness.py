@@ -103,14 +103,13 @@ def arness(
     if scope not in SCOPES:
         raise ValueError(f"arness: scope must be 'global' or 'local', got {scope!r}")
     rows = (trace.to_dict() if isinstance(trace, Trace) else trace)["rows"]
-    if ends is None:
-        ends = [None] * len(rows)
-    if len(ends) != len(rows):
+    if ends is not None and len(ends) != len(rows):
         raise ValueError(
             f"arness: ends must be one position for each of {len(rows)} rows, got {len(ends)}"
         )
     measure = {"global": global_arness, "local": local_arness}[scope]
-    return [measure(commit_order(row, end), k) for row, end in zip(rows, ends, strict=True)]
+    stops = [None] * len(rows) if ends is None else ends
+    return [measure(commit_order(row, stop), k) for row, stop in zip(rows, stops, strict=True)]
 
 
 def check_order(function: str, order: Sequence[int], k: int) -> None:

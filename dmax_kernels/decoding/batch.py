@@ -11,7 +11,7 @@ import torch
 from dmax_kernels.decoding.forward import BlockForward
 from dmax_kernels.decoding.graph import StepRunner
 from dmax_kernels.decoding.polling import Snapshot, to_device
-from dmax_kernels.decoding.promotions import PromotionLog
+from dmax_kernels.decoding.promotion_log import PromotionLog
 from dmax_kernels.decoding.requests import CommittedBlock, Request
 from dmax_kernels.decoding.settings import Settings
 from dmax_kernels.decoding.state import LiveBlocks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +17,18 @@ if TYPE_CHECKING:
     from dmax_kernels.decoding.settings import Settings
 
 
-class Top1(NamedTuple):
-    """The two fields of `RowStatistics` that most rules read."""
+class Prediction(NamedTuple):
+    """What a composed rule reads from the logits: the top-1, and which masks it fills with it."""
 
     token: Tensor  # int64 [B, K]
     confidence: Tensor  # float32 [B, K]
+    promoted: Tensor  # bool [B, K]
 
 
 class ComposedRule(Rule):
     """A rule that says which masked positions to promote; the rest of the step is common.
+
+    Subclass `Top1Rule` or `DistributionRule`, by what the rule has to know of the logits.
 
     revise: predict token positions anew at each step, until the block converges by
         `settings.convergence`; otherwise a token once decoded stays, and the block ends when no
@@ -36,22 +39,50 @@ class ComposedRule(Rule):
 
     revise: bool = False
     soft: bool = False
-    # Whether `promote` reads more of the logits than the top-1: then it gets all RowStatistics
-    reads_distribution: ClassVar[bool] = False
 
     @abstractmethod
-    def promote(
-        self, statistics: Top1 | RowStatistics, state: LiveBlocks, settings: Settings
-    ) -> Tensor:
-        """Masked positions that become token positions, bool [B, K], by a function of `promote`.
+    def predict(self, logits: Tensor, state: LiveBlocks, settings: Settings) -> Prediction:
+        """Top-1 of logits [B, K, V], and the masked positions that become token positions.
 
-        At least one in every row that has a masked position.
+        At least one position is promoted in every row that has a masked one.
         """
 
     def update_(
         self, logits: Tensor, embedding: Tensor, state: LiveBlocks, settings: Settings
     ) -> None:
         composed_step_(logits, embedding, state, settings, self)
+
+
+class Top1Rule(ComposedRule):
+    """A rule that looks at each position's predicted token and its confidence."""
+
+    @abstractmethod
+    def promote(
+        self, token: Tensor, confidence: Tensor, state: LiveBlocks, settings: Settings
+    ) -> Tensor:
+        """bool [B, K] from token, int64 [B, K], and confidence, float32 [B, K].
+
+        Usually one function of the module `promote`.
+        """
+
+    def predict(self, logits: Tensor, state: LiveBlocks, settings: Settings) -> Prediction:
+        token, confidence = settings.ops.top1_confidence(
+            logits, suppress_token=settings.suppress_token
+        )
+        return Prediction(token, confidence, self.promote(token, confidence, state, settings))
+
+
+class DistributionRule(ComposedRule):
+    """A rule that looks at more of each position's distribution than the top-1."""
+
+    @abstractmethod
+    def promote(self, statistics: RowStatistics, state: LiveBlocks, settings: Settings) -> Tensor:
+        """bool [B, K] from `row_statistics` of the logits, all [B, K]."""
+
+    def predict(self, logits: Tensor, state: LiveBlocks, settings: Settings) -> Prediction:
+        statistics = settings.ops.row_statistics(logits, suppress_token=settings.suppress_token)
+        promoted = self.promote(statistics, state, settings)
+        return Prediction(statistics.token, statistics.confidence, promoted)
 
 
 def composed_step_(
@@ -61,18 +92,13 @@ def composed_step_(
 
     With nothing taken away and both criteria this is `spd_step_`, which a test holds it to.
     """
-    ops = s.ops
-    if rule.reads_distribution:
-        statistics = ops.row_statistics(logits, suppress_token=s.suppress_token)
-    else:
-        statistics = Top1(*ops.top1_confidence(logits, suppress_token=s.suppress_token))
-    y, c = statistics.token, statistics.confidence
+    y, c, promoted = rule.predict(logits, state, s)
     if not rule.revise:
         y = torch.where(state.masked, y, state.token)
         c = torch.where(state.masked, c, state.confidence)
 
-    # Promote masked positions, then look for convergence row by row
-    masked = state.masked & ~rule.promote(statistics, state, s)
+    # Leave the mask, then look for convergence row by row
+    masked = state.masked & ~promoted
     if rule.revise:
         # A prediction at a mask position is no decision yet, repeated or not
         decided = (y == state.token) & ~state.masked
@@ -89,8 +115,8 @@ def composed_step_(
     if rule.soft:
         top = (y, c)
         if s.top_k > 1:
-            top = ops.topk_confidence(logits, s.top_k, suppress_token=s.suppress_token)
-        hybrid = ops.hybrid_embedding(embedding, *top, masked, s.mask_token_id)
+            top = s.ops.topk_confidence(logits, s.top_k, suppress_token=s.suppress_token)
+        hybrid = s.ops.hybrid_embedding(embedding, *top, masked, s.mask_token_id)
         embeds = torch.where(state.editable.unsqueeze(-1), hybrid, embeds)
 
     # Rows that had converged before this step keep all of their state

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmax_kernels.decoding.composed import ComposedRule, Top1
+from dmax_kernels.decoding.composed import Top1Rule
 from dmax_kernels.decoding.output import GenerationOutput
 from dmax_kernels.decoding.promote import parallel_forced_promote
 from dmax_kernels.decoding.spd import spd_generate
@@ -88,7 +88,7 @@ class Canvas:
 
 
 @dataclass(frozen=True, eq=False)
-class CanvasRule(ComposedRule):
+class CanvasRule(Top1Rule):
     """Every reasoning slot advances at every step; the summary follows when they are done."""
 
     canvas: Canvas
@@ -112,10 +112,12 @@ class CanvasRule(ComposedRule):
         embeds = F.embedding(state.token, embedding)
         state.inputs_embeds.copy_(torch.where(begins.unsqueeze(-1), embeds, state.inputs_embeds))
 
-    def promote(self, statistics: Top1, state: LiveBlocks, settings: Settings) -> Tensor:
+    def promote(
+        self, token: Tensor, confidence: Tensor, state: LiveBlocks, settings: Settings
+    ) -> Tensor:
         index, _ = self._on_canvas(state.editable, self.canvas.offset)
         return parallel_forced_promote(
-            statistics.confidence,
+            confidence,
             state.masked,
             self.canvas.slot[index],
             self.tokens_per_step,

@@ -95,8 +95,8 @@ def random_promote(
     """
     position = torch.arange(masked.shape[-1], device=masked.device)
     salt = (token * (2 * position + 1)).sum(dim=-1, keepdim=True)
-    counter = (position, step.long().unsqueeze(-1), salt & MASK32, (salt >> 32) & MASK32)
-    counter = tuple(word.expand_as(masked) for word in counter)
+    words = (position, step.long().unsqueeze(-1), salt & MASK32, (salt >> 32) & MASK32)
+    counter = tuple(word.expand_as(masked) for word in words)
     key = (torch.full_like(counter[0], seed & MASK32), torch.full_like(counter[0], seed >> 32))
     draw = (philox4x32(counter, key)[0] >> 8).float()  # 24 bits: exact in float32
     return top_n_promote(draw.masked_fill(confidence.isnan(), torch.nan), masked, tokens_per_step)

@@ -20,8 +20,10 @@ def read_prompts(
     """
     if isinstance(input_ids, Tensor):
         require(input_ids.dim() == 2, "input_ids", "2-D [B, T]", f"{input_ids.dim()}-D")
-        rows = input_ids.cpu().unbind()
         check_integers(input_ids)
+        rows = list(input_ids.cpu())
+        if attention_mask is not None:
+            rows = unpad(rows, input_ids.shape, attention_mask)
     else:
         require(
             attention_mask is None,
@@ -35,8 +37,6 @@ def read_prompts(
             if row.numel() > 0:  # an empty list has no dtype to speak of
                 check_integers(row)
     require(len(rows) > 0, "input_ids", "at least one row", "0 rows")
-    if attention_mask is not None:
-        rows = unpad(rows, input_ids.shape, attention_mask)
     for index, row in enumerate(rows):
         got = f"an empty prompt (row {index})"
         require(len(row) > 0, "input_ids", "at least one prompt token per row", got)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmax_kernels.decoding.named_rules import RULES
 from dmax_kernels.decoding.rule import Rule
-from dmax_kernels.decoding.rules import RULES
 
 SEMANTICS = ("paper", "released")
 CONVERGENCE = ("both", "consistency", "confidence")
@@ -136,7 +136,7 @@ def resolve_settings(
 
 def check_model(model: Any) -> int:
     """The size of the vocabulary, of a model that the step after the forward pass can read."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
+    weight: Any = getattr(model.get_input_embeddings(), "weight", None)
     got = "no weight"
     if weight is not None:
         got = f"{type(weight).__name__} of {weight.dtype}, {list(weight.shape)}"

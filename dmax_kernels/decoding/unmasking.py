@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from dmax_kernels.decoding import promote
-from dmax_kernels.decoding.composed import ComposedRule, Top1
+from dmax_kernels.decoding.composed import ComposedRule, DistributionRule, Top1Rule
 from dmax_kernels.decoding.state import LiveBlocks
 from dmax_kernels.reference.row_statistics import RowStatistics
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Factor(ComposedRule):
+class Factor(Top1Rule):
     """Fast-dLLM's factor rule: see `promote.factor_promote`. No threshold."""
 
     factor: float = 1.0
@@ -31,12 +31,14 @@ class Factor(ComposedRule):
     def __post_init__(self) -> None:
         require_number(self, "factor", self.factor, "positive", lambda value: value > 0)
 
-    def promote(self, statistics: Top1, state: LiveBlocks, settings: Settings) -> Tensor:
-        return promote.factor_promote(statistics.confidence, state.masked, self.factor)
+    def promote(
+        self, token: Tensor, confidence: Tensor, state: LiveBlocks, settings: Settings
+    ) -> Tensor:
+        return promote.factor_promote(confidence, state.masked, self.factor)
 
 
 @dataclass(frozen=True)
-class Hierarchical(ComposedRule):
+class Hierarchical(Top1Rule):
     """dInfer's divide and conquer: see `promote.hierarchical_promote`."""
 
     low_threshold: float = 0.2
@@ -46,14 +48,16 @@ class Hierarchical(ComposedRule):
             self, "low_threshold", self.low_threshold, "in [0, 1]", lambda value: 0 <= value <= 1
         )
 
-    def promote(self, statistics: Top1, state: LiveBlocks, settings: Settings) -> Tensor:
+    def promote(
+        self, token: Tensor, confidence: Tensor, state: LiveBlocks, settings: Settings
+    ) -> Tensor:
         return promote.hierarchical_promote(
-            statistics.confidence, state.masked, state.tau_dec, self.low_threshold
+            confidence, state.masked, state.tau_dec, self.low_threshold
         )
 
 
 @dataclass(frozen=True)
-class FixedCount(ComposedRule):
+class FixedCount(Top1Rule):
     """Rules that promote a fixed number of tokens per step. No threshold."""
 
     tokens_per_step: int = 1
@@ -66,18 +70,20 @@ class FixedCount(ComposedRule):
 class TopN(FixedCount):
     """The most confident first: see `promote.top_n_promote`."""
 
-    def promote(self, statistics: Top1, state: LiveBlocks, settings: Settings) -> Tensor:
-        return promote.top_n_promote(statistics.confidence, state.masked, self.tokens_per_step)
+    def promote(
+        self, token: Tensor, confidence: Tensor, state: LiveBlocks, settings: Settings
+    ) -> Tensor:
+        return promote.top_n_promote(confidence, state.masked, self.tokens_per_step)
 
 
 @dataclass(frozen=True)
 class Autoregressive(FixedCount):
     """From left to right: see `promote.autoregressive_promote`."""
 
-    def promote(self, statistics: Top1, state: LiveBlocks, settings: Settings) -> Tensor:
-        return promote.autoregressive_promote(
-            statistics.confidence, state.masked, self.tokens_per_step
-        )
+    def promote(
+        self, token: Tensor, confidence: Tensor, state: LiveBlocks, settings: Settings
+    ) -> Tensor:
+        return promote.autoregressive_promote(confidence, state.masked, self.tokens_per_step)
 
 
 @dataclass(frozen=True)
@@ -96,19 +102,19 @@ class Random(FixedCount):
             self.seed,
         )
 
-    def promote(self, statistics: Top1, state: LiveBlocks, settings: Settings) -> Tensor:
-        token, confidence = statistics[:2]
+    def promote(
+        self, token: Tensor, confidence: Tensor, state: LiveBlocks, settings: Settings
+    ) -> Tensor:
         return promote.random_promote(
             token, confidence, state.step, state.masked, self.tokens_per_step, self.seed
         )
 
 
 @dataclass(frozen=True)
-class EntropyBound(ComposedRule):
+class EntropyBound(DistributionRule):
     """The most certain up to a sum of entropies: see `promote.entropy_bound_promote`."""
 
     entropy_bound: float = 0.1
-    reads_distribution: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_number(
@@ -120,10 +126,8 @@ class EntropyBound(ComposedRule):
 
 
 @dataclass(frozen=True)
-class Margin(ComposedRule):
+class Margin(DistributionRule):
     """A threshold on the lead over the runner-up: see `promote.margin_promote`."""
-
-    reads_distribution: ClassVar[bool] = True
 
     def promote(self, statistics: RowStatistics, state: LiveBlocks, settings: Settings) -> Tensor:
         return promote.margin_promote(
@@ -132,13 +136,15 @@ class Margin(ComposedRule):
 
 
 @dataclass(frozen=True)
-class Uniform(ComposedRule):
+class Uniform(Top1Rule):
     """All at once, then revision until convergence: see `promote.uniform_promote`."""
 
     revise: bool = True
 
-    def promote(self, statistics: Top1, state: LiveBlocks, settings: Settings) -> Tensor:
-        return promote.uniform_promote(statistics.confidence, state.masked)
+    def promote(
+        self, token: Tensor, confidence: Tensor, state: LiveBlocks, settings: Settings
+    ) -> Tensor:
+        return promote.uniform_promote(confidence, state.masked)
 
 
 @dataclass(frozen=True)
@@ -155,9 +161,11 @@ class ParallelForced(FixedCount):
         super().__post_init__()
         require_count(self, "num_slots", self.num_slots)
 
-    def promote(self, statistics: Top1, state: LiveBlocks, settings: Settings) -> Tensor:
+    def promote(
+        self, token: Tensor, confidence: Tensor, state: LiveBlocks, settings: Settings
+    ) -> Tensor:
         return promote.parallel_forced_promote(
-            statistics.confidence, state.masked, self.num_slots, self.tokens_per_step
+            confidence, state.masked, self.num_slots, self.tokens_per_step
         )
 
 
@@ -169,8 +177,8 @@ def require(condition: bool, rule: ComposedRule, option: str, need: str, got: ob
 def require_number(
     rule: ComposedRule, option: str, value: object, need: str, accepts: Callable[[float], bool]
 ) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(is_number and accepts(value), rule, option, f"a number, {need}", value)
+    accepted = isinstance(value, (int, float)) and not isinstance(value, bool) and accepts(value)
+    require(accepted, rule, option, f"a number, {need}", value)
 
 
 def require_count(rule: ComposedRule, option: str, value: object) -> None:

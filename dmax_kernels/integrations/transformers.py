@@ -114,6 +114,7 @@ def fused_denoising_step(
         # A finished row keeps its results. A host sync, as in the engine: it spares a copy of
         # all logits in every step before the first row ends
         if finished_denoising.any():
+            assert self_conditioning_logits is not None  # a row finishes after its first step
             row = finished_denoising[:, None]
             argmax = torch.where(row, argmax_canvas, argmax)
             canvas = torch.where(row, current_canvas, canvas)

@@ -94,9 +94,15 @@ def load_pretrained(
         config = AutoConfig.from_pretrained(name, trust_remote_code=True)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
     except OSError as error:  # transformers' own text runs over many lines
+        reason = str(error).splitlines()[0]
+        if Path(name).is_dir():
+            raise ValueError(
+                "load_pretrained: name must be a folder that holds config, weights, tokenizer and "
+                f"the model's own code, got {name!r} ({reason})"
+            ) from error
         raise ValueError(
             f"load_pretrained: name must be a model on the Hugging Face hub, a folder with one, or "
-            f"one of {', '.join(SHIPPED)}, got {name!r} ({str(error).splitlines()[0]})"
+            f"one of {', '.join(SHIPPED)}, got {name!r} ({reason})"
         ) from error
     model = AutoModelForCausalLM.from_pretrained(
         name,

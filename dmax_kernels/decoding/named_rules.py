@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dmax_kernels.decoding.composed import ComposedRule, Top1, composed_step_
+from dmax_kernels.decoding.composed import Top1Rule, composed_step_
 from dmax_kernels.decoding.promote import threshold_promote
 from dmax_kernels.decoding.rule import Rule
 from dmax_kernels.decoding.state import LiveBlocks
@@ -26,7 +26,6 @@ from dmax_kernels.decoding.unmasking import (
     TopN,
     Uniform,
 )
-from dmax_kernels.reference.row_statistics import RowStatistics
 
 if TYPE_CHECKING:
     from dmax_kernels.decoding.settings import Settings
@@ -56,7 +55,7 @@ class SoftParallel(Rule):
 
 
 @dataclass(frozen=True)
-class Ablation(ComposedRule):
+class Ablation(Top1Rule):
     """Three switches span the paper's Table 3: `revise` and `soft` of every composed rule, and
 
     prefix: promote only the leftmost run of confident masked positions; otherwise every confident
@@ -69,12 +68,12 @@ class Ablation(ComposedRule):
     soft: bool
 
     def promote(
-        self, statistics: Top1 | RowStatistics, state: LiveBlocks, settings: Settings
+        self, token: Tensor, confidence: Tensor, state: LiveBlocks, settings: Settings
     ) -> Tensor:
         if not self.prefix:
-            return threshold_promote(statistics.confidence, state.masked, state.tau_dec)
+            return threshold_promote(confidence, state.masked, state.tau_dec)
         # The op's threshold is one number; each row has its own
-        passes = (statistics.confidence > state.tau_dec).float()
+        passes = (confidence > state.tau_dec).float()
         return settings.ops.prefix_promote(passes, state.masked, 0.5)
 
 
