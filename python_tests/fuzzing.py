@@ -30,8 +30,8 @@ def public_loss(op):
 
     def call(masked, predicted, *arguments, **options):
         losses = IMPLEMENTATIONS[op](masked, predicted, *arguments, **options)[:2]
-        given = zip((masked, predicted), losses, strict=True)
-        return tuple(None if logits is None else loss for logits, loss in given)
+        passes = zip((masked, predicted), losses, strict=True)
+        return tuple(None if logits is None else loss for logits, loss in passes)
 
     return call
 
