@@ -1,6 +1,6 @@
 """Random shapes, strides, dtypes and values: every op on every backend against its reference.
 
-A few dozen examples by default; ``make fuzz`` runs thousands (DMAX_FUZZ_EXAMPLES).
+A few dozen examples by default; ``make fuzz`` runs a thousand (DMAX_FUZZ_EXAMPLES).
 """
 
 import os
