@@ -17,7 +17,7 @@ test: build
 
 # Minutes long: random inputs for every op and backend, and 10^5 steps of flat memory
 fuzz: build-cpu
-	DMAX_FUZZ_EXAMPLES=2000 $(PYTHON) -m pytest python_tests/test_fuzz.py -m "slow or not slow"
+	DMAX_FUZZ_EXAMPLES=1000 $(PYTHON) -m pytest python_tests/test_fuzz.py -m "slow or not slow"
 
 train: build-cpu
 	$(PYTHON) -m dmax_kernels train --config ring_walk

@@ -120,6 +120,16 @@ def test_in_place(op, dtype, options):
         assert (gradient[target < 0] == 0).all()
 
 
+def test_in_place_at_large_logits():
+    """Two equal logits of 65504 have 1/2 each, though logsumexp has steps of 1/128 there."""
+    logits = torch.zeros(1, 41)
+    logits[0, :2] = 65504.0
+    dmax_kernels.oput_loss_and_grad_(logits, None, torch.tensor([30]))
+    expected = torch.zeros(1, 41)
+    expected[0, :2], expected[0, 30] = 0.5, -1.0
+    assert_close(logits, expected, 2e-6, 1e-30)
+
+
 def test_in_place_equals_autograd_to_rounding():
     logits, target = random_case(torch.float32)
     leaf = logits[0].clone().requires_grad_()

@@ -63,7 +63,10 @@ void loss_gradient(const TileKernels<T>& kernels, const T* x, T* y, int64_t n, i
   const double mass = std::isnan(log_sum_exp) ? log_sum_exp : 1 + 2 * options.z_loss * log_sum_exp;
   const double shift = -options.label_smoothing / vocab;
   const double logit = place < 0 ? 0 : kernels.value(x + place);
-  kernels.softmax_grad(x, y, n, static_cast<float>(log_sum_exp), static_cast<float>(grad * mass),
+  // At logits of 65504 the rounding of log_sum_exp to float32 is 0.4% of the softmax: given back
+  const float rounded = static_cast<float>(log_sum_exp);
+  const double scale = grad * mass * std::exp(rounded - log_sum_exp);
+  kernels.softmax_grad(x, y, n, rounded, static_cast<float>(scale),
                        static_cast<float>(grad * shift));
   if (place < 0) return;
   // p - 1 before the one rounding to T

@@ -1,0 +1,222 @@
+"""What test_fuzz.py draws and compares: backends, random logits, and the checks.
+
+Backends that run everywhere: C++ ("cpu"), the CUDA kernels under emulation and Triton under its
+interpreter; the last two are slow and get a share of the examples. On a GPU machine "cuda" is
+whatever the dispatcher has there, and Triton compiles.
+"""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import simt_ops
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from triton_device import DEVICE
+
+import dmax_kernels
+from dmax_kernels import reference
+from dmax_kernels.reference.sample_tokens import exponential_noise
+from dmax_kernels.testing.tolerances import REFERENCE_RTOL
+from dmax_kernels.triton import IMPLEMENTATIONS
+
+EXAMPLES = int(os.environ.get("DMAX_FUZZ_EXAMPLES", "40"))
+NAN, INF = float("nan"), float("inf")
+
+
+def public_loss(op):
+    """Triton's op with the results of the public function."""
+
+    def call(masked, predicted, *arguments, **options):
+        losses = IMPLEMENTATIONS[op](masked, predicted, *arguments, **options)[:2]
+        passes = zip((masked, predicted), losses, strict=True)
+        return tuple(None if logits is None else loss for logits, loss in passes)
+
+    return call
+
+
+def spd_step_of_triton(logits, embedding, *, semantics, **arguments):
+    IMPLEMENTATIONS["spd_step_"](logits, embedding, released=semantics == "released", **arguments)
+
+
+TRITON = SimpleNamespace(
+    **IMPLEMENTATIONS
+    | {op: public_loss(op) for op in ("oput_loss", "oput_loss_and_grad_")}
+    | {"spd_step_": spd_step_of_triton}
+)
+
+# backend -> (its functions, device, one in how many of the examples, widest vocabulary)
+BACKENDS = {
+    "cpu": (dmax_kernels, "cpu", 1, 5000),
+    "cuda, emulated": (simt_ops, "cpu", 4, 300),
+    "triton": (TRITON, DEVICE, 16, 5000),
+    "cuda": (dmax_kernels, "cuda", 1, 200_000),
+}
+
+
+def run_examples(test, backend, **parameters):
+    def example(data):
+        test(data.draw, backend, **parameters)
+
+    example.__name__ = test.__name__  # hypothesis keeps failures under it
+    share = settings(
+        max_examples=max(EXAMPLES // BACKENDS[backend][2], 3),
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    share(given(data=st.data())(example))()
+
+
+def on_every_backend(*ops, but=()):
+    """Runs test(draw, backend), or test(draw, backend, op) for each op, with the backend's share
+    of the examples."""
+    names = [
+        pytest.param(name, marks=[pytest.mark.gpu] * (name == "cuda"))
+        for name in BACKENDS
+        if name not in but
+    ]
+
+    def decorate(test):
+        def run(backend):
+            run_examples(test, backend)
+
+        def run_op(backend, op):
+            run_examples(test, backend, op=op)
+
+        if ops:
+            run = pytest.mark.parametrize("op", ops)(run_op)
+        return pytest.mark.parametrize("backend", names)(run)
+
+    return decorate
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "unaligned": lambda x: torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x),
+    "padded rows": lambda x: torch.full((*x.shape[:-1], x.shape[-1] + 3), 77.0, dtype=x.dtype)[
+        ..., : x.shape[-1]
+    ].copy_(x),
+    "every second": lambda x: torch.full((*x.shape[:-1], 2 * x.shape[-1]), 77.0, dtype=x.dtype)[
+        ..., ::2
+    ].copy_(x),
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "one row expanded": lambda x: x[:1].expand(x.shape) if x.shape[0] else x,
+}
+
+VALUES = {
+    "normal": lambda x: 3 * x,
+    "ties": lambda x: (2 * x).round(),
+    "equal": lambda x: 0 * x,
+    "large offset": lambda x: x + 1e4,
+    "spread": lambda x: 40 * x,
+}
+SPECIALS = (NAN, INF, -INF, 60.0, -60.0, 65504.0, -0.0)
+FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+def random_generator(draw):
+    return torch.Generator().manual_seed(draw(st.integers(0, 1 << 32)))
+
+
+@st.composite
+def logits(draw, backend, shapes=((0,), (1,), (2,), (5,), (2, 3), (1, 1, 2)), widest=None):
+    """Rows of logits [..., V]."""
+    if backend == "cuda, emulated":  # the host side, not emulated, launches nothing for no rows
+        shapes = [shape for shape in shapes if 0 not in shape]
+    rows = draw(st.sampled_from(shapes))
+    vocab = draw(st.one_of(st.integers(1, 40), st.integers(41, widest or BACKENDS[backend][3])))
+    dtype = draw(FLOATS)
+    x = torch.randn(*rows, vocab, generator=random_generator(draw))
+    x = VALUES[draw(st.sampled_from(sorted(VALUES)))](x)
+    places = st.tuples(st.integers(0, max(x.numel() - 1, 0)), st.sampled_from(SPECIALS))
+    for place, value in draw(st.lists(places, max_size=3)) if x.numel() else []:
+        x.view(-1)[place] = value
+    if draw(st.integers(0, 9)) == 0:
+        x[..., : draw(st.integers(0, vocab))] = -INF
+    return in_some_layout(draw, x.to(dtype))
+
+
+def in_some_layout(draw, x):
+    return LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](x)
+
+
+@st.composite
+def options(draw, vocab):
+    return {
+        "temperature": draw(st.sampled_from([1.0, 1.0, 0.1, 0.7, 3.0])),
+        "suppress_token": draw(st.one_of(st.just(-1), st.integers(0, vocab - 1))),
+    }
+
+
+@st.composite
+def seeds(draw, rows):
+    """One (seed, offset) for all rows, or one per row."""
+    if draw(st.booleans()):
+        return torch.tensor([draw(st.integers(-(1 << 62), 1 << 62)), 7])
+    return torch.randint(-(1 << 62), 1 << 62, (*rows, 2), generator=random_generator(draw))
+
+
+def on(device, x):
+    """The tensor at the same strides and alignment on the device."""
+    if not isinstance(x, torch.Tensor) or torch.device(device).type == "cpu":
+        return x
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device)
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def fused(op, backend, arguments, keywords):
+    functions, device, *_ = BACKENDS[backend]
+    results = getattr(functions, op)(
+        *(on(device, x) for x in arguments), **{k: on(device, x) for k, x in keywords.items()}
+    )
+    if torch.is_tensor(results):
+        return results.cpu()
+    return tuple(None if x is None else x.cpu() for x in results)
+
+
+def compare(actual, expected, rtol=REFERENCE_RTOL, atol=1e-7):
+    """Integers equal, floats close, shapes and dtypes the same."""
+    pairs = (
+        [(actual, expected)] if torch.is_tensor(expected) else zip(actual, expected, strict=True)
+    )
+    for have, want in pairs:
+        assert (have is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(have, want, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def check(op, backend, arguments, keywords, rtol=REFERENCE_RTOL, atol=1e-7):
+    expected = getattr(reference, op)(*arguments, **keywords)
+    compare(fused(op, backend, arguments, keywords), expected, rtol, atol)
+
+
+def visible_in_float64(x, temperature, suppress_token):
+    x = x.double().clone()
+    if suppress_token >= 0:
+        x[..., suppress_token] = -INF
+    return x / temperature
+
+
+def check_choice(token, probability, x, scores, slack, rtol=REFERENCE_RTOL):
+    """``token`` has the highest of ``scores`` to ``slack``, and its probability is softmax's.
+
+    x: float64 logits / temperature. Rows with NaN or +inf are decided by their first one.
+    """
+    assert token.dtype == torch.int64
+    assert token.shape == probability.shape == x.shape[:-1]
+    broken = x.isnan().any(dim=-1) | (x == INF).any(dim=-1) | (x == -INF).all(dim=-1)
+    assert torch.equal(token[broken], x.argmax(dim=-1)[broken])
+    chosen = token.unsqueeze(-1)
+    missed = (scores.amax(dim=-1) - scores.gather(-1, chosen).squeeze(-1))[~broken]
+    assert (missed <= slack.expand(token.shape)[~broken]).all(), missed
+    expected = torch.softmax(x, dim=-1).gather(-1, chosen).squeeze(-1).masked_fill(broken, NAN)
+    compare(probability.double(), expected, rtol, 1e-7)
+
+
+def check_sample(token, probability, x, seed, error=0.0, rtol=REFERENCE_RTOL):
+    """Of logits / temperature x, good to ``error``: where two ids finish the Gumbel race within
+    float32's rounding of x + noise, backends may disagree, and no others."""
+    noise = exponential_noise(seed, x.shape[:-1], x.shape[-1]).double().log()
+    size = x.masked_fill(~x.isfinite(), 0.0).abs().amax(dim=-1)
+    check_choice(token, probability, x, x - noise, error + 4e-7 * (size + 25), rtol)
