@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import dmax_kernels
 from dmax_kernels import reference
-from dmax_kernels.decoding import generate
+from dmax_kernels.decoding import spd_generate
 from dmax_kernels.testing.tolerances import REFERENCE_RTOL, ROUNDING
 
 EXAMPLES = int(os.environ.get("DMAX_FUZZ_EXAMPLES", "40"))
@@ -208,7 +208,7 @@ def test_trajectories(rows, length, seed, block_length, tau_dec, tau_acc, semant
     )  # fmt: skip
     prompts = random_prompts(rows, length, seed)
     outputs = [
-        generate(RandomModel(seed), prompts, ops=ops, **vars(arguments))
+        spd_generate(RandomModel(seed), prompts, ops=ops, **vars(arguments))
         for ops in ("reference", "fused")
     ]
     assert outputs[0].sequences.tolist() == outputs[1].sequences.tolist()

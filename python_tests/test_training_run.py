@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from training_models import random_llama, save_random_model, write_walks
 
 from dmax_kernels.__main__ import main
-from dmax_kernels.decoding import generate
+from dmax_kernels.decoding import spd_generate
 from dmax_kernels.models.checkpoint import build_tokenizer, load_checkpoint
 from dmax_kernels.training import loop
 
@@ -111,7 +111,7 @@ def test_what_a_run_leaves(folder, whole):
     assert_equal_weights(weights(whole), {k: v.contiguous() for k, v in model.state_dict().items()})
     assert not any(weights(whole)[name].equal(before[name]) for name in before)
     prompt = tokenizer("start 4 =", return_tensors="pt")["input_ids"]
-    output = generate(model, prompt, block_length=4, max_new_tokens=8, ops="reference")
+    output = spd_generate(model, prompt, block_length=4, max_new_tokens=8, ops="reference")
     assert output.sequences.shape == (1, 11)
 
 
@@ -256,7 +256,7 @@ def test_a_model_of_transformers_with_a_mask_token_given(folder, tmp_path, capsy
     trained, _ = load_checkpoint(tmp_path / "checkpoints" / "step-00000002")
     assert trained.config.mask_token_id == 3  # the decoding loop finds it there
     ids = torch.tensor([[20, 21, 22]])
-    output = generate(trained, ids, block_length=8, max_new_tokens=5, ops="reference")
+    output = spd_generate(trained, ids, block_length=8, max_new_tokens=5, ops="reference")
     assert output.sequences.shape == (1, 8)
 
 
