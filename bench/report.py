@@ -16,9 +16,8 @@ def main() -> None:
 
 
 def records() -> dict[str, dict]:
-    """Every record of bench/run.py and bench/gpu_session.py, by file name."""
-    found = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    return {name: record for name, record in found.items() if "results" in record}
+    """Every record of bench/run.py, bench/gpu_session.py and bench/memory.py, by file name."""
+    return {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 
 
 def render(found: dict[str, dict]) -> str:
@@ -32,7 +31,8 @@ def render(found: dict[str, dict]) -> str:
     if not any(is_gpu(record) for record in found.values()):
         lines += ["", f"GPU: {NOT_MEASURED}. `make gpu` writes these tables on a machine with one."]
     for name, record in found.items():
-        lines += ["", *section(name, record)]
+        make = memory_section if "memory" in record else section
+        lines += ["", *make(name, record)]
     return "\n".join(lines) + "\n"
 
 
@@ -66,10 +66,35 @@ def section(name: str, record: dict) -> list[str]:
             f"{compiled['speed-up'] if compiled else ''} | {row['share of bandwidth']:.0%} | "
             f"{f'{rate:.0%}' if rate else ''} | {'; '.join(verdicts(row))} |"
         )
-    stem = name.removesuffix(".json")
-    pictures = sorted(path.name for path in RESULTS.glob(f"{stem}-*.png"))
-    lines += [line for picture in pictures for line in ("", f"![{picture}]({picture})")]
-    return lines
+    return lines + pictures_of(f"{name.removesuffix('.json')}-*.png")
+
+
+def memory_section(name: str, record: dict) -> list[str]:
+    """Peak bytes of the OPUT loss over the LM head, forward and backward."""
+    sizes, machine = record["sizes"], record["machine"]
+    ways = list(dict.fromkeys(point["way"] for point in record["memory"]))
+    by_rows: dict[int, dict[str, dict]] = {}
+    for point in record["memory"]:
+        by_rows.setdefault(point["rows"], {})[point["way"]] = point
+    shape = f"V = {sizes['vocab']}, D = {sizes['dim']}, {sizes['dtype']}"
+    lines = [f"## Memory of the loss over the LM head, {shape}", ""]
+    lines += [
+        "Peak megabytes of one forward and backward on top of the inputs, gradients included;"
+    ]
+    lines += ['"eager" and "fused" take both passes jointly, "alternating" takes one.']
+    lines += ["; ".join([f"Commit {machine['commit']}", machine["date"], f"[{name}]({name})"]), ""]
+    lines += [f"| positions x 2 | {' | '.join(ways)} | gradients alone |"]
+    lines += ["|" + "---|" * (len(ways) + 2)]
+    for rows, points in by_rows.items():
+        cells = [f"{points[way]['bytes'] / 1e6:.0f}" for way in ways]
+        gradients = f"{points[ways[0]]['gradients'] / 1e6:.0f}"
+        lines.append(f"| {rows} | {' | '.join(cells)} | {gradients} |")
+    return lines + pictures_of(name.replace(".json", ".png"))
+
+
+def pictures_of(pattern: str) -> list[str]:
+    names = sorted(path.name for path in RESULTS.glob(pattern))
+    return [line for name in names for line in ("", f"![{name}]({name})")]
 
 
 def verdicts(row: dict) -> list[str]:
