@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -26,11 +27,20 @@ def run(*command, env=None, cwd=None):
     )
 
 
+def built(folder, *command):
+    """What the command leaves in the folder; isolation fetches the build tools."""
+    done = run(sys.executable, "-m", *command)
+    if "No matching distribution found for scikit-build-core" in done.stdout + done.stderr:
+        pytest.skip("no package registry to fetch the build tools from")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (path,) = folder.glob("dmax_kernels-*")
+    return path
+
+
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory):
-    """Built as a user builds it: with isolation, from the tracked files, against this torch."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
+def sdist(tmp_path_factory):
+    """Of the tracked files."""
+    source = tmp_path_factory.mktemp("tracked")
     tracked = run("git", "ls-files", cwd=ROOT)
     if tracked.returncode != 0:
         pytest.skip("not a git checkout: the list of source files is not known")
@@ -38,14 +48,17 @@ def wheel(tmp_path_factory):
         if name and (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
+    folder = tmp_path_factory.mktemp("sdist")
+    return built(folder, "build", "--sdist", "--outdir", folder, source)
+
+
+@pytest.fixture(scope="session")
+def wheel(sdist, tmp_path_factory):
+    """Built as a user builds it: with isolation, from the sdist, against this torch."""
+    folder = tmp_path_factory.mktemp("wheel")
     # The CUDA half takes minutes and has tests of its own
     options = ("--no-deps", "-w", folder, "-C", "cmake.define.DMAX_CUDA=OFF")
-    built = run(sys.executable, "-m", "pip", "wheel", *options, source)
-    if "No matching distribution found for scikit-build-core" in built.stdout + built.stderr:
-        pytest.skip("no package registry to fetch the build tools from")
-    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
-    (path,) = folder.glob("*.whl")
-    return path
+    return built(folder, "pip", "wheel", *options, sdist)
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +75,15 @@ def python(installed, code, cwd, blocked=()):
     hide = f"import sys; sys.modules.update(dict.fromkeys({list(blocked)!r}))\n"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), SITE])}
     return run(sys.executable, "-c", hide + code, env=env, cwd=cwd)
+
+
+def test_sdist_can_be_built_tested_and_measured(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = set(run("git", "ls-files", cwd=ROOT).stdout.split())
+    left_out = {name for name in tracked if (ROOT / name).is_file()} - names
+    assert all(name.startswith((".ci/", "bench/results/")) for name in left_out), left_out
+    assert names - tracked <= {"PKG-INFO"}
 
 
 def test_one_wheel_for_every_python(wheel):

@@ -58,7 +58,7 @@ def _load(module: str) -> ModuleType:
             "installed (pip install triton)"
         ) from error
     check_triton_version(triton.__version__)
-    return importlib.import_module(f"dmax_kernels.triton.{module}")
+    return importlib.import_module(f"{__name__}.{module}")
 
 
 def _lazy(op: str, module: str) -> Callable:
