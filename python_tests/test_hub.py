@@ -1,4 +1,4 @@
-"""The Hugging Face kernel that ``make hub`` writes: its form; slow: two builds of its CPU variant."""
+"""The Hugging Face kernel of ``make hub``: its form; slow: two builds of its CPU variant."""
 
 import ast
 import importlib.util
