@@ -13,7 +13,7 @@ demo: build-cpu
 	$(PYTHON) -m dmax_kernels demo
 
 test: build
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # Minutes long: random inputs for every op and backend, and 10^5 steps of flat memory
 fuzz: build-cpu
