@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench.run import cases_of  # noqa: E402
+
+RESULTS = ROOT / "bench" / "results"
 NOT_MEASURED = "not yet measured"
 
 
@@ -26,14 +32,32 @@ def render(found: dict[str, dict]) -> str:
         "",
         "Written by `python bench/report.py` from the JSON files of this folder. Candidates ran in",
         "turn in one run; compare within a table, never between tables. Speed-ups are medians over",
-        '"eager", what people run today; bandwidth is of what was measured in the same run.',
+        '"eager", what people run today. Bandwidth and matrix rate are of what was measured in the',
+        "same run; a CPU's matrix rate is of a float32 product, which bfloat16 passes on AMX.",
     ]
     if not any(is_gpu(record) for record in found.values()):
-        lines += ["", f"GPU: {NOT_MEASURED}. `make gpu` writes these tables on a machine with one."]
+        lines += ["", *gpu_targets()]
     for name, record in found.items():
         make = memory_section if "memory" in record else section
         lines += ["", *make(name, record)]
     return "\n".join(lines) + "\n"
+
+
+def gpu_targets() -> list[str]:
+    """What a GPU has to reach, where none has been measured."""
+    lines = [
+        f"GPU: {NOT_MEASURED}. `make gpu` writes these tables on a machine with one. Targets, and"
+    ]
+    lines += ["what bytes and launches predict (written before any run), for an H200:", ""]
+    lines += ["| case | target | predicted | measured |", "|---|---|---|---|"]
+    for case in cases_of(device="cuda"):
+        share = case.bandwidth_target
+        targets = [f"{case.target_us:g} us"] if case.target_us else []
+        targets += [f"{share:.0%} of copy bandwidth"] if share else []
+        if targets:
+            predicted = f"{case.predicted_us:g} us" if case.predicted_us else ""
+            lines.append(f"| {case.name} | {', '.join(targets)} | {predicted} | {NOT_MEASURED} |")
+    return lines
 
 
 def is_gpu(record: dict) -> bool:
