@@ -85,9 +85,10 @@ def section(name: str, record: dict) -> list[str]:
     for row in record["results"]:
         fused, compiled = row["candidates"]["fused"], row["candidates"].get("torch.compile")
         rate = row.get("share of matrix rate")
+        share = f"{row['share of bandwidth']:.0%}" if row["bytes"] else ""
         lines.append(
             f"| {row['case']} | {fused['us']:.1f} | {fused['speed-up']:.1f} | "
-            f"{compiled['speed-up'] if compiled else ''} | {row['share of bandwidth']:.0%} | "
+            f"{compiled['speed-up'] if compiled else ''} | {share} | "
             f"{f'{rate:.0%}' if rate else ''} | {'; '.join(verdicts(row))} |"
         )
     return lines + pictures_of(f"{name.removesuffix('.json')}-*.png")

@@ -102,10 +102,11 @@ def print_table(rows: list[dict]) -> None:
     for row in rows:
         candidates = row["candidates"]
         compiled = candidates.get("torch.compile", {}).get("speed-up", "")
+        share = f"{row['share of bandwidth']:.0%}" if row["bytes"] else ""
         targets = ", ".join(f"{name} {value}" for name, value in row["targets"].items())
         print(
             f"{row['case']:<{width}}  {candidates['fused']['speed-up']:>8}  {compiled:>13}  "
-            f"{row['share of bandwidth']:>12.0%}  {targets}"
+            f"{share:>12}  {targets}"
         )
 
 

@@ -4,7 +4,17 @@
 ``bench/bench_<op>.py`` in the source tree list the cases that are kept, ``bench/run.py`` runs them.
 """
 
-from dmax_kernels.benchmark import embeddings, linear, losses, rows
+from dmax_kernels.benchmark import embeddings, linear, loops, losses, rows
 from dmax_kernels.benchmark.workload import WORKLOADS, Inputs, Work, Workload
 
-__all__ = ["WORKLOADS", "Inputs", "Work", "Workload", "embeddings", "linear", "losses", "rows"]
+__all__ = [
+    "WORKLOADS",
+    "Inputs",
+    "Work",
+    "Workload",
+    "embeddings",
+    "linear",
+    "loops",
+    "losses",
+    "rows",
+]

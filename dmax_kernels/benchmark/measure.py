@@ -70,12 +70,10 @@ def measure(
     for row in rows.values():
         row["speed-up"] = round(rows[first]["us"] / row["us"], 2)
     seconds = rows["fused"]["us"] * 1e-6
-    result: dict[str, Any] = {
-        "candidates": rows,
-        "bytes": work.bytes_moved,
-        "GB/s": round(work.bytes_moved / seconds / 1e9, 1),
-        "share of bandwidth": round(machine.seconds_to_move(work.bytes_moved) / seconds, 3),
-    }
+    result: dict[str, Any] = {"candidates": rows, "bytes": work.bytes_moved}
+    if work.bytes_moved:
+        result["GB/s"] = round(work.bytes_moved / seconds / 1e9, 1)
+        result["share of bandwidth"] = round(machine.seconds_to_move(work.bytes_moved) / seconds, 3)
     if work.flops:
         result["flops"] = work.flops
         result["GFLOP/s"] = round(work.flops / seconds / 1e9, 1)

@@ -57,7 +57,7 @@ class Work:
     """What is timed. The first candidate is what others are compared with; "fused" is ours."""
 
     candidates: dict[str, Callable[[], object]]
-    bytes_moved: int  # the fewest: every input read once, every output written once
+    bytes_moved: int = 0  # the fewest: every input read once, every output written once
     flops: int = 0  # of matrix products; the rest is bound by bytes
     restore: Callable[[], object] | None = None  # untimed: what the candidates overwrite
 

@@ -109,6 +109,8 @@ def table(result: dict) -> str:
     for name, row in rows.items():
         figures = f"{row['us']:>9.1f} us  {row['spread']:>6.0%}  {row['speed-up']:>7.2f}x"
         lines.append(f"{name:<{width}}  {figures}")
+    if not result["bytes"]:  # a loop
+        return "\n".join(lines)
     reached = f"fused: {result['GB/s']} GB/s, {result['share of bandwidth']:.0%} of bandwidth"
     if "GFLOP/s" in result:
         reached += f"; {result['GFLOP/s']} GFLOP/s, "
