@@ -118,6 +118,8 @@ def sanitize(record: dict) -> int:
 
 def bench(record: dict) -> int:
     """The GPU cases of every op, and how cost grows; pictures where matplotlib is installed."""
+    import torch
+
     from bench.linear_ways import run_linear_ways
     from bench.run import cases_of, machine_facts, print_table, run_cases
     from bench.scaling import run_scaling
@@ -126,7 +128,7 @@ def bench(record: dict) -> int:
     machine = Machine("cuda")
     record["machine"] = machine_facts() | record["machine"]
     record["copy GB/s"] = round(machine.copy_bandwidth / 1e9, 1)
-    record["matrix TFLOP/s"] = round(machine.matrix_rate / 1e12, 1)
+    record["matrix TFLOP/s"] = round(machine.matrix_rate(torch.bfloat16) / 1e12, 1)
     record["results"] = run_cases(cases_of(device="cuda"), machine, repetitions=100)
     print_table(record["results"])
     record["scaling"] = run_scaling(machine)

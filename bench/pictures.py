@@ -67,8 +67,7 @@ def roofline(record: dict):
     axes.axvline(1, color="black", lw=0.8)
     longest = max(patch.get_width() for patch in axes.patches)
     axes.set_xlim(0, max(1.25, 1.25 * longest))
-    note = "on a CPU the matrix rate is float32's; bfloat16 passes it where there is AMX"
-    axes.set_xlabel(f"share of the nearer roof, measured in the same run (red: target; {note})")
+    axes.set_xlabel("share of the nearer roof, measured in the same run (red: target)")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -32,8 +32,8 @@ def render(found: dict[str, dict]) -> str:
         "",
         "Written by `python bench/report.py` from the JSON files of this folder. Candidates ran in",
         "turn in one run; compare within a table, never between tables. Speed-ups are medians over",
-        '"eager", what people run today. Bandwidth and matrix rate are of what was measured in the',
-        "same run; a CPU's matrix rate is of a float32 product, which bfloat16 passes on AMX.",
+        '"eager", what people run today. Bandwidth and matrix rate are shares of what was measured',
+        "in the same run (the rate of a product of large square matrices of the same dtype).",
     ]
     if not any(is_gpu(record) for record in found.values()):
         lines += ["", *gpu_targets()]

@@ -28,6 +28,7 @@ def linear_top1_confidence(
         },
         hidden.nbytes + weight.nbytes,
         2 * rows * dim * vocab,
+        inputs.dtype,
     )
 
 
@@ -54,4 +55,5 @@ def linear_sample_tokens(
         },
         hidden.nbytes + weight.nbytes,
         2 * rows * dim * vocab,
+        inputs.dtype,
     )

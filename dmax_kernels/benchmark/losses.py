@@ -79,4 +79,5 @@ def linear_oput_loss(inputs: Inputs, tokens: int = 256, dim: int = DIM, vocab: i
         },
         2 * sum(x.nbytes for x in leaves),  # read, and their gradients written
         3 * 2 * (2 * tokens) * dim * vocab,  # what the gradients need, once
+        inputs.dtype,
     )

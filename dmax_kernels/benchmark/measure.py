@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,16 +17,19 @@ class Machine:
     """What the device at hand can do, measured once in this run."""
 
     device: str = "cpu"
+    _matrix_rates: dict[torch.dtype, float] = field(default_factory=dict)
 
     @cached_property
     def copy_bandwidth(self) -> float:
         """Bytes per second: of a copy on a GPU (read and written)."""
         return gpu_timer.copy_bandwidth()
 
-    @cached_property
-    def matrix_rate(self) -> float:
-        """FLOP per second of a plain matrix product: bfloat16 on a GPU, float32 on a CPU."""
-        return gpu_timer.matrix_rate() if self.device == "cuda" else timer.multiply_rate()
+    def matrix_rate(self, dtype: torch.dtype) -> float:
+        """FLOP per second of PyTorch's product of two large square matrices."""
+        if dtype not in self._matrix_rates:
+            module = gpu_timer if self.device == "cuda" else timer
+            self._matrix_rates[dtype] = module.multiply_rate(dtype)
+        return self._matrix_rates[dtype]
 
     def seconds_to_move(self, nbytes: int) -> float:
         """The floor of work that moves so many bytes. On a CPU a read of as many, cached if the
@@ -77,7 +80,9 @@ def measure(
     if work.flops:
         result["flops"] = work.flops
         result["GFLOP/s"] = round(work.flops / seconds / 1e9, 1)
-        result["share of matrix rate"] = round(work.flops / seconds / machine.matrix_rate, 3)
+        result["share of matrix rate"] = round(
+            work.flops / seconds / machine.matrix_rate(work.dtype), 3
+        )
     return result
 
 

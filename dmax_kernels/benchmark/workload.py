@@ -59,6 +59,7 @@ class Work:
     candidates: dict[str, Callable[[], object]]
     bytes_moved: int = 0  # the fewest: every input read once, every output written once
     flops: int = 0  # of matrix products; the rest is bound by bytes
+    dtype: torch.dtype = torch.float32  # of those products
     restore: Callable[[], object] | None = None  # untimed: what the candidates overwrite
 
 

@@ -103,7 +103,7 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / statistics.median(seconds)
 
 
-def matrix_rate(size: int = 8192) -> float:
-    """FLOP per second of a bfloat16 product of two square matrices."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+def multiply_rate(dtype: torch.dtype, size: int = 8192) -> float:
+    """FLOP per second of PyTorch's product of two square matrices."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
     return 2 * size**3 / timed(lambda: a @ b, 20).median

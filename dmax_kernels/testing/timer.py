@@ -72,7 +72,7 @@ def read_seconds(nbytes: int, repetitions: int = 20) -> float:
     return compare({"read": words.sum}, repetitions=repetitions)["read"].median
 
 
-def multiply_rate(size: int = 1024) -> float:
-    """FLOP per second of PyTorch's float32 product of two square matrices."""
-    a, b = torch.ones(size, size), torch.ones(size, size)
+def multiply_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP per second of PyTorch's product of two square matrices."""
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     return 2 * size**3 / compare({"product": lambda: a @ b}, repetitions=5)["product"].median
