@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from dmax_kernels.__main__ import main
-from dmax_kernels.demo import evaluate, page, rules, step_time, table
-from dmax_kernels.demo.evaluate import TAUS, Cell, Result
-from dmax_kernels.models import ring_walk
 from dmax_kernels.models.checkpoint import build_model, load_checkpoint, save_checkpoint
+from dmax_kernels.ring_walk import evaluate, page, rules, step_time, tables, task
+from dmax_kernels.ring_walk.evaluate import TAUS, Cell, Result
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,7 +61,7 @@ def test_the_printed_table_holds_the_figures(demo):
     assert len(rows) == len(list(evaluate.ablation_rows())) == 13
     for cell in cells:
         if cell["convergence"] == "both" and cell["tau_dec"] in TAUS:
-            key = table.MODEL_NAMES[cell["model"]], table.RULE_NAMES[cell["rule"]]
+            key = tables.MODEL_NAMES[cell["model"]], tables.RULE_NAMES[cell["rule"]]
             figures = rows[key][TAUS.index(cell["tau_dec"])].replace("*", " ").split()
             assert figures == [
                 f"{100 * cell['answer']:.1f}",
@@ -93,7 +92,7 @@ def test_rules_prints_a_table_of_its_own(tmp_path, capsys, monkeypatch):
 
 def test_shipped_checkpoints_show_the_papers_pattern():
     """The figures that the demo must show, on fewer problems and with slack for their noise."""
-    problems = ring_walk.evaluation_problems(48, seed=1)
+    problems = task.evaluation_problems(48, seed=1)
     models = {name: load_checkpoint(name)[0] for name in evaluate.MODELS}
 
     def strict(model, rule, tau):
@@ -111,19 +110,19 @@ def test_shipped_checkpoints_show_the_papers_pattern():
 
 def test_a_cells_figures_are_those_of_its_decoding():
     model, _ = load_checkpoint("oput")
-    problems = ring_walk.evaluation_problems(evaluate.FIRST_PROBLEMS + 6)
+    problems = task.evaluation_problems(evaluate.FIRST_PROBLEMS + 6)
     cell = Cell("oput", "threshold", 0.5)
     result = evaluate.evaluate_cell(model, problems, cell, "fused")
     output = evaluate.decode(model, problems, cell, "reference")
     grades = [
-        ring_walk.grade(problem, ring_walk.decode(row))
+        task.grade(problem, task.decode(row))
         for problem, row in zip(problems, output.sequences[:, 32:].tolist(), strict=True)
     ]
     assert result.problems == len(problems)
     assert result.answer == pytest.approx(sum(g.answer for g in grades) / len(grades))
     assert result.strict == pytest.approx(sum(g.strict for g in grades) / len(grades))
     lengths = [
-        row.index(ring_walk.EOS_ID) + 1 if ring_walk.EOS_ID in row else len(row)
+        row.index(task.EOS_ID) + 1 if task.EOS_ID in row else len(row)
         for row in output.sequences[:, 32:].tolist()
     ]
     per_problem = [n / f for n, f in zip(lengths, output.num_forwards.tolist(), strict=True)]
@@ -135,7 +134,7 @@ def test_a_cells_figures_are_those_of_its_decoding():
 
 def test_a_collapsed_cell_stops_after_the_first_problems():
     model, _ = load_checkpoint("base")
-    problems = ring_walk.evaluation_problems(evaluate.FIRST_PROBLEMS + 6)
+    problems = task.evaluation_problems(evaluate.FIRST_PROBLEMS + 6)
     result = evaluate.evaluate_cell(model, problems, Cell("base", "hard", 0.0), "fused")
     assert result.collapsed
     assert result.problems == evaluate.FIRST_PROBLEMS
@@ -144,7 +143,7 @@ def test_a_collapsed_cell_stops_after_the_first_problems():
 
 def test_processes_give_the_results_of_one():
     cells = [Cell("oput", "spd", tau) for tau in TAUS]
-    arguments = cells, {"oput": "oput"}, ring_walk.evaluation_problems(4), "fused"
+    arguments = cells, {"oput": "oput"}, task.evaluation_problems(4), "fused"
     alone = dict(evaluate.evaluate_cells(*arguments, workers=1))
     assert dict(evaluate.evaluate_cells(*arguments, workers=2)) == alone
     assert list(alone) == cells
@@ -187,7 +186,7 @@ CLAIMS = [
 @pytest.mark.parametrize(("claim", "cell", "fields"), CLAIMS)
 def test_a_claim_follows_its_figures(claim, cell, fields):
     def held(changes):
-        (finding,) = (f for f in table.findings(synthetic(changes), 200) if claim in f.claim)
+        (finding,) = (f for f in tables.findings(synthetic(changes), 200) if claim in f.claim)
         return finding
 
     before, after = held({}), held({cell: fields})
@@ -197,10 +196,10 @@ def test_a_claim_follows_its_figures(claim, cell, fields):
 
 
 def test_the_caveat_names_the_controls_best_threshold():
-    words = table.caveat(synthetic({Cell("control", "threshold", 0.8): {"strict": 0.96}}), 200)
+    words = tables.caveat(synthetic({Cell("control", "threshold", 0.8): {"strict": 0.96}}), 200)
     assert "96.0% of derivations right at 4.00 tokens per forward with an ordinary" not in words
     fast = {"strict": 0.96, "tokens_per_forward": 7.0}
-    words = table.caveat(synthetic({Cell("control", "threshold", 0.8): fast}), 200)
+    words = tables.caveat(synthetic({Cell("control", "threshold", 0.8): fast}), 200)
     assert "96.0% of derivations right at 7.00 tokens per forward" in words
     assert "threshold of 0.8;" in words
     assert "most of the gain over the base's 1.00 comes from self-distillation (86% of it)" in words
@@ -214,14 +213,14 @@ def test_the_caveat_without_a_control_that_keeps_95_percent():
         if (cell.model, cell.rule) == ("control", "threshold")
     }
     weak[Cell("control", "threshold", 0.7)] = {"strict": 0.6, "tokens_per_forward": 2.0}
-    words = table.caveat(synthetic(weak), 200)
+    words = tables.caveat(synthetic(weak), 200)
     assert "60.0% of derivations right at 2.00" in words
     assert "less than half of the gain" in words
 
 
 def test_the_page_picks_a_right_decoding_with_revisions():
     model, _ = load_checkpoint("oput")
-    problems = ring_walk.evaluation_problems(20)
+    problems = task.evaluation_problems(20)
     index = page.most_revised(model, problems, "fused")
     run = page.trace_run(model, problems[index], page.SHOWN[0], "fused")
     assert run["strict"]
@@ -253,7 +252,7 @@ def test_an_untrained_checkpoint_is_decoded_too(tmp_path):
     """--checkpoints takes any folder; a model that knows nothing gives zeros, not an error."""
     save_checkpoint(build_model(32), tmp_path / "oput")
     model, _ = load_checkpoint(tmp_path / "oput")
-    problems = ring_walk.evaluation_problems(2)
+    problems = task.evaluation_problems(2)
     result = evaluate.evaluate_cell(model, problems, Cell("oput", "spd", 0.5), "fused")
     assert result.strict == 0
 

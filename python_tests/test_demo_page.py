@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from dmax_kernels.decoding import spd_generate
-from dmax_kernels.demo import page
-from dmax_kernels.demo.evaluate import MODELS
-from dmax_kernels.demo.trace_page import trace_runs, write_trace_page
-from dmax_kernels.models import ring_walk
 from dmax_kernels.models.checkpoint import load_checkpoint
+from dmax_kernels.ring_walk import page, task
+from dmax_kernels.ring_walk.evaluate import MODELS
+from dmax_kernels.ring_walk.trace_page import trace_runs, write_trace_page
 
 CHROMIUM = next(
     (
@@ -41,7 +40,7 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
     models = {name: load_checkpoint(name)[0] for name in MODELS}
-    problem = ring_walk.evaluation_problems(1)[0]
+    problem = task.evaluation_problems(1)[0]
     path = tmp_path_factory.mktemp("page") / "dmax_demo.html"
     page.write_page(models, problem, "fused", path)
     return path
@@ -185,19 +184,19 @@ def test_pause_slider_and_run_keys(page_file, data, tmp_path):
 @needs_browser
 def test_a_trace_of_ones_own_prompts_has_no_grades(tmp_path):
     model, tokenizer = load_checkpoint("oput")
-    problems = ring_walk.evaluation_problems(2)
-    prompts = [ring_walk.encode_prompt(problem, 32) for problem in problems]
+    problems = task.evaluation_problems(2)
+    prompts = [task.encode_prompt(problem, 32) for problem in problems]
     output = spd_generate(model, prompts, max_new_tokens=64, trace=True)
     path = tmp_path / "trace.html"
-    write_trace_page(trace_runs(output, prompts, tokenizer), [ring_walk.EOS_ID], path)
+    write_trace_page(trace_runs(output, prompts, tokenizer), [task.EOS_ID], path)
     dom = render(path, tmp_path, fragment="#run=2", script=key_script("End"))
     words = [word for _, word in cells(dom)]
-    assert words[: len(output.answers[1])] == [ring_walk.WORDS[t] for t in output.answers[1]]
+    assert words[: len(output.answers[1])] == [task.WORDS[t] for t in output.answers[1]]
     tokens, forwards = int(output.num_tokens[1]), int(output.num_forwards[1])
     assert f"done, {tokens} tokens in {forwards} passes" in status(dom)
     assert "right answer" not in dom
     assert "derivation" not in dom
     shown = re.search(r'<div class="prompt".*?</div>', dom, re.DOTALL)[0]
     assert [html.unescape(w) for w in re.findall(r"<span[^>]*>(.*?)</span>", shown)] == [
-        ring_walk.WORDS[t] for t in prompts[1]
+        task.WORDS[t] for t in prompts[1]
     ]

@@ -14,10 +14,10 @@ from stand_in import EOS, MASK, save_stand_in
 
 from dmax_kernels.__main__ import main
 from dmax_kernels.decoding import spd_generate
-from dmax_kernels.models import ring_walk
 from dmax_kernels.models.checkpoint import checkpoint_folder
 from dmax_kernels.models.pretrained import KNOWN, load_pretrained, model_defaults
 from dmax_kernels.models.remote_code import repair_loaded_model, unscaled_rotary_frequencies
+from dmax_kernels.ring_walk import task
 
 PROMPTS = ["w5 w6", "w7 w8 w9 w10", " ".join(f"w{i}" for i in range(3, 73))]
 
@@ -177,13 +177,13 @@ def test_trace_page_has_every_step(folder, loaded, capsys, tmp_path):
 
 
 def test_a_shipped_checkpoint_solves_its_task(capsys):
-    problem = ring_walk.evaluation_problems(1)[0]
-    prompt = " ".join(ring_walk.render_prompt(problem))
+    problem = task.evaluation_problems(1)[0]
+    prompt = " ".join(task.render_prompt(problem))
     status, out, _ = generate(
         capsys, "--model", "oput", "--prompt", prompt, "--max-new-tokens", 96, "--device", "cpu"
     )
     assert status == 0
-    assert ring_walk.grade(problem, out.split()).answer
+    assert task.grade(problem, out.split()).answer
 
 
 MISTAKES = {

@@ -2,15 +2,15 @@
 
 import filecmp
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from dmax_kernels.models import checkpoint, ring_walk
+from dmax_kernels.models import checkpoint
 from dmax_kernels.models.checkpoint import SHIPPED, SHIPPED_DIR, load_checkpoint, save_checkpoint
-from dmax_kernels.models.tiny_dlm import TinyDlmConfig, TinyDlmForCausalLM
+from dmax_kernels.ring_walk import task
+from dmax_kernels.ring_walk.model import TinyDlmConfig, TinyDlmForCausalLM
 
 BLOCK = 8
 
@@ -145,15 +145,15 @@ def test_saving_replaces_a_checkpoint_and_leaves_nothing_else(model, tmp_path):
 def test_the_tokenizer_has_the_words_of_the_task(model, tmp_path):
     checkpoint.save_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.get_vocab() == ring_walk.ID_OF
-    problem = ring_walk.evaluation_problems(1)[0]
-    text = " ".join(ring_walk.render_prompt(problem))
+    assert tokenizer.get_vocab() == task.ID_OF
+    problem = task.evaluation_problems(1)[0]
+    text = " ".join(task.render_prompt(problem))
     padded = tokenizer(text, padding=True, pad_to_multiple_of=32).input_ids
-    assert padded == ring_walk.encode_prompt(problem, 32)
+    assert padded == task.encode_prompt(problem, 32)
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     ids = (tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.eos_token_id)
-    assert ids == (ring_walk.PAD_ID, ring_walk.MASK_ID, ring_walk.EOS_ID)
-    assert tokenizer("fish").input_ids == [ring_walk.UNK_ID]
+    assert ids == (task.PAD_ID, task.MASK_ID, task.EOS_ID)
+    assert tokenizer("fish").input_ids == [task.UNK_ID]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -161,13 +161,13 @@ def test_shipped_checkpoints(name):
     folder = SHIPPED_DIR / name
     assert (folder / "model.safetensors").stat().st_size < 1_000_000
     for file in checkpoint.REMOTE_CODE:
-        source = Path(checkpoint.__file__).parent / "tiny_dlm" / file
+        source = SHIPPED_DIR.parent / "model" / file
         assert filecmp.cmp(folder / file, source, shallow=False), "save the checkpoint's code anew"
     model, tokenizer = load_checkpoint(name)
     assert model.config.block_length == 32
-    assert tokenizer.get_vocab() == ring_walk.ID_OF
+    assert tokenizer.get_vocab() == task.ID_OF
     remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    ids = torch.tensor([ring_walk.encode_prompt(p, 32) for p in ring_walk.evaluation_problems(2)])
+    ids = torch.tensor([task.encode_prompt(p, 32) for p in task.evaluation_problems(2)])
     assert remote(input_ids=ids).logits.equal(model(input_ids=ids).logits)
     log = json.loads((SHIPPED_DIR / "training_log.json").read_text())
     assert log["command"].startswith("python -m dmax_kernels train")

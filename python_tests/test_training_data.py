@@ -7,8 +7,9 @@ from types import ModuleType
 
 import pytest
 
-from dmax_kernels.models import ring_walk
 from dmax_kernels.models.checkpoint import build_tokenizer
+from dmax_kernels.ring_walk import task
+from dmax_kernels.ring_walk.data import batches, repeated_examples, ring_walk_examples
 from dmax_kernels.training.data import IGNORE, Example, Examples, collate, epochs
 from dmax_kernels.training.records import (
     conversation,
@@ -17,9 +18,8 @@ from dmax_kernels.training.records import (
     read_examples,
     read_jsonl,
 )
-from dmax_kernels.training.ring_walk.data import batches, repeated_examples, ring_walk_examples
 
-EOS = ring_walk.EOS_ID
+EOS = task.EOS_ID
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] == 'u' and 's1 ' or 's2 ' }}{{ m['content'] }} "
     "{% if m['role'] == 'assistant' %}<eos> {% endif %}{% endfor %}"
@@ -40,7 +40,7 @@ def write(path, *lines):
 
 
 def words(ids):
-    return " ".join(ring_walk.decode(ids))
+    return " ".join(task.decode(ids))
 
 
 # Records

@@ -9,9 +9,9 @@ from training_models import random_model
 
 from dmax_kernels.__main__ import main
 from dmax_kernels.models.checkpoint import SHIPPED_DIR
+from dmax_kernels.ring_walk import distill, recipe, stages
+from dmax_kernels.ring_walk.data import ring_walk_examples
 from dmax_kernels.training import loop
-from dmax_kernels.training.ring_walk import distill, recipe, stages
-from dmax_kernels.training.ring_walk.data import ring_walk_examples
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ import random
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dmax_kernels.models import ring_walk
 from dmax_kernels.models.checkpoint import save_checkpoint
-from dmax_kernels.models.tiny_dlm import TinyDlmConfig, TinyDlmForCausalLM
+from dmax_kernels.ring_walk import task
+from dmax_kernels.ring_walk.model import TinyDlmConfig, TinyDlmForCausalLM
 
 BLOCK = 4
 MASK = 1
@@ -51,9 +51,9 @@ def write_walks(path, count=12):
     rng = random.Random(0)
     lines = []
     for _ in range(count):
-        problem = ring_walk.draw_problem(rng, rng.choice((1, 2, 3)))
-        words = ring_walk.render_response(problem, rng)[:-1]
-        record = {"prompt": " ".join(ring_walk.render_prompt(problem)), "response": " ".join(words)}
+        problem = task.draw_problem(rng, rng.choice((1, 2, 3)))
+        words = task.render_response(problem, rng)[:-1]
+        record = {"prompt": " ".join(task.render_prompt(problem)), "response": " ".join(words)}
         lines.append(json.dumps(record))
     path.write_text("\n".join(lines) + "\n")
     return path

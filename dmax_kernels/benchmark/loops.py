@@ -17,12 +17,12 @@ from dmax_kernels.benchmark.workload import Inputs, Work, workload
 def spd_generate(inputs: Inputs, prompts: int = 8, new_tokens: int = 96) -> Work:
     """Soft Parallel Decoding of the demo's problems with its OPUT checkpoint."""
     from dmax_kernels import decoding
-    from dmax_kernels.models import ring_walk
     from dmax_kernels.models.checkpoint import load_checkpoint
+    from dmax_kernels.ring_walk import task
 
     model = load_checkpoint("oput")[0].to(inputs.device)
-    problems = ring_walk.evaluation_problems(prompts)
-    ids = torch.tensor([ring_walk.encode_prompt(problem, 32) for problem in problems])
+    problems = task.evaluation_problems(prompts)
+    ids = torch.tensor([task.encode_prompt(problem, 32) for problem in problems])
     ids = ids.to(inputs.device)
 
     def run(ops):
@@ -36,12 +36,12 @@ def spd_generate(inputs: Inputs, prompts: int = 8, new_tokens: int = 96) -> Work
 @workload
 def oput_step(inputs: Inputs, sequences: int = 8) -> Work:
     """One step of On-Policy Uniform Training, rollout to optimizer, from the base checkpoint."""
-    from dmax_kernels.models import ring_walk
     from dmax_kernels.models.checkpoint import load_checkpoint
+    from dmax_kernels.ring_walk import task
+    from dmax_kernels.ring_walk.data import ring_walk_examples
     from dmax_kernels.training.config import TrainConfig
     from dmax_kernels.training.loop import Trainer
     from dmax_kernels.training.parallel import Processes
-    from dmax_kernels.training.ring_walk.data import ring_walk_examples
 
     examples = list(islice(ring_walk_examples(8, 32, seed=0), sequences))
 
@@ -49,7 +49,7 @@ def oput_step(inputs: Inputs, sequences: int = 8) -> Work:
         config = TrainConfig(steps=1, batch_size=sequences, ops=ops)
         model = load_checkpoint("base")[0]
         trainer = Trainer.build(
-            model, config, ring_walk.EOS_ID, Processes(0, 1, torch.device(inputs.device))
+            model, config, task.EOS_ID, Processes(0, 1, torch.device(inputs.device))
         )
 
         def run():

@@ -13,10 +13,9 @@ import torch
 from tqdm import tqdm
 
 from dmax_kernels.decoding.settings import OPS
-from dmax_kernels.demo import evaluate, page, picture, rules, table
-from dmax_kernels.demo.step_time import step_speedup
-from dmax_kernels.models import ring_walk
 from dmax_kernels.models.checkpoint import load_checkpoint
+from dmax_kernels.ring_walk import evaluate, page, picture, rules, tables, task
+from dmax_kernels.ring_walk.step_time import step_speedup
 
 DESCRIPTION = """\
 Decodes held-out problems of a small task with three checkpoints of a 0.2-million-parameter block
@@ -115,22 +114,22 @@ def run(args: argparse.Namespace) -> int:
         name: args.checkpoints / name if args.checkpoints else name for name in evaluate.MODELS
     }
     models = {name: load_checkpoint(checkpoint)[0] for name, checkpoint in checkpoints.items()}
-    problems = ring_walk.evaluation_problems(args.problems, seed=args.seed)
+    problems = task.evaluation_problems(args.problems, seed=args.seed)
 
     if args.rules:
         return run_rules(args, checkpoints, problems)
 
     results = decode_cells(evaluate.all_cells(), args, checkpoints, problems)
     print_legend(args)
-    print(f"\n{table.ablation_table(results)}")
+    print(f"\n{tables.ablation_table(results)}")
     print("\nOPUT with SPD at tau_dec 0.5, by convergence criterion:")
-    print(f"\n{table.convergence_table(results)}")
+    print(f"\n{tables.convergence_table(results)}")
     print("\nThe control between the thresholds above:")
-    print(f"\n{table.control_table(results)}")
+    print(f"\n{tables.control_table(results)}")
     print("\nDoes the table bear the paper out?")
-    for finding in table.findings(results, args.problems):
+    for finding in tables.findings(results, args.problems):
         print(textwrap.fill(str(finding), 100, initial_indent="  ", subsequent_indent="      "))
-    print(f"\n{textwrap.fill(table.caveat(results, args.problems), 100)}")
+    print(f"\n{textwrap.fill(tables.caveat(results, args.problems), 100)}")
 
     speedups = {
         str(dtype).removeprefix("torch."): step_speedup(dtype)
@@ -154,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_rules(
-    args: argparse.Namespace, checkpoints: dict[str, Any], problems: list[ring_walk.Problem]
+    args: argparse.Namespace, checkpoints: dict[str, Any], problems: list[task.Problem]
 ) -> int:
     """The table of `--rules`."""
     cells = rules.all_cells(evaluate.MODELS)
@@ -170,7 +169,7 @@ def decode_cells(
     cells: list[evaluate.Cell],
     args: argparse.Namespace,
     checkpoints: dict[str, Any],
-    problems: list[ring_walk.Problem],
+    problems: list[task.Problem],
 ) -> dict[evaluate.Cell, evaluate.Result]:
     results = {}
     with tqdm(total=len(cells), desc="decoding", unit="cell", leave=False) as progress:

@@ -176,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_recipe(given: dict[str, Any], output: Path, threads: int) -> int:
-    from dmax_kernels.training.ring_walk import recipe
+    from dmax_kernels.ring_walk import recipe
 
     other = [name for name in given if name not in RECIPE_OPTIONS]
     if other:

@@ -1,1 +1,1 @@
-"""The tiny block-diffusion model, its task and its checkpoints."""
+"""Loading of Hugging Face models, by name or from a folder."""

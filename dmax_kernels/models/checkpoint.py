@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from dmax_kernels.models import ring_walk
-from dmax_kernels.models.tiny_dlm import TinyDlmConfig, TinyDlmForCausalLM
+from dmax_kernels.ring_walk import task
+from dmax_kernels.ring_walk.model import TinyDlmConfig, TinyDlmForCausalLM
 
-SHIPPED_DIR = Path(__file__).parent.parent / "checkpoints" / "ring_walk"
+SHIPPED_DIR = Path(__file__).parent.parent / "ring_walk" / "weights"
 SHIPPED = ("base", "oput", "control")
 
 REMOTE_CODE = ("configuration_tiny_dlm.py", "modeling_tiny_dlm.py")
@@ -32,14 +32,14 @@ AUTO_MAP = {
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The word-level tokenizer of ring walks: words are what spaces separate."""
-    tokenizer = Tokenizer(WordLevel(dict(ring_walk.ID_OF), unk_token=ring_walk.UNK))
+    tokenizer = Tokenizer(WordLevel(dict(task.ID_OF), unk_token=task.UNK))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token=ring_walk.PAD,
-        mask_token=ring_walk.MASK,
-        eos_token=ring_walk.EOS,
-        unk_token=ring_walk.UNK,
+        pad_token=task.PAD,
+        mask_token=task.MASK,
+        eos_token=task.EOS,
+        unk_token=task.UNK,
         padding_side="left",
     )
 
@@ -57,11 +57,11 @@ def build_model(block_length: int) -> TinyDlmForCausalLM:
     """A new model for ring walks, initialised from torch's global generator."""
     return TinyDlmForCausalLM(
         TinyDlmConfig(
-            vocab_size=len(ring_walk.WORDS),
+            vocab_size=len(task.WORDS),
             block_length=block_length,
-            mask_token_id=ring_walk.MASK_ID,
-            eos_token_id=ring_walk.EOS_ID,
-            pad_token_id=ring_walk.PAD_ID,
+            mask_token_id=task.MASK_ID,
+            eos_token_id=task.EOS_ID,
+            pad_token_id=task.PAD_ID,
         )
     )
 
@@ -75,7 +75,7 @@ def write_checkpoint(
         model.save_pretrained(path, state_dict=weights)
     save_tokenizer(path)
     for name in REMOTE_CODE:
-        shutil.copyfile(Path(__file__).parent / "tiny_dlm" / name, path / name)
+        shutil.copyfile(SHIPPED_DIR.parent / "model" / name, path / name)
 
 
 def save_checkpoint(model: TinyDlmForCausalLM, path: Path) -> None:

@@ -5,5 +5,4 @@ to batches), `corrupt.py` (what is masked), `layout.py` (what sees what), `step.
 passes, loss), `model.py` (hidden states and head; sharding), `optim.py` and `schedule.py`,
 `state.py` and `checkpoints.py` (resuming), `metrics.py`, and `loop.py`, which is all of it in
 order; `run.py` is what the command calls.
-`ring_walk/` holds the recipe of the checkpoints that ship here: four runs of that same loop.
 """

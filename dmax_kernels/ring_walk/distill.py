@@ -13,11 +13,11 @@ from torch import nn
 from tqdm import tqdm
 
 from dmax_kernels.decoding import spd_generate
-from dmax_kernels.models import ring_walk
+from dmax_kernels.ring_walk import task
+from dmax_kernels.ring_walk.stages import Distillation
 from dmax_kernels.training.checkpoints import write_atomically
 from dmax_kernels.training.config import check_same_run
 from dmax_kernels.training.data import Example
-from dmax_kernels.training.ring_walk.stages import Distillation
 
 # The longest right derivation of 6 moves has 73 tokens.
 MAX_NEW_TOKENS = 96
@@ -54,22 +54,22 @@ def distill(
     return state
 
 
-def draw_problems(settings: Distillation) -> list[ring_walk.Problem]:
+def draw_problems(settings: Distillation) -> list[task.Problem]:
     """Distinct walks of the training side."""
     rng = random.Random(f"ring walk distillation {settings.seed}")
-    problems: dict[tuple, ring_walk.Problem] = {}
+    problems: dict[tuple, task.Problem] = {}
     while len(problems) < settings.problems:
-        problem = ring_walk.draw_problem(rng, settings.num_moves)
+        problem = task.draw_problem(rng, settings.num_moves)
         problems.setdefault((problem.start, problem.moves), problem)
     return list(problems.values())
 
 
 def respond(
-    model: nn.Module, problems: list[ring_walk.Problem], threshold: float, ops: str
+    model: nn.Module, problems: list[task.Problem], threshold: float, ops: str
 ) -> tuple[list[list[int]], int]:
     """Responses up to `<eos>`, empty where there is none, and the denoising passes they took."""
     prompts = torch.tensor(
-        [ring_walk.encode_prompt(problem, model.config.block_length) for problem in problems]
+        [task.encode_prompt(problem, model.config.block_length) for problem in problems]
     )
     out = spd_generate(
         model,
@@ -83,7 +83,7 @@ def respond(
     written = []
     for row, count in zip(out.sequences[:, prompts.shape[1] :], out.num_tokens, strict=True):
         ids = row[:count].tolist()
-        written.append(ids if ids[-1] == ring_walk.EOS_ID else [])
+        written.append(ids if ids[-1] == task.EOS_ID else [])
     return written, int(out.num_forwards.sum())
 
 
@@ -93,7 +93,7 @@ def distilled_examples(
     """Training examples of the completed responses."""
     problems = draw_problems(settings)
     examples = [
-        Example(tuple(ring_walk.encode_prompt(problem, block_length)), tuple(response))
+        Example(tuple(task.encode_prompt(problem, block_length)), tuple(response))
         for problem, response in zip(problems, responses, strict=True)
         if response
     ]

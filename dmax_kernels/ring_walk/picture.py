@@ -11,8 +11,8 @@ matplotlib.use("Agg")  # a file, whatever display there is
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
-from dmax_kernels.demo.evaluate import TAUS, Cell, Result, ablation_rows
-from dmax_kernels.demo.table import MODEL_NAMES, RULE_NAMES, best_control
+from dmax_kernels.ring_walk.evaluate import TAUS, Cell, Result, ablation_rows
+from dmax_kernels.ring_walk.tables import MODEL_NAMES, RULE_NAMES, best_control
 
 COLOURS = {"base": "#6b7280", "oput": "#d9480f", "control": "#1c7ed6"}
 LINES = {"threshold": "-", "hard": ":", "hard_prefix": "-.", "hybrid": "--", "spd": "-"}

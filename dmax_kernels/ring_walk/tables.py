@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dmax_kernels.demo.evaluate import TAUS, Cell, Result, ablation_rows
+from dmax_kernels.ring_walk.evaluate import TAUS, Cell, Result, ablation_rows
 
 MODEL_NAMES = {"base": "base", "oput": "OPUT", "control": "control"}
 RULE_NAMES = {

@@ -14,8 +14,8 @@ import torch
 from dmax_kernels.decoding import GenerationOutput, spd_generate
 from dmax_kernels.decoding.arness import arness
 from dmax_kernels.decoding.rule import Rule
-from dmax_kernels.models import ring_walk
 from dmax_kernels.models.checkpoint import load_checkpoint
+from dmax_kernels.ring_walk import task
 
 MODELS = ("base", "oput", "control")
 TAUS = (0.95, 0.5, 0.0)
@@ -68,13 +68,13 @@ def all_cells() -> list[Cell]:
     return cells + [Cell("control", "threshold", tau) for tau in CONTROL_TAUS]
 
 
-def encode_prompts(problems: list[ring_walk.Problem], block_length: int) -> torch.Tensor:
+def encode_prompts(problems: list[task.Problem], block_length: int) -> torch.Tensor:
     """Prompts [B, T]; problems of one number of moves have prompts of one length."""
-    return torch.tensor([ring_walk.encode_prompt(problem, block_length) for problem in problems])
+    return torch.tensor([task.encode_prompt(problem, block_length) for problem in problems])
 
 
 def decode(
-    model: Any, problems: list[ring_walk.Problem], cell: Cell, ops: str, trace: bool = False
+    model: Any, problems: list[task.Problem], cell: Cell, ops: str, trace: bool = False
 ) -> GenerationOutput:
     return spd_generate(
         model,
@@ -94,12 +94,11 @@ def response_words(output: GenerationOutput) -> list[list[str]]:
     responses = output.sequences[:, -MAX_NEW_TOKENS:]
     lengths = output.num_tokens.tolist()
     return [
-        ring_walk.decode(row[:length])
-        for row, length in zip(responses.tolist(), lengths, strict=True)
+        task.decode(row[:length]) for row, length in zip(responses.tolist(), lengths, strict=True)
     ]
 
 
-def evaluate_cell(model: Any, problems: list[ring_walk.Problem], cell: Cell, ops: str) -> Result:
+def evaluate_cell(model: Any, problems: list[task.Problem], cell: Cell, ops: str) -> Result:
     """Decode the problems in two batches; the second is left out where the first collapses.
 
     Collapse: no derivation right, and blocks that use more than half of their step cap on average.
@@ -115,7 +114,7 @@ def evaluate_cell(model: Any, problems: list[ring_walk.Problem], cell: Cell, ops
         if cell.trace:
             prompt_length = output.sequences.shape[1] - MAX_NEW_TOKENS
             scores += arness(output.trace, ends=(output.num_tokens + prompt_length).tolist())
-        grades += map(ring_walk.grade, batch, response_words(output))
+        grades += map(task.grade, batch, response_words(output))
         blocks = sum(int(output.num_blocks.sum()) for output in outputs)
         passes = sum(int(output.num_forwards.sum()) for output in outputs)
         right = any(grade.strict for grade in grades)
@@ -137,7 +136,7 @@ def evaluate_cell(model: Any, problems: list[ring_walk.Problem], cell: Cell, ops
 def evaluate_cells(
     cells: list[Cell],
     checkpoints: dict[str, Any],
-    problems: list[ring_walk.Problem],
+    problems: list[task.Problem],
     ops: str,
     workers: int,
 ) -> Iterator[tuple[Cell, Result]]:
@@ -169,7 +168,7 @@ _loaded: dict[str, Any] = {}
 
 def _load(
     checkpoints: dict[str, Any],
-    problems: list[ring_walk.Problem],
+    problems: list[task.Problem],
     ops: str,
     is_worker: bool = False,
 ) -> None:

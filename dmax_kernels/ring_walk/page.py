@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dmax_kernels.demo.evaluate import Cell, decode, response_words
-from dmax_kernels.demo.table import MODEL_NAMES
-from dmax_kernels.models import ring_walk
+from dmax_kernels.ring_walk import task
+from dmax_kernels.ring_walk.evaluate import Cell, decode, response_words
+from dmax_kernels.ring_walk.tables import MODEL_NAMES
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -27,7 +27,7 @@ SHOWN = (
 DECODERS = {"threshold": "threshold", "hard": "hard tokens", "spd": "SPD"}  # short: on buttons
 
 
-def most_revised(model: Any, problems: list[ring_walk.Problem], ops: str) -> int:
+def most_revised(model: Any, problems: list[task.Problem], ops: str) -> int:
     """The problem whose right decoding by SPD changed its mind most: the one worth watching."""
     output = decode(model, problems, SHOWN[0], ops, trace=True)
     revisions = []
@@ -35,15 +35,15 @@ def most_revised(model: Any, problems: list[ring_walk.Problem], ops: str) -> int
         problems, response_words(output), output.trace.to_dict()["rows"], strict=True
     ):
         count = sum(len(step["revised"]) for block in row["blocks"] for step in block["steps"])
-        revisions.append(count if ring_walk.grade(problem, words).strict else -1)
+        revisions.append(count if task.grade(problem, words).strict else -1)
     return max(range(len(problems)), key=revisions.__getitem__)
 
 
-def trace_run(model: Any, problem: ring_walk.Problem, cell: Cell, ops: str) -> dict[str, Any]:
+def trace_run(model: Any, problem: task.Problem, cell: Cell, ops: str) -> dict[str, Any]:
     """One decoding as the page reads it."""
     output = decode(model, [problem], cell, ops, trace=True)
     (words,) = response_words(output)
-    grade = ring_walk.grade(problem, words)
+    grade = task.grade(problem, words)
     return {
         "name": f"{MODEL_NAMES[cell.model]}, {DECODERS[cell.rule]}, τ {cell.tau_dec:g}",
         "blocks": output.trace.to_dict()["rows"][0]["blocks"],
@@ -54,13 +54,13 @@ def trace_run(model: Any, problem: ring_walk.Problem, cell: Cell, ops: str) -> d
     }
 
 
-def write_page(models: dict[str, Any], problem: ring_walk.Problem, ops: str, path: Path) -> None:
+def write_page(models: dict[str, Any], problem: task.Problem, ops: str, path: Path) -> None:
     """Decode the problem in every way of `SHOWN` and write the page."""
     data = {
-        "prompt": ring_walk.render_prompt(problem),
+        "prompt": task.render_prompt(problem),
         "answer": str(problem.places[-1]),
-        "words": list(ring_walk.WORDS),
-        "eos": [ring_walk.EOS_ID],
+        "words": list(task.WORDS),
+        "eos": [task.EOS_ID],
         "runs": [trace_run(models[cell.model], problem, cell, ops) for cell in SHOWN],
     }
     fill_template(data, path)

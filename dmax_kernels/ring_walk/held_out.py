@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from dmax_kernels.decoding import spd_generate
-from dmax_kernels.models import ring_walk
-from dmax_kernels.training.ring_walk.distill import MAX_NEW_TOKENS
+from dmax_kernels.ring_walk import task
+from dmax_kernels.ring_walk.distill import MAX_NEW_TOKENS
 
 
 def evaluate(
     model: nn.Module,
-    problems: list[ring_walk.Problem],
+    problems: list[task.Problem],
     *,
     rule: str,
     tau_dec: float,
@@ -24,7 +24,7 @@ def evaluate(
     that refreshes the KV cache is not counted, as the loop makes none.
     """
     prompts = torch.tensor(
-        [ring_walk.encode_prompt(problem, model.config.block_length) for problem in problems]
+        [task.encode_prompt(problem, model.config.block_length) for problem in problems]
     )
     out = spd_generate(
         model,
@@ -37,7 +37,7 @@ def evaluate(
     )
     responses = out.sequences[:, prompts.shape[1] :].tolist()
     grades = [
-        ring_walk.grade(problem, ring_walk.decode(response))
+        task.grade(problem, task.decode(response))
         for problem, response in zip(problems, responses, strict=True)
     ]
     return {

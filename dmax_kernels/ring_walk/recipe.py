@@ -17,16 +17,12 @@ import torch
 import transformers
 from torch import nn
 
-from dmax_kernels.models import ring_walk
 from dmax_kernels.models.checkpoint import build_model, save_checkpoint, write_checkpoint
-from dmax_kernels.training.checkpoints import save_json
-from dmax_kernels.training.data import Example
-from dmax_kernels.training.loop import fit
-from dmax_kernels.training.parallel import Processes
-from dmax_kernels.training.ring_walk.data import stage_stream
-from dmax_kernels.training.ring_walk.distill import distill, distilled_examples
-from dmax_kernels.training.ring_walk.evaluate import evaluate
-from dmax_kernels.training.ring_walk.stages import (
+from dmax_kernels.ring_walk import task
+from dmax_kernels.ring_walk.data import stage_stream
+from dmax_kernels.ring_walk.distill import distill, distilled_examples
+from dmax_kernels.ring_walk.held_out import evaluate
+from dmax_kernels.ring_walk.stages import (
     BASE,
     BASE_BLOCK16,
     CONTROL,
@@ -34,6 +30,10 @@ from dmax_kernels.training.ring_walk.stages import (
     OPUT,
     Stage,
 )
+from dmax_kernels.training.checkpoints import save_json
+from dmax_kernels.training.data import Example
+from dmax_kernels.training.loop import fit
+from dmax_kernels.training.parallel import Processes
 
 EVALUATION_PROBLEMS = 300
 EVALUATION_SEED = 0
@@ -119,7 +119,7 @@ def run_stage(
         stage_stream(stage, examples),
         output,
         data=f"{stage.data} of {stage.num_moves} moves after {stage.start_from}",
-        eos_token_id=ring_walk.EOS_ID,
+        eos_token_id=task.EOS_ID,
         save_model=lambda model, weights, path: write_checkpoint(model, path, weights),
         group=Processes(0, 1, torch.device("cpu")),
         stop_after=stop_after,
@@ -128,7 +128,7 @@ def run_stage(
 
 
 def evaluations(name: str, model: nn.Module, ops: str) -> list[dict[str, Any]]:
-    problems = ring_walk.evaluation_problems(EVALUATION_PROBLEMS, seed=EVALUATION_SEED)
+    problems = task.evaluation_problems(EVALUATION_PROBLEMS, seed=EVALUATION_SEED)
     rows = []
     for rule, tau_dec in EVALUATIONS[name]:
         row = evaluate(model, problems, rule=rule, tau_dec=tau_dec, ops=ops)

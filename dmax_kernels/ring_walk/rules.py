@@ -7,8 +7,8 @@ from typing import Any
 
 from dmax_kernels.decoding.rule import Rule
 from dmax_kernels.decoding.unmasking import EntropyBound, Factor, TopN
-from dmax_kernels.demo.evaluate import Cell, Result
-from dmax_kernels.demo.table import MODEL_NAMES
+from dmax_kernels.ring_walk.evaluate import Cell, Result
+from dmax_kernels.ring_walk.tables import MODEL_NAMES
 
 # Label, rule, tau_dec; 0 where the rule asks for no threshold
 ROWS: tuple[tuple[str, str | Rule, float], ...] = (

@@ -6,20 +6,20 @@ import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from dmax_kernels.models import ring_walk
+from dmax_kernels.ring_walk import task
+from dmax_kernels.ring_walk.stages import Stage
 from dmax_kernels.training.data import Example, Stream
-from dmax_kernels.training.ring_walk.stages import Stage
 
 
 def ring_walk_examples(num_moves: int, block_length: int, seed: int) -> Iterator[Example]:
     """An endless stream of training problems with right derivations. Prompts fill whole blocks."""
     rng = random.Random(f"ring walk training {num_moves} {seed}")
     while True:
-        problem = ring_walk.draw_problem(rng, num_moves)
+        problem = task.draw_problem(rng, num_moves)
         yield Example(
-            prompt=tuple(ring_walk.encode_prompt(problem, block_length)),
-            response=tuple(ring_walk.encode(ring_walk.render_response(problem, rng))),
-            name=" ".join(ring_walk.render_prompt(problem)),
+            prompt=tuple(task.encode_prompt(problem, block_length)),
+            response=tuple(task.encode(task.render_response(problem, rng))),
+            name=" ".join(task.render_prompt(problem)),
         )
 
 

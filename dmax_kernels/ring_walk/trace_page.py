@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dmax_kernels.decoding import GenerationOutput
-from dmax_kernels.demo.page import fill_template
+from dmax_kernels.ring_walk.page import fill_template
 
 LONGEST_LABEL = 14
 

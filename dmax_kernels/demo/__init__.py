@@ -1,1 +1,0 @@
-"""The demo: decode held-out problems with the shipped checkpoints, and show what came of it."""

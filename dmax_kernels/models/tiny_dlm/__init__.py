@@ -1,6 +1,0 @@
-"""The tiny block-diffusion language model, in files that also ship as remote code."""
-
-from dmax_kernels.models.tiny_dlm.configuration_tiny_dlm import TinyDlmConfig
-from dmax_kernels.models.tiny_dlm.modeling_tiny_dlm import TinyDlmForCausalLM
-
-__all__ = ["TinyDlmConfig", "TinyDlmForCausalLM"]
