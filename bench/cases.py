@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from dmax_kernels.benchmark.workload import DTYPES, WORKLOADS, Inputs, Work
+from dmax_kernels.bench.workload import DTYPES, WORKLOADS, Inputs, Work
 
 CANDIDATES = ("eager", "fused")  # in every workload, whatever else it has
 

@@ -123,7 +123,7 @@ def bench(record: dict) -> int:
     from bench.linear_ways import run_linear_ways
     from bench.run import cases_of, machine_facts, print_table, run_cases
     from bench.scaling import run_scaling
-    from dmax_kernels.benchmark.measure import Machine
+    from dmax_kernels.bench.measure import Machine
 
     machine = Machine("cuda")
     record["machine"] = machine_facts() | record["machine"]

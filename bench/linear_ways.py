@@ -14,8 +14,8 @@ from functools import partial
 import torch
 
 import dmax_kernels
-from dmax_kernels.benchmark.workload import DIM, DTYPES, VOCAB, Inputs
-from dmax_kernels.testing.gpu_timer import FLUSH_BYTES, captured, timed
+from dmax_kernels.bench.gpu_timer import FLUSH_BYTES, captured, timed
+from dmax_kernels.bench.workload import DIM, DTYPES, VOCAB, Inputs
 
 ROWS = {
     "bfloat16": (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import dmax_kernels  # noqa: E402
 from bench.run import machine_facts  # noqa: E402
-from dmax_kernels.benchmark.workload import DIM, DTYPES, VOCAB  # noqa: E402
+from dmax_kernels.bench.workload import DIM, DTYPES, VOCAB  # noqa: E402
 
 WAYS = ("eager", "alternating", "fused")
 MEGABYTE = 1e6

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dmax_kernels.benchmark.workload import Inputs, Work
+from dmax_kernels.bench.workload import Inputs, Work
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from bench.cases import Case  # noqa: E402
 from bench.peers import add_peers  # noqa: E402
 from bench.scaling import run_scaling  # noqa: E402
-from dmax_kernels.benchmark.measure import Machine, measure  # noqa: E402
+from dmax_kernels.bench.measure import Machine, measure  # noqa: E402
 from dmax_kernels.cli.info import collect  # noqa: E402
 
 

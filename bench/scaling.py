@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tqdm import tqdm
 
-from dmax_kernels.benchmark.measure import Machine, measure
-from dmax_kernels.benchmark.workload import DTYPES, WORKLOADS, Inputs
+from dmax_kernels.bench.measure import Machine, measure
+from dmax_kernels.bench.workload import DTYPES, WORKLOADS, Inputs
 
 # op, which size grows, its values, the others: powers of 4 around LLaDA-2.0-mini's shapes
 SERIES = (

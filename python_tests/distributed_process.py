@@ -12,18 +12,18 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
+from cases import DTYPES, stacked_rows
 from test_docs import ROOT, python_blocks
-
-import dmax_kernels
-from dmax_kernels import distributed, reference
-from dmax_kernels.testing.cases import DTYPES, stacked_rows
-from dmax_kernels.testing.tolerances import (
+from tolerances import (
     CONFIDENCE_RTOL,
     LOSS_ATOL,
     LOSS_RTOL,
     ROUNDING,
     assert_close,
 )
+
+import dmax_kernels
+from dmax_kernels import distributed, reference
 
 SEED = torch.tensor([1234567890123456789, 42])
 

@@ -13,12 +13,12 @@ import simt_ops
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tolerances import REFERENCE_RTOL
 from triton_device import DEVICE
 
 import dmax_kernels
 from dmax_kernels import reference
 from dmax_kernels.reference.sample_tokens import exponential_noise
-from dmax_kernels.testing.tolerances import REFERENCE_RTOL
 from dmax_kernels.triton import IMPLEMENTATIONS
 
 EXAMPLES = int(os.environ.get("DMAX_FUZZ_EXAMPLES", "40"))

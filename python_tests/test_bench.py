@@ -9,8 +9,8 @@ from bench import report
 from bench.cases import CANDIDATES
 from bench.run import cases_of, run_cases
 from dmax_kernels.__main__ import main
-from dmax_kernels.benchmark.measure import Machine
-from dmax_kernels.benchmark.workload import WORKLOADS, Inputs
+from dmax_kernels.bench.measure import Machine
+from dmax_kernels.bench.workload import WORKLOADS, Inputs
 
 # Sizes small enough to run at once, for every workload there is
 SMALL = {

@@ -6,6 +6,7 @@ A few dozen examples by default; ``make fuzz`` runs a thousand (DMAX_FUZZ_EXAMPL
 import os
 from types import SimpleNamespace
 
+import float64
 import pytest
 import torch
 from decoding_models import RandomModel, random_prompts
@@ -32,13 +33,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_linear_oput_loss import in_float64
 from test_row_statistics import assert_statistics
+from tolerances import REFERENCE_RTOL, ROUNDING
 from triton_device import DEVICE
 
 import dmax_kernels
 from dmax_kernels import reference
 from dmax_kernels.decoding import spd_generate
-from dmax_kernels.testing import float64
-from dmax_kernels.testing.tolerances import REFERENCE_RTOL, ROUNDING
 from dmax_kernels.triton import IMPLEMENTATIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's inf - inf

@@ -5,24 +5,24 @@ The CPU backend is itself held against float64 and the references (test_<op>.py)
 
 import pytest
 import torch
-from test_row_statistics import assert_statistics
-from test_simt_embeddings import MASK, copy_of, mix_case, spd_case
-
-import dmax_kernels
-from dmax_kernels.testing.cases import (
+from cases import (
     DTYPES,
     LARGE_VOCABS,
     SMALL_VOCABS,
     stacked_rows,
     strided_copies,
 )
-from dmax_kernels.testing.tolerances import (
+from test_row_statistics import assert_statistics
+from test_simt_embeddings import MASK, copy_of, mix_case, spd_case
+from tolerances import (
     CONFIDENCE_RTOL,
     LOSS_ATOL,
     LOSS_RTOL,
     ROUNDING,
     assert_close,
 )
+
+import dmax_kernels
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

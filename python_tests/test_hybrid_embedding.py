@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from cases import DTYPES
+from tolerances import ROUNDING, assert_close
 
 import dmax_kernels
 from dmax_kernels import reference
-from dmax_kernels.testing.cases import DTYPES
-from dmax_kernels.testing.tolerances import ROUNDING, assert_close
 
 OPS = (reference.hybrid_embedding, dmax_kernels.hybrid_embedding)
 MASK = 4

@@ -4,15 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import float64
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import LOSS_ATOL, LOSS_RTOL, ROUNDING, assert_close
 from triton_device import DEVICE, triton_op
 
 import dmax_kernels
 from dmax_kernels import reference
-from dmax_kernels.testing import float64
-from dmax_kernels.testing.tolerances import LOSS_ATOL, LOSS_RTOL, ROUNDING, assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's inf - inf
 

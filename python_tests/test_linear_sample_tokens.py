@@ -3,11 +3,11 @@
 import pytest
 import torch
 from test_linear_top1_confidence import held_inputs
+from tolerances import assert_close
 from triton_device import chunked_from, triton_op
 
 import dmax_kernels
 from dmax_kernels import reference
-from dmax_kernels.testing.tolerances import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's inf - inf
 

@@ -4,14 +4,14 @@ import os
 import subprocess
 import sys
 
+import float64
 import pytest
 import torch
+from tolerances import assert_close
 from triton_device import DEVICE, chunked_from, triton_op
 
 import dmax_kernels
 from dmax_kernels import reference
-from dmax_kernels.testing import float64
-from dmax_kernels.testing.tolerances import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's inf - inf
 

@@ -1,14 +1,14 @@
 """oput_loss, its gradient, and its in-place form on the CPU."""
 
+import float64
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import DTYPES, SMALL_VOCABS, stacked_rows, strided_copies
+from tolerances import LOSS_ATOL, LOSS_RTOL, ROUNDING, assert_close
 
 import dmax_kernels
 from dmax_kernels import reference
-from dmax_kernels.testing import float64
-from dmax_kernels.testing.cases import DTYPES, SMALL_VOCABS, stacked_rows, strided_copies
-from dmax_kernels.testing.tolerances import LOSS_ATOL, LOSS_RTOL, ROUNDING, assert_close
 
 OPTIONS = (
     {},

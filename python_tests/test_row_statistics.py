@@ -4,18 +4,11 @@
 
 import math
 
+import float64
 import pytest
 import simt_ops
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from simt_ops import CHOSEN, H200, ONE_MULTIPROCESSOR
-from triton_device import triton_op
-
-import dmax_kernels
-from dmax_kernels import RowStatistics, reference
-from dmax_kernels.testing import float64
-from dmax_kernels.testing.cases import (
+from cases import (
     DTYPES,
     LARGE_VOCABS,
     SMALL_VOCABS,
@@ -23,13 +16,20 @@ from dmax_kernels.testing.cases import (
     stacked_rows,
     strided_copies,
 )
-from dmax_kernels.testing.tolerances import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simt_ops import CHOSEN, H200, ONE_MULTIPROCESSOR
+from tolerances import (
     CONFIDENCE_RTOL,
     ENTROPY_ATOL,
     ENTROPY_RTOL,
     LOGSUMEXP_TOL,
     assert_close,
 )
+from triton_device import triton_op
+
+import dmax_kernels
+from dmax_kernels import RowStatistics, reference
 from dmax_kernels.triton.launch import TILE, choose_tiles
 
 

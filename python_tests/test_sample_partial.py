@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from cases import DTYPES, stacked_rows
+from tolerances import CONFIDENCE_RTOL, REFERENCE_RTOL, assert_close
 
 import dmax_kernels
 from dmax_kernels import reference
-from dmax_kernels.testing.cases import DTYPES, stacked_rows
-from dmax_kernels.testing.tolerances import CONFIDENCE_RTOL, REFERENCE_RTOL, assert_close
 
 BACKENDS = ((reference, REFERENCE_RTOL), (dmax_kernels, 2 * CONFIDENCE_RTOL))
 SEED = torch.tensor([1234567890123456789, 42])

@@ -2,15 +2,15 @@
 
 import math
 
+import float64
 import pytest
 import torch
+from cases import DTYPES, SMALL_VOCABS, stacked_rows, strided_copies
+from tolerances import REFERENCE_RTOL, assert_close
 
 import dmax_kernels
 from dmax_kernels import reference
 from dmax_kernels.reference.sample_tokens import exponential_noise, philox4x32
-from dmax_kernels.testing import float64
-from dmax_kernels.testing.cases import DTYPES, SMALL_VOCABS, stacked_rows, strided_copies
-from dmax_kernels.testing.tolerances import REFERENCE_RTOL, assert_close
 
 OPS = (reference.sample_tokens, dmax_kernels.sample_tokens)
 SEED = torch.tensor([1234567890123456789, 42])

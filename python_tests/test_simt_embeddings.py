@@ -4,11 +4,11 @@ import pytest
 import simt_build
 import simt_ops
 import torch
+from cases import DTYPES
 from simt_ops import CHOSEN, H200, ONE_MULTIPROCESSOR
+from tolerances import ROUNDING, assert_close
 
 from dmax_kernels import reference
-from dmax_kernels.testing.cases import DTYPES
-from dmax_kernels.testing.tolerances import ROUNDING, assert_close
 
 NAN = float("nan")
 

@@ -1,13 +1,12 @@
 """The CUDA kernels of the OPUT loss, run on the CPU: forward, backward, and both in place."""
 
+import float64
 import pytest
 import simt_ops
 import torch
+from cases import DTYPES, stacked_rows
 from simt_ops import A100, CHOSEN, H200, ONE_MULTIPROCESSOR
-
-from dmax_kernels.testing import float64
-from dmax_kernels.testing.cases import DTYPES, stacked_rows
-from dmax_kernels.testing.tolerances import LOSS_ATOL, LOSS_RTOL, ROUNDING, assert_close
+from tolerances import LOSS_ATOL, LOSS_RTOL, ROUNDING, assert_close
 
 OPTIONS = (
     {},

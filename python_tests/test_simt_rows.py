@@ -1,14 +1,14 @@
 """The CUDA kernels over vocabulary rows, run on the CPU: top-1, top-k, partial, merge, sampling."""
 
+import float64
 import pytest
 import simt_ops
 import torch
+from cases import DTYPES, SMALL_VOCABS, stacked_rows, strided_copies
 from simt_ops import A100, CHOSEN, H200, ONE_MULTIPROCESSOR
+from tolerances import CONFIDENCE_RTOL, assert_close
 
 from dmax_kernels import reference
-from dmax_kernels.testing import float64
-from dmax_kernels.testing.cases import DTYPES, SMALL_VOCABS, stacked_rows, strided_copies
-from dmax_kernels.testing.tolerances import CONFIDENCE_RTOL, assert_close
 
 # Nine tiles of bfloat16 and a tail: the smallest rows that choose_launch splits among blocks
 SPLIT_VOCAB = 9 * 2048 + 3

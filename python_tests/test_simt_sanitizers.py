@@ -9,11 +9,10 @@ import pickle
 import pytest
 import simt_ops
 import torch
+from cases import stacked_rows, strided_copies
 from simt_build import run_sanitized
 from simt_ops import A100, H200, ONE_MULTIPROCESSOR
 from test_simt_embeddings import MASK, mix_case, spd_case
-
-from dmax_kernels.testing.cases import stacked_rows, strided_copies
 
 # Two tiles of bfloat16 and a tail; nine tiles, the smallest rows that are split
 SMALL, SPLIT = 2 * 2048 + 5, 9 * 2048 + 3

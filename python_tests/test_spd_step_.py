@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tolerances import ROUNDING, assert_close
 
 import dmax_kernels
 from dmax_kernels import reference
-from dmax_kernels.testing.tolerances import ROUNDING, assert_close
 
 OPS = (reference.spd_step_, dmax_kernels.spd_step_)
 VOCAB, DIM, MASK = 40, 12, 39

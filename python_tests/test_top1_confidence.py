@@ -1,19 +1,19 @@
 """top1_confidence on the CPU: the reference against float64, the kernel against the reference."""
 
+import float64
 import pytest
 import torch
-
-import dmax_kernels
-from dmax_kernels import reference
-from dmax_kernels.testing import float64
-from dmax_kernels.testing.cases import (
+from cases import (
     DTYPES,
     LARGE_VOCABS,
     SMALL_VOCABS,
     stacked_rows,
     strided_copies,
 )
-from dmax_kernels.testing.tolerances import CONFIDENCE_RTOL, REFERENCE_RTOL, assert_close
+from tolerances import CONFIDENCE_RTOL, REFERENCE_RTOL, assert_close
+
+import dmax_kernels
+from dmax_kernels import reference
 
 # (op, relative tolerance of its confidence)
 OPS = (

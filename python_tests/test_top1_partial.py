@@ -1,13 +1,13 @@
 """top1_partial and top1_merge on the CPU: sharded equals unsharded."""
 
+import float64
 import pytest
 import torch
+from cases import DTYPES, stacked_rows
+from tolerances import CONFIDENCE_RTOL, REFERENCE_RTOL, assert_close
 
 import dmax_kernels
 from dmax_kernels import reference
-from dmax_kernels.testing import float64
-from dmax_kernels.testing.cases import DTYPES, stacked_rows
-from dmax_kernels.testing.tolerances import CONFIDENCE_RTOL, REFERENCE_RTOL, assert_close
 
 BACKENDS = ((reference, REFERENCE_RTOL), (dmax_kernels, 2 * CONFIDENCE_RTOL))
 WIDTHS = ([5000], [2500, 2500], [1, 2047, 2049, 903], [4998, 1, 1])

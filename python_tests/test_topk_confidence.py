@@ -1,13 +1,13 @@
 """topk_confidence on the CPU."""
 
+import float64
 import pytest
 import torch
+from cases import DTYPES, SMALL_VOCABS, stacked_rows, strided_copies
+from tolerances import CONFIDENCE_RTOL, REFERENCE_RTOL, assert_close
 
 import dmax_kernels
 from dmax_kernels import reference
-from dmax_kernels.testing import float64
-from dmax_kernels.testing.cases import DTYPES, SMALL_VOCABS, stacked_rows, strided_copies
-from dmax_kernels.testing.tolerances import CONFIDENCE_RTOL, REFERENCE_RTOL, assert_close
 
 OPS = (reference.topk_confidence, dmax_kernels.topk_confidence)
 

@@ -8,11 +8,11 @@ import importlib
 
 import pytest
 import torch
+from cases import stacked_rows, strided_copies
+from tolerances import CONFIDENCE_RTOL, ROUNDING, assert_close
 from triton_device import DEVICE, cpp_op, triton_op
 
 from dmax_kernels.reference.sample_tokens import exponential_noise
-from dmax_kernels.testing.cases import stacked_rows, strided_copies
-from dmax_kernels.testing.tolerances import CONFIDENCE_RTOL, ROUNDING, assert_close
 from dmax_kernels.triton import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's inf - inf

@@ -1,12 +1,12 @@
 """The Triton kernels at real sizes on a GPU: streams, graphs, memory, 64-bit offsets, exact ids."""
 
+import float64
 import pytest
 import torch
 from test_row_statistics import assert_statistics
+from tolerances import CONFIDENCE_RTOL, ROUNDING, assert_close
 from triton_device import chunked_from, cpp_op
 
-from dmax_kernels.testing import float64
-from dmax_kernels.testing.tolerances import CONFIDENCE_RTOL, ROUNDING, assert_close
 from dmax_kernels.triton import IMPLEMENTATIONS as TRITON
 
 pytestmark = pytest.mark.gpu

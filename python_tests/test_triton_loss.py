@@ -1,12 +1,12 @@
 """The Triton losses and gradients against float64; under the interpreter without a GPU."""
 
+import float64
 import pytest
 import torch
+from cases import stacked_rows
+from tolerances import LOSS_ATOL, LOSS_RTOL, ROUNDING, assert_close
 from triton_device import DEVICE, cpp_op, triton_op
 
-from dmax_kernels.testing import float64
-from dmax_kernels.testing.cases import stacked_rows
-from dmax_kernels.testing.tolerances import LOSS_ATOL, LOSS_RTOL, ROUNDING, assert_close
 from dmax_kernels.triton import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's inf - inf

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 import dmax_kernels
-from dmax_kernels.benchmark.workload import DIM, VOCAB, Inputs, Work, workload
+from dmax_kernels.bench.workload import DIM, VOCAB, Inputs, Work, workload
 
 
 @workload

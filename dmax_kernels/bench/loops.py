@@ -10,7 +10,7 @@ from itertools import islice
 
 import torch
 
-from dmax_kernels.benchmark.workload import Inputs, Work, workload
+from dmax_kernels.bench.workload import Inputs, Work, workload
 
 
 @workload

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dmax_kernels.testing.timer import Timing
+from dmax_kernels.bench.timer import Timing
 
 FLUSH_BYTES = 512 << 20  # more than any L2
 

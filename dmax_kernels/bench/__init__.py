@@ -4,8 +4,8 @@
 ``bench/bench_<op>.py`` in the source tree list the cases that are kept, ``bench/run.py`` runs them.
 """
 
-from dmax_kernels.benchmark import embeddings, linear, loops, losses, rows
-from dmax_kernels.benchmark.workload import WORKLOADS, Inputs, Work, Workload
+from dmax_kernels.bench import embeddings, linear, loops, losses, rows
+from dmax_kernels.bench.workload import WORKLOADS, Inputs, Work, Workload
 
 __all__ = [
     "WORKLOADS",

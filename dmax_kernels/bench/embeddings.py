@@ -6,7 +6,7 @@ import torch
 
 import dmax_kernels
 from dmax_kernels import reference
-from dmax_kernels.benchmark.workload import BLOCK, DIM, MASK, VOCAB, Inputs, Work, workload
+from dmax_kernels.bench.workload import BLOCK, DIM, MASK, VOCAB, Inputs, Work, workload
 
 
 @workload

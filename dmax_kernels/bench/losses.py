@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import dmax_kernels
-from dmax_kernels.benchmark.workload import DIM, VOCAB, Inputs, Work, workload
+from dmax_kernels.bench.workload import DIM, VOCAB, Inputs, Work, workload
 
 
 def gradients(loss, leaves):

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from dmax_kernels.benchmark.workload import Work
-from dmax_kernels.testing import gpu_timer, timer
+from dmax_kernels.bench import gpu_timer, timer
+from dmax_kernels.bench.workload import Work
 
 
 @dataclass
