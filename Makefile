@@ -1,4 +1,4 @@
-# make demo | test | lint | format | bench | docs | fuzz | build | train | gpu | wheels | hub | clean
+# make demo | test | lint | format | bench | docs | fuzz | build | train | gpu | wheels | clean
 #
 # The first call makes .venv with everything the targets need. To use an environment of your own,
 # with torch in it: make test PYTHON=python3
@@ -7,7 +7,7 @@ PYTHON ?= .venv/bin/python
 BUILD := build/dev
 export PATH := $(abspath $(dir $(PYTHON))):$(PATH)
 
-.PHONY: demo test lint format bench docs fuzz build build-cpu configure train gpu wheels hub clean
+.PHONY: demo test lint format bench docs fuzz build build-cpu configure train gpu wheels clean
 
 demo: build-cpu
 	$(PYTHON) -m dmax_kernels demo
@@ -73,10 +73,6 @@ configure: $(PYTHON)
 wheels: $(PYTHON)
 	$(PYTHON) -m pip install -q --group release
 	$(PYTHON) release/wheels.py
-
-# The layout of a Hugging Face kernel, in build/hub
-hub: $(PYTHON)
-	$(PYTHON) release/hub.py
 
 clean:
 	rm -rf build dist dmax_kernels/lib .pytest_cache .ruff_cache

@@ -15,7 +15,7 @@ ADAPTERS = sorted(
     path.stem for path in (ROOT / "dmax_kernels/integrations").glob("*.py") if path.stem[0] != "_"
 )
 BLOCKS = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
-ENGINES = ("dinfer", "sglang", "diffulex", "vllm_dllm_plugin", "vllm", "transformers")
+ENGINES = ("dinfer", "sglang", "diffulex", "transformers")
 
 
 def test_importing_an_adapter_imports_no_engine():
@@ -59,16 +59,6 @@ def test_code_blocks_run(monkeypatch, block):
         f"{sglang}.joint_threshold": {"JointThreshold": Base},
         "diffulex.sampler.llada2": {"LLaDA2DMaxSampler": Base},
         "diffulex.attention": {"fetch_attn_metadata": None},
-        "vllm_dllm_plugin.remasking": {
-            "RemaskStepResult": Base,
-            "validate_remask_step_result": None,
-        },
-        "vllm_dllm_plugin.config": {
-            "DRAFT_SIZE": 32,
-            "LLADA2_DEFAULT_MASK_TOKEN_ID": 1,
-            "LLADA2_DEFAULT_COMMIT_CONFIDENCE_THRESHOLD": 0.01,
-            "LLADA2_DEFAULT_DENOISE_STEPS": 32,
-        },
         "stand_in_for_diffusion_gemma": {
             "DiffusionGemmaGenerationMixin": Base,
             "EntropyBoundSampler": Base,
