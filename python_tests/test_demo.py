@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from dmax_kernels.__main__ import main
-from dmax_kernels.models.checkpoint import build_model, load_checkpoint, save_checkpoint
+from dmax_kernels.models.checkpoint import load_checkpoint
 from dmax_kernels.ring_walk import evaluate, page, rules, step_time, tables, task
 from dmax_kernels.ring_walk.evaluate import TAUS, Cell, Result
+from dmax_kernels.ring_walk.export import build_model, save_checkpoint
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,15 +1,17 @@
 """The tiny model: its attention, its cache, its two kinds of input, and its Hugging Face form."""
 
-import filecmp
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer, DynamicCache
 
-from dmax_kernels.models import checkpoint
-from dmax_kernels.models.checkpoint import SHIPPED, SHIPPED_DIR, load_checkpoint, save_checkpoint
+from dmax_kernels.models.checkpoint import SHIPPED, SHIPPED_DIR, load_checkpoint
 from dmax_kernels.ring_walk import task
+from dmax_kernels.ring_walk.export import save_checkpoint, save_tokenizer
 from dmax_kernels.ring_walk.model import TinyDlmConfig, TinyDlmForCausalLM
 
 BLOCK = 8
@@ -121,17 +123,41 @@ def test_errors(model, tokens):
         TinyDlmConfig(hidden_size=60, num_attention_heads=8)
 
 
-def test_saved_and_loaded_as_remote_code(model, tokens, tmp_path):
+PLAIN_TRANSFORMERS = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, tokens, logits = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+assert "dmax_kernels" not in sys.modules
+assert tokenizer.mask_token_id == model.config.mask_token_id
+with torch.no_grad():
+    torch.save(model(input_ids=torch.load(tokens)).logits, logits)
+"""
+
+
+def test_a_saved_model_loads_here_and_in_plain_transformers(model, tokens, tmp_path):
     save_checkpoint(model, tmp_path / "model")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
-    assert type(loaded).__module__.startswith("transformers_modules")
-    assert loaded.config.block_length == BLOCK
-    assert loaded.dtype == torch.float32
     with torch.no_grad():
-        assert loaded(input_ids=tokens).logits.equal(model(input_ids=tokens).logits)
+        expected = model(input_ids=tokens).logits
     ours, tokenizer = load_checkpoint(tmp_path / "model")
     assert not ours.training
+    assert ours.config.block_length == BLOCK
+    assert ours.dtype == torch.float32
     assert tokenizer.mask_token_id == ours.config.mask_token_id
+    with torch.no_grad():
+        assert ours(input_ids=tokens).logits.equal(expected)
+
+    torch.save(tokens, tmp_path / "tokens.pt")
+    paths = [tmp_path / name for name in ("model", "tokens.pt", "logits.pt")]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    loaded = subprocess.run(
+        [sys.executable, "-c", PLAIN_TRANSFORMERS, *map(str, paths)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert loaded.returncode == 0, loaded.stderr
+    torch.testing.assert_close(torch.load(paths[2]), expected, **TOLERANCE)
 
 
 def test_saving_replaces_a_checkpoint_and_leaves_nothing_else(model, tmp_path):
@@ -143,7 +169,7 @@ def test_saving_replaces_a_checkpoint_and_leaves_nothing_else(model, tmp_path):
 
 
 def test_the_tokenizer_has_the_words_of_the_task(model, tmp_path):
-    checkpoint.save_tokenizer(tmp_path)
+    save_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.get_vocab() == task.ID_OF
     problem = task.evaluation_problems(1)[0]
@@ -160,15 +186,11 @@ def test_the_tokenizer_has_the_words_of_the_task(model, tmp_path):
 def test_shipped_checkpoints(name):
     folder = SHIPPED_DIR / name
     assert (folder / "model.safetensors").stat().st_size < 1_000_000
-    for file in checkpoint.REMOTE_CODE:
-        source = SHIPPED_DIR.parent / "model" / file
-        assert filecmp.cmp(folder / file, source, shallow=False), "save the checkpoint's code anew"
+    assert not list(folder.glob("*.py"))  # the model's code is in ring_walk/model, once
     model, tokenizer = load_checkpoint(name)
+    assert isinstance(model, TinyDlmForCausalLM)
     assert model.config.block_length == 32
     assert tokenizer.get_vocab() == task.ID_OF
-    remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    ids = torch.tensor([task.encode_prompt(p, 32) for p in task.evaluation_problems(2)])
-    assert remote(input_ids=ids).logits.equal(model(input_ids=ids).logits)
     log = json.loads((SHIPPED_DIR / "training_log.json").read_text())
     assert log["command"].startswith("python -m dmax_kernels train")
     assert name in log["stages"]

@@ -6,8 +6,8 @@ import random
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dmax_kernels.models.checkpoint import save_checkpoint
 from dmax_kernels.ring_walk import task
+from dmax_kernels.ring_walk.export import save_checkpoint
 from dmax_kernels.ring_walk.model import TinyDlmConfig, TinyDlmForCausalLM
 
 BLOCK = 4

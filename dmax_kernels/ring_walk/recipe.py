@@ -17,10 +17,10 @@ import torch
 import transformers
 from torch import nn
 
-from dmax_kernels.models.checkpoint import build_model, save_checkpoint, write_checkpoint
 from dmax_kernels.ring_walk import task
 from dmax_kernels.ring_walk.data import stage_stream
 from dmax_kernels.ring_walk.distill import distill, distilled_examples
+from dmax_kernels.ring_walk.export import build_model, save_checkpoint, write_checkpoint
 from dmax_kernels.ring_walk.held_out import evaluate
 from dmax_kernels.ring_walk.stages import (
     BASE,
