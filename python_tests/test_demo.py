@@ -8,7 +8,7 @@ import torch
 
 from dmax_kernels.__main__ import main
 from dmax_kernels.models.checkpoint import load_checkpoint
-from dmax_kernels.ring_walk import evaluate, page, rules, step_time, tables, task
+from dmax_kernels.ring_walk import evaluate, page, step_time, tables, task
 from dmax_kernels.ring_walk.evaluate import TAUS, Cell, Result
 from dmax_kernels.ring_walk.export import build_model, save_checkpoint
 
@@ -74,8 +74,8 @@ def test_the_printed_table_holds_the_figures(demo):
 
 def test_rules_prints_a_table_of_its_own(tmp_path, capsys, monkeypatch):
     """Four rules on one model; random decoding is the one far from left to right."""
-    few = [row for row in rules.ROWS if row[1] in ("random", "threshold", "hierarchical", "spd")]
-    monkeypatch.setattr(rules, "ROWS", tuple(few))
+    few = [row for row in tables.RULES if row[1] in ("random", "threshold", "hierarchical", "spd")]
+    monkeypatch.setattr(tables, "RULES", tuple(few))
     monkeypatch.setattr(evaluate, "MODELS", ("oput",))
     out = ["--output-dir", str(tmp_path), "--json", str(tmp_path / "rules.json")]
     assert main(["demo", "--rules", "--problems", "3", "--workers", "1", *out]) == 0

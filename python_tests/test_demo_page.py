@@ -13,7 +13,7 @@ from dmax_kernels.decoding import spd_generate
 from dmax_kernels.models.checkpoint import load_checkpoint
 from dmax_kernels.ring_walk import page, task
 from dmax_kernels.ring_walk.evaluate import MODELS
-from dmax_kernels.ring_walk.trace_page import trace_runs, write_trace_page
+from dmax_kernels.ring_walk.page import trace_runs, write_trace_page
 
 CHROMIUM = next(
     (

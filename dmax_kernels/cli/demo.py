@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dmax_kernels.decoding.settings import OPS
 from dmax_kernels.models.checkpoint import load_checkpoint
-from dmax_kernels.ring_walk import evaluate, page, picture, rules, tables, task
+from dmax_kernels.ring_walk import evaluate, page, picture, tables, task
 from dmax_kernels.ring_walk.step_time import step_speedup
 
 DESCRIPTION = """\
@@ -156,12 +156,12 @@ def run_rules(
     args: argparse.Namespace, checkpoints: dict[str, Any], problems: list[task.Problem]
 ) -> int:
     """The table of `--rules`."""
-    cells = rules.all_cells(evaluate.MODELS)
+    cells = tables.rule_cells(evaluate.MODELS)
     results = decode_cells(list(cells), args, checkpoints, problems)
     print_legend(args)
     print("ARness: Global-ARness@1 up to the end of sequence, 1 = strictly left to right.")
-    print(f"\n{rules.rules_table(results, cells)}")
-    write_json(args, {"cells": rules.as_json(results, cells)})
+    print(f"\n{tables.rules_table(results, cells)}")
+    write_json(args, {"cells": tables.rules_json(results, cells)})
     return 0
 
 

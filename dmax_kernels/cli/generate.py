@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
         text = json.dumps({"model": args.model, "answers": records}, indent=1) + "\n"
         print(text, end="") if args.json == "-" else Path(args.json).write_text(text, "utf-8")
     if args.trace is not None:
-        from dmax_kernels.ring_walk.trace_page import write_trace_page
+        from dmax_kernels.ring_walk.page import write_trace_page
 
         write_trace_page(runs, eos_ids(args, loaded), args.trace)
     return 0
@@ -287,7 +287,7 @@ def print_answers(records: list[dict[str, Any]]) -> None:
 def traced_runs(
     loaded: Loaded, output: GenerationOutput, prompts: list[list[int]], first: int
 ) -> list[dict[str, Any]]:
-    from dmax_kernels.ring_walk.trace_page import trace_runs
+    from dmax_kernels.ring_walk.page import trace_runs
 
     return trace_runs(output, prompts, loaded.tokenizer, first)
 

@@ -12,15 +12,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dmax_kernels.decoding import spd_generate
 from dmax_kernels.ring_walk import task
+from dmax_kernels.ring_walk.evaluate import Cell, decode
 from dmax_kernels.ring_walk.stages import Distillation
 from dmax_kernels.training.checkpoints import write_atomically
 from dmax_kernels.training.config import check_same_run
 from dmax_kernels.training.data import Example
-
-# The longest right derivation of 6 moves has 73 tokens.
-MAX_NEW_TOKENS = 96
 
 
 def distill(
@@ -39,15 +36,16 @@ def distill(
     else:
         state = {"settings": asdict(settings), "responses": [], "seconds": 0.0, "forwards": 0}
     responses = state["responses"]
+    cell = Cell("base", "threshold", settings.threshold)
     model.eval()
     first = len(responses)
     with tqdm(total=len(problems), initial=first, desc="distillation", unit="problem") as progress:
         for begin in range(first, len(problems), settings.batch_size):
             started = time.perf_counter()
             chunk = problems[begin : begin + settings.batch_size]
-            written, forwards = respond(model, chunk, settings.threshold, ops)
-            responses += written
-            state["forwards"] += forwards
+            output = decode(model, chunk, cell, ops)
+            responses += [ids if ids[-1] == task.EOS_ID else [] for ids in output.answers]
+            state["forwards"] += int(output.num_forwards.sum())
             state["seconds"] += time.perf_counter() - started
             write_atomically(state_path, lambda file: torch.save(state, file))
             progress.update(len(chunk))
@@ -62,29 +60,6 @@ def draw_problems(settings: Distillation) -> list[task.Problem]:
         problem = task.draw_problem(rng, settings.num_moves)
         problems.setdefault((problem.start, problem.moves), problem)
     return list(problems.values())
-
-
-def respond(
-    model: nn.Module, problems: list[task.Problem], threshold: float, ops: str
-) -> tuple[list[list[int]], int]:
-    """Responses up to `<eos>`, empty where there is none, and the denoising passes they took."""
-    prompts = torch.tensor(
-        [task.encode_prompt(problem, model.config.block_length) for problem in problems]
-    )
-    out = spd_generate(
-        model,
-        prompts,
-        block_length=model.config.block_length,
-        max_new_tokens=MAX_NEW_TOKENS,
-        tau_dec=threshold,
-        rule="threshold",
-        ops=ops,
-    )
-    written = []
-    for row, count in zip(out.sequences[:, prompts.shape[1] :], out.num_tokens, strict=True):
-        ids = row[:count].tolist()
-        written.append(ids if ids[-1] == task.EOS_ID else [])
-    return written, int(out.num_forwards.sum())
 
 
 def distilled_examples(

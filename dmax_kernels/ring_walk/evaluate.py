@@ -1,4 +1,4 @@
-"""Accuracy and speed of every model, decoder and threshold that the demo's tables compare."""
+"""Decodes ring walks and grades them: for the recipe's log, and for the cells of `demo`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from dmax_kernels.decoding import GenerationOutput, spd_generate
 from dmax_kernels.decoding.arness import arness
 from dmax_kernels.decoding.rule import Rule
-from dmax_kernels.models.checkpoint import load_checkpoint
+from dmax_kernels.models.checkpoint import SHIPPED, load_checkpoint
 from dmax_kernels.ring_walk import task
 
-MODELS = ("base", "oput", "control")
+MODELS = SHIPPED
 TAUS = (0.95, 0.5, 0.0)
 # More thresholds for the control, to find what self-distillation alone reaches at its best
 CONTROL_TAUS = (0.9, 0.85, 0.8, 0.7)
@@ -91,11 +91,7 @@ def decode(
 
 def response_words(output: GenerationOutput) -> list[list[str]]:
     """Each row's decoded words, up to and including its first eos."""
-    responses = output.sequences[:, -MAX_NEW_TOKENS:]
-    lengths = output.num_tokens.tolist()
-    return [
-        task.decode(row[:length]) for row, length in zip(responses.tolist(), lengths, strict=True)
-    ]
+    return [task.decode(answer) for answer in output.answers]
 
 
 def evaluate_cell(model: Any, problems: list[task.Problem], cell: Cell, ops: str) -> Result:

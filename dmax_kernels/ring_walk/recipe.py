@@ -20,8 +20,8 @@ from torch import nn
 from dmax_kernels.ring_walk import task
 from dmax_kernels.ring_walk.data import stage_stream
 from dmax_kernels.ring_walk.distill import distill, distilled_examples
+from dmax_kernels.ring_walk.evaluate import Cell, evaluate_cell
 from dmax_kernels.ring_walk.export import build_model, save_checkpoint, write_checkpoint
-from dmax_kernels.ring_walk.held_out import evaluate
 from dmax_kernels.ring_walk.stages import (
     BASE,
     BASE_BLOCK16,
@@ -43,6 +43,7 @@ EVALUATIONS = {
     "oput": (("spd", 0.95), ("spd", 0.5), ("spd", 0.0), ("threshold", 0.5)),
     "control": (("threshold", 0.95), ("threshold", 0.5), ("threshold", 0.0), ("spd", 0.5)),
 }
+LOGGED = ("problems", "answer", "strict", "tokens_per_forward")
 LOSS_WINDOW = 50
 
 
@@ -131,11 +132,12 @@ def evaluations(name: str, model: nn.Module, ops: str) -> list[dict[str, Any]]:
     problems = task.evaluation_problems(EVALUATION_PROBLEMS, seed=EVALUATION_SEED)
     rows = []
     for rule, tau_dec in EVALUATIONS[name]:
-        row = evaluate(model, problems, rule=rule, tau_dec=tau_dec, ops=ops)
-        rows.append(row)
+        result = evaluate_cell(model, problems, Cell(name, rule, tau_dec), ops)
+        figures = {field: getattr(result, field) for field in LOGGED}
+        rows.append({"rule": rule, "tau_dec": tau_dec, **figures})
         print(
-            f"{name:8} {rule:9} tau {tau_dec:<4}  answer {row['answer']:6.1%}  "
-            f"strict {row['strict']:6.1%}  tokens per forward {row['tokens_per_forward']:.2f}",
+            f"{name:8} {rule:9} tau {tau_dec:<4}  answer {result.answer:6.1%}  "
+            f"strict {result.strict:6.1%}  tokens per forward {result.tokens_per_forward:.2f}",
             flush=True,
         )
     return rows
