@@ -20,6 +20,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from bench.machine import commit  # noqa: E402
+
 BUILD = ROOT / "build" / "gpu"
 STAGES = ("build", "test", "sanitize", "bench")
 SANITIZERS = ("memcheck", "racecheck")
@@ -62,14 +65,6 @@ def gpu_facts() -> dict | str:
         "CUDA of torch": torch.version.cuda,
         "python": sys.version.split()[0],
     }
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return done.stdout.strip() or "not a checkout"
 
 
 def build(capability: str) -> int:
@@ -121,9 +116,9 @@ def bench(record: dict) -> int:
     import torch
 
     from bench.linear_ways import run_linear_ways
-    from bench.run import cases_of, machine_facts, print_table, run_cases
-    from bench.scaling import run_scaling
-    from dmax_kernels.bench.measure import Machine
+    from bench.machine import machine_facts
+    from bench.run import cases_of, print_table, run_cases, run_series
+    from dmax_kernels.bench.timer import Machine
 
     machine = Machine("cuda")
     record["machine"] = machine_facts() | record["machine"]
@@ -131,7 +126,7 @@ def bench(record: dict) -> int:
     record["matrix TFLOP/s"] = round(machine.matrix_rate(torch.bfloat16) / 1e12, 1)
     record["results"] = run_cases(cases_of(device="cuda"), machine, repetitions=100)
     print_table(record["results"])
-    record["scaling"] = run_scaling(machine)
+    record["scaling"] = run_series(machine)
     record["linear ways"] = run_linear_ways()
     return 0
 

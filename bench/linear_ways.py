@@ -7,14 +7,13 @@ should say. The whole product followed by top1_confidence is the bar that neithe
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 import dmax_kernels
-from dmax_kernels.bench.gpu_timer import FLUSH_BYTES, captured, timed
+from dmax_kernels.bench.timer import captured, flush_buffer, timed
 from dmax_kernels.bench.workload import DIM, DTYPES, VOCAB, Inputs
 
 ROWS = {
@@ -29,7 +28,7 @@ def run_linear_ways(repetitions: int = 30) -> list[dict]:
     from dmax_kernels.triton.linear_rows import LEAST_CHUNKED_ROWS
 
     op = IMPLEMENTATIONS["linear_top1_confidence"]
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush = flush_buffer()
     found = []
     for name, counts in ROWS.items():
         dtype = DTYPES[name]
@@ -58,7 +57,7 @@ def product_then_top1(hidden, weight):
 
 def microseconds(function, repetitions: int, flush: torch.Tensor) -> float:
     run, _ = captured(function)
-    return round(statistics.median(timed(run, repetitions, flush=flush).seconds) * 1e6, 1)
+    return timed(run, repetitions, flush=flush).microseconds
 
 
 def faster(times: dict[str, float]) -> str:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import dmax_kernels  # noqa: E402
-from bench.run import machine_facts  # noqa: E402
+from bench.machine import machine_facts  # noqa: E402
 from dmax_kernels.bench.workload import DIM, DTYPES, VOCAB  # noqa: E402
 
 WAYS = ("eager", "alternating", "fused")

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.run import cases_of  # noqa: E402
+from bench.cases import cases_of  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 NOT_MEASURED = "not yet measured"

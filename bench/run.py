@@ -7,13 +7,8 @@ printed but not to be quoted: compare candidates within a run, never runs.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,29 +17,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.cases import Case  # noqa: E402
+from bench.cases import SERIES, Case, cases_of  # noqa: E402
+from bench.machine import machine_facts  # noqa: E402
 from bench.peers import add_peers  # noqa: E402
-from bench.scaling import run_scaling  # noqa: E402
-from dmax_kernels.bench.measure import Machine, measure  # noqa: E402
-from dmax_kernels.cli.info import collect  # noqa: E402
-
-
-def cases_of(ops: Sequence[str] = (), device: str = "cpu") -> list[Case]:
-    """The cases of these ops' files (default: all), for this device."""
-    files = {
-        path.stem.removeprefix("bench_"): f"bench.{path.stem}"
-        for path in sorted((ROOT / "bench").glob("bench_*.py"))
-    }
-    if unknown := set(ops) - set(files):
-        sys.exit(
-            f"bench: no benchmark of {', '.join(sorted(unknown))}; there are: {', '.join(files)}"
-        )
-    attribute = "GPU_CASES" if device == "cuda" else "CASES"
-    return [
-        case
-        for op in ops or files
-        for case in getattr(importlib.import_module(files[op]), attribute, [])
-    ]
+from dmax_kernels.bench.timer import Machine, measure  # noqa: E402
 
 
 def run_cases(cases: list[Case], machine: Machine, repetitions: int) -> list[dict]:
@@ -70,30 +46,17 @@ def run_cases(cases: list[Case], machine: Machine, repetitions: int) -> list[dic
     return rows
 
 
-def machine_facts() -> dict:
-    """What a result must carry to mean anything."""
-    facts = {"CPU": cpu_name(), "cores": os.cpu_count(), "commit": commit()}
-    facts["date"] = datetime.date.today().isoformat()
-    return facts | {
-        name: fact
-        for name, fact in collect().items()
-        if name not in ("backends", "CPU library", "CUDA library", "CUDA kernels")
-    }
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "unknown CPU"
-
-
-def commit() -> str:
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return run.stdout.strip() or "not a checkout"
+def run_series(machine: Machine, repetitions: int = 7) -> list[dict]:
+    """How cost grows: time against rows and against the vocabulary, ours and eager's."""
+    series = []
+    for name, axis, values, sizes_of in tqdm(SERIES, desc="scaling", disable=None):
+        points = []
+        for value in values:
+            work = Case(name, sizes_of(value)).work(machine.device)
+            found = measure(work, machine, repetitions=repetitions)["candidates"]
+            points.append({axis: value} | {each: row["us"] for each, row in found.items()})
+        series.append({"op": name, "axis": axis, "points": points})
+    return series
 
 
 def print_table(rows: list[dict]) -> None:
@@ -127,7 +90,7 @@ def main() -> None:
     print_table(rows)
     record = {"machine": machine_facts(), "results": rows}
     if not options.ops:
-        record["scaling"] = run_scaling(machine)
+        record["scaling"] = run_series(machine)
     if options.output:
         from bench.pictures import draw
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from bench import report
-from bench.cases import CANDIDATES
-from bench.run import cases_of, run_cases
+from bench.cases import CANDIDATES, cases_of
+from bench.run import run_cases
 from dmax_kernels.__main__ import main
-from dmax_kernels.bench.measure import Machine
+from dmax_kernels.bench.timer import Machine
 from dmax_kernels.bench.workload import WORKLOADS, Inputs
 
 # Sizes small enough to run at once, for every workload there is

@@ -8,7 +8,7 @@ import torch
 
 from dmax_kernels.__main__ import main
 from dmax_kernels.models.checkpoint import load_checkpoint
-from dmax_kernels.ring_walk import evaluate, page, step_time, tables, task
+from dmax_kernels.ring_walk import evaluate, page, tables, task
 from dmax_kernels.ring_walk.evaluate import TAUS, Cell, Result
 from dmax_kernels.ring_walk.export import build_model, save_checkpoint
 
@@ -29,8 +29,7 @@ def demo(tmp_path_factory):
     printed = []
     with pytest.MonkeyPatch.context() as patch:
         # The real sizes take seconds and half a gigabyte; the ratio itself is not under test
-        patch.setattr(step_time, "VOCABULARY", 3000)
-        patch.setattr(step_time, "MASK", 2999)
+        patch.setattr("dmax_kernels.cli.demo.STEP_SIZES", (1, 32, 3000, 16))
         patch.setattr("builtins.print", lambda *text, **_: printed.append(" ".join(map(str, text))))
         out = ["--output-dir", str(folder), "--json", str(folder / "figures.json")]
         code = main(["demo", "--problems", "2", "--workers", "1", "--show", "1", *out])

@@ -4,13 +4,14 @@ import re
 from pathlib import Path
 
 import dmax_kernels
+from bench.cases import cases_of
 from dmax_kernels import reference
 
 ROOT = Path(__file__).parent.parent
 OPS = re.search(r"set\(DMAX_OPS\s+(.*?)\)", (ROOT / "CMakeLists.txt").read_text(), re.DOTALL)[1]
 OPS = OPS.split()
-# A test and a benchmark may serve an op and its twin
-SHARED_TEST = {"top1_merge": "top1_partial", "sample_merge": "sample_partial"}
+# A test and a workload may serve an op and its twin
+SHARED = {"top1_merge": "top1_partial", "sample_merge": "sample_partial"}
 
 
 def test_every_op_has_its_files():
@@ -23,12 +24,16 @@ def test_every_op_has_its_files():
             f"dmax_kernels/ops/{op}.py",
             f"dmax_kernels/reference/{op}.py",
             f"dmax_kernels/triton/{op}.py",
-            f"python_tests/test_{SHARED_TEST.get(op, op)}.py",
-            f"bench/bench_{SHARED_TEST.get(op, op)}.py",
+            f"python_tests/test_{SHARED.get(op, op)}.py",
         )
         if not (ROOT / path).is_file()
     ]
     assert not missing
+
+
+def test_every_op_is_measured():
+    measured = {case.workload for case in cases_of()}
+    assert {SHARED.get(op, op) for op in OPS} <= measured
 
 
 def test_cuda_ops_have_a_host_and_a_device_side():

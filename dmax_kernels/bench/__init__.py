@@ -1,20 +1,10 @@
-"""What is timed: every op's work beside the eager PyTorch it replaces, and how it is measured.
+"""What is timed, and how: every op's work beside the eager PyTorch it replaces, and the timer.
 
-``python -m dmax_kernels bench OP --shape 32x157184`` measures one op at one shape;
-``bench/bench_<op>.py`` in the source tree list the cases that are kept, ``bench/run.py`` runs them.
+``python -m dmax_kernels bench OP --shape 32x157184`` measures one op at one shape. The source
+tree's ``bench/`` has the table of cases that are kept, and what makes pages of their results.
 """
 
-from dmax_kernels.bench import embeddings, linear, loops, losses, rows
+from dmax_kernels.bench import decoding, training
 from dmax_kernels.bench.workload import WORKLOADS, Inputs, Work, Workload
 
-__all__ = [
-    "WORKLOADS",
-    "Inputs",
-    "Work",
-    "Workload",
-    "embeddings",
-    "linear",
-    "loops",
-    "losses",
-    "rows",
-]
+__all__ = ["WORKLOADS", "Inputs", "Work", "Workload", "decoding", "training"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dmax_kernels.bench.measure import Machine, measure
+from dmax_kernels.bench.timer import Machine, measure
 from dmax_kernels.bench.workload import DTYPES, VALUES, WORKLOADS, Inputs
 from dmax_kernels.cli.info import collect
 

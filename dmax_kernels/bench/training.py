@@ -1,12 +1,14 @@
-"""Workloads of the dual-pass loss: forward and backward of both passes."""
+"""Workloads of training: the dual-pass loss, forward and backward of both passes, and a step."""
 
 from __future__ import annotations
+
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 
 import dmax_kernels
-from dmax_kernels.bench.workload import DIM, VOCAB, Inputs, Work, workload
+from dmax_kernels.bench.workload import BLOCK, DIM, VOCAB, Inputs, Work, workload
 
 
 def gradients(loss, leaves):
@@ -81,3 +83,32 @@ def linear_oput_loss(inputs: Inputs, tokens: int = 256, dim: int = DIM, vocab: i
         3 * 2 * (2 * tokens) * dim * vocab,  # what the gradients need, once
         inputs.dtype,
     )
+
+
+@workload
+def oput_step(inputs: Inputs, sequences: int = 8) -> Work:
+    """One step of On-Policy Uniform Training, rollout to optimizer, from the base checkpoint, in
+    float32; as in spd_generate, the model's own passes take most of the time."""
+    from dmax_kernels.models.checkpoint import load_checkpoint
+    from dmax_kernels.ring_walk import task
+    from dmax_kernels.ring_walk.data import ring_walk_examples
+    from dmax_kernels.training.config import TrainConfig
+    from dmax_kernels.training.loop import Trainer
+    from dmax_kernels.training.parallel import Processes
+
+    examples = list(islice(ring_walk_examples(8, BLOCK, seed=0), sequences))
+
+    def step_with(ops):
+        config = TrainConfig(steps=1, batch_size=sequences, ops=ops)
+        model = load_checkpoint("base")[0]
+        trainer = Trainer.build(
+            model, config, task.EOS_ID, Processes(0, 1, torch.device(inputs.device))
+        )
+
+        def run():
+            row = trainer.step(0, examples)
+            return torch.tensor([row["loss_masked"], row["loss_predicted"], row["grad_norm"]])
+
+        return run
+
+    return Work({"eager": step_with("reference"), "fused": step_with("fused")})

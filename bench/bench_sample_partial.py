@@ -1,8 +1,0 @@
-"""sample_partial over 8 shards and sample_merge, as tensor-parallel ranks would run them."""
-
-from bench.cases import Case, benchmark_of
-
-CASES = [Case("sample_partial", (32, 157184, 8), dtype) for dtype in ("float32", "bfloat16")]
-GPU_CASES = [Case("sample_partial", (32, 157184, 8))]
-
-test_benchmark = benchmark_of(CASES)

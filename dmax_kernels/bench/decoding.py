@@ -1,0 +1,274 @@
+"""Workloads of decoding: rows of logits, promotion, embeddings, the whole step, and the loop.
+
+Products with the LM head are in the inputs' dtype over the whole vocabulary, which rounds 16-bit
+logits; the fused ops keep theirs in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import dmax_kernels
+from dmax_kernels import reference
+from dmax_kernels.bench.workload import BLOCK, DIM, MASK, VOCAB, Inputs, Work, workload
+
+
+@workload
+def top1_confidence(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
+    """Softmax, then max: the eager way to a token and its confidence."""
+    logits = inputs.logits(rows, vocab)
+    return Work(
+        {
+            "eager": lambda: torch.softmax(logits, dim=-1).max(dim=-1),
+            "fused": lambda: dmax_kernels.top1_confidence(logits),
+        },
+        logits.nbytes,
+    )
+
+
+@workload
+def topk_confidence(inputs: Inputs, rows: int = 32, vocab: int = VOCAB, k: int = 4) -> Work:
+    """Softmax, then topk."""
+    logits = inputs.logits(rows, vocab)
+    return Work(
+        {
+            "eager": lambda: torch.softmax(logits, dim=-1).topk(k, dim=-1),
+            "fused": lambda: dmax_kernels.topk_confidence(logits, k),
+        },
+        logits.nbytes,
+    )
+
+
+@workload
+def row_statistics(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
+    """Softmax in float32, its two largest, its entropy, and logsumexp: four reads or more."""
+    logits = inputs.logits(rows, vocab)
+
+    def eager():
+        x = logits.float()  # an entropy summed in 16 bits would be noise
+        probability = torch.softmax(x, dim=-1)
+        top, token = probability.topk(2, dim=-1)
+        entropy = torch.special.entr(probability).sum(dim=-1)
+        return token[..., 0], top[..., 0], top[..., 1], entropy, torch.logsumexp(x, dim=-1)
+
+    return Work(
+        {
+            "eager": eager,
+            "fused": lambda: dmax_kernels.row_statistics(logits),
+            "top1_confidence": lambda: dmax_kernels.top1_confidence(logits),
+        },
+        logits.nbytes,
+    )
+
+
+@workload
+def sample_tokens(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
+    """Softmax in float32, then an exponential race: what engines run for a sample."""
+    logits, seed = inputs.logits(rows, vocab), inputs.seed()
+    return Work(
+        {
+            "eager": lambda: exponential_race(logits),
+            "fused": lambda: dmax_kernels.sample_tokens(logits, seed),
+            "top1_confidence": lambda: dmax_kernels.top1_confidence(logits),
+        },
+        logits.nbytes,
+    )
+
+
+def exponential_race(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    probability = torch.softmax(logits.float(), dim=-1)
+    token = (probability / torch.empty_like(probability).exponential_()).argmax(-1, True)
+    return token, probability.gather(-1, token)
+
+
+def merged_shards(inputs: Inputs, rows: int, vocab: int, shards: int, run: Callable) -> Work:
+    """run(backend, [(columns, first id)]) of every shard, as tensor-parallel ranks run them."""
+    parts = inputs.logits(rows, vocab).chunk(shards, dim=-1)
+    cut = [(part, i * parts[0].shape[-1]) for i, part in enumerate(parts)]
+    return Work(
+        {"eager": lambda: run(reference, cut), "fused": lambda: run(dmax_kernels, cut)},
+        sum(part.nbytes for part in parts),
+    )
+
+
+def stack_columns(found: list[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+    return [torch.stack(column) for column in zip(*found, strict=True)]
+
+
+@workload
+def top1_partial(inputs: Inputs, rows: int = 32, vocab: int = VOCAB, shards: int = 8) -> Work:
+    """Every shard's top1_partial and their top1_merge."""
+
+    def run(backend, cut):
+        found = [backend.top1_partial(part, start) for part, start in cut]
+        return backend.top1_merge(*stack_columns(found))
+
+    return merged_shards(inputs, rows, vocab, shards, run)
+
+
+@workload
+def sample_partial(inputs: Inputs, rows: int = 32, vocab: int = VOCAB, shards: int = 8) -> Work:
+    """Every shard's sample_partial and their sample_merge."""
+    seed = inputs.seed()
+
+    def run(backend, cut):
+        found = [backend.sample_partial(part, seed, start) for part, start in cut]
+        return backend.sample_merge(*stack_columns(found))
+
+    return merged_shards(inputs, rows, vocab, shards, run)
+
+
+@workload
+def prefix_promote(inputs: Inputs, blocks: int = 16, block: int = BLOCK) -> Work:
+    """Eager is the reference: the same eight small ops that engines run today."""
+    confidence, masked = inputs.uniform(blocks, block), inputs.uniform(blocks, block) < 0.7
+    return Work(
+        {
+            "eager": lambda: reference.prefix_promote(confidence, masked, 0.5),
+            "fused": lambda: dmax_kernels.prefix_promote(confidence, masked, 0.5),
+        },
+        confidence.nbytes + 2 * masked.nbytes,
+    )
+
+
+@workload
+def hybrid_embedding(inputs: Inputs, rows: int = 32, dim: int = DIM, vocab: int = VOCAB) -> Work:
+    """Gather, mix and rescale."""
+    embedding = inputs.normal(vocab, dim)
+    run = hybrid_arguments(inputs, embedding, rows)
+    row_bytes = dim * embedding.element_size()
+    return Work(
+        {
+            "eager": lambda: run(reference.hybrid_embedding),
+            "fused": lambda: run(dmax_kernels.hybrid_embedding),
+        },
+        2 * rows * row_bytes,
+    )
+
+
+@workload
+def hybrid_embedding_backward(
+    inputs: Inputs, rows: int = 512, dim: int = DIM, vocab: int = 4096
+) -> Work:
+    """Forward and the dense gradient of the embedding table."""
+    embedding = inputs.normal(vocab, dim).requires_grad_()
+    run = hybrid_arguments(inputs, embedding, rows)
+    grad = inputs.normal(rows, dim)
+    return Work(
+        {
+            "eager": lambda: torch.autograd.grad(run(reference.hybrid_embedding), embedding, grad),
+            "fused": lambda: torch.autograd.grad(
+                run(dmax_kernels.hybrid_embedding), embedding, grad
+            ),
+        },
+        3 * grad.nbytes + embedding.nbytes,
+    )
+
+
+def hybrid_arguments(inputs, embedding, rows):
+    """The op on fixed arguments, three in ten of the rows masked."""
+    vocab = embedding.shape[0]
+    token, confidence = inputs.ids(rows, below=vocab), inputs.uniform(rows)
+    masked = inputs.uniform(rows) < 0.3
+    return lambda op: op(embedding, token, confidence, masked, min(MASK, vocab - 1))
+
+
+@workload
+def spd_step_(
+    inputs: Inputs, batch: int = 1, block: int = BLOCK, vocab: int = VOCAB, dim: int = DIM
+) -> Work:
+    """A block in the middle of decoding: half of it masked, none converged."""
+    logits = inputs.logits(batch * block, vocab).view(batch, block, vocab)
+    embedding = inputs.normal(vocab, dim)
+    mask_token_id = min(MASK, vocab - 1)
+    position = torch.arange(block, device=inputs.device)
+    start = {
+        "masked": (position >= block // 2).expand(batch, block),
+        "token": torch.full((batch, block), mask_token_id, device=inputs.device),
+        "confidence": torch.zeros(batch, block, device=inputs.device),
+        "converged": torch.zeros(batch, dtype=torch.bool, device=inputs.device),
+        "step": torch.ones(batch, dtype=torch.int32, device=inputs.device),
+        "inputs_embeds": torch.zeros(batch, block, dim, dtype=inputs.dtype, device=inputs.device),
+    }
+    state = {name: tensor.clone() for name, tensor in start.items()}
+    editable = torch.ones(batch, block, dtype=torch.bool, device=inputs.device)
+
+    def restore():
+        for name, tensor in start.items():
+            state[name].copy_(tensor)
+
+    def run(op):
+        op(logits, embedding, editable=editable, **state, mask_token_id=mask_token_id,
+           tau_dec=0.5, tau_acc=0.9)  # fmt: skip
+
+    return Work(
+        {"eager": lambda: run(reference.spd_step_), "fused": lambda: run(dmax_kernels.spd_step_)},
+        logits.nbytes + 3 * state["inputs_embeds"].nbytes,
+        restore=restore,
+    )
+
+
+@workload
+def linear_top1_confidence(
+    inputs: Inputs, rows: int = 32, dim: int = DIM, vocab: int = VOCAB
+) -> Work:
+    """The head's product, then softmax and max; and the product, then our top1_confidence."""
+    hidden, weight = inputs.normal(rows, dim), inputs.normal(vocab, dim, scale=dim**-0.5)
+    return Work(
+        {
+            "eager": lambda: torch.softmax((hidden @ weight.t()).float(), dim=-1).max(dim=-1),
+            "product, then top1_confidence": lambda: dmax_kernels.top1_confidence(
+                hidden @ weight.t()
+            ),
+            "fused": lambda: dmax_kernels.linear_top1_confidence(hidden, weight),
+        },
+        hidden.nbytes + weight.nbytes,
+        2 * rows * dim * vocab,
+        inputs.dtype,
+    )
+
+
+@workload
+def linear_sample_tokens(
+    inputs: Inputs, rows: int = 32, dim: int = DIM, vocab: int = VOCAB
+) -> Work:
+    """The head's product, then a sample."""
+    hidden, weight = inputs.normal(rows, dim), inputs.normal(vocab, dim, scale=dim**-0.5)
+    seed = inputs.seed()
+    return Work(
+        {
+            "eager": lambda: exponential_race(hidden @ weight.t()),
+            "product, then sample_tokens": lambda: dmax_kernels.sample_tokens(
+                hidden @ weight.t(), seed
+            ),
+            "fused": lambda: dmax_kernels.linear_sample_tokens(hidden, weight, seed),
+        },
+        hidden.nbytes + weight.nbytes,
+        2 * rows * dim * vocab,
+        inputs.dtype,
+    )
+
+
+@workload
+def spd_generate(inputs: Inputs, prompts: int = 8, new_tokens: int = 96) -> Work:
+    """Soft Parallel Decoding of the demo's problems with its OPUT checkpoint, in float32.
+
+    So small a model's forward passes, which both candidates share, take most of the time: a large
+    model's share is different.
+    """
+    from dmax_kernels import decoding
+    from dmax_kernels.models.checkpoint import load_checkpoint
+    from dmax_kernels.ring_walk import task
+    from dmax_kernels.ring_walk.evaluate import encode_prompts
+
+    model = load_checkpoint("oput")[0].to(inputs.device)
+    ids = encode_prompts(task.evaluation_problems(prompts), BLOCK).to(inputs.device)
+
+    def run(ops):
+        return decoding.spd_generate(
+            model, ids, max_new_tokens=new_tokens, tau_dec=0.5, ops=ops
+        ).sequences
+
+    return Work({"eager": lambda: run("reference"), "fused": lambda: run("fused")})
