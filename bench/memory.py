@@ -88,41 +88,6 @@ def measured(way: str, rows: int, options: argparse.Namespace) -> int:
     return int(done.stdout)
 
 
-def draw(record: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colors = {"eager": "#9aa5b1", "alternating": "#c8d0d8", "fused": "#1b7f79"}
-    figure, axes = plt.subplots(figsize=(7, 3.5))
-    rows = sorted({entry["rows"] for entry in record["memory"]})
-    for offset, way in enumerate(WAYS):
-        values = [e["bytes"] / MEGABYTE for e in record["memory"] if e["way"] == way]
-        places = [i + (offset - 1) * 0.27 for i in range(len(rows))]
-        axes.bar(places, values, width=0.25, color=colors[way], label=way)
-        for place, value in zip(places, values, strict=True):
-            axes.text(place, value * 1.05, f"{value:.0f}", ha="center", fontsize=7)
-    for i, n in enumerate(rows):
-        floor = next(e["gradients"] for e in record["memory"] if e["rows"] == n) / MEGABYTE
-        axes.plot([i - 0.4, i + 0.4], [floor, floor], color="#d1495b", lw=1.5)
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(rows)), [f"{n} positions" for n in rows])
-    axes.set_ylabel("MB on top of the inputs (red: gradients alone)", fontsize=8)
-    sizes, machine = record["sizes"], record["machine"]
-    device = machine["GPU"] if machine["GPU"] != "none" else machine["CPU"]
-    axes.set_title(
-        f"OPUT loss, forward and backward: V = {sizes['vocab']}, D = {sizes['dim']}, "
-        f"{sizes['dtype']}", fontsize=9,
-    )  # fmt: skip
-    caption = f"{device}, torch {machine['torch']}, commit {machine['commit']}"
-    figure.text(0.01, 0.005, caption, fontsize=7, color="#667")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
-
-
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -159,7 +124,9 @@ def main() -> None:
         sizes = {name: getattr(options, name) for name in ("dim", "vocab", "dtype", "threads")}
         record = {"machine": machine_facts(), "sizes": sizes, "memory": memory}
         options.output.write_text(json.dumps(record, indent=1) + "\n")
-        draw(record, options.output.with_suffix(".png"))
+        from bench.pictures import draw_memory
+
+        draw_memory(record, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

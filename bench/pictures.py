@@ -1,4 +1,4 @@
-"""Pictures of a record that bench/run.py wrote: speed-ups, roofline, how cost grows."""
+"""Pictures of the records of bench/run.py (speed-ups, roofline, how cost grows) and memory.py."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ OURS, OTHER, TARGET = "#1b7f79", "#9aa5b1", "#d1495b"
 
 def draw(record: dict, stem: Path) -> Iterator[Path]:
     """Writes ``<stem>-speedup.png``, ``-roofline.png`` and, where measured, ``-scaling.png``."""
-    machine = record["machine"]
-    device = machine["GPU"] if machine["GPU"] != "none" else machine["CPU"]
-    caption = f"{device}, torch {machine['torch']}, commit {machine['commit']}"
     figures = {"speedup": speedups, "roofline": roofline}
     if record.get("scaling"):
         figures["scaling"] = scaling
     for name, make in figures.items():
         figure = make(record)
-        figure.text(0.01, -0.02, caption, fontsize=7, color="#667")
+        figure.text(0.01, -0.02, caption(record["machine"]), fontsize=7, color="#667")
         path = stem.with_name(f"{stem.name}-{name}.png")
         figure.savefig(path, dpi=130, bbox_inches="tight")
         plt.close(figure)
         yield path
+
+
+def caption(machine: dict) -> str:
+    device = machine["GPU"] if machine["GPU"] != "none" else machine["CPU"]
+    return f"{device}, torch {machine['torch']}, commit {machine['commit']}"
 
 
 def speedups(record: dict):
@@ -91,3 +93,32 @@ def scaling(record: dict):
     grid[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     return figure
+
+
+def draw_memory(record: dict, path: Path) -> None:
+    """Peak bytes of each way that bench/memory.py measured, a group of bars a number of rows."""
+    colors = {"eager": OTHER, "alternating": "#c8d0d8", "fused": OURS}
+    figure, axes = plt.subplots(figsize=(7, 3.5))
+    rows = sorted({entry["rows"] for entry in record["memory"]})
+    for offset, way in enumerate(colors):
+        values = [e["bytes"] / 1e6 for e in record["memory"] if e["way"] == way]
+        places = [i + (offset - 1) * 0.27 for i in range(len(rows))]
+        axes.bar(places, values, width=0.25, color=colors[way], label=way)
+        for place, value in zip(places, values, strict=True):
+            axes.text(place, value * 1.05, f"{value:.0f}", ha="center", fontsize=7)
+    for i, n in enumerate(rows):
+        floor = next(e["gradients"] for e in record["memory"] if e["rows"] == n) / 1e6
+        axes.plot([i - 0.4, i + 0.4], [floor, floor], color=TARGET, lw=1.5)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(rows)), [f"{n} positions" for n in rows])
+    axes.set_ylabel("MB on top of the inputs (red: gradients alone)", fontsize=8)
+    sizes = record["sizes"]
+    axes.set_title(
+        f"OPUT loss, forward and backward: V = {sizes['vocab']}, D = {sizes['dim']}, "
+        f"{sizes['dtype']}", fontsize=9,
+    )  # fmt: skip
+    figure.text(0.01, 0.005, caption(record["machine"]), fontsize=7, color="#667")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)

@@ -152,5 +152,13 @@ def test_pictures_and_page(tmp_path):
     assert "speed-up 1e+09: missed by 100%; share of bandwidth 1e-09: met" in page
 
 
+def test_picture_of_memory(tmp_path):
+    from bench.pictures import draw_memory
+
+    record = next(record for record in report.records().values() if "memory" in record)
+    draw_memory(record, tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").stat().st_size > 5000
+
+
 def test_page_is_up_to_date():
     assert (report.RESULTS / "README.md").read_text() == report.render(report.records())
