@@ -5,7 +5,7 @@
 
 namespace {
 
-// "op(Tensor(a!) x) -> Tensor" -> "_check_op(Tensor x) -> ()"
+// From `op(Tensor(a!) x) -> Tensor` to `_check_op(Tensor x) -> ()`
 std::string check_schema(const std::string& schema) {
   std::string check = "_check_" + schema.substr(0, schema.rfind(" -> ")) + " -> ()";
   constexpr size_t kLength = 4;  // of "(a!)"
