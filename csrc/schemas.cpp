@@ -1,78 +1,80 @@
-// The whole surface of torch.ops.dmax on one screen. Meanings: dmax_kernels/ops/<op>.py.
+// The whole surface of torch.ops.dmax. Meanings: dmax_kernels/ops/<op>.py.
+#include <string>
+
 #include "common/torch_stable.h"
 
+namespace {
+
+// From `op(Tensor(a!) x) -> Tensor` to `_check_op(Tensor x) -> ()`
+std::string check_schema(const std::string& schema) {
+  std::string check = "_check_" + schema.substr(0, schema.rfind(" -> ")) + " -> ()";
+  constexpr size_t kLength = 4;  // of "(a!)"
+  for (size_t mark = check.find('!'); mark != std::string::npos; mark = check.find('!')) {
+    check.erase(mark - 2, kLength);
+  }
+  return check;
+}
+
+}  // namespace
+
+// Every op, and beside it what it requires of the same arguments (checks/checks.cpp)
 STABLE_TORCH_LIBRARY(dmax, m) {
-  m.def(
-      "top1_confidence(Tensor logits, *, float temperature=1.0, int suppress_token=-1)"
+  const auto def = [&m](const char* schema) {
+    m.def(schema);
+    m.def(check_schema(schema).c_str());
+  };
+  def("top1_confidence(Tensor logits, *, float temperature=1.0, int suppress_token=-1)"
       " -> (Tensor token, Tensor confidence)");
-  m.def(
-      "topk_confidence(Tensor logits, int k, *, float temperature=1.0, int suppress_token=-1)"
+  def("topk_confidence(Tensor logits, int k, *, float temperature=1.0, int suppress_token=-1)"
       " -> (Tensor tokens, Tensor confidences)");
-  m.def(
-      "row_statistics(Tensor logits, *, float temperature=1.0, int suppress_token=-1)"
+  def("row_statistics(Tensor logits, *, float temperature=1.0, int suppress_token=-1)"
       " -> (Tensor token, Tensor confidence, Tensor runner_up, Tensor entropy, Tensor logsumexp)");
-  m.def(
-      "prefix_promote(Tensor confidence, Tensor masked, float threshold, *, bool inclusive=False)"
+  def("prefix_promote(Tensor confidence, Tensor masked, float threshold, *, bool inclusive=False)"
       " -> Tensor promoted");
-  m.def(
-      "hybrid_embedding(Tensor embedding, Tensor token, Tensor confidence, Tensor masked,"
+  def("hybrid_embedding(Tensor embedding, Tensor token, Tensor confidence, Tensor masked,"
       " int mask_token_id) -> Tensor");
-  m.def(
-      "hybrid_embedding_backward(Tensor grad_output, Tensor embedding, Tensor token,"
+  def("hybrid_embedding_backward(Tensor grad_output, Tensor embedding, Tensor token,"
       " Tensor confidence, Tensor masked, int mask_token_id)"
       " -> (Tensor grad_embedding, Tensor grad_confidence)");
-  m.def(
-      "spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor(a!) masked,"
+  def("spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor(a!) masked,"
       " Tensor(b!) token, Tensor(c!) confidence, Tensor(d!) converged, Tensor(e!) step,"
       " Tensor(f!) inputs_embeds, int mask_token_id, float tau_dec, float tau_acc, *,"
       " bool released=False, int top_k=1, float temperature=1.0, int suppress_token=-1,"
       " Tensor? thresholds=None) -> ()");
-  m.def(
-      "sample_tokens(Tensor logits, Tensor seed, *, float temperature=1.0, int suppress_token=-1)"
+  def("sample_tokens(Tensor logits, Tensor seed, *, float temperature=1.0, int suppress_token=-1)"
       " -> (Tensor token, Tensor probability)");
-  m.def(
-      "oput_loss(Tensor? logits_masked, Tensor? logits_predicted, Tensor target, *,"
+  def("oput_loss(Tensor? logits_masked, Tensor? logits_predicted, Tensor target, *,"
       " int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0)"
       " -> (Tensor loss_masked, Tensor loss_predicted, Tensor logsumexp_masked,"
       " Tensor logsumexp_predicted)");
-  m.def(
-      "oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor logsumexp, *,"
+  def("oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor logsumexp, *,"
       " int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0) -> Tensor grad_logits");
-  m.def(
-      "oput_loss_and_grad_(Tensor(a!)? logits_masked, Tensor(b!)? logits_predicted, Tensor target,"
+  def("oput_loss_and_grad_(Tensor(a!)? logits_masked, Tensor(b!)? logits_predicted, Tensor target,"
       " Tensor? grad_masked=None, Tensor? grad_predicted=None, *, int ignore_index=-100,"
       " float label_smoothing=0.0, float z_loss=0.0) -> (Tensor loss_masked, Tensor "
       "loss_predicted)");
-  m.def(
-      "top1_partial(Tensor logits_shard, int vocab_start, *, float temperature=1.0,"
+  def("top1_partial(Tensor logits_shard, int vocab_start, *, float temperature=1.0,"
       " int suppress_token=-1) -> (Tensor maximum, Tensor sum_exp, Tensor token)");
-  m.def(
-      "top1_merge(Tensor maximum, Tensor sum_exp, Tensor token, *, float temperature=1.0)"
+  def("top1_merge(Tensor maximum, Tensor sum_exp, Tensor token, *, float temperature=1.0)"
       " -> (Tensor token, Tensor confidence)");
-  m.def(
-      "sample_partial(Tensor logits_shard, Tensor seed, int vocab_start, *, float temperature=1.0,"
+  def("sample_partial(Tensor logits_shard, Tensor seed, int vocab_start, *, float temperature=1.0,"
       " int suppress_token=-1)"
       " -> (Tensor maximum, Tensor sum_exp, Tensor token, Tensor score, Tensor weight)");
-  m.def(
-      "sample_merge(Tensor maximum, Tensor sum_exp, Tensor token, Tensor score, Tensor weight, *,"
+  def("sample_merge(Tensor maximum, Tensor sum_exp, Tensor token, Tensor score, Tensor weight, *,"
       " float temperature=1.0) -> (Tensor token, Tensor probability)");
-  m.def(
-      "linear_top1_confidence(Tensor hidden, Tensor weight, Tensor? bias=None, *,"
+  def("linear_top1_confidence(Tensor hidden, Tensor weight, Tensor? bias=None, *,"
       " float temperature=1.0, int suppress_token=-1) -> (Tensor token, Tensor confidence)");
-  m.def(
-      "linear_oput_loss(Tensor? hidden_masked, Tensor? hidden_predicted, Tensor weight,"
+  def("linear_oput_loss(Tensor? hidden_masked, Tensor? hidden_predicted, Tensor weight,"
       " Tensor target, Tensor? bias=None, *, int ignore_index=-100, float label_smoothing=0.0,"
       " float z_loss=0.0) -> (Tensor loss_masked, Tensor loss_predicted,"
       " Tensor logsumexp_masked, Tensor logsumexp_predicted)");
-  m.def(
-      "linear_oput_loss_backward(Tensor grad_masked, Tensor grad_predicted, Tensor? hidden_masked,"
+  def("linear_oput_loss_backward(Tensor grad_masked, Tensor grad_predicted, Tensor? hidden_masked,"
       " Tensor? hidden_predicted, Tensor weight, Tensor target, Tensor logsumexp_masked,"
       " Tensor logsumexp_predicted, Tensor? bias=None, *, int ignore_index=-100,"
       " float label_smoothing=0.0, float z_loss=0.0, bool needs_masked=True,"
       " bool needs_predicted=True, bool needs_weight=True, bool needs_bias=True)"
       " -> (Tensor grad_hidden_masked, Tensor grad_hidden_predicted, Tensor grad_weight,"
       " Tensor grad_bias)");
-  m.def(
-      "linear_sample_tokens(Tensor hidden, Tensor weight, Tensor seed, Tensor? bias=None, *,"
+  def("linear_sample_tokens(Tensor hidden, Tensor weight, Tensor seed, Tensor? bias=None, *,"
       " float temperature=1.0, int suppress_token=-1) -> (Tensor token, Tensor probability)");
 }

@@ -19,7 +19,6 @@ def test_every_op_has_its_files():
         path
         for op in OPS
         for path in (
-            f"csrc/ops/{op}.h",
             f"csrc/cpu/{op}.cpp",
             f"dmax_kernels/ops/{op}.py",
             f"dmax_kernels/reference/{op}.py",
@@ -46,7 +45,6 @@ def test_cuda_ops_have_a_host_and_a_device_side():
 def test_no_op_file_without_an_op():
     helpers = {"__init__", "_register"}
     for folder, pattern in (
-        ("csrc/ops", "*.h"),
         ("dmax_kernels/ops", "*.py"),
         ("dmax_kernels/reference", "*.py"),
     ):

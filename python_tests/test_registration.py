@@ -90,7 +90,9 @@ def test_every_op_has_a_sample():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("dmax::")
     }
-    assert names == set(samples())
+    ops = {name for name in names if not name.startswith("_check_")}
+    assert ops == set(samples())
+    assert names - ops == {f"_check_{op}" for op in ops}
 
 
 # Mutation and aliasing as the schema says, autograd registered, fake and real results of one shape,
@@ -99,6 +101,14 @@ def test_every_op_has_a_sample():
 def test_opcheck(op):
     arguments, options = samples()[op]
     torch.library.opcheck(getattr(torch.ops.dmax, op).default, arguments, options)
+
+
+@pytest.mark.parametrize("op", samples())
+def test_opcheck_of_the_check(op):
+    arguments, options = samples()[op]
+    check = getattr(torch.ops.dmax, f"_check_{op}").default
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(check, arguments, options, test_utils=tests)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -108,6 +108,13 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& t) 
              " for shape ", shape_text(t.sizes()));
 }
 
+// Inside a row the GPU kernels count ids in int32; the margin keeps the end of the last tile in it
+inline void check_vocab(const char* op, const Tensor& t, int64_t vocab) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 8192;
+  DMAX_CHECK(!t.is_cuda() || vocab <= kMost, op, ": V must be at most ", kMost, " on CUDA, got ",
+             vocab);
+}
+
 // Logits [..., V] with V >= 1; returns V
 inline int64_t check_logits(const char* op, const char* name, const Tensor& logits) {
   check_float(op, name, logits);
@@ -115,15 +122,18 @@ inline int64_t check_logits(const char* op, const char* name, const Tensor& logi
   const int64_t vocab = logits.size(logits.dim() - 1);
   DMAX_CHECK(vocab >= 1, op, ": ", name, " must be [..., V] with V >= 1, got ",
              shape_text(logits.sizes()));
+  check_vocab(op, logits, vocab);
   return vocab;
 }
 
-// Below it, logits / temperature leaves float32's range
+// Between these, the temperature and its inverse are normal float32 numbers: kernels may multiply
+// by the inverse. Were it 0, a logit of -inf would turn into NaN.
 constexpr double kLeastTemperature = 1e-30;
+constexpr double kMostTemperature = 1e30;
 
 inline void check_temperature(const char* op, double temperature) {
-  DMAX_CHECK(temperature >= kLeastTemperature && std::isfinite(temperature), op,
-             ": temperature must be at least 1e-30 and finite, got ", temperature);
+  DMAX_CHECK(temperature >= kLeastTemperature && temperature <= kMostTemperature, op,
+             ": temperature must be at least 1e-30 and at most 1e30, got ", temperature);
 }
 
 // A token id, or -1 for none

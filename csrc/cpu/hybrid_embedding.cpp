@@ -1,4 +1,4 @@
-#include "ops/hybrid_embedding.h"
+#include "checks/step.h"
 
 #include <numeric>
 
@@ -16,7 +16,7 @@ struct Positions {
   Tensor token;       // i64 [N, k]
   Tensor confidence;  // f32 [N, k]
   Tensor masked;      // bool [N]
-  HybridEmbeddingSizes sizes;
+  EmbeddingSizes sizes;
 
   bool is_masked(int64_t i) const { return masked.const_data_ptr<bool>()[i]; }
   Mixture mixture(int64_t i) const {
@@ -26,7 +26,7 @@ struct Positions {
 };
 
 Positions checked_positions(const char* op, const Tensor& token, const Tensor& confidence,
-                            const Tensor& masked, const HybridEmbeddingSizes& sizes) {
+                            const Tensor& masked, const EmbeddingSizes& sizes) {
   Positions positions{torch::stable::contiguous(torch::stable::to(token, ScalarType::Long)),
                       torch::stable::contiguous(confidence), torch::stable::contiguous(masked),
                       sizes};

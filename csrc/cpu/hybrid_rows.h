@@ -5,8 +5,8 @@
 #include <cmath>
 #include <vector>
 
+#include "checks/rows.h"
 #include "cpu/tile_kernels.h"
-#include "ops/topk_confidence.h"
 
 namespace dmax::cpu {
 

@@ -5,7 +5,7 @@
 // passes. The backward pass computes each block of logits again, which costs one product in four
 // and saves rows x V numbers; every weight block's gradient is finished and rounded before the next
 // begins. bfloat16 has a way of its own where the CPU multiplies it as stored: linear_loss_amx.h.
-#include "ops/linear_oput_loss.h"
+#include "checks/linear.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -147,8 +147,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss(
     OptionalTensor hidden_masked, OptionalTensor hidden_predicted, Tensor weight, Tensor target,
     OptionalTensor bias, int64_t ignore_index, double label_smoothing, double z_loss) {
   constexpr const char* op = "linear_oput_loss";
-  const LinearSizes sizes = check_linear_oput_loss(op, hidden_masked, hidden_predicted, weight,
-                                                   target, bias, label_smoothing, z_loss);
+  const LinearSizes sizes = check_linear_oput_loss(hidden_masked, hidden_predicted, weight, target,
+                                                   bias, ignore_index, label_smoothing, z_loss);
   const Tensor ids = checked_targets(op, target, sizes.vocab, ignore_index);
   const int64_t* targets = ids.const_data_ptr<int64_t>();
   const LossOptions options{ignore_index, label_smoothing, z_loss};
@@ -193,12 +193,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
     Tensor logsumexp_predicted, OptionalTensor bias, int64_t ignore_index, double label_smoothing,
     double z_loss, bool needs_masked, bool needs_predicted, bool needs_weight, bool needs_bias) {
   constexpr const char* op = "linear_oput_loss_backward";
-  const auto [vocab, dim] = check_linear_oput_loss(op, hidden_masked, hidden_predicted, weight,
-                                                   target, bias, label_smoothing, z_loss);
-  check_linear_oput_pass(op, hidden_masked, "grad_masked", grad_masked, "logsumexp_masked",
-                         logsumexp_masked, target);
-  check_linear_oput_pass(op, hidden_predicted, "grad_predicted", grad_predicted,
-                         "logsumexp_predicted", logsumexp_predicted, target);
+  const auto [vocab, dim] = check_linear_oput_loss_backward(
+      grad_masked, grad_predicted, hidden_masked, hidden_predicted, weight, target,
+      logsumexp_masked, logsumexp_predicted, bias, ignore_index, label_smoothing, z_loss,
+      needs_masked, needs_predicted, needs_weight, needs_bias);
   const Tensor ids = checked_targets(op, target, vocab, ignore_index);
   const int64_t* targets = ids.const_data_ptr<int64_t>();
   const LossOptions options{ignore_index, label_smoothing, z_loss};

@@ -12,12 +12,12 @@
 #include <memory>
 #include <vector>
 
+#include "checks/linear.h"
 #include "common/dispatch.h"
 #include "common/row_view.h"
 #include "cpu/parallel.h"
 #include "cpu/product_kernels.h"
 #include "cpu/tile_kernels.h"
-#include "ops/linear_top1_confidence.h"
 
 namespace dmax::cpu {
 

@@ -1,4 +1,4 @@
-#include "ops/linear_sample_tokens.h"
+#include "checks/linear.h"
 
 #include "cpu/linear_rows.h"
 
@@ -25,8 +25,7 @@ struct RowSample {
 std::tuple<Tensor, Tensor> linear_sample_tokens(Tensor hidden, Tensor weight, Tensor seed,
                                                 OptionalTensor bias, double temperature,
                                                 int64_t suppress_token) {
-  const auto sizes =
-      check_linear_sample_tokens(hidden, weight, seed, bias, temperature, suppress_token);
+  check_linear_sample_tokens(hidden, weight, seed, bias, temperature, suppress_token);
   Tensor token = empty_like_device(hidden, leading_sizes(hidden), ScalarType::Long);
   Tensor probability = empty_like_device(hidden, leading_sizes(hidden), ScalarType::Float);
   if (token.numel() == 0) return {token, probability};
@@ -34,6 +33,7 @@ std::tuple<Tensor, Tensor> linear_sample_tokens(Tensor hidden, Tensor weight, Te
   float* probability_out = probability.mutable_data_ptr<float>();
   const Tensor seed_c = torch::stable::contiguous(seed);
   const int64_t* seeds = seed_c.const_data_ptr<int64_t>();
+  const bool seed_per_row = is_seed_per_row(seed);
   const bool greedy = temperature == 0;
   if (greedy) temperature = 1;
 
@@ -43,9 +43,9 @@ std::tuple<Tensor, Tensor> linear_sample_tokens(Tensor hidden, Tensor weight, Te
           int64_t n, int64_t first_id) {
         sample.stats.add(kernels, x, n, first_id, temperature);
         if (greedy) return;
-        const int64_t* pair = seeds + (sizes.seed_per_row ? 2 * row : 0);
+        const int64_t* pair = seeds + (seed_per_row ? 2 * row : 0);
         const NoiseKey key{static_cast<uint64_t>(pair[0]), static_cast<uint64_t>(pair[1]),
-                           sizes.seed_per_row ? 0u : static_cast<uint32_t>(row)};
+                           seed_per_row ? 0u : static_cast<uint32_t>(row)};
         const PerturbedBest best =
             kernels.sample(x, n, first_id, key, static_cast<float>(temperature), sample.best);
         if (best.id != sample.best.id) sample.logit = x[best.id - first_id];

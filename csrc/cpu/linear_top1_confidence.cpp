@@ -1,4 +1,4 @@
-#include "ops/linear_top1_confidence.h"
+#include "checks/linear.h"
 
 #include "cpu/linear_rows.h"
 

@@ -5,8 +5,8 @@
 #include <cmath>
 #include <vector>
 
+#include "checks/loss.h"
 #include "cpu/tile_kernels.h"
-#include "ops/oput_loss.h"
 
 namespace dmax::cpu {
 

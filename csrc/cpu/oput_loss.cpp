@@ -1,5 +1,5 @@
 // Cross-entropy of both passes and its gradient, row by row: no softmax is ever stored.
-#include "ops/oput_loss.h"
+#include "checks/loss.h"
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
@@ -56,11 +56,11 @@ PassResult pass_loss(const OptionalTensor& logits, const Tensor& like, const Ten
 }
 
 // Loss of one pass; every logit is overwritten with its gradient while the row is in the cache
-Tensor pass_loss_and_grad_(const char* name, const OptionalTensor& logits,
-                           const OptionalTensor& grad, const Tensor& like, const Tensor& target,
-                           const Tensor& target_ids, int64_t vocab, const LossOptions& options) {
+Tensor pass_loss_and_grad_(const OptionalTensor& logits, const OptionalTensor& grad,
+                           const Tensor& like, const Tensor& target, const Tensor& target_ids,
+                           int64_t vocab, const LossOptions& options) {
   if (!logits) return empty_like_device(like, {0}, ScalarType::Float);
-  const RowView view = mutable_row_view("oput_loss_and_grad_", name, *logits);
+  const RowView view = row_view(*logits);
   Tensor loss = torch::stable::new_zeros(like, sizes_of(target), ScalarType::Float);
   OptionalTensor grad_c;
   if (grad) grad_c = torch::stable::contiguous(*grad);
@@ -98,23 +98,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> oput_loss(OptionalTensor logits_maske
                                                      int64_t ignore_index, double label_smoothing,
                                                      double z_loss) {
   constexpr const char* op = "oput_loss";
-  const auto sizes =
-      check_oput_loss(op, logits_masked, logits_predicted, target, label_smoothing, z_loss);
+  const int64_t vocab = check_oput_loss(logits_masked, logits_predicted, target, ignore_index,
+                                        label_smoothing, z_loss);
   const LossOptions options{ignore_index, label_smoothing, z_loss};
-  const Tensor ids = checked_targets(op, target, sizes.vocab, ignore_index);
+  const Tensor ids = checked_targets(op, target, vocab, ignore_index);
   const Tensor& like = logits_masked ? *logits_masked : *logits_predicted;
-  const PassResult masked = pass_loss(logits_masked, like, target, ids, sizes.vocab, options);
-  const PassResult predicted = pass_loss(logits_predicted, like, target, ids, sizes.vocab, options);
+  const PassResult masked = pass_loss(logits_masked, like, target, ids, vocab, options);
+  const PassResult predicted = pass_loss(logits_predicted, like, target, ids, vocab, options);
   return {masked.loss, predicted.loss, masked.logsumexp, predicted.logsumexp};
 }
 
 Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor logsumexp,
                           int64_t ignore_index, double label_smoothing, double z_loss) {
   constexpr const char* op = "oput_loss_backward";
-  const auto sizes =
-      check_oput_loss_backward(grad_loss, logits, target, logsumexp, label_smoothing, z_loss);
+  const int64_t vocab = check_oput_loss_backward(grad_loss, logits, target, logsumexp, ignore_index,
+                                                 label_smoothing, z_loss);
   const LossOptions options{ignore_index, label_smoothing, z_loss};
-  const Tensor ids = checked_targets(op, target, sizes.vocab, ignore_index);
+  const Tensor ids = checked_targets(op, target, vocab, ignore_index);
   Tensor grad_logits = empty_like_device(logits, sizes_of(logits), logits.scalar_type());
   const RowView view = row_view(logits);
   const Tensor grad_c = torch::stable::contiguous(grad_loss);  // an expanded 1 comes with stride 0
@@ -129,13 +129,13 @@ Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor
     T* out = static_cast<T*>(grad_logits.mutable_data_ptr());
     parallel_for(view.rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        T* y = out + row * sizes.vocab;
+        T* y = out + row * vocab;
         if (targets[row] == ignore_index) {
-          fill_zero(y, sizes.vocab * sizeof(T));
+          fill_zero(y, vocab * sizeof(T));
           continue;
         }
-        loss_gradient(kernels, data + row * view.row_stride, y, sizes.vocab, sizes.vocab,
-                      targets[row], log_sums[row], grads[row], options);
+        loss_gradient(kernels, data + row * view.row_stride, y, vocab, vocab, targets[row],
+                      log_sums[row], grads[row], options);
       }
     });
   });
@@ -148,20 +148,16 @@ std::tuple<Tensor, Tensor> oput_loss_and_grad_(OptionalTensor logits_masked,
                                                OptionalTensor grad_predicted, int64_t ignore_index,
                                                double label_smoothing, double z_loss) {
   constexpr const char* op = "oput_loss_and_grad_";
-  const auto sizes =
-      check_oput_loss(op, logits_masked, logits_predicted, target, label_smoothing, z_loss);
-  check_loss_grad("grad_masked", grad_masked, target);
-  check_loss_grad("grad_predicted", grad_predicted, target);
-  // Nothing is written before everything is checked
-  if (logits_masked) mutable_row_view(op, "logits_masked", *logits_masked);
-  if (logits_predicted) mutable_row_view(op, "logits_predicted", *logits_predicted);
+  const int64_t vocab =
+      check_oput_loss_and_grad_(logits_masked, logits_predicted, target, grad_masked,
+                                grad_predicted, ignore_index, label_smoothing, z_loss);
   const LossOptions options{ignore_index, label_smoothing, z_loss};
-  const Tensor ids = checked_targets(op, target, sizes.vocab, ignore_index);
+  const Tensor ids = checked_targets(op, target, vocab, ignore_index);
   const Tensor& like = logits_masked ? *logits_masked : *logits_predicted;
-  Tensor loss_masked = pass_loss_and_grad_("logits_masked", logits_masked, grad_masked, like,
-                                           target, ids, sizes.vocab, options);
-  Tensor loss_predicted = pass_loss_and_grad_("logits_predicted", logits_predicted, grad_predicted,
-                                              like, target, ids, sizes.vocab, options);
+  Tensor loss_masked =
+      pass_loss_and_grad_(logits_masked, grad_masked, like, target, ids, vocab, options);
+  Tensor loss_predicted =
+      pass_loss_and_grad_(logits_predicted, grad_predicted, like, target, ids, vocab, options);
   return {loss_masked, loss_predicted};
 }
 

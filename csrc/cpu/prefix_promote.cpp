@@ -1,4 +1,4 @@
-#include "ops/prefix_promote.h"
+#include "checks/step.h"
 
 #include "common/torch_stable.h"
 #include "cpu/parallel.h"
@@ -7,7 +7,7 @@
 namespace dmax::cpu {
 
 Tensor prefix_promote(Tensor confidence, Tensor masked, double threshold, bool inclusive) {
-  const auto sizes = check_prefix_promote(confidence, masked, threshold);
+  const auto sizes = check_prefix_promote(confidence, masked, threshold, inclusive);
   Tensor promoted = empty_like_device(confidence, sizes_of(confidence), ScalarType::Bool);
   const Tensor c = torch::stable::contiguous(confidence);
   const Tensor m = torch::stable::contiguous(masked);

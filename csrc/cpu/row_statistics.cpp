@@ -1,4 +1,4 @@
-#include "ops/row_statistics.h"
+#include "checks/rows.h"
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
@@ -91,7 +91,7 @@ Results results_of(const EntropyStats& stats, double temperature) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(Tensor logits, double temperature,
                                                                   int64_t suppress_token) {
-  const auto sizes = check_row_statistics(logits, temperature, suppress_token);
+  const int64_t vocab = check_row_statistics(logits, temperature, suppress_token);
   const Sizes out_sizes = leading_sizes(logits);
   Tensor token = empty_like_device(logits, out_sizes, ScalarType::Long);
   Tensor confidence = empty_like_device(logits, out_sizes, ScalarType::Float);
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(Tensor logits,
     using T = decltype(element);
     const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
     scan_rows<T, Entropy>(
-        view.rows, {sizes.vocab, suppress_token, temperature},
+        view.rows, {vocab, suppress_token, temperature},
         [&](int64_t row) { return data + row * view.row_stride; },
         [&](int64_t row, const EntropyStats& stats) {
           const Results results = results_of(stats, temperature);

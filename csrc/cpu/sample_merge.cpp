@@ -1,4 +1,4 @@
-#include "ops/sample_merge.h"
+#include "checks/rows.h"
 
 #include "cpu/shard_rows.h"
 

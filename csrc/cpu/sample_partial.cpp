@@ -1,4 +1,4 @@
-#include "ops/sample_partial.h"
+#include "checks/rows.h"
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_partial(Tensor logits_
         score_out[row] = stats.maximum;
         return;
       }
-      const NoiseKey key = noise_key(seeds, sizes.seed_per_row, row);
+      const NoiseKey key = noise_key(seeds, is_seed_per_row(seed), row);
       const PerturbedBest best = sample_row(kernels, row_of(row), scan, stats, key, vocab_start);
       const double logit = kernels.value(row_of(row) + (best.id - vocab_start));
       sum_exp_out[row] = static_cast<float>(1.0 + stats.rest);

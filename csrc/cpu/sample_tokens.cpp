@@ -1,4 +1,4 @@
-#include "ops/sample_tokens.h"
+#include "checks/rows.h"
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
@@ -8,7 +8,7 @@ namespace dmax::cpu {
 
 std::tuple<Tensor, Tensor> sample_tokens(Tensor logits, Tensor seed, double temperature,
                                          int64_t suppress_token) {
-  const auto sizes = check_sample_tokens(logits, seed, temperature, suppress_token);
+  const int64_t vocab = check_sample_tokens(logits, seed, temperature, suppress_token);
   Tensor token = empty_like_device(logits, leading_sizes(logits), ScalarType::Long);
   Tensor probability = empty_like_device(logits, leading_sizes(logits), ScalarType::Float);
   const RowView view = row_view(logits);
@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> sample_tokens(Tensor logits, Tensor seed, double temp
 
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const VocabScan scan{sizes.vocab, suppress_token, greedy ? 1.0 : temperature};
+    const VocabScan scan{vocab, suppress_token, greedy ? 1.0 : temperature};
     const TileKernels<T>& kernels = tile_kernels<T>();
     const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
     const auto row_of = [&](int64_t row) { return data + row * view.row_stride; };
@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> sample_tokens(Tensor logits, Tensor seed, double temp
       token_out[row] = stats.token;
       probability_out[row] = stats.confidence();
       if (greedy || std::isnan(stats.rest)) return;
-      const NoiseKey key = noise_key(seeds, sizes.seed_per_row, row);
+      const NoiseKey key = noise_key(seeds, is_seed_per_row(seed), row);
       const int64_t sampled = sample_row(kernels, row_of(row), scan, stats, key).id;
       const double logit = kernels.value(row_of(row) + sampled);
       token_out[row] = sampled;

@@ -1,5 +1,5 @@
 // One SPD step on the CPU: Algorithm 1, lines 4-12, row by row.
-#include "ops/spd_step_.h"
+#include "checks/step.h"
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
@@ -88,9 +88,9 @@ void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, 
                Tensor confidence, Tensor converged, Tensor step, Tensor inputs_embeds,
                int64_t mask_token_id, double tau_dec, double tau_acc, bool released, int64_t top_k,
                double temperature, int64_t suppress_token, OptionalTensor thresholds) {
-  const SpdState state{editable, masked, token, confidence, converged, step, inputs_embeds};
-  const auto sizes = check_spd_step_(logits, embedding, state, mask_token_id, tau_dec, tau_acc,
-                                     top_k, temperature, suppress_token, thresholds);
+  const auto sizes = check_spd_step_(
+      logits, embedding, editable, masked, token, confidence, converged, step, inputs_embeds,
+      mask_token_id, tau_dec, tau_acc, released, top_k, temperature, suppress_token, thresholds);
   const auto [batch, block, vocab, dim] = sizes;
   const bool* editable_data = editable.const_data_ptr<bool>();
   bool* masked_data = masked.mutable_data_ptr<bool>();

@@ -1,4 +1,4 @@
-#include "ops/top1_confidence.h"
+#include "checks/rows.h"
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
@@ -8,7 +8,7 @@ namespace dmax::cpu {
 
 std::tuple<Tensor, Tensor> top1_confidence(Tensor logits, double temperature,
                                            int64_t suppress_token) {
-  const auto sizes = check_top1_confidence(logits, temperature, suppress_token);
+  const int64_t vocab = check_top1_confidence(logits, temperature, suppress_token);
   Tensor token = empty_like_device(logits, leading_sizes(logits), ScalarType::Long);
   Tensor confidence = empty_like_device(logits, leading_sizes(logits), ScalarType::Float);
   const RowView view = row_view(logits);
@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> top1_confidence(Tensor logits, double temperature,
     using T = decltype(element);
     const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
     scan_rows<T>(
-        view.rows, {sizes.vocab, suppress_token, temperature},
+        view.rows, {vocab, suppress_token, temperature},
         [&](int64_t row) { return data + row * view.row_stride; },
         [&](int64_t row, const RowStats& stats) {
           token_out[row] = stats.token;

@@ -1,4 +1,4 @@
-#include "ops/top1_merge.h"
+#include "checks/rows.h"
 
 #include "cpu/shard_rows.h"
 

@@ -1,4 +1,4 @@
-#include "ops/top1_partial.h"
+#include "checks/rows.h"
 
 #include "common/dispatch.h"
 #include "common/row_view.h"

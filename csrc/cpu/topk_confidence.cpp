@@ -1,4 +1,4 @@
-#include "ops/topk_confidence.h"
+#include "checks/rows.h"
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
@@ -8,7 +8,7 @@ namespace dmax::cpu {
 
 std::tuple<Tensor, Tensor> topk_confidence(Tensor logits, int64_t k, double temperature,
                                            int64_t suppress_token) {
-  const auto sizes = check_topk_confidence(logits, k, temperature, suppress_token);
+  const int64_t vocab = check_topk_confidence(logits, k, temperature, suppress_token);
   Sizes out_sizes = leading_sizes(logits);
   out_sizes.push_back(k);
   Tensor tokens = empty_like_device(logits, out_sizes, ScalarType::Long);
@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> topk_confidence(Tensor logits, int64_t k, double temp
 
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const VocabScan scan{sizes.vocab, suppress_token, temperature};
+    const VocabScan scan{vocab, suppress_token, temperature};
     const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
     const auto row_of = [&](int64_t row) { return data + row * view.row_stride; };
     scan_rows<T>(view.rows, scan, row_of, [&](int64_t row, const RowStats& stats) {

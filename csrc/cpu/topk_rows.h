@@ -1,8 +1,8 @@
 // The k largest logits of a row; shared by topk_confidence and the top-k embeddings of spd_step_.
 #pragma once
 
+#include "checks/rows.h"
 #include "cpu/vocab_stats.h"
-#include "ops/topk_confidence.h"
 
 namespace dmax::cpu {
 

@@ -38,11 +38,6 @@ class Call {
 
   unsigned* counters(int64_t count) const { return zeroed_counters(op_, count, index_, stream); }
 
-  void check_vocab(int64_t vocab) const {
-    constexpr int64_t kMost = (int64_t{1} << 31) - 8192;  // ids are int32 inside a row
-    DMAX_CHECK(vocab <= kMost, op_, ": V must be at most ", kMost, " on CUDA, got ", vocab);
-  }
-
   void check_blocks(int64_t blocks) const {
     DMAX_CHECK(blocks < (int64_t{1} << 31), op_, ": too many rows for one launch, got ", blocks,
                " blocks");

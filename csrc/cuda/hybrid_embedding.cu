@@ -2,8 +2,8 @@
 
 #include <array>
 
+#include "checks/step.h"
 #include "cuda/embedding_host.h"
-#include "ops/hybrid_embedding.h"
 
 namespace dmax::cuda {
 

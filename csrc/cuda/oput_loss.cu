@@ -1,7 +1,7 @@
 #include "cuda/oput_loss_and_grad_.cuh"
 
+#include "checks/loss.h"
 #include "cuda/host.h"
-#include "ops/oput_loss.h"
 
 namespace dmax::cuda {
 
@@ -48,11 +48,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> oput_loss(OptionalTensor logits_maske
                                                      int64_t ignore_index, double label_smoothing,
                                                      double z_loss) {
   constexpr const char* op = "oput_loss";
-  const auto sizes =
-      check_oput_loss(op, logits_masked, logits_predicted, target, label_smoothing, z_loss);
+  const int64_t vocab = check_oput_loss(logits_masked, logits_predicted, target, ignore_index,
+                                        label_smoothing, z_loss);
   const Tensor& like = logits_masked ? *logits_masked : *logits_predicted;
   const Call call(op, like);
-  call.check_vocab(sizes.vocab);
   std::vector<Pass> passes;
   Tensor out[4];  // both losses, both logsumexps
   for (int i = 0; i < 2; ++i) {
@@ -68,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> oput_loss(OptionalTensor logits_maske
   if (rows > 0) {
     dispatch_float(like.scalar_type(), [&](auto element) {
       using T = decltype(element);
-      const RowLaunch chosen = choose_oput_loss_launch<T>(rows, sizes.vocab, call.device);
+      const RowLaunch chosen = choose_oput_loss_launch<T>(rows, vocab, call.device);
       call.check_blocks(rows * chosen.splits);
       const RowScratch scratch(call, like, chosen);
       call.check(launch_oput_loss(loss_rows<T>(passes), chosen, scratch.split, options,
@@ -80,10 +79,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> oput_loss(OptionalTensor logits_maske
 
 Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor logsumexp,
                           int64_t ignore_index, double label_smoothing, double z_loss) {
-  const auto sizes =
-      check_oput_loss_backward(grad_loss, logits, target, logsumexp, label_smoothing, z_loss);
+  const int64_t vocab = check_oput_loss_backward(grad_loss, logits, target, logsumexp, ignore_index,
+                                                 label_smoothing, z_loss);
   const Call call("oput_loss_backward", logits);
-  call.check_vocab(sizes.vocab);
   Tensor grad_logits = empty_like_device(logits, sizes_of(logits), logits.scalar_type());
   const RowView view = row_view(logits);
   if (view.rows == 0) return grad_logits;
@@ -93,12 +91,12 @@ Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor
   const LossOptions options = loss_options(targets, ignore_index, label_smoothing, z_loss);
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    call.check_blocks(view.rows * backward_blocks_per_row<T>(sizes.vocab));
-    call.check(launch_oput_loss_backward(
-        static_cast<const T*>(view.tensor.const_data_ptr()), view.row_stride, view.rows,
-        static_cast<int>(sizes.vocab), options,
-        {grads.const_data_ptr<float>(), log_sums.const_data_ptr<float>()},
-        static_cast<T*>(grad_logits.mutable_data_ptr()), call.stream));
+    call.check_blocks(view.rows * backward_blocks_per_row<T>(vocab));
+    call.check(
+        launch_oput_loss_backward(static_cast<const T*>(view.tensor.const_data_ptr()),
+                                  view.row_stride, view.rows, static_cast<int>(vocab), options,
+                                  {grads.const_data_ptr<float>(), log_sums.const_data_ptr<float>()},
+                                  static_cast<T*>(grad_logits.mutable_data_ptr()), call.stream));
   });
   return grad_logits;
 }
@@ -109,13 +107,11 @@ std::tuple<Tensor, Tensor> oput_loss_and_grad_(OptionalTensor logits_masked,
                                                OptionalTensor grad_predicted, int64_t ignore_index,
                                                double label_smoothing, double z_loss) {
   constexpr const char* op = "oput_loss_and_grad_";
-  const auto sizes =
-      check_oput_loss(op, logits_masked, logits_predicted, target, label_smoothing, z_loss);
-  check_loss_grad("grad_masked", grad_masked, target);
-  check_loss_grad("grad_predicted", grad_predicted, target);
+  const int64_t vocab =
+      check_oput_loss_and_grad_(logits_masked, logits_predicted, target, grad_masked,
+                                grad_predicted, ignore_index, label_smoothing, z_loss);
   const Tensor& like = logits_masked ? *logits_masked : *logits_predicted;
   const Call call(op, like);
-  call.check_vocab(sizes.vocab);
   std::vector<Pass> passes;
   Tensor losses[2];
   for (int i = 0; i < 2; ++i) {
@@ -123,8 +119,7 @@ std::tuple<Tensor, Tensor> oput_loss_and_grad_(OptionalTensor logits_masked,
     const OptionalTensor& grad = i == 0 ? grad_masked : grad_predicted;
     losses[i] = empty_like_device(like, logits ? sizes_of(target) : Sizes{0}, ScalarType::Float);
     if (!logits) continue;
-    const char* name = i == 0 ? "logits_masked" : "logits_predicted";
-    Pass pass{mutable_row_view(op, name, *logits), losses[i], losses[i], {}};
+    Pass pass{row_view(*logits), losses[i], losses[i], {}};
     if (grad) pass.grad = torch::stable::contiguous(*grad);
     passes.push_back(pass);
   }
@@ -139,10 +134,9 @@ std::tuple<Tensor, Tensor> oput_loss_and_grad_(OptionalTensor logits_masked,
     dispatch_float(like.scalar_type(), [&](auto element) {
       using T = decltype(element);
       call.check_blocks(rows * 8);
-      const LossAndGradLaunch chosen =
-          choose_loss_and_grad_launch<T>(rows, sizes.vocab, call.device);
+      const LossAndGradLaunch chosen = choose_loss_and_grad_launch<T>(rows, vocab, call.device);
       DMAX_CHECK(static_cast<int>(chosen.shape.shared_bytes) <= call.device.max_shared_per_block,
-                 op, ": V is too large for one block's shared memory, got ", sizes.vocab);
+                 op, ": V is too large for one block's shared memory, got ", vocab);
       call.check(launch_loss_and_grad(loss_rows<T>(passes), chosen, options, grads,
                                       loss_output(passes, false), call.stream));
     });

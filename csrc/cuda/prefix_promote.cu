@@ -1,12 +1,12 @@
 #include "cuda/prefix_promote.cuh"
 
+#include "checks/step.h"
 #include "cuda/host.h"
-#include "ops/prefix_promote.h"
 
 namespace dmax::cuda {
 
 Tensor prefix_promote(Tensor confidence, Tensor masked, double threshold, bool inclusive) {
-  const auto sizes = check_prefix_promote(confidence, masked, threshold);
+  const auto sizes = check_prefix_promote(confidence, masked, threshold, inclusive);
   const Call call("prefix_promote", confidence);
   Tensor promoted = empty_like_device(masked, sizes_of(masked), ScalarType::Bool);
   if (sizes.rows == 0) return promoted;

@@ -1,15 +1,14 @@
 #include "cuda/row_statistics.cuh"
 
+#include "checks/rows.h"
 #include "cuda/host.h"
-#include "ops/row_statistics.h"
 
 namespace dmax::cuda {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(Tensor logits, double temperature,
                                                                   int64_t suppress_token) {
-  const auto sizes = check_row_statistics(logits, temperature, suppress_token);
+  const int64_t vocab = check_row_statistics(logits, temperature, suppress_token);
   const Call call("row_statistics", logits);
-  call.check_vocab(sizes.vocab);
   const Sizes out_sizes = leading_sizes(logits);
   Tensor token = empty_like_device(logits, out_sizes, ScalarType::Long);
   Tensor confidence = empty_like_device(logits, out_sizes, ScalarType::Float);

@@ -1,7 +1,7 @@
 #include "cuda/sample_merge.cuh"
 
+#include "checks/rows.h"
 #include "cuda/host.h"
-#include "ops/sample_merge.h"
 
 namespace dmax::cuda {
 

@@ -1,7 +1,7 @@
 #include "cuda/sample_partial.cuh"
 
+#include "checks/rows.h"
 #include "cuda/host.h"
-#include "ops/sample_partial.h"
 
 namespace dmax::cuda {
 
@@ -12,7 +12,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_partial(Tensor logits_
   const auto sizes =
       check_sample_partial(logits_shard, seed, vocab_start, temperature, suppress_token);
   const Call call("sample_partial", logits_shard);
-  call.check_vocab(sizes.vocab);
   const Sizes out = leading_sizes(logits_shard);
   Tensor maximum = empty_like_device(logits_shard, out, ScalarType::Float);
   Tensor sum_exp = empty_like_device(logits_shard, out, ScalarType::Float);
@@ -29,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_partial(Tensor logits_
     call.check_blocks(view.rows * chosen.splits);
     const RowScratch scratch(call, logits_shard, chosen);
     const LogitsView<T> logits = logits_view<T>(view, sizes.local_suppress, temperature);
-    const SampleKey key{seeds.const_data_ptr<int64_t>(), sizes.seed_per_row,
+    const SampleKey key{seeds.const_data_ptr<int64_t>(), is_seed_per_row(seed),
                         static_cast<float>(1.0 / temperature), static_cast<uint32_t>(vocab_start)};
     const SamplePartialFinish finish{
         maximum.mutable_data_ptr<float>(), sum_exp.mutable_data_ptr<float>(),

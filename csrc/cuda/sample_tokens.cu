@@ -1,16 +1,15 @@
 #include "cuda/sample_tokens.cuh"
 
+#include "checks/rows.h"
 #include "cuda/host.h"
 #include "cuda/top1_confidence.cuh"
-#include "ops/sample_tokens.h"
 
 namespace dmax::cuda {
 
 std::tuple<Tensor, Tensor> sample_tokens(Tensor logits, Tensor seed, double temperature,
                                          int64_t suppress_token) {
-  const auto sizes = check_sample_tokens(logits, seed, temperature, suppress_token);
+  const int64_t vocab = check_sample_tokens(logits, seed, temperature, suppress_token);
   const Call call("sample_tokens", logits);
-  call.check_vocab(sizes.vocab);
   Tensor token = empty_like_device(logits, leading_sizes(logits), ScalarType::Long);
   Tensor probability = empty_like_device(logits, leading_sizes(logits), ScalarType::Float);
   const RowView view = row_view(logits);
@@ -33,7 +32,7 @@ std::tuple<Tensor, Tensor> sample_tokens(Tensor logits, Tensor seed, double temp
     const RowLaunch chosen = choose_sample_launch<T>(view.rows, view.width, call.device);
     call.check_blocks(view.rows * chosen.splits);
     const RowScratch scratch(call, logits, chosen);
-    const SampleKey key{seeds.const_data_ptr<int64_t>(), sizes.seed_per_row,
+    const SampleKey key{seeds.const_data_ptr<int64_t>(), is_seed_per_row(seed),
                         static_cast<float>(1.0 / temperature), 0};
     const SampleTokensFinish finish{token_out, probability_out};
     call.check(

@@ -1,7 +1,7 @@
 #include "cuda/spd_step_.cuh"
 
+#include "checks/step.h"
 #include "cuda/embedding_host.h"
-#include "ops/spd_step_.h"
 
 namespace dmax::cuda {
 
@@ -9,11 +9,10 @@ void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, 
                Tensor confidence, Tensor converged, Tensor step, Tensor inputs_embeds,
                int64_t mask_token_id, double tau_dec, double tau_acc, bool released, int64_t top_k,
                double temperature, int64_t suppress_token, OptionalTensor thresholds) {
-  const SpdState state{editable, masked, token, confidence, converged, step, inputs_embeds};
-  const auto sizes = check_spd_step_(logits, embedding, state, mask_token_id, tau_dec, tau_acc,
-                                     top_k, temperature, suppress_token, thresholds);
+  const auto sizes = check_spd_step_(
+      logits, embedding, editable, masked, token, confidence, converged, step, inputs_embeds,
+      mask_token_id, tau_dec, tau_acc, released, top_k, temperature, suppress_token, thresholds);
   const Call call("spd_step_", logits);
-  call.check_vocab(sizes.vocab);
   const RowView view = row_view(logits);
   if (view.rows == 0) return;
   const RowView table = row_view(embedding);

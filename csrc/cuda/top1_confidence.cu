@@ -1,15 +1,14 @@
 #include "cuda/top1_confidence.cuh"
 
+#include "checks/rows.h"
 #include "cuda/host.h"
-#include "ops/top1_confidence.h"
 
 namespace dmax::cuda {
 
 std::tuple<Tensor, Tensor> top1_confidence(Tensor logits, double temperature,
                                            int64_t suppress_token) {
-  const auto sizes = check_top1_confidence(logits, temperature, suppress_token);
+  const int64_t vocab = check_top1_confidence(logits, temperature, suppress_token);
   const Call call("top1_confidence", logits);
-  call.check_vocab(sizes.vocab);
   Tensor token = empty_like_device(logits, leading_sizes(logits), ScalarType::Long);
   Tensor confidence = empty_like_device(logits, leading_sizes(logits), ScalarType::Float);
   const RowView view = row_view(logits);

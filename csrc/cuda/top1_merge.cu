@@ -1,7 +1,7 @@
 #include "cuda/top1_merge.cuh"
 
+#include "checks/rows.h"
 #include "cuda/host.h"
-#include "ops/top1_merge.h"
 
 namespace dmax::cuda {
 

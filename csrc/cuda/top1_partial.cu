@@ -1,7 +1,7 @@
 #include "cuda/top1_partial.cuh"
 
+#include "checks/rows.h"
 #include "cuda/host.h"
-#include "ops/top1_partial.h"
 
 namespace dmax::cuda {
 
@@ -9,7 +9,6 @@ std::tuple<Tensor, Tensor, Tensor> top1_partial(Tensor logits_shard, int64_t voc
                                                 double temperature, int64_t suppress_token) {
   const auto sizes = check_top1_partial(logits_shard, vocab_start, temperature, suppress_token);
   const Call call("top1_partial", logits_shard);
-  call.check_vocab(sizes.vocab);
   const Sizes out = leading_sizes(logits_shard);
   Tensor maximum = empty_like_device(logits_shard, out, ScalarType::Float);
   Tensor sum_exp = empty_like_device(logits_shard, out, ScalarType::Float);

@@ -1,7 +1,7 @@
 #include "cuda/topk_confidence.cuh"
 
+#include "checks/rows.h"
 #include "cuda/host.h"
-#include "ops/topk_confidence.h"
 
 namespace dmax::cuda {
 
@@ -9,9 +9,8 @@ static_assert(kMaxListed == kMaxTopK, "a warp's list holds the largest k");
 
 std::tuple<Tensor, Tensor> topk_confidence(Tensor logits, int64_t k, double temperature,
                                            int64_t suppress_token) {
-  const auto sizes = check_topk_confidence(logits, k, temperature, suppress_token);
+  const int64_t vocab = check_topk_confidence(logits, k, temperature, suppress_token);
   const Call call("topk_confidence", logits);
-  call.check_vocab(sizes.vocab);
   Sizes out = leading_sizes(logits);
   out.push_back(k);
   Tensor tokens = empty_like_device(logits, out, ScalarType::Long);

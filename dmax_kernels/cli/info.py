@@ -31,7 +31,7 @@ def backends() -> dict[str, dict[str, str]]:
     names = sorted(
         schema.name.removeprefix("dmax::")
         for schema in torch._C._jit_get_all_schemas()
-        if schema.name.startswith("dmax::")
+        if schema.name.startswith("dmax::") and not schema.name.startswith("dmax::_")
     )
     return {op: {"cpu": backend(op, "CPU"), "cuda": backend(op, "CUDA")} for op in names}
 

@@ -76,7 +76,7 @@ def sample_tokens(
         logits: this rank's columns [..., V_shard], or a DTensor sharded on its last dimension.
         seed: as in the unsharded op, the same on every rank.
         group, shard_sizes, vocab_size: see :mod:`dmax_kernels.distributed`.
-        temperature: 0 (greedy: exactly :func:`top1_confidence`) or at least 1e-30.
+        temperature: 0 (greedy: exactly :func:`top1_confidence`) or 1e-30 to 1e30.
         suppress_token: an id of the whole vocabulary; -1 for none.
 
     Returns:

@@ -3,11 +3,66 @@
 from collections.abc import Callable
 
 import torch
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+# The registrations live as long as this object
+_library = torch.library.Library("dmax", "IMPL")
 
 
 def register_fake(name: str) -> Callable:
-    """Shapes and dtypes without data, for torch.compile and meta tensors."""
+    """Shapes and dtypes without data, for torch.compile and meta tensors. Checks ask for data."""
+    torch.library.register_fake(f"dmax::_check_{name}")(lambda *args, **options: None)
     return torch.library.register_fake(f"dmax::{name}")
+
+
+def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """The op's gradient: ``setup_context(ctx, inputs, options, output)`` keeps what
+    ``backward(ctx, *grads)`` needs to return a gradient for each of ``inputs``, the op's positional
+    arguments; ``options`` are the keyword-only ones.
+
+    torch.library.register_autograd would do, were it not for torch.func: under grad, jacrev and
+    vmap(grad) its function raises (pytorch issues 168393 and 170834), and under jvp and jacfwd the
+    tangents are dropped and the derivative is silently 0.
+    """
+    op = getattr(torch.ops.dmax, name).default
+    positional = [argument for argument in op._schema.arguments if not argument.kwarg_only]
+    keyword_only = [argument for argument in op._schema.arguments if argument.kwarg_only]
+
+    def below_autograd(keyset, args, options):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
+
+    class Differentiable(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, *args_keyset_options):
+            *inputs, keyset, options = args_keyset_options
+            # A Function turns both off, yet an outer torch.func transform may record this call, too
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                output = below_autograd(keyset, inputs, options)
+            setup_context(ctx, inputs, options, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return *backward(ctx, *grads), None, None
+
+        @staticmethod
+        def jvp(ctx, *tangents):
+            raise RuntimeError(f"{name}: has no forward-mode derivative")
+
+    def autograd(keyset, *args, **options):
+        differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if not differentiated and forward_ad._current_level < 0:
+            return below_autograd(keyset, args, options)
+        # The dispatcher drops arguments that equal their defaults
+        args = (*args, *(argument.default_value for argument in positional[len(args) :]))
+        options = {a.name: options.get(a.name, a.default_value) for a in keyword_only}
+        # A torch.func transform calls this once per level, with tensors of that level
+        with enable_single_level_autograd_function():
+            return Differentiable.apply(*args, keyset, options)
+
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
 
 
 def register_not_differentiable(name: str, advice: str) -> None:
@@ -16,4 +71,34 @@ def register_not_differentiable(name: str, advice: str) -> None:
     def backward(ctx, *grads):
         raise RuntimeError(f"{name}: has no gradient; {advice}")
 
-    torch.library.register_autograd(f"dmax::{name}", backward)
+    register_autograd(name, backward, setup_context=lambda *_: None)
+
+
+def register_in_place(name: str) -> None:
+    """Tell autograd what the op writes, as PyTorch does for its own in-place ops.
+
+    Version counters go up, hence a backward pass that saved an overwritten tensor raises instead of
+    using the new values. A written tensor that requires a gradient is an error: its history would
+    no longer be true.
+    """
+    op = getattr(torch.ops.dmax, name).default
+    written = {
+        i: argument.name
+        for i, argument in enumerate(op._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    }
+
+    def count_versions(keyset, *args, **kwargs):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*(args[i] for i in written)):
+            it = next(
+                n for i, n in written.items() if args[i] is not None and args[i].requires_grad
+            )
+            raise RuntimeError(
+                f"{name}: {it} is written in place and must not require a gradient, got one that "
+                "does: detach it, or call the op under torch.no_grad()"
+            )
+        torch.autograd.graph.increment_version([args[i] for i in written if args[i] is not None])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+
+    _library.impl(name, count_versions, "ADInplaceOrView", with_keyset=True)

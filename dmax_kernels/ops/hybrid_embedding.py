@@ -3,7 +3,11 @@
 import torch
 from torch import Tensor
 
-from dmax_kernels.ops._register import register_fake, register_not_differentiable
+from dmax_kernels.ops._register import (
+    register_autograd,
+    register_fake,
+    register_not_differentiable,
+)
 
 
 def hybrid_embedding(
@@ -47,7 +51,7 @@ def _(grad_output, embedding, token, confidence, masked, mask_token_id):
     return embedding.new_empty(embedding.shape), confidence.new_empty(confidence.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs, options, output):
     embedding, token, confidence, masked, ctx.mask_token_id = inputs
     ctx.save_for_backward(embedding, token, confidence, masked)
 
@@ -59,5 +63,5 @@ def _backward(ctx, grad_output):
     return grad_embedding, None, grad_confidence, None, None
 
 
-torch.library.register_autograd("dmax::hybrid_embedding", _backward, setup_context=_setup_context)
+register_autograd("hybrid_embedding", _backward, _setup_context)
 register_not_differentiable("hybrid_embedding_backward", "second derivatives are not there")

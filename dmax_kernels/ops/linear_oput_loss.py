@@ -3,7 +3,11 @@
 import torch
 from torch import Tensor
 
-from dmax_kernels.ops._register import register_fake, register_not_differentiable
+from dmax_kernels.ops._register import (
+    register_autograd,
+    register_fake,
+    register_not_differentiable,
+)
 from dmax_kernels.reduction import autocast_operands, reduce_loss
 
 
@@ -111,9 +115,9 @@ def _(
     )
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
+def _setup_context(ctx, inputs, options, output):
     _, _, logsumexp_masked, logsumexp_predicted = output
-    ctx.options = keyword_only_inputs
+    ctx.options = options
     ctx.mark_non_differentiable(logsumexp_masked, logsumexp_predicted)
     ctx.save_for_backward(*inputs, logsumexp_masked, logsumexp_predicted)
 
@@ -139,5 +143,5 @@ def _backward(ctx, grad_masked, grad_predicted, *_):
     return *grads, None, grad_bias  # none for the target
 
 
-torch.library.register_autograd("dmax::linear_oput_loss", _backward, setup_context=_setup_context)
+register_autograd("linear_oput_loss", _backward, _setup_context)
 register_not_differentiable("linear_oput_loss_backward", "second derivatives are not there")

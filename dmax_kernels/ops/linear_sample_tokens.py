@@ -27,8 +27,8 @@ def linear_sample_tokens(
         weight: [V, D], the LM head, in hidden's dtype.
         seed: int64 on hidden's device, [2] or [..., 2], as in :func:`dmax_kernels.sample_tokens`.
         bias: [V] in hidden's dtype, or None.
-        temperature: 0 (greedy: exactly :func:`dmax_kernels.linear_top1_confidence`) or at least
-            1e-30.
+        temperature: 0 (greedy: exactly :func:`dmax_kernels.linear_top1_confidence`) or 1e-30 to
+            1e30.
         suppress_token: an id that is never sampled; -1 for none.
 
     Returns:

@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
-from dmax_kernels.ops._register import register_fake, register_not_differentiable
+from dmax_kernels.ops._register import (
+    register_autograd,
+    register_fake,
+    register_in_place,
+    register_not_differentiable,
+)
 from dmax_kernels.reduction import reduce_loss
 
 
@@ -89,8 +94,8 @@ def oput_loss_and_grad_(
         (loss_masked, loss_predicted), float32 [...], None for an absent pass.
 
     Raises:
-        RuntimeError: as :func:`oput_loss`, or logits whose rows are not adjacent in memory. Nothing
-            is written then.
+        RuntimeError: as :func:`oput_loss`; logits whose rows are not adjacent in memory, that share
+            memory with another argument, or that require a gradient. Nothing is written then.
     """
     loss_masked, loss_predicted = torch.ops.dmax.oput_loss_and_grad_(
         logits_masked,
@@ -128,10 +133,10 @@ def _(logits_masked, logits_predicted, target, grad_masked=None, grad_predicted=
     return _empty_loss(logits_masked, target), _empty_loss(logits_predicted, target)
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs, output):
+def _setup_context(ctx, inputs, options, output):
     logits_masked, logits_predicted, target = inputs
     _, _, logsumexp_masked, logsumexp_predicted = output
-    ctx.options = keyword_only_inputs
+    ctx.options = options
     ctx.mark_non_differentiable(logsumexp_masked, logsumexp_predicted)
     ctx.save_for_backward(
         logits_masked, logits_predicted, target, logsumexp_masked, logsumexp_predicted
@@ -158,5 +163,6 @@ def _backward(ctx, grad_loss_masked, grad_loss_predicted, *_):
     )
 
 
-torch.library.register_autograd("dmax::oput_loss", _backward, setup_context=_setup_context)
+register_autograd("oput_loss", _backward, _setup_context)
 register_not_differentiable("oput_loss_backward", "second derivatives are not there")
+register_in_place("oput_loss_and_grad_")

@@ -32,7 +32,7 @@ def row_statistics(
 
     Args:
         logits: [..., V], float32, bfloat16 or float16, any strides.
-        temperature: at least 1e-30.
+        temperature: 1e-30 to 1e30.
         suppress_token: an id that counts as if its logit were -inf (say, the mask token); -1 for
             none.
 

@@ -20,7 +20,7 @@ def sample_tokens(
         seed: int64 on the logits' device, so that a replayed CUDA graph draws anew: [2] is
             (seed, offset) and the row's index enters the counter; [..., 2] gives each row its own,
             and its sample does not depend on its place in the batch.
-        temperature: 0 (greedy: exactly :func:`dmax_kernels.top1_confidence`) or at least 1e-30.
+        temperature: 0 (greedy: exactly :func:`dmax_kernels.top1_confidence`) or 1e-30 to 1e30.
         suppress_token: an id that is never sampled; -1 for none.
 
     Returns:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dmax_kernels.ops._register import register_fake
+from dmax_kernels.ops._register import register_fake, register_in_place
 
 SEMANTICS = ("paper", "released")
 
@@ -42,8 +42,8 @@ def spd_step_(
        e(token) elsewhere.
 
     The state is written in place and nothing syncs with the host. Before the first step of a
-    block: ``masked = editable``, ``token = mask_token_id`` where editable and the prompt's token
-    elsewhere, ``converged = False``, ``step = 0``.
+    block: ``masked = editable.clone()``, ``token = mask_token_id`` where editable and the prompt's
+    token elsewhere, ``converged = False``, ``step = 0``.
 
     Args:
         logits: [B, K, V] with K >= 1, float32, bfloat16 or float16: the forward pass over the
@@ -67,7 +67,8 @@ def spd_step_(
     Raises:
         ValueError: unknown semantics.
         RuntimeError: wrong dtypes, shapes, devices, ids or k; a state tensor that is not
-            contiguous. Nothing is written then.
+            contiguous; a written tensor that shares memory with another argument or requires a
+            gradient. Nothing is written then.
     """
     if semantics not in SEMANTICS:
         raise ValueError(f"spd_step_: semantics must be one of {SEMANTICS}, got {semantics!r}")
@@ -95,3 +96,6 @@ def spd_step_(
 @register_fake("spd_step_")
 def _(*args, **kwargs):
     return None
+
+
+register_in_place("spd_step_")

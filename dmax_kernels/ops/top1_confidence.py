@@ -15,7 +15,7 @@ def top1_confidence(
 
     Args:
         logits: [..., V], float32, bfloat16 or float16, any strides.
-        temperature: at least 1e-30. It scales the confidence; the token is the arg-max of the
+        temperature: 1e-30 to 1e30. It scales the confidence; the token is the arg-max of the
             logits themselves.
         suppress_token: an id that gets neither chosen nor any probability (say, the mask token);
             -1 for none.

@@ -1,14 +1,17 @@
 """Triton kernels: every op for installs without nvcc, and the ops fused with the LM head.
 
-One file per op. Each holds functions with the arguments and results of ``torch.ops.dmax.<op>``;
-:data:`IMPLEMENTATIONS` lists them for the dispatcher. Nothing here imports Triton before the first
-call of an op, so that ``import dmax_kernels`` costs nothing where Triton is absent.
+One file per op. Each holds functions with the arguments and results of ``torch.ops.dmax.<op>``,
+which trust their arguments; :data:`IMPLEMENTATIONS` lists them for the dispatcher, each behind the
+check that the C++ kernels make (csrc/checks). Nothing here imports Triton before the first call of
+an op, so that ``import dmax_kernels`` costs nothing where Triton is absent.
 """
 
 import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
+
+import torch
 
 # The Triton that PyTorch 2.10, the oldest PyTorch the package supports, is shipped with
 MINIMUM_TRITON = (3, 6)
@@ -61,12 +64,15 @@ def _load(module: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{module}")
 
 
-def _lazy(op: str, module: str) -> Callable:
+def _checked(op: str, module: str) -> Callable:
+    check = getattr(torch.ops.dmax, f"_check_{op}").default
+
     def call(*args, **kwargs):
+        check(*args, **kwargs)
         return getattr(_load(module), op)(*args, **kwargs)
 
     call.__name__ = call.__qualname__ = op
     return call
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {op: _lazy(op, m) for op, m in _MODULE_OF.items()}
+IMPLEMENTATIONS: dict[str, Callable] = {op: _checked(op, m) for op, m in _MODULE_OF.items()}

@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmax_kernels.triton.checks import check
-
 # Vocabulary tile of one reduction: 32 logits per thread at TILE_WARPS warps, in registers. It is a
 # constant because a row's bits must not depend on how many rows there are: tiles are always summed
 # alike and always merged in the same order, however they are spread over programs.
@@ -49,19 +47,6 @@ def row_view(t: Tensor) -> Rows:
         return Rows(t, t.numel() // width if width else 0, width, width)
     rows, stride = collapsed
     return Rows(t, rows, t.shape[-1], stride)
-
-
-def mutable_row_view(op: str, name: str, t: Tensor) -> Rows:
-    """For tensors written in place: a copy would lose the result, so it is an error."""
-    rows = row_view(t)
-    overlaps = rows.count > 1 and rows.stride < rows.width
-    check(
-        rows.tensor.data_ptr() == t.data_ptr() and not overlaps,
-        f"{op}: {name} is written in place: its last dimension must be adjacent in memory and its "
-        f"rows at one stride without overlap, got strides {list(t.stride())} "
-        f"for shape {list(t.shape)}",
-    )
-    return rows
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from dmax_kernels.triton import checks
 from dmax_kernels.triton.launch import device_of, row_view
 from dmax_kernels.triton.linear_rows import linear_statistics
 from dmax_kernels.triton.stats import Partials, softmax_scale
@@ -18,10 +17,6 @@ def linear_top1_confidence(
     temperature: float = 1.0,
     suppress_token: int = -1,
 ) -> tuple[Tensor, Tensor]:
-    op = "linear_top1_confidence"
-    vocab = checks.check_linear(op, hidden, weight, bias)
-    checks.check_temperature(op, temperature)
-    checks.check_suppress_token(op, suppress_token, vocab)
     shape, device = hidden.shape[:-1], hidden.device
     token = torch.empty(shape, dtype=torch.int64, device=device)
     confidence = torch.empty(shape, dtype=torch.float32, device=device)

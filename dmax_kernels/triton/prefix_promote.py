@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmax_kernels.triton import checks
 from dmax_kernels.triton.launch import device_of, next_power_of_2
 
 
@@ -51,13 +50,6 @@ def prefix_promote_kernel(
 def prefix_promote(
     confidence: Tensor, masked: Tensor, threshold: float, *, inclusive: bool = False
 ) -> Tensor:
-    op = "prefix_promote"
-    checks.check_dtype(op, "confidence", confidence, torch.float32)
-    checks.check_dtype(op, "masked", masked, torch.bool)
-    checks.check(confidence.dim() >= 1, f"{op}: confidence must be [..., K], got a 0-D tensor")
-    checks.check_shape(op, "masked", masked, confidence.shape, "that of confidence")
-    checks.check_same_device(op, "masked", masked, "confidence", confidence)
-    checks.check_threshold(op, "threshold", threshold)
     confidence, masked = confidence.contiguous(), masked.contiguous()
     promoted = torch.empty_like(masked)
     block = confidence.shape[-1]

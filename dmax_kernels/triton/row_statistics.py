@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmax_kernels.triton import checks
 from dmax_kernels.triton.launch import (
     TILE,
     TILE_WARPS,
@@ -128,10 +127,6 @@ def entropy_merge_tiles_kernel(
 def row_statistics(
     logits: Tensor, *, temperature: float = 1.0, suppress_token: int = -1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    op = "row_statistics"
-    vocab = checks.check_logits(op, "logits", logits)
-    checks.check_temperature(op, temperature)
-    checks.check_suppress_token(op, suppress_token, vocab)
     shape, device = logits.shape[:-1], logits.device
     token = torch.empty(shape, dtype=torch.int64, device=device)
     others = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(4)]

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmax_kernels.triton import checks
 from dmax_kernels.triton.launch import device_of, next_power_of_2
 from dmax_kernels.triton.stats import finite_or_zero, merge_sums, softmax_scale
 from dmax_kernels.triton.top1_merge import NO_ID_64, shard_places, winning_token
@@ -44,10 +43,7 @@ def sample_merge(
     *,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    op = "sample_merge"
-    num_shards, shape = checks.check_shard_results(
-        op, maximum, temperature, sum_exp=sum_exp, token=token, score=score, weight=weight
-    )
+    num_shards, *shape = maximum.shape
     out_token = torch.empty(shape, dtype=torch.int64, device=maximum.device)
     out_probability = torch.empty(shape, dtype=torch.float32, device=maximum.device)
     if out_token.numel() == 0:

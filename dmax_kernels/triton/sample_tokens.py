@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmax_kernels.triton import checks
 from dmax_kernels.triton.launch import (
     TILE,
     TILE_WARPS,
@@ -141,7 +140,6 @@ class SamplePartials(NamedTuple):
 def launch_tile_samples(
     rows: Rows,
     seed: Tensor,
-    seed_per_row: bool,
     temperature: float,
     suppress_token: int,
     first_id: int = 0,
@@ -158,20 +156,20 @@ def launch_tile_samples(
     tile_sample_kernel[(rows.count, tiles.programs)](
         rows.tensor, rows.stride, rows.width, suppress_token, softmax_scale(temperature),
         1.0 / temperature, seed.contiguous(), first_id // 4, *partials, tiles.per_program,
-        SEED_PER_ROW=seed_per_row, TILE=TILE, SHIFT=first_id % 4, num_warps=TILE_WARPS,
+        SEED_PER_ROW=seed.dim() != 1, TILE=TILE, SHIFT=first_id % 4, num_warps=TILE_WARPS,
     )  # fmt: skip
     return partials
 
 
 def sample_rows(
-    rows: Rows, seed: Tensor, seed_per_row: bool, temperature: float, suppress_token: int
+    rows: Rows, seed: Tensor, temperature: float, suppress_token: int
 ) -> tuple[Tensor, Tensor]:
     device = rows.tensor.device
     token = torch.empty(rows.count, dtype=torch.int64, device=device)
     probability = torch.empty(rows.count, dtype=torch.float32, device=device)
     if rows.count == 0:
         return token, probability
-    partials = launch_tile_samples(rows, seed, seed_per_row, temperature, suppress_token)
+    partials = launch_tile_samples(rows, seed, temperature, suppress_token)
     sample_merge_tiles_kernel[(rows.count,)](
         rows.tensor, rows.stride, *partials, softmax_scale(temperature), token, probability,
         TILES=next_power_of_2(partials.num_tiles), num_warps=1,
@@ -182,16 +180,10 @@ def sample_rows(
 def sample_tokens(
     logits: Tensor, seed: Tensor, *, temperature: float = 1.0, suppress_token: int = -1
 ) -> tuple[Tensor, Tensor]:
-    op = "sample_tokens"
-    vocab = checks.check_logits(op, "logits", logits)
-    if temperature != 0:  # 0: greedy
-        checks.check_temperature(op, temperature)
-    checks.check_suppress_token(op, suppress_token, vocab)
-    seed_per_row = checks.check_seed(op, logits, seed)
     with device_of(logits):
         rows = row_view(logits)
         if temperature == 0:
             token, probability = top1_of_rows(rows, 1.0, suppress_token)
         else:
-            token, probability = sample_rows(rows, seed, seed_per_row, temperature, suppress_token)
+            token, probability = sample_rows(rows, seed, temperature, suppress_token)
     return token.view(logits.shape[:-1]), probability.view(logits.shape[:-1])

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmax_kernels.triton import checks
 from dmax_kernels.triton.hybrid_embedding import chunk_of, copy_row, write_hybrid
 from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
 from dmax_kernels.triton.prefix_promote import passes_threshold, promotable
@@ -106,56 +105,6 @@ def embed_kernel(
         )  # fmt: skip
 
 
-def check_spd_step(
-    logits: Tensor, embedding: Tensor, state: dict[str, Tensor], mask_token_id: int,
-    tau_dec: float, tau_acc: float, top_k: int, temperature: float, suppress_token: int,
-    thresholds: Tensor | None,
-) -> None:  # fmt: skip
-    op = "spd_step_"
-    vocab = checks.check_logits(op, "logits", logits)
-    checks.check(
-        logits.dim() == 3 and logits.shape[1] >= 1,
-        f"{op}: logits must be [B, K, V] with K >= 1, got {list(logits.shape)}",
-    )
-    batch, block = logits.shape[:2]
-    checks.check_float(op, "embedding", embedding)
-    checks.check(
-        embedding.dim() == 2 and embedding.shape[0] == vocab and embedding.shape[1] >= 1,
-        f"{op}: embedding must be [V, D] with V = {vocab} as in logits and D >= 1, "
-        f"got {list(embedding.shape)}",
-    )
-    dim = embedding.shape[1]
-    checks.check_same_device(op, "embedding", embedding, "logits", logits)
-    per_position = (torch.Size([batch, block]), "[B, K]")
-    per_row = (torch.Size([batch]), "[B]")
-    needs = {
-        "editable": (torch.bool, *per_position),
-        "masked": (torch.bool, *per_position),
-        "token": (torch.int64, *per_position),
-        "confidence": (torch.float32, *per_position),
-        "converged": (torch.bool, *per_row),
-        "step": (torch.int32, *per_row),
-        "inputs_embeds": (embedding.dtype, torch.Size([batch, block, dim]), "[B, K, D]"),
-    }
-    for name, (dtype, shape, meaning) in needs.items():
-        checks.check_dtype(op, name, state[name], dtype)
-        checks.check_shape(op, name, state[name], shape, meaning)
-        checks.check_same_device(op, name, state[name], "logits", logits)
-        checks.check_contiguous(op, name, state[name])
-    if thresholds is not None:
-        checks.check_dtype(op, "thresholds", thresholds, torch.float32)
-        checks.check_shape(
-            op, "thresholds", thresholds, [batch, 2], "tau_dec and tau_acc of each row"
-        )
-        checks.check_same_device(op, "thresholds", thresholds, "logits", logits)
-    checks.check_mask_token_id(op, mask_token_id, vocab)
-    checks.check_threshold(op, "tau_dec", tau_dec)
-    checks.check_threshold(op, "tau_acc", tau_acc)
-    checks.check_top_k(op, "top_k", top_k, vocab)
-    checks.check_temperature(op, temperature)
-    checks.check_suppress_token(op, suppress_token, vocab)
-
-
 def spd_step_(
     logits: Tensor,
     embedding: Tensor,
@@ -176,19 +125,6 @@ def spd_step_(
     suppress_token: int = -1,
     thresholds: Tensor | None = None,
 ) -> None:
-    state = {
-        "editable": editable,
-        "masked": masked,
-        "token": token,
-        "confidence": confidence,
-        "converged": converged,
-        "step": step,
-        "inputs_embeds": inputs_embeds,
-    }
-    check_spd_step(
-        logits, embedding, state, mask_token_id, tau_dec, tau_acc, top_k, temperature,
-        suppress_token, thresholds,
-    )  # fmt: skip
     batch, block, vocab = logits.shape
     if batch == 0:
         return

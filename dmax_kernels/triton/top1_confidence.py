@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmax_kernels.triton import checks
 from dmax_kernels.triton.launch import Rows, device_of, next_power_of_2, row_view
 from dmax_kernels.triton.stats import (
     Partials,
@@ -75,10 +74,6 @@ def merge_top1(
 def top1_confidence(
     logits: Tensor, *, temperature: float = 1.0, suppress_token: int = -1
 ) -> tuple[Tensor, Tensor]:
-    op = "top1_confidence"
-    vocab = checks.check_logits(op, "logits", logits)
-    checks.check_temperature(op, temperature)
-    checks.check_suppress_token(op, suppress_token, vocab)
     with device_of(logits):
         token, confidence = top1_of_rows(row_view(logits), temperature, suppress_token)
     return token.view(logits.shape[:-1]), confidence.view(logits.shape[:-1])

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmax_kernels.triton import checks
 from dmax_kernels.triton.launch import device_of, next_power_of_2
 from dmax_kernels.triton.stats import merge_sums, softmax_scale
 from dmax_kernels.triton.top1_confidence import confidence_of
@@ -53,10 +52,7 @@ def top1_merge_kernel(
 def top1_merge(
     maximum: Tensor, sum_exp: Tensor, token: Tensor, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    op = "top1_merge"
-    num_shards, shape = checks.check_shard_results(
-        op, maximum, temperature, sum_exp=sum_exp, token=token
-    )
+    num_shards, *shape = maximum.shape
     out_token = torch.empty(shape, dtype=torch.int64, device=maximum.device)
     out_confidence = torch.empty(shape, dtype=torch.float32, device=maximum.device)
     if out_token.numel() == 0:

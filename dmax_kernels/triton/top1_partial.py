@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmax_kernels.triton import checks
 from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
 from dmax_kernels.triton.stats import (
     launch_tile_statistics,
@@ -33,10 +32,6 @@ def partial_merge_tiles_kernel(
 def top1_partial(
     logits_shard: Tensor, vocab_start: int, *, temperature: float = 1.0, suppress_token: int = -1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    op = "top1_partial"
-    _, local_suppress = checks.check_shard(
-        op, logits_shard, vocab_start, temperature, suppress_token
-    )
     shape, device = logits_shard.shape[:-1], logits_shard.device
     maximum = torch.empty(shape, dtype=torch.float32, device=device)
     sum_exp = torch.empty(shape, dtype=torch.float32, device=device)
@@ -46,7 +41,7 @@ def top1_partial(
     with device_of(logits_shard):
         rows = row_view(logits_shard)
         scale = softmax_scale(temperature)
-        partials = launch_tile_statistics(rows, local_suppress, scale)
+        partials = launch_tile_statistics(rows, suppress_token - vocab_start, scale)
         partial_merge_tiles_kernel[(rows.count,)](
             *partials, scale, vocab_start, maximum, sum_exp, token,
             TILES=next_power_of_2(partials.num_tiles), num_warps=1,

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmax_kernels.triton import checks
 from dmax_kernels.triton.launch import (
     TILE,
     TILE_WARPS,
@@ -165,11 +164,6 @@ def topk_of_rows(
 def topk_confidence(
     logits: Tensor, k: int, *, temperature: float = 1.0, suppress_token: int = -1
 ) -> tuple[Tensor, Tensor]:
-    op = "topk_confidence"
-    vocab = checks.check_logits(op, "logits", logits)
-    checks.check_top_k(op, "k", k, vocab)
-    checks.check_temperature(op, temperature)
-    checks.check_suppress_token(op, suppress_token, vocab)
     with device_of(logits):
         tokens, confidences = topk_of_rows(row_view(logits), k, temperature, suppress_token)
     shape = (*logits.shape[:-1], k)

@@ -1,0 +1,104 @@
+// Ops that start with the LM head's product, hidden [..., D] x weight [V, D]^T + bias [V].
+#pragma once
+
+#include "checks/loss.h"
+#include "checks/rows.h"
+
+namespace dmax {
+
+struct LinearSizes {
+  int64_t vocab;
+  int64_t dim;  // D
+};
+
+inline LinearSizes check_linear(const char* op, const Tensor& hidden, const Tensor& weight,
+                                const OptionalTensor& bias, const char* hidden_name = "hidden") {
+  check_float(op, hidden_name, hidden);
+  DMAX_CHECK(weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) >= 1, op,
+             ": weight must be [V, D] with V, D >= 1, got ", shape_text(weight.sizes()));
+  check_dtype(op, "weight", weight, hidden.scalar_type());
+  DMAX_CHECK(hidden.dim() >= 1 && hidden.size(hidden.dim() - 1) == weight.size(1), op, ": ",
+             hidden_name, " must be [..., D] with D = ", weight.size(1), " as in weight, got ",
+             shape_text(hidden.sizes()));
+  check_same_device(op, "weight", weight, hidden_name, hidden);
+  if (bias) {
+    check_dtype(op, "bias", *bias, hidden.scalar_type());
+    check_shape(op, "bias", *bias, Sizes{weight.size(0)}, "one per token");
+    check_same_device(op, "bias", *bias, hidden_name, hidden);
+  }
+  check_vocab(op, weight, weight.size(0));
+  return {weight.size(0), weight.size(1)};
+}
+
+inline LinearSizes check_linear_top1_confidence(const Tensor& hidden, const Tensor& weight,
+                                                const OptionalTensor& bias, double temperature,
+                                                int64_t suppress_token) {
+  constexpr const char* op = "linear_top1_confidence";
+  const LinearSizes sizes = check_linear(op, hidden, weight, bias);
+  check_temperature(op, temperature);
+  check_suppress_token(op, suppress_token, sizes.vocab);
+  return sizes;
+}
+
+inline LinearSizes check_linear_sample_tokens(const Tensor& hidden, const Tensor& weight,
+                                              const Tensor& seed, const OptionalTensor& bias,
+                                              double temperature, int64_t suppress_token) {
+  constexpr const char* op = "linear_sample_tokens";
+  const LinearSizes sizes = check_linear(op, hidden, weight, bias);
+  if (temperature != 0) check_temperature(op, temperature);  // 0: greedy
+  check_suppress_token(op, suppress_token, sizes.vocab);
+  check_seed(op, seed, "hidden", hidden);
+  return sizes;
+}
+
+inline LinearSizes check_linear_passes(const char* op, const OptionalTensor& hidden_masked,
+                                       const OptionalTensor& hidden_predicted, const Tensor& weight,
+                                       const Tensor& target, const OptionalTensor& bias,
+                                       double label_smoothing, double z_loss) {
+  DMAX_CHECK(hidden_masked || hidden_predicted, op,
+             ": hidden_masked or hidden_predicted must be given, got neither");
+  const char* first_name = hidden_masked ? "hidden_masked" : "hidden_predicted";
+  const Tensor& first = hidden_masked ? *hidden_masked : *hidden_predicted;
+  const LinearSizes sizes = check_linear(op, first, weight, bias, first_name);
+  if (hidden_masked && hidden_predicted) {
+    check_dtype(op, "hidden_predicted", *hidden_predicted, first.scalar_type());
+    check_shape(op, "hidden_predicted", *hidden_predicted, first.sizes(), "that of hidden_masked");
+    check_same_device(op, "hidden_predicted", *hidden_predicted, "hidden_masked", first);
+  }
+  check_target(op, target, first_name, first, "one token per row of hidden states");
+  check_loss_options(op, label_smoothing, z_loss);
+  return sizes;
+}
+
+inline LinearSizes check_linear_oput_loss(const OptionalTensor& hidden_masked,
+                                          const OptionalTensor& hidden_predicted,
+                                          const Tensor& weight, const Tensor& target,
+                                          const OptionalTensor& bias, int64_t /*ignore_index*/,
+                                          double label_smoothing, double z_loss) {
+  return check_linear_passes("linear_oput_loss", hidden_masked, hidden_predicted, weight, target,
+                             bias, label_smoothing, z_loss);
+}
+
+inline LinearSizes check_linear_oput_loss_backward(
+    const Tensor& grad_masked, const Tensor& grad_predicted, const OptionalTensor& hidden_masked,
+    const OptionalTensor& hidden_predicted, const Tensor& weight, const Tensor& target,
+    const Tensor& logsumexp_masked, const Tensor& logsumexp_predicted, const OptionalTensor& bias,
+    int64_t /*ignore_index*/, double label_smoothing, double z_loss, bool /*needs_masked*/,
+    bool /*needs_predicted*/, bool /*needs_weight*/, bool /*needs_bias*/) {
+  constexpr const char* op = "linear_oput_loss_backward";
+  const LinearSizes sizes = check_linear_passes(op, hidden_masked, hidden_predicted, weight, target,
+                                                bias, label_smoothing, z_loss);
+  const auto check_pass = [&](const OptionalTensor& hidden, const char* grad_name,
+                              const Tensor& grad, const char* logsumexp_name,
+                              const Tensor& logsumexp) {
+    if (!hidden) return;
+    check_like_target(op, grad_name, grad, target, "target", target);
+    check_like_target(op, logsumexp_name, logsumexp, target, "target", target);
+  };
+  check_pass(hidden_masked, "grad_masked", grad_masked, "logsumexp_masked", logsumexp_masked);
+  check_pass(hidden_predicted, "grad_predicted", grad_predicted, "logsumexp_predicted",
+             logsumexp_predicted);
+  return sizes;
+}
+
+}  // namespace dmax

@@ -1,0 +1,146 @@
+// Ops on rows of logits, and on the partial results of vocabulary shards.
+//
+// In every header of this folder check_<op> takes the arguments of <op>, in its order, and returns
+// the sizes that the C++ kernels use.
+#pragma once
+
+#include "common/tensor_checks.h"
+
+namespace dmax {
+
+constexpr int64_t kMaxTopK = 8;
+
+inline void check_top_k(const char* op, const char* name, int64_t k, int64_t vocab) {
+  DMAX_CHECK(k >= 1 && k <= kMaxTopK && k <= vocab, op, ": ", name, " must be in 1..",
+             vocab < kMaxTopK ? vocab : kMaxTopK, " (at most ", kMaxTopK, " and at most V), got ",
+             k);
+}
+
+// ---- Whole rows: logits [..., V]; V is returned ----
+
+inline int64_t check_rows(const char* op, const Tensor& logits, double temperature,
+                          int64_t suppress_token) {
+  const int64_t vocab = check_logits(op, "logits", logits);
+  check_temperature(op, temperature);
+  check_suppress_token(op, suppress_token, vocab);
+  return vocab;
+}
+
+inline int64_t check_top1_confidence(const Tensor& logits, double temperature,
+                                     int64_t suppress_token) {
+  return check_rows("top1_confidence", logits, temperature, suppress_token);
+}
+
+inline int64_t check_topk_confidence(const Tensor& logits, int64_t k, double temperature,
+                                     int64_t suppress_token) {
+  constexpr const char* op = "topk_confidence";
+  check_top_k(op, "k", k, check_logits(op, "logits", logits));
+  return check_rows(op, logits, temperature, suppress_token);
+}
+
+inline int64_t check_row_statistics(const Tensor& logits, double temperature,
+                                    int64_t suppress_token) {
+  return check_rows("row_statistics", logits, temperature, suppress_token);
+}
+
+// Whether the seed tensor holds one (seed, offset) per row; then the row is not part of the counter
+inline bool is_seed_per_row(const Tensor& seed) { return seed.dim() != 1; }
+
+inline void check_seed(const char* op, const Tensor& seed, const char* logits_name,
+                       const Tensor& logits) {
+  check_dtype(op, "seed", seed, ScalarType::Long);
+  check_same_device(op, "seed", seed, logits_name, logits);
+  Sizes need = is_seed_per_row(seed) ? leading_sizes(logits) : Sizes{};
+  need.push_back(2);
+  check_shape(op, "seed", seed, need, "one (seed, offset), or one per row");
+}
+
+inline int64_t check_sample_tokens(const Tensor& logits, const Tensor& seed, double temperature,
+                                   int64_t suppress_token) {
+  constexpr const char* op = "sample_tokens";
+  const bool greedy = temperature == 0;
+  const int64_t vocab = check_rows(op, logits, greedy ? 1.0 : temperature, suppress_token);
+  check_seed(op, seed, "logits", logits);
+  return vocab;
+}
+
+// ---- One vocabulary shard: logits [..., V / S] of the ids from vocab_start on ----
+
+struct ShardSizes {
+  int64_t vocab;           // of this shard
+  int64_t local_suppress;  // suppress_token's place on this shard, -1 where it lies elsewhere
+};
+
+inline ShardSizes check_shard(const char* op, const Tensor& logits_shard, int64_t vocab_start,
+                              double temperature, int64_t suppress_token) {
+  const int64_t vocab = check_logits(op, "logits_shard", logits_shard);
+  DMAX_CHECK(vocab_start >= 0, op, ": vocab_start must be the id of the shard's first token, got ",
+             vocab_start);
+  check_temperature(op, temperature);
+  DMAX_CHECK(suppress_token >= -1, op,
+             ": suppress_token must be -1 (none) or a token id of the whole vocabulary, got ",
+             suppress_token);
+  const int64_t local = suppress_token - vocab_start;
+  const bool on_shard = suppress_token >= 0 && local >= 0 && local < vocab;
+  return {vocab, on_shard ? local : -1};
+}
+
+inline ShardSizes check_top1_partial(const Tensor& logits_shard, int64_t vocab_start,
+                                     double temperature, int64_t suppress_token) {
+  return check_shard("top1_partial", logits_shard, vocab_start, temperature, suppress_token);
+}
+
+inline ShardSizes check_sample_partial(const Tensor& logits_shard, const Tensor& seed,
+                                       int64_t vocab_start, double temperature,
+                                       int64_t suppress_token) {
+  constexpr const char* op = "sample_partial";
+  const ShardSizes sizes = check_shard(op, logits_shard, vocab_start, temperature, suppress_token);
+  constexpr int64_t kMost = int64_t{1} << 31;
+  DMAX_CHECK(vocab_start <= kMost - sizes.vocab, op, ": token ids must be below ", kMost,
+             ", got a shard of ", sizes.vocab, " from ", vocab_start);
+  check_seed(op, seed, "logits_shard", logits_shard);
+  return sizes;
+}
+
+// ---- The shards' partial results, [S, ...] each ----
+
+struct MergeSizes {
+  int64_t shards;
+  int64_t rows;
+};
+
+inline MergeSizes check_merge(const char* op, const Tensor& maximum, const Tensor& sum_exp,
+                              const Tensor& token, double temperature) {
+  check_dtype(op, "maximum", maximum, ScalarType::Float);
+  check_dtype(op, "sum_exp", sum_exp, ScalarType::Float);
+  check_dtype(op, "token", token, ScalarType::Long);
+  DMAX_CHECK(maximum.dim() >= 1 && maximum.size(0) >= 1, op,
+             ": maximum must be [S, ...] with S >= 1 shards, got ", shape_text(maximum.sizes()));
+  check_shape(op, "sum_exp", sum_exp, maximum.sizes(), "that of maximum");
+  check_shape(op, "token", token, maximum.sizes(), "that of maximum");
+  check_same_device(op, "sum_exp", sum_exp, "maximum", maximum);
+  check_same_device(op, "token", token, "maximum", maximum);
+  check_temperature(op, temperature);
+  return {maximum.size(0), maximum.numel() / maximum.size(0)};
+}
+
+inline MergeSizes check_top1_merge(const Tensor& maximum, const Tensor& sum_exp,
+                                   const Tensor& token, double temperature) {
+  return check_merge("top1_merge", maximum, sum_exp, token, temperature);
+}
+
+inline MergeSizes check_sample_merge(const Tensor& maximum, const Tensor& sum_exp,
+                                     const Tensor& token, const Tensor& score, const Tensor& weight,
+                                     double temperature) {
+  constexpr const char* op = "sample_merge";
+  const MergeSizes sizes = check_merge(op, maximum, sum_exp, token, temperature);
+  for (const auto& [name, t] :
+       {std::pair<const char*, const Tensor&>{"score", score}, {"weight", weight}}) {
+    check_dtype(op, name, t, ScalarType::Float);
+    check_shape(op, name, t, maximum.sizes(), "that of maximum");
+    check_same_device(op, name, t, "maximum", maximum);
+  }
+  return sizes;
+}
+
+}  // namespace dmax
