@@ -179,6 +179,7 @@ BAD = [
     spd(top_k=7),
     spd(temperature=0.0),
     spd(suppress_token=6),
+    *(spd(semantics=code) for code in (-1, 3)),
     spd(thresholds=torch.ones(2, 3)),
     spd(thresholds=torch.ones(2, 2).double()),
 ]

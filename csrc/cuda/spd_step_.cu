@@ -7,11 +7,13 @@ namespace dmax::cuda {
 
 void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, Tensor token,
                Tensor confidence, Tensor converged, Tensor step, Tensor inputs_embeds,
-               int64_t mask_token_id, double tau_dec, double tau_acc, bool released, int64_t top_k,
-               double temperature, int64_t suppress_token, OptionalTensor thresholds) {
+               int64_t mask_token_id, double tau_dec, double tau_acc, int64_t semantics,
+               int64_t top_k, double temperature, int64_t suppress_token,
+               OptionalTensor thresholds) {
   const SpdState state{editable, masked, token, confidence, converged, step, inputs_embeds};
   const auto sizes = check_spd_step_(logits, embedding, state, mask_token_id, tau_dec, tau_acc,
                                      top_k, temperature, suppress_token, thresholds);
+  const Semantics chosen_semantics = semantics_of(semantics);
   const Call call("spd_step_", logits);
   call.check_vocab(sizes.vocab);
   const RowView view = row_view(logits);
@@ -34,7 +36,7 @@ void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, 
   args.top_k = static_cast<int>(top_k);
   args.tau_dec = static_cast<float>(tau_dec);
   args.tau_acc = static_cast<float>(tau_acc);
-  args.released = released;
+  args.semantics = chosen_semantics;
 
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);

@@ -1,6 +1,7 @@
 // spd_step_(logits [B, K, V], embedding [V, D], state): one SPD step in place on static buffers
 #pragma once
 
+#include "common/semantics.h"
 #include "common/tensor_checks.h"
 #include "ops/topk_confidence.h"
 
@@ -23,6 +24,12 @@ struct SpdState {
   const Tensor& step;           // i32 [B], written
   const Tensor& inputs_embeds;  // [B, K, D], embedding's dtype, written
 };
+
+inline Semantics semantics_of(int64_t code) {
+  DMAX_CHECK(code >= 0 && code <= static_cast<int64_t>(Semantics::kReleased),
+             "spd_step_: semantics must be 0 (settled), 1 (paper) or 2 (released), got ", code);
+  return static_cast<Semantics>(code);
+}
 
 inline SpdStepSizes check_spd_step_(const Tensor& logits, const Tensor& embedding,
                                     const SpdState& state, int64_t mask_token_id, double tau_dec,
