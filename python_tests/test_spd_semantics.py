@@ -11,7 +11,7 @@ VOCAB, DIM, MASK, STEPS = 9, 8, 8, 9
 IMPLEMENTATIONS = {
     "reference": (reference, "cpu", 200),
     "cpu": (*BACKENDS["cpu"][:2], 200),
-    "cuda, emulated": (*BACKENDS["cuda, emulated"][:2], 200),
+    "cuda, emulated": (*BACKENDS["cuda, emulated"][:2], 100),
     "triton": (*BACKENDS["triton"][:2], 8),  # its interpreter takes milliseconds per position
     "cuda": (*BACKENDS["cuda"][:2], 200),
 }

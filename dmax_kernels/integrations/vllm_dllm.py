@@ -33,8 +33,8 @@ def remasking_policy(rule: str = "threshold", *, tau_dec: float = 0.5, tau_acc: 
     Args:
         rule: "threshold" is the plug-in's `Llada2DefaultRemaskingPolicy`, with the same
             `remasking_config` keys and the same ids. "spd" is the promotion, revision and
-            convergence of Algorithm 1 on token ids; the protocol has no place for soft embeddings,
-            so the next pass reads plain tokens (the paper's hard-prefix ablation).
+            convergence of `spd_step_`, settled, on token ids; the protocol has no place for soft
+            embeddings, so the next pass reads plain tokens (the paper's hard-prefix ablation).
         tau_dec, tau_acc: the thresholds of "spd".
 
     Raises:
@@ -121,7 +121,7 @@ def spd_update(
     tau_dec: float,
     tau_acc: float,
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 1 on ids: (positions that take their top-1, whether the block is accepted)."""
+    """`spd_step_` on ids: (positions that take their top-1, whether the block is accepted)."""
     promoted = dmax_kernels.prefix_promote(confidence, masked, tau_dec)
     repeated = (~masked & (token == draft)).all()
     return promoted | ~masked, repeated | (confidence > tau_acc).all()
