@@ -38,7 +38,7 @@ def main() -> None:
             token = torch.randint(0, 50, (6, 2), device="cuda")
             masked = torch.arange(6, device="cuda") % 3 == 0
             dmax_kernels.hybrid_embedding(leaves[0], token, leaves[1], masked, 49).sum().backward()
-        for semantics in ("paper", "released"):
+        for semantics in ("settled", "paper", "released"):
             for top_k in (1, 3):
                 step(dtype, semantics, top_k)
     confidence = torch.rand(3, 40, device="cuda")

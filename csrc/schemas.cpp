@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(dmax, m) {
   def("spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor(a!) masked,"
       " Tensor(b!) token, Tensor(c!) confidence, Tensor(d!) converged, Tensor(e!) step,"
       " Tensor(f!) inputs_embeds, int mask_token_id, float tau_dec, float tau_acc, *,"
-      " bool released=False, int top_k=1, float temperature=1.0, int suppress_token=-1,"
+      " int semantics=0, int top_k=1, float temperature=1.0, int suppress_token=-1,"
       " Tensor? thresholds=None) -> ()");
   def("sample_tokens(Tensor logits, Tensor seed, *, float temperature=1.0, int suppress_token=-1)"
       " -> (Tensor token, Tensor probability)");

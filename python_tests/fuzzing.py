@@ -18,6 +18,7 @@ from triton_device import DEVICE
 
 import dmax_kernels
 from dmax_kernels import reference
+from dmax_kernels.ops.spd_step_ import SEMANTICS
 from dmax_kernels.reference.sample_tokens import exponential_noise
 from dmax_kernels.triton import IMPLEMENTATIONS
 
@@ -37,7 +38,9 @@ def public_loss(op):
 
 
 def spd_step_of_triton(logits, embedding, *, semantics, **arguments):
-    IMPLEMENTATIONS["spd_step_"](logits, embedding, released=semantics == "released", **arguments)
+    IMPLEMENTATIONS["spd_step_"](
+        logits, embedding, semantics=SEMANTICS.index(semantics), **arguments
+    )
 
 
 TRITON = SimpleNamespace(

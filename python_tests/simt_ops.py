@@ -15,6 +15,7 @@ from simt_build import load
 from torch import Tensor
 
 from dmax_kernels.ops import RowStatistics
+from dmax_kernels.ops.spd_step_ import SEMANTICS
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -197,7 +198,7 @@ def hybrid_embedding_backward(grad_output, embedding, token, confidence, masked,
 
 def spd_step_(
     logits, embedding, *, editable, masked, token, confidence, converged, step, inputs_embeds,
-    mask_token_id, tau_dec, tau_acc, semantics="paper", top_k=1, temperature=1.0,
+    mask_token_id, tau_dec, tau_acc, semantics="settled", top_k=1, temperature=1.0,
     suppress_token=-1, thresholds=None, gpu=H200,
 ):  # fmt: skip
     batch, block, _ = logits.shape
@@ -205,7 +206,7 @@ def spd_step_(
              inputs_embeds, thresholds)), batch, block)  # fmt: skip
     call("spd_step_", gpu_input(gpu), logits_input(logits, suppress_token, temperature),
          embedding_input(embedding, mask_token_id), state, tau_dec, tau_acc,
-         semantics == "released", top_k)  # fmt: skip
+         SEMANTICS.index(semantics), top_k)  # fmt: skip
 
 
 def loss_input(masked, predicted, target, ignore_index, label_smoothing, z_loss):

@@ -12,8 +12,8 @@ from dmax_kernels.decoding.named_rules import ABLATIONS
 K = 8
 OPS = ["reference", "fused"]
 TAUS = [0.95, 0.5, 0.0]
-# SPD and its ablations, and the released semantics; test_decoding_unmasking.py has the other rules
-RULE_GRID = [*((rule, "paper") for rule in ABLATIONS), ("spd", "released")]
+# SPD and its ablations, and the other semantics; test_decoding_unmasking.py has the other rules
+RULE_GRID = [*((rule, "settled") for rule in ABLATIONS), ("spd", "paper"), ("spd", "released")]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -225,15 +225,17 @@ def check_block(block, rule, semantics):
             assert after == set(range(min(after), K))
         masked, token = after, step["token"]
     assert all(step["converged"] is False for step in block["steps"][:-1])
-    if semantics == "paper":
+    if semantics != "released":
         assert not masked
 
 
-def test_trace_of_a_capped_block_shows_its_commit():
+@pytest.mark.parametrize("semantics", ["settled", "paper"])
+def test_trace_of_a_capped_block_shows_its_commit(semantics):
     output = decode(
         RandomModel(),
         random_prompts(2, 8),
         tau_dec=0.95,
+        semantics=semantics,
         max_steps_per_block=1,
         trace=True,
     )

@@ -6,6 +6,7 @@ from decoding_models import EOS, ExactModel, random_prompts
 
 from dmax_kernels.decoding import RULES, Rule, spd_generate
 from dmax_kernels.decoding.graph import StepRunner
+from dmax_kernels.ops.spd_step_ import SEMANTICS
 
 K = 8
 # In blocks of 8: no whole block; whole blocks alone; with tails; one far longer than the others
@@ -42,11 +43,7 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize(
     ("rule", "semantics", "ops", "tau_dec"),
     [
-        *(
-            ("spd", semantics, "fused", tau)
-            for semantics in ("paper", "released")
-            for tau in (0.95, 0.0)
-        ),
+        *(("spd", semantics, "fused", tau) for semantics in SEMANTICS for tau in (0.95, 0.0)),
         ("spd", "paper", "reference", 0.5),
         *((rule, "paper", "fused", 0.5) for rule in RULES),
     ],

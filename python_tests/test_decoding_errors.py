@@ -30,7 +30,7 @@ MISTAKES = {
     ),
     "semantics": (
         {"semantics": "dinfer"},
-        "semantics must be one of 'paper', 'released', got 'dinfer'",
+        "semantics must be one of 'settled', 'paper', 'released', got 'dinfer'",
     ),
     "ops": ({"ops": "cuda"}, "ops must be one of 'fused', 'reference', got 'cuda'"),
     "convergence": (
@@ -40,8 +40,8 @@ MISTAKES = {
     "released with another rule": (
         {"semantics": "released", "rule": "hard"},
         (
-            "semantics must be 'paper' unless rule is 'spd' and convergence is 'both', "
-            "got 'released' with rule 'hard' and convergence 'both'"
+            "semantics must be 'settled' or 'paper' unless rule is 'spd' and convergence is "
+            "'both', got 'released' with rule 'hard' and convergence 'both'"
         ),
     ),
     "block_length": (

@@ -67,11 +67,13 @@ def confident_prefix(masked, passes):
     return set(prefix or sorted(masked)[:1])
 
 
-def paper_algorithm_1(script, editable, tau_dec, tau_acc, rule, convergence="both"):
+def paper_algorithm_1(
+    script, editable, tau_dec, tau_acc, rule, convergence="both", semantics="settled"
+):
     """Algorithm 1 and its ablations on script [STEPS, K, V]. Returns tokens and steps taken."""
     masked, decoded, previous = set(editable), {}, None
     for step in range(K):
-        undecided = bool(masked)
+        undecided = semantics == "settled" and bool(masked)
         top = {j: most_likely(script[step, j], MASK) for j in editable}
         if rule == "threshold":
             top = {j: decoded.get(j, top[j]) for j in editable}
@@ -138,11 +140,12 @@ TAUS = [(0.95, 0.9), (0.5, 0.9), (0.0, 0.9), (0.5, 0.3)]
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize(("tau_dec", "tau_acc"), TAUS)
 @pytest.mark.parametrize("rule", ABLATIONS)
-def test_rule_is_the_papers(rule, tau_dec, tau_acc, ops):
+@pytest.mark.parametrize("semantics", ["settled", "paper"])
+def test_rule_is_the_papers(semantics, rule, tau_dec, tau_acc, ops):
     for seed in range(15):
         script = random_script(seed, rows=2)
         prompt_length = 1 + seed % 3
-        arguments = {"tau_dec": tau_dec, "tau_acc": tau_acc, "rule": rule}
+        arguments = {"tau_dec": tau_dec, "tau_acc": tau_acc, "rule": rule, "semantics": semantics}
         output, _ = play(script, prompt_length, ops=ops, **arguments)
         for row in range(2):
             editable = range(prompt_length, K)
@@ -154,7 +157,8 @@ def test_rule_is_the_papers(rule, tau_dec, tau_acc, ops):
 @pytest.mark.parametrize("ops", OPS)
 @pytest.mark.parametrize("convergence", ["consistency", "confidence"])
 @pytest.mark.parametrize("rule", ["spd", "hybrid", "hard"])
-def test_convergence_criteria_apart(rule, convergence, ops):
+@pytest.mark.parametrize("semantics", ["settled", "paper"])
+def test_convergence_criteria_apart(semantics, rule, convergence, ops):
     for seed in range(15):
         script = random_script(seed)
         arguments = {
@@ -162,6 +166,7 @@ def test_convergence_criteria_apart(rule, convergence, ops):
             "tau_acc": 0.4,
             "rule": rule,
             "convergence": convergence,
+            "semantics": semantics,
         }
         output, _ = play(script, 1, ops=ops, **arguments)
         tokens, steps = paper_algorithm_1(script[:, 0], range(1, K), **arguments)
@@ -269,7 +274,7 @@ def make_settings(**changes):
         "eos_token_ids": (),
         "pad_token_id": 0,
         "rule": RULES["spd"],
-        "semantics": "paper",
+        "semantics": "settled",
         "top_k": 1,
         "convergence": "both",
         "suppress_token": MASK,
@@ -288,12 +293,13 @@ def copy_state(state):
     st.integers(0, 2**31),
     st.sampled_from([0.0, 0.3, 0.5, 0.95]),
     st.sampled_from([1, 2, 4]),
+    st.sampled_from(["settled", "paper"]),
 )
-def test_composed_ops_are_the_spd_step(seed, tau, top_k):
+def test_composed_ops_are_the_spd_step(seed, tau, top_k, semantics):
     """The ablations' step, with nothing taken away, is `spd_step_`."""
     expected, logits, embedding = random_state(seed, taus=(tau, 0.3 + tau / 2))
     actual = copy_state(expected)
-    s = make_settings(top_k=top_k)
+    s = make_settings(top_k=top_k, semantics=semantics)
     s.rule.update_(logits, embedding, expected, s)
     composed_step_(logits, embedding, actual, s, ABLATIONS["spd"])
     for name, buffer in vars(expected).items():
@@ -305,11 +311,13 @@ def test_composed_ops_are_the_spd_step(seed, tau, top_k):
     st.integers(0, 2**31),
     st.sampled_from(sorted(RULES)),
     st.sampled_from([0.0, 0.5, 0.95]),
+    st.sampled_from(["settled", "paper"]),
 )
-def test_a_step_keeps_its_promises(seed, rule, tau):
+def test_a_step_keeps_its_promises(seed, rule, tau, semantics):
     before, logits, embedding = random_state(seed, taus=(tau, 0.9))
     state = copy_state(before)
-    RULES[rule].update_(logits, embedding, state, make_settings(rule=RULES[rule]))
+    s = make_settings(rule=RULES[rule], semantics=semantics)
+    s.rule.update_(logits, embedding, state, s)
     for row in range(len(state.converged)):
         if before.converged[row]:  # frozen: not one bit of the row changes
             for name, buffer in vars(before).items():

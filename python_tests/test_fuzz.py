@@ -39,6 +39,7 @@ from triton_device import DEVICE
 import dmax_kernels
 from dmax_kernels import reference
 from dmax_kernels.decoding import spd_generate
+from dmax_kernels.ops.spd_step_ import SEMANTICS
 from dmax_kernels.triton import IMPLEMENTATIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's inf - inf
@@ -173,7 +174,7 @@ def test_spd_step_(draw, backend):
         "mask_token_id": draw(st.integers(0, vocab - 1)),
         "tau_dec": taus[0, 0].item(),
         "tau_acc": taus[0, 1].item(),
-        "semantics": draw(st.sampled_from(["paper", "released"])),
+        "semantics": draw(st.sampled_from(SEMANTICS)),
         "top_k": draw(st.integers(1, min(8, vocab))),
     }
     if draw(st.booleans()):
@@ -349,7 +350,7 @@ def test_linear_oput_loss(draw, backend):
     block_length=st.sampled_from([4, 8]),
     tau_dec=st.sampled_from([0.0, 0.3, 0.6, 0.95]),
     tau_acc=st.sampled_from([0.5, 0.9, 1.0]),
-    semantics=st.sampled_from(["paper", "released"]),
+    semantics=st.sampled_from(SEMANTICS),
     top_k=st.integers(1, 3),
 )
 @settings(max_examples=max(EXAMPLES // 4, 5), deadline=None)

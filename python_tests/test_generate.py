@@ -17,6 +17,7 @@ from dmax_kernels.decoding import spd_generate
 from dmax_kernels.models.checkpoint import checkpoint_folder
 from dmax_kernels.models.pretrained import KNOWN, load_pretrained, model_defaults
 from dmax_kernels.models.remote_code import repair_loaded_model, unscaled_rotary_frequencies
+from dmax_kernels.ops.spd_step_ import SEMANTICS
 from dmax_kernels.ring_walk import task
 
 PROMPTS = ["w5 w6", "w7 w8 w9 w10", " ".join(f"w{i}" for i in range(3, 73))]
@@ -46,7 +47,7 @@ def random_ids(lengths, seed=1):
     return [torch.randint(0, 110, (n,), generator=generator) for n in lengths]
 
 
-@pytest.mark.parametrize("semantics", ["paper", "released"])
+@pytest.mark.parametrize("semantics", SEMANTICS)
 @pytest.mark.parametrize("tau_dec", [0.9, 0.3, 0.0])
 def test_reference_and_fused_give_the_same_tokens(loaded, tau_dec, semantics):
     prompts = random_ids([5, 33, 64, 70])
@@ -213,7 +214,7 @@ MISTAKES = {
     ),
     "semantics": (
         ["--prompt", "w1", "--semantics", "dinfer"],
-        "spd_generate: semantics must be one of 'paper', 'released', got 'dinfer'",
+        "spd_generate: semantics must be one of 'settled', 'paper', 'released', got 'dinfer'",
     ),
     "context": (
         ["--prompt", "w1", "--raw", "--max-new-tokens", "500"],

@@ -161,7 +161,9 @@ def kernels_launched(function) -> list[str]:
             if event.device_type == torch.autograd.DeviceType.CUDA]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{}, {"semantics": "released"}, {"top_k": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"semantics": "paper"}, {"semantics": "released"}, {"top_k": 4}], ids=str
+)
 def test_spd_step_is_one_launch(options):
     logits, embedding, state = gpu_step_case()
     launched = kernels_launched(

@@ -23,6 +23,7 @@ from tolerances import (
 )
 
 import dmax_kernels
+from dmax_kernels.ops.spd_step_ import SEMANTICS
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -231,7 +232,7 @@ def test_hybrid_embedding(dtype, k, dim):
         assert torch.equal(bits(first), bits(again))
 
 
-@pytest.mark.parametrize("semantics", ["paper", "released"])
+@pytest.mark.parametrize("semantics", SEMANTICS)
 @pytest.mark.parametrize("top_k", [1, 4])
 @pytest.mark.parametrize(("block", "vocab"), [(1, 40), (33, 40), (256, 40), (4, 157184)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -203,8 +203,8 @@ def test_decode_uniform_commits_the_authors_ids(case):
 
 
 @settings(max_examples=30, deadline=None)
-@given(trajectories)
-def test_paper_rows_are_independent_and_leave_no_mask(case):
+@given(trajectories, st.sampled_from(["settled", "paper"]))
+def test_rows_are_independent_and_leave_no_mask_unless_released(case, semantics):
     t = Trajectory(**case)
     t.base[..., t.mask_id] = -50.0  # the model never predicts the mask
     batch, length = t.ids.shape
@@ -213,7 +213,7 @@ def test_paper_rows_are_independent_and_leave_no_mask(case):
     steps = [s.index_fill(-1, torch.tensor(t.mask_id), -50.0) for s in steps]
 
     def decode(rows):
-        decoder = spd_decoder(semantics="paper", base=Decoder)(0, t.tau, t.mask_id)
+        decoder = spd_decoder(semantics=semantics, base=Decoder)(0, t.tau, t.mask_id)
         x, embeds = t.ids[rows].clone(), None
         for logits in steps:
             stop, embeds = decoder.decode_uniform(

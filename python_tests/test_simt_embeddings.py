@@ -9,6 +9,7 @@ from simt_ops import CHOSEN, H200, ONE_MULTIPROCESSOR
 from tolerances import ROUNDING, assert_close
 
 from dmax_kernels import reference
+from dmax_kernels.ops.spd_step_ import SEMANTICS
 
 NAN = float("nan")
 
@@ -188,7 +189,7 @@ def assert_step(logits, embedding, state, gpu=H200, **options):
     return actual
 
 
-@pytest.mark.parametrize("semantics", ["paper", "released"])
+@pytest.mark.parametrize("semantics", SEMANTICS)
 @pytest.mark.parametrize("top_k", [1, 4])
 @pytest.mark.parametrize("block", [1, 31, 32, 33, 64])
 def test_spd_step(semantics, top_k, block):
@@ -201,7 +202,7 @@ def test_spd_step(semantics, top_k, block):
 # More positions than the block of phase 3 has threads
 def test_spd_step_long_block():
     logits, embedding, state = spd_case(2, 270)
-    for semantics in ("paper", "released"):
+    for semantics in SEMANTICS:
         assert_step(logits, embedding, state, semantics=semantics)
 
 
@@ -218,7 +219,7 @@ def test_spd_step_dtypes(dtype, embedding_dtype, dim):
 
 
 # Rows split among blocks: three phases, each entered by the last block of the one before
-@pytest.mark.parametrize("semantics", ["paper", "released"])
+@pytest.mark.parametrize("semantics", SEMANTICS)
 @pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize(
     ("name", "seed", "resident"),
@@ -238,7 +239,7 @@ def test_spd_step_without_split():
 
 
 # Many steps on the same buffers, as a captured graph replays them: counters reset, frozen rows stay
-@pytest.mark.parametrize("semantics", ["paper", "released"])
+@pytest.mark.parametrize("semantics", SEMANTICS)
 def test_spd_trajectory(semantics):
     _, embedding, state = spd_case(4, 8, seed=2)
     state["converged"].zero_()
@@ -257,7 +258,7 @@ def test_spd_trajectory(semantics):
 def test_spd_step_thresholds_per_row():
     logits, embedding, state = spd_case(4, 6, seed=5)
     thresholds = torch.tensor([[0.1, 0.2], [0.5, 0.9], [2.0, 2.0], [-1.0, -1.0]])
-    for semantics in ("paper", "released"):
+    for semantics in SEMANTICS:
         assert_step(logits, embedding, state, thresholds=thresholds, semantics=semantics)
 
 

@@ -14,6 +14,8 @@ from simt_build import run_sanitized
 from simt_ops import A100, H200, ONE_MULTIPROCESSOR
 from test_simt_embeddings import MASK, mix_case, spd_case
 
+from dmax_kernels.ops.spd_step_ import SEMANTICS
+
 # Two tiles of bfloat16 and a tail; nine tiles, the smallest rows that are split
 SMALL, SPLIT = 2 * 2048 + 5, 9 * 2048 + 3
 
@@ -70,7 +72,7 @@ def embedding_calls(dtype):
             simt_ops.hybrid_embedding(embedding, token, confidence, masked, 49)
             grad = torch.randn(len(masked), dim).to(dtype)
             simt_ops.hybrid_embedding_backward(grad, embedding, token, confidence, masked, 49)
-        for semantics in ("paper", "released"):
+        for semantics in SEMANTICS:
             for top_k in (1, 3):
                 logits, embedding, state = spd_case(5, 6, dtype=dtype, dim=dim)
                 simt_ops.spd_step_(
@@ -94,7 +96,7 @@ def tiny_calls(dtype):
     simt_ops.oput_loss(logits, None, target)
     for gpu in (H200, A100):
         simt_ops.oput_loss_and_grad_(logits_of(1, 18 * 2048 + 1, dtype), None, target[:1], gpu=gpu)
-    for semantics in ("paper", "released"):
+    for semantics in SEMANTICS:
         for top_k in (1, 2):
             logits, embedding, state = spd_case(2, 2, vocab=SPLIT, dtype=dtype)
             simt_ops.spd_step_(

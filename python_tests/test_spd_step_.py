@@ -1,4 +1,4 @@
-"""spd_step_ on the CPU: both semantics, by hand, against plain Python, and as trajectories."""
+"""spd_step_ on the CPU: all semantics, by hand, against plain Python, and as trajectories."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from tolerances import ROUNDING, assert_close
 
 import dmax_kernels
 from dmax_kernels import reference
+from dmax_kernels.ops.spd_step_ import SEMANTICS
 
 OPS = (reference.spd_step_, dmax_kernels.spd_step_)
 VOCAB, DIM, MASK = 40, 12, 39
@@ -65,8 +66,9 @@ def in_plain_python(state, y, c, embedding, tau_dec, tau_acc, semantics):
             consistent = all(y[b, j] == token[j] for j in updated)
         else:
             updated = [j for j in positions if editable[j]]
-            consistent = state["step"][b] >= 1 and all(
-                y[b, j] == token[j] and not masked[j] for j in updated
+            decides = semantics == "paper" or not any(masked)
+            consistent = (
+                state["step"][b] >= 1 and decides and all(y[b, j] == token[j] for j in updated)
             )
         converged = bool(confident or consistent or not any(editable))
         for j in updated:
@@ -138,13 +140,15 @@ def test_two_steps_by_hand(op):
 
 
 @pytest.mark.parametrize("op", OPS, ids=("reference", "cpu"))
-def test_first_step_is_never_consistent(op):
+@pytest.mark.parametrize("semantics", ["settled", "paper"])
+def test_first_step_is_never_consistent(op, semantics):
     """Predictions that happen to equal the initial tokens are not a repetition."""
     embedding = embedding_table()
     state = new_state(torch.ones(1, 4, dtype=torch.bool), embedding)
     y = torch.full((1, 4), MASK)
     logits = logits_for(y, torch.full((1, 4), 0.6))
-    op(logits, embedding, **state, mask_token_id=MASK, tau_dec=0.5, tau_acc=0.9)
+    options = {"mask_token_id": MASK, "tau_dec": 0.5, "tau_acc": 0.9, "semantics": semantics}
+    op(logits, embedding, **state, **options)
     assert not state["converged"].any()
 
 
@@ -152,7 +156,9 @@ def test_first_step_is_never_consistent(op):
 def test_thresholds_are_strict_in_the_paper_and_inclusive_when_released(op):
     """A confidence of exactly tau: four equal logits out of four give 1/4 to the bit."""
     embedding = embedding_table()[:4]
-    for semantics, promoted, accepted in (("paper", 1, False), ("released", 3, True)):
+    for semantics, promoted, accepted in (
+        ("settled", 1, False), ("paper", 1, False), ("released", 3, True),
+    ):  # fmt: skip
         state = new_state(torch.ones(1, 3, dtype=torch.bool), embedding_table())
         state["inputs_embeds"] = torch.zeros(1, 3, DIM)
         state["token"].fill_(3)
@@ -194,7 +200,7 @@ def test_released_defects_are_reproduced(op):
 
 
 @pytest.mark.parametrize("op", OPS, ids=("reference", "cpu"))
-@pytest.mark.parametrize("semantics", ["paper", "released"])
+@pytest.mark.parametrize("semantics", SEMANTICS)
 def test_converged_row_is_frozen(op, semantics):
     embedding = embedding_table()
     state = new_state(torch.ones(3, 5, dtype=torch.bool), embedding)
@@ -217,7 +223,7 @@ def test_converged_row_is_frozen(op, semantics):
 
 
 @pytest.mark.parametrize("op", OPS, ids=("reference", "cpu"))
-@pytest.mark.parametrize("semantics", ["paper", "released"])
+@pytest.mark.parametrize("semantics", SEMANTICS)
 def test_row_without_editable_positions(op, semantics):
     embedding = embedding_table()
     editable = torch.zeros(1, 4, dtype=torch.bool)
@@ -271,7 +277,7 @@ def test_suppressed_mask_token(op):
 # B x K: one position, around a warp, LLaDA's block, DiffusionGemma's; random prompts' tails,
 # steps repeated until everything has converged; few distinct predictions so that rows do converge
 @pytest.mark.parametrize("op", OPS, ids=("reference", "cpu"))
-@pytest.mark.parametrize("semantics", ["paper", "released"])
+@pytest.mark.parametrize("semantics", SEMANTICS)
 @pytest.mark.parametrize(("batch", "block"), [(1, 1), (3, 31), (4, 32), (2, 33), (1, 256)])
 def test_trajectories(op, semantics, batch, block):
     generator = torch.manual_seed(batch * block)
@@ -389,9 +395,10 @@ def test_a_block_without_positions_is_an_error():
             op(**arguments)
 
 
-def test_bad_semantics():
+@pytest.mark.parametrize("op", OPS, ids=("reference", "cpu"))
+def test_bad_semantics(op):
     with pytest.raises(ValueError, match=r"^spd_step_: semantics must be one of .* got 'dinfer'"):
-        dmax_kernels.spd_step_(**broken(semantics="dinfer"))
+        op(**broken(semantics="dinfer"))
 
 
 def test_bad_prompt_token():

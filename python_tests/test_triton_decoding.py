@@ -12,6 +12,7 @@ from cases import stacked_rows, strided_copies
 from tolerances import CONFIDENCE_RTOL, ROUNDING, assert_close
 from triton_device import DEVICE, cpp_op, triton_op
 
+from dmax_kernels.ops.spd_step_ import SEMANTICS
 from dmax_kernels.reference.sample_tokens import exponential_noise
 from dmax_kernels.triton import launch
 
@@ -348,11 +349,11 @@ def spd_state(batch, block, vocab_size, dim, dtype):
 
 
 # A whole trajectory until all rows have converged: each kernel sees every state there is
-@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("semantics", range(len(SEMANTICS)), ids=SEMANTICS)
 @pytest.mark.parametrize(("top_k", "dtype", "per_row"), [
     (1, torch.float32, False), (1, torch.bfloat16, True), (3, torch.float32, True),
 ])  # fmt: skip
-def test_spd_step_trajectory(released, top_k, dtype, per_row):
+def test_spd_step_trajectory(semantics, top_k, dtype, per_row):
     batch, block, vocab_size, dim = 3, 5, 30, 16
     generator = torch.manual_seed(5)
     embedding = torch.randn(vocab_size, dim, generator=generator).to(dtype)
@@ -360,7 +361,7 @@ def test_spd_step_trajectory(released, top_k, dtype, per_row):
     actual = {name: t.clone().to(DEVICE) for name, t in expected.items()}
     base = 3 * torch.randn(batch, block, vocab_size, generator=generator)
     thresholds = torch.rand(batch, 2, generator=generator) if per_row else None
-    options = {"released": released, "top_k": top_k, "suppress_token": 2, "temperature": 0.8}
+    options = {"semantics": semantics, "top_k": top_k, "suppress_token": 2, "temperature": 0.8}
     for step in range(4):
         noise = 0.5 * torch.randn(base.shape, generator=generator) if step < 2 else 0
         logits = (base + noise).to(dtype)

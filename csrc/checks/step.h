@@ -3,6 +3,7 @@
 
 #include "checks/rows.h"
 #include "common/memory_overlap.h"
+#include "common/semantics.h"
 
 namespace dmax {
 
@@ -94,7 +95,7 @@ inline StepSizes check_spd_step_(const Tensor& logits, const Tensor& embedding,
                                  const Tensor& confidence, const Tensor& converged,
                                  const Tensor& step, const Tensor& inputs_embeds,
                                  int64_t mask_token_id, double tau_dec, double tau_acc,
-                                 bool /*released*/, int64_t top_k, double temperature,
+                                 int64_t semantics, int64_t top_k, double temperature,
                                  int64_t suppress_token, const OptionalTensor& thresholds) {
   constexpr const char* op = "spd_step_";
   const int64_t vocab = check_logits(op, "logits", logits);
@@ -141,6 +142,8 @@ inline StepSizes check_spd_step_(const Tensor& logits, const Tensor& embedding,
   check_mask_token_id(op, mask_token_id, vocab);
   check_threshold(op, "tau_dec", tau_dec);
   check_threshold(op, "tau_acc", tau_acc);
+  DMAX_CHECK(semantics >= 0 && semantics <= static_cast<int64_t>(Semantics::kReleased), op,
+             ": semantics must be 0 (settled), 1 (paper) or 2 (released), got ", semantics);
   check_top_k(op, "top_k", top_k, vocab);
   check_temperature(op, temperature);
   check_suppress_token(op, suppress_token, vocab);

@@ -28,7 +28,7 @@ struct Predictions {
 };
 
 struct StepOptions {
-  bool released;
+  Semantics semantics;
   int64_t mask_token_id;
 };
 
@@ -45,30 +45,32 @@ struct RowState {
 // Lines 5-12 for one row; true where the embeddings of the next forward pass have to be written
 bool update_row(const RowState& row, int64_t block, const int64_t* y, const float* c, float tau_dec,
                 float tau_acc, const StepOptions& options) {
+  const bool released = options.semantics == Semantics::kReleased;
+  const bool settled = options.semantics == Semantics::kSettled;
   std::vector<char> promoted_bytes(block);
   bool* promoted = reinterpret_cast<bool*>(promoted_bytes.data());
-  promote_prefix(c, row.masked, block, tau_dec, options.released, promoted);
+  promote_prefix(c, row.masked, block, tau_dec, released, promoted);
 
   // Convergence: every prediction as before, or every one sure
   bool any_editable = false;
-  bool consistent = options.released || *row.step >= 1;
+  bool consistent = released || *row.step >= 1;
   bool confident = true;
   for (int64_t j = 0; j < block; ++j) {
     const bool updated =
-        options.released ? promoted[j] || (row.editable[j] && !row.masked[j]) : row.editable[j];
-    // A prediction at a mask position is no decision yet, repeated or not
-    const bool undecided = !options.released && row.masked[j];
+        released ? promoted[j] || (row.editable[j] && !row.masked[j]) : row.editable[j];
+    // Settled: a prediction at a mask position is no decision yet, repeated or not
+    const bool undecided = settled && row.masked[j];
     if (updated && (undecided || y[j] != row.token[j])) consistent = false;
     if (!row.editable[j]) continue;
     any_editable = true;
-    if (!passes(c[j], tau_acc, options.released)) confident = false;
+    if (!passes(c[j], tau_acc, released)) confident = false;
   }
   const bool converged = consistent || confident || !any_editable;
 
   // Tokens, confidences, masks
   for (int64_t j = 0; j < block; ++j) {
     if (row.editable[j]) row.confidence[j] = c[j];
-    if (options.released) {
+    if (released) {
       if (promoted[j] || (row.editable[j] && !row.masked[j])) row.token[j] = y[j];
       row.masked[j] = row.editable[j] && row.token[j] == options.mask_token_id;
     } else {
@@ -79,18 +81,20 @@ bool update_row(const RowState& row, int64_t block, const int64_t* y, const floa
   }
   *row.step += 1;
   *row.converged = converged;
-  return !(options.released && converged && any_editable);
+  return !(released && converged && any_editable);
 }
 
 }  // namespace
 
 void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, Tensor token,
                Tensor confidence, Tensor converged, Tensor step, Tensor inputs_embeds,
-               int64_t mask_token_id, double tau_dec, double tau_acc, bool released, int64_t top_k,
-               double temperature, int64_t suppress_token, OptionalTensor thresholds) {
+               int64_t mask_token_id, double tau_dec, double tau_acc, int64_t semantics,
+               int64_t top_k, double temperature, int64_t suppress_token,
+               OptionalTensor thresholds) {
   const auto sizes = check_spd_step_(
       logits, embedding, editable, masked, token, confidence, converged, step, inputs_embeds,
-      mask_token_id, tau_dec, tau_acc, released, top_k, temperature, suppress_token, thresholds);
+      mask_token_id, tau_dec, tau_acc, semantics, top_k, temperature, suppress_token, thresholds);
+  const StepOptions options{static_cast<Semantics>(semantics), mask_token_id};
   const auto [batch, block, vocab, dim] = sizes;
   const bool* editable_data = editable.const_data_ptr<bool>();
   bool* masked_data = masked.mutable_data_ptr<bool>();
@@ -152,7 +156,7 @@ void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, 
     const float row_tau_dec = taus ? taus[2 * b] : static_cast<float>(tau_dec);
     const float row_tau_acc = taus ? taus[2 * b + 1] : static_cast<float>(tau_acc);
     if (update_row(row, block, &predictions.token[at], &predictions.confidence[at], row_tau_dec,
-                   row_tau_acc, {released, mask_token_id})) {
+                   row_tau_acc, options)) {
       for (int64_t i = at; i < at + block; ++i) embed.push_back(i);
     }
   }

@@ -7,11 +7,12 @@ namespace dmax::cuda {
 
 void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, Tensor token,
                Tensor confidence, Tensor converged, Tensor step, Tensor inputs_embeds,
-               int64_t mask_token_id, double tau_dec, double tau_acc, bool released, int64_t top_k,
-               double temperature, int64_t suppress_token, OptionalTensor thresholds) {
+               int64_t mask_token_id, double tau_dec, double tau_acc, int64_t semantics,
+               int64_t top_k, double temperature, int64_t suppress_token,
+               OptionalTensor thresholds) {
   const auto sizes = check_spd_step_(
       logits, embedding, editable, masked, token, confidence, converged, step, inputs_embeds,
-      mask_token_id, tau_dec, tau_acc, released, top_k, temperature, suppress_token, thresholds);
+      mask_token_id, tau_dec, tau_acc, semantics, top_k, temperature, suppress_token, thresholds);
   const Call call("spd_step_", logits);
   const RowView view = row_view(logits);
   if (view.rows == 0) return;
@@ -33,7 +34,7 @@ void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, 
   args.top_k = static_cast<int>(top_k);
   args.tau_dec = static_cast<float>(tau_dec);
   args.tau_acc = static_cast<float>(tau_acc);
-  args.released = released;
+  args.semantics = static_cast<Semantics>(semantics);
 
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);

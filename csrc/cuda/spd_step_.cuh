@@ -9,6 +9,7 @@
 // is left by every block at once: its logits are not read and its counters not touched.
 #pragma once
 
+#include "common/semantics.h"
 #include "cuda/hybrid_rows.cuh"
 #include "cuda/promotion.cuh"
 #include "cuda/top_list.cuh"
@@ -43,7 +44,7 @@ struct SpdArgs {
   int block;  // K
   int top_k;
   float tau_dec, tau_acc;
-  bool released;
+  Semantics semantics;
 
   // Scratch
   Prediction* predictions;  // [batch, block]
@@ -115,7 +116,7 @@ __device__ __forceinline__ void predict(const LogitsView<T>& logits, const RowSp
 
   // The authors' loop leaves the embeddings of a stopping step alone, so there phase 3 must decide
   int written = -1;
-  if (!args.released) {
+  if (args.semantics != Semantics::kReleased) {
     const int64_t batch_row = index / args.block;
     const auto position = static_cast<int>(index % args.block);
     const Embedding kind = likely_embedding(args, batch_row, position, confidence);
@@ -145,6 +146,8 @@ __device__ __forceinline__ bool update_state(const SpdArgs& args, int64_t batch_
   const int64_t base = batch_row * args.block;
   const Thresholds tau = thresholds_of(args, batch_row);
   const auto thread = static_cast<int>(threadIdx.x);
+  const bool released = args.semantics == Semantics::kReleased;
+  const bool settled = args.semantics == Semantics::kSettled;
 
   // Where the promoted run ends, and what speaks against convergence
   int first_masked = args.block;
@@ -156,19 +159,19 @@ __device__ __forceinline__ bool update_state(const SpdArgs& args, int64_t batch_
     const bool masked = args.masked[base + i];
     if (masked) {
       first_masked = min(first_masked, i);
-      if (!passes(p.confidence, tau.decode, args.released)) first_failed = min(first_failed, i);
+      if (!passes(p.confidence, tau.decode, released)) first_failed = min(first_failed, i);
     }
     if (args.editable[base + i]) {
-      sure = sure && passes(p.confidence, tau.accept, args.released);
-      // A prediction at a mask position is no decision yet, repeated or not
-      same = same && !masked && p.token == args.token[base + i];
+      sure = sure && passes(p.confidence, tau.accept, released);
+      // Settled: a prediction at a mask position is no decision yet, repeated or not
+      same = same && !(settled && masked) && p.token == args.token[base + i];
     }
   }
   first_masked = block_min(first_masked);
   first_failed = block_min(first_failed);
   const bool confident = __syncthreads_and(sure) != 0;
   bool consistent;
-  if (args.released) {  // no updated position changes
+  if (released) {  // no updated position changes
     bool changed = false;
     for (int i = thread; i < args.block; i += kRowThreads) {
       const bool masked = args.masked[base + i];
@@ -189,12 +192,12 @@ __device__ __forceinline__ bool update_state(const SpdArgs& args, int64_t batch_
     const bool editable = args.editable[base + i];
     const bool masked = args.masked[base + i];
     const bool promoted = is_promoted(i, masked, first_masked, first_failed);
-    const bool takes = args.released ? promoted || (editable && !masked) : editable;
+    const bool takes = released ? promoted || (editable && !masked) : editable;
     const int64_t token = takes ? p.token : args.token[base + i];
     args.token[base + i] = token;
     if (editable) args.confidence[base + i] = p.confidence;
-    args.masked[base + i] = args.released ? editable && token == args.table.mask_token_id
-                                          : masked && !promoted && !converged;
+    args.masked[base + i] = released ? editable && token == args.table.mask_token_id
+                                     : masked && !promoted && !converged;
   }
   __syncthreads();  // the embeddings read it
   if (thread == 0) {
@@ -250,7 +253,7 @@ __global__ void __launch_bounds__(kRowThreads, 3)
   if (!last_to_arrive(args.row_counters + batch_row, args.block)) return;
 
   const bool converged = update_state(args, batch_row);
-  if (args.released && converged) {
+  if (args.semantics == Semantics::kReleased && converged) {
     // Untouched, unless there is nothing to decode and this was the only step
     bool any_editable = false;
     for (int i = static_cast<int>(threadIdx.x); i < args.block; i += kRowThreads)

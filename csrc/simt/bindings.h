@@ -89,7 +89,7 @@ struct StateInput {
 };
 
 Chosen spd_step_(Gpu gpu, LogitsInput logits, EmbeddingInput embedding, StateInput state,
-                 float tau_dec, float tau_acc, bool released, int top_k);
+                 float tau_dec, float tau_acc, int semantics, int top_k);
 
 struct LossInput {
   int dtype;

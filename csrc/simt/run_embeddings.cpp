@@ -67,7 +67,7 @@ Chosen hybrid_embedding_backward(EmbeddingInput embedding, MixInput mix, Address
 }
 
 Chosen spd_step_(Gpu gpu, LogitsInput logits, EmbeddingInput embedding, StateInput state,
-                 float tau_dec, float tau_acc, bool released, int top_k) {
+                 float tau_dec, float tau_acc, int semantics, int top_k) {
   Chosen result;
   dispatch(logits.dtype, [&](auto element) {
     using T = decltype(element);
@@ -94,7 +94,7 @@ Chosen spd_step_(Gpu gpu, LogitsInput logits, EmbeddingInput embedding, StateInp
     args.top_k = top_k;
     args.tau_dec = tau_dec;
     args.tau_acc = tau_acc;
-    args.released = released;
+    args.semantics = static_cast<Semantics>(semantics);
     args.predictions = static_cast<Prediction*>(predictions.data());
     args.lists = static_cast<Rank*>(lists.data());
     args.listed = static_cast<Listed*>(listed.data());

@@ -76,8 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--semantics",
-        default="paper",
-        help="paper, or released: as the authors' code (default: paper)",
+        default="settled",
+        help="when repeated predictions end a block: settled, once no mask is left; paper, with "
+        "masks too; released, as the authors' code (default: settled)",
     )
     add(
         "--top-k",

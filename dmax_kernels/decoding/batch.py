@@ -73,7 +73,7 @@ class Batch:
         s = self.settings
         s.rule.update_(logits, self.forward.embedding, self.state, s)
         # The released code stops with whatever the block holds
-        self.state.cap_(s.max_steps_per_block, commit=s.semantics == "paper")
+        self.state.cap_(s.max_steps_per_block, commit=s.semantics != "released")
 
     def advance(self, snapshot: Snapshot) -> Iterator[CommittedBlock]:
         """Rows that have converged go on to their next block, or end."""

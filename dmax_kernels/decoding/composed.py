@@ -88,7 +88,7 @@ class DistributionRule(ComposedRule):
 def composed_step_(
     logits: Tensor, embedding: Tensor, state: LiveBlocks, s: Settings, rule: ComposedRule
 ) -> None:
-    """The paper's step with the parts that `rule` and `s.convergence` name.
+    """The paper's step with the parts that `rule`, `s.convergence` and `s.semantics` name.
 
     With nothing taken away and both criteria this is `spd_step_`, which a test holds it to.
     """
@@ -100,9 +100,10 @@ def composed_step_(
     # Leave the mask, then look for convergence row by row
     masked = state.masked & ~promoted
     if rule.revise:
-        # A prediction at a mask position is no decision yet, repeated or not
-        decided = (y == state.token) & ~state.masked
-        same = (decided | ~state.editable).all(dim=-1) & (state.step >= 1)
+        repeated = y == state.token
+        if s.semantics == "settled":  # a prediction at a mask is no decision yet, repeated or not
+            repeated &= ~state.masked
+        same = (repeated | ~state.editable).all(dim=-1) & (state.step >= 1)
         sure = ((c > state.tau_acc) | ~state.editable).all(dim=-1)
         converged = {"both": same | sure, "consistency": same, "confidence": sure}[s.convergence]
     else:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dmax_kernels.decoding.named_rules import RULES
 from dmax_kernels.decoding.rule import Rule
+from dmax_kernels.ops.spd_step_ import SEMANTICS
 
-SEMANTICS = ("paper", "released")
 CONVERGENCE = ("both", "consistency", "confidence")
 OPS = {"fused": "dmax_kernels", "reference": "dmax_kernels.reference"}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -90,7 +90,7 @@ def resolve_settings(
         require(
             rule in ("spd", RULES["spd"]) and convergence == "both",
             "semantics",
-            "'paper' unless rule is 'spd' and convergence is 'both'",
+            "'settled' or 'paper' unless rule is 'spd' and convergence is 'both'",
             f"'released' with rule '{rule}' and convergence '{convergence}'",
         )
 

@@ -48,7 +48,7 @@ def spd_generate(
     eos_token_id: int | Iterable[int] | None = None,
     pad_token_id: int | None = None,
     rule: str | Rule = "spd",
-    semantics: str = "paper",
+    semantics: str = "settled",
     top_k: int = 1,
     convergence: str = "both",
     ops: str = "fused",
@@ -64,9 +64,9 @@ def spd_generate(
     """Decode `max_new_tokens` after each prompt, several tokens per forward pass.
 
     Each row's sequence is cut into blocks of K positions, counted from its own first token. A block
-    starts fully masked and is denoised until it converges: no mask left and the top-1 predictions
-    equal twice in a row, or all confidences above tau_acc. A prompt's tail inside the first decoded
-    block is kept as it is.
+    starts fully masked and is denoised until it converges: the top-1 predictions equal twice in a
+    row and no mask left before the second time, or all confidences above tau_acc. A prompt's tail
+    inside the first decoded block is kept as it is.
 
     Rows are independent: a row whose block has converged goes on to its next block while the others
     are still at theirs, and a row that ends leaves the batch. No decision about a row reads another
@@ -91,8 +91,11 @@ def spd_generate(
             another decoder of `RULES`: "factor", "hierarchical", "top_n", "autoregressive",
             "random", "entropy_bound", "margin", "uniform", "parallel_forced", which are classes
             where they have options (`Hierarchical(low_threshold=0.4)`); or a `Rule` of your own.
-        semantics: "paper", or "released" for the token ids of the authors' released code, which may
-            leave mask tokens in the result when tau_dec > tau_acc.
+        semantics: when predictions that repeat end a block. "settled": if no mask was left before
+            the step. "paper": in any case, which is Algorithm 1, line 12 to the letter; for a
+            tau_dec near 1 that is faster and less accurate (docs/semantics.md). "released": the
+            token ids of the authors' released code, which may leave mask tokens in the result when
+            tau_dec > tau_acc.
         top_k: how many candidates a hybrid embedding mixes (1 in the paper).
         convergence: "both" criteria, or "consistency" or "confidence" alone (the paper's Table 4).
         ops: "fused" kernels or the eager "reference".

@@ -16,9 +16,9 @@ from torch import Tensor
 import dmax_kernels
 from dmax_kernels.decoding.state import BlockState
 from dmax_kernels.integrations import engine_objects
+from dmax_kernels.ops.spd_step_ import SEMANTICS
 
 TAU_ACC = 0.9  # fixed inside dInfer's decode_uniform
-SEMANTICS = ("released", "paper")
 
 
 def spd_decoder(
@@ -29,8 +29,8 @@ def spd_decoder(
     Args:
         semantics: "released" commits the same token ids as the class it replaces: a stop of the
             whole batch at once, masks left behind when a block stops with its threshold above
-            tau_acc. "paper" is Algorithm 1: each row stops by itself, whatever its batch mates do,
-            and no mask is left behind.
+            tau_acc. With "settled" and "paper" (:func:`dmax_kernels.spd_step_`) each row stops by
+            itself, whatever its batch mates do, and no mask is left behind.
         tau_acc: a block is accepted when all its confidences reach this.
         base: the class to build on; dInfer's own unless given.
 
@@ -108,7 +108,7 @@ def spd_decoder(
                 top_k=top_k,
             )
             token = state.token.masked_fill(state.masked, self.mask_id)
-            by_row = semantics == "paper" or len(token) == 1
+            by_row = semantics != "released" or len(token) == 1
             # The one host sync: the runner's loop is on the host
             stop = bool(
                 state.converged.all() if by_row else batch_stop(state, token, before, tau_acc)

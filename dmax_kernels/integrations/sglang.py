@@ -98,7 +98,7 @@ def joint_threshold() -> type:
 
 
 def spd() -> type:
-    """Soft Parallel Decoding (Algorithm 1) as an SGLang algorithm, soft embeddings included.
+    """Soft Parallel Decoding (`spd_step_`) as an SGLang algorithm, soft embeddings included.
 
     Keys of `--dllm-algorithm-config`: `tau_dec` (0.5), `tau_acc` (0.9), `top_k` (1). A block is
     reported one forward after it converged: that forward puts its plain tokens into the KV cache.

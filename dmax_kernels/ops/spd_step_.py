@@ -5,7 +5,8 @@ from torch import Tensor
 
 from dmax_kernels.ops._register import register_fake, register_in_place
 
-SEMANTICS = ("paper", "released")
+# The schema passes an index into these; csrc/common/semantics.h has the same order
+SEMANTICS = ("settled", "paper", "released")
 
 
 def spd_step_(
@@ -22,7 +23,7 @@ def spd_step_(
     mask_token_id: int,
     tau_dec: float,
     tau_acc: float,
-    semantics: str = "paper",
+    semantics: str = "settled",
     top_k: int = 1,
     temperature: float = 1.0,
     suppress_token: int = -1,
@@ -32,11 +33,11 @@ def spd_step_(
 
     1. y, c = top1_confidence(logits).
     2. Promote, in ``masked``, the longest prefix with c > tau_dec, or its first position.
-    3. A row converges when y equals ``token`` at every editable position and none of them was
-       still masked, or when c > tau_acc at every editable position. It then commits y at all of
-       them, and later calls leave all of its state alone: its logits are not even read.
-       (Algorithm 1 leaves open whether predictions at mask positions may settle a block by
-       repeating themselves; here as in the released code they may not.)
+    3. A row converges when y equals ``token`` at every editable position, from its second step on,
+       or when c > tau_acc at every editable position. It then commits y at all of them, and later
+       calls leave all of its state alone: its logits are not even read. The paper's line 12 counts
+       predictions at mask positions too; by default ("settled") they do not count, so predictions
+       that repeat end a block only if no mask was left before the step.
     4. token, confidence := y, c where editable; step += 1.
     5. inputs_embeds: e(mask) where masked, the hybrid of Eqs. 8-10 where editable and not masked,
        e(token) elsewhere.
@@ -57,9 +58,10 @@ def spd_step_(
         step: int32 [B]; written.
         inputs_embeds: [B, K, D], embedding's dtype: the next forward pass's input; written.
         mask_token_id, tau_dec, tau_acc: run-time values; a new one recompiles nothing.
-        semantics: "paper" as above; "released" gives the ids of the authors' released
-            ``decode_uniform``: >= in both tests, convergence when no updated position changed,
-            only promoted positions committed, embeddings left alone on the stopping step.
+        semantics: "settled" as above; "paper" is line 12 to the letter, which ends a block while
+            it has masks if all predictions repeat; "released" gives the ids of the authors'
+            released ``decode_uniform``: >= in both tests, convergence when no updated position
+            changed, only promoted positions committed, embeddings left alone on the stopping step.
         top_k: tokens in the hybrid embedding, 1..8.
         temperature, suppress_token: as in :func:`dmax_kernels.top1_confidence`.
         thresholds: float32 [B, 2], (tau_dec, tau_acc) of each row in place of the two numbers.
@@ -85,7 +87,7 @@ def spd_step_(
         mask_token_id,
         tau_dec,
         tau_acc,
-        released=semantics == "released",
+        semantics=SEMANTICS.index(semantics),
         top_k=top_k,
         temperature=temperature,
         suppress_token=suppress_token,

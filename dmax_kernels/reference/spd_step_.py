@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dmax_kernels.ops.spd_step_ import SEMANTICS
 from dmax_kernels.reference.hybrid_embedding import hybrid_embedding
 from dmax_kernels.reference.prefix_promote import prefix_promote
 from dmax_kernels.reference.top1_confidence import top1_confidence
@@ -23,7 +24,7 @@ def spd_step_(
     mask_token_id: int,
     tau_dec: float,
     tau_acc: float,
-    semantics: str = "paper",
+    semantics: str = "settled",
     top_k: int = 1,
     temperature: float = 1.0,
     suppress_token: int = -1,
@@ -33,6 +34,8 @@ def spd_step_(
         raise RuntimeError(
             f"spd_step_: logits must be [B, K, V] with K >= 1, got {list(logits.shape)}"
         )
+    if semantics not in SEMANTICS:
+        raise ValueError(f"spd_step_: semantics must be one of {SEMANTICS}, got {semantics!r}")
     released = semantics == "released"
     decode: Tensor | float = tau_dec
     accept: Tensor | float = tau_acc
@@ -60,8 +63,10 @@ def spd_step_(
         next_token = torch.where(updated, y, token)
         next_masked = editable & (next_token == mask_token_id)
     else:
-        # A prediction at a mask position is no decision yet, repeated or not
-        consistent = (step >= 1) & ((y == token) & ~masked | ~editable).all(dim=-1)
+        repeated = y == token
+        if semantics == "settled":  # a prediction at a mask is no decision yet, repeated or not
+            repeated &= ~masked
+        consistent = (step >= 1) & (repeated | ~editable).all(dim=-1)
         next_token = torch.where(editable, y, token)
         next_masked = masked & ~promoted
     nothing_to_decode = ~editable.any(dim=-1)

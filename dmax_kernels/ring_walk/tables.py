@@ -182,7 +182,9 @@ def caveat(results: dict[Cell, Result], problems: int) -> str:
         f"an aggressive threshold: {robust}. This is one model of 0.2 million parameters, one task "
         f"and one seed; with {problems} problems one standard error is "
         f"{standard_error(0.9, problems):.1f} points at 90%. Tokens per forward counts passes, "
-        "not seconds, and the base's differ from the paper's, so the two ratios do not compare."
+        "not seconds, and the base's differ from the paper's, so the two ratios do not compare. "
+        "SPD ends blocks by the default, settled rule; the paper's own ends them earlier where "
+        "tau_dec is near 1 (docs/semantics.md)."
     )
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmax_kernels.ops.spd_step_ import SEMANTICS
 from dmax_kernels.triton.hybrid_embedding import chunk_of, copy_row, write_hybrid
 from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
 from dmax_kernels.triton.prefix_promote import passes_threshold, promotable
@@ -21,15 +22,19 @@ MASK = tl.constexpr(1)
 HYBRID = tl.constexpr(2)
 HARD = tl.constexpr(3)
 
+SETTLED = tl.constexpr(SEMANTICS.index("settled"))
+RELEASED = tl.constexpr(SEMANTICS.index("released"))
+
 
 @triton.jit(do_not_specialize=["mask_token_id", "block"])
 def decide_kernel(
     top_tokens, top_confidences, editable, masked, token, confidence, converged, step,
     mask_token_id, tau_dec, tau_acc, thresholds, source, block,
-    RELEASED: tl.constexpr, HAS_THRESHOLDS: tl.constexpr, TOP_K: tl.constexpr,
+    SEMANTICS_CODE: tl.constexpr, HAS_THRESHOLDS: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Steps 2-4 for one row of the batch; source [B, K] says how to embed each position."""
+    inclusive: tl.constexpr = SEMANTICS_CODE == RELEASED
     row = tl.program_id(0).to(tl.int64)
     position = tl.arange(0, BLOCK)
     inside = position < block
@@ -48,16 +53,16 @@ def decide_kernel(
     steps = tl.load(step + row)
 
     # Promote the confident prefix of the masked positions
-    fails = is_masked & (passes_threshold(c, tau_dec, RELEASED) == 0)
+    fails = is_masked & (passes_threshold(c, tau_dec, inclusive) == 0)
     first_masked = tl.min(tl.where(is_masked, position, block), axis=0)
     first_failure = tl.min(tl.where(fails, position, block), axis=0)
     promoted = promotable(position, is_masked, first_masked, first_failure)
 
     # Converged: consistent with the last step, or confident everywhere
-    unsure = is_editable & (passes_threshold(c, tau_acc, RELEASED) == 0)
+    unsure = is_editable & (passes_threshold(c, tau_acc, inclusive) == 0)
     confident = tl.max(unsure.to(tl.int32), axis=0) == 0
     num_editable = tl.sum(is_editable.to(tl.int32), axis=0)
-    if RELEASED:
+    if SEMANTICS_CODE == RELEASED:
         updated = promoted | (is_editable & (is_masked == 0))
         changed = tl.max((updated & (y != old_token)).to(tl.int32), axis=0) > 0
         done = confident | (changed == 0)
@@ -65,8 +70,11 @@ def decide_kernel(
         still_masked = is_editable & (new_token == mask_token_id)
         keep = done & (num_editable > 0)
     else:
-        # A prediction at a mask position is no decision yet, repeated or not
-        changed = tl.max((is_editable & (is_masked | (y != old_token))).to(tl.int32), axis=0) > 0
+        differs = y != old_token
+        if SEMANTICS_CODE == SETTLED:
+            # A prediction at a mask position is no decision yet, repeated or not
+            differs = differs | is_masked
+        changed = tl.max((is_editable & differs).to(tl.int32), axis=0) > 0
         done = confident | ((steps >= 1) & (changed == 0))
         new_token = tl.where(is_editable, y, old_token)
         # The commit takes every position: no mask is left behind (Algorithm 1, line 13)
@@ -119,7 +127,7 @@ def spd_step_(
     tau_dec: float,
     tau_acc: float,
     *,
-    released: bool = False,
+    semantics: int = 0,
     top_k: int = 1,
     temperature: float = 1.0,
     suppress_token: int = -1,
@@ -139,7 +147,7 @@ def spd_step_(
             *top, editable, masked, token, confidence, converged, step,
             mask_token_id, float(tau_dec), float(tau_acc),
             None if thresholds is None else thresholds.contiguous(), source, block,
-            RELEASED=released, HAS_THRESHOLDS=thresholds is not None, TOP_K=top_k,
+            SEMANTICS_CODE=semantics, HAS_THRESHOLDS=thresholds is not None, TOP_K=top_k,
             BLOCK=next_power_of_2(block), num_warps=1 if block <= 64 else 4,
         )  # fmt: skip
         embed_kernel[(batch * block,)](
