@@ -14,7 +14,8 @@ from training_models import random_llama, save_random_model, write_walks
 
 from dmax_kernels.__main__ import main
 from dmax_kernels.decoding import spd_generate
-from dmax_kernels.models.checkpoint import build_tokenizer, load_checkpoint
+from dmax_kernels.models.checkpoint import load_checkpoint
+from dmax_kernels.ring_walk.export import build_tokenizer
 from dmax_kernels.training import loop
 
 ROOT = Path(__file__).parent.parent
