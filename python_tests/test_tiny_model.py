@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, DynamicCache
 
-from dmax_kernels.models.checkpoint import SHIPPED, SHIPPED_DIR, load_checkpoint
+from dmax_kernels.models.checkpoint import SHIPPED, SHIPPED_DIR, load_checkpoint, write_like
 from dmax_kernels.ring_walk import task
 from dmax_kernels.ring_walk.export import save_checkpoint, save_tokenizer
 from dmax_kernels.ring_walk.model import TinyDlmConfig, TinyDlmForCausalLM
@@ -195,6 +195,17 @@ def test_shipped_checkpoints(name):
     assert log["command"].startswith("python -m dmax_kernels train")
     assert name in log["stages"]
     assert name in log["evaluation"]
+
+
+def test_a_shipped_model_written_anew_brings_its_code(tmp_path):
+    model, tokenizer = load_checkpoint("oput")
+    write_like(SHIPPED_DIR / "oput", model, tokenizer, model.state_dict(), tmp_path)
+    code = {path.name for path in tmp_path.glob("*.py")}
+    assert code == {"configuration_tiny_dlm.py", "modeling_tiny_dlm.py"}
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_tiny_dlm.TinyDlmConfig",
+        "AutoModelForCausalLM": "modeling_tiny_dlm.TinyDlmForCausalLM",
+    }
 
 
 def test_an_unknown_checkpoint_is_one_clear_line(tmp_path):
