@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import textwrap
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from dmax_kernels.decoding.settings import OPS
 from dmax_kernels.demo import evaluate, page, picture, rules, table
 from dmax_kernels.demo.step_time import step_speedup
+from dmax_kernels.files import check_output, save_json
 from dmax_kernels.models import ring_walk
 from dmax_kernels.models.checkpoint import load_checkpoint
 
@@ -110,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--show must be in [0, {args.problems}), got {args.show}")
     if args.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {args.workers}")
+    if args.json is not None:
+        check_output("--json", args.json)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     checkpoints = {
         name: args.checkpoints / name if args.checkpoints else name for name in evaluate.MODELS
@@ -191,5 +193,5 @@ def write_json(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     if args.json is None:
         return
     report = {"problems": args.problems, "seed": args.seed, **figures}
-    args.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    save_json(args.json, report)
     print(f"Wrote {args.json}")

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 
 from dmax_kernels.demo.evaluate import TAUS, Cell, Result, ablation_rows
 from dmax_kernels.demo.table import MODEL_NAMES, RULE_NAMES, best_control
+from dmax_kernels.files import write_atomically
 
 COLOURS = {"base": "#6b7280", "oput": "#d9480f", "control": "#1c7ed6"}
 LINES = {"threshold": "-", "hard": ":", "hard_prefix": "-.", "hybrid": "--", "spd": "-"}
@@ -83,7 +84,7 @@ def write_picture(results: dict[Cell, Result], problems: int, path: Path) -> Non
     axes.legend(
         handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8.5
     )
-    figure.savefig(path)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
     plt.close(figure)
 
 

@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import logging
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import cached_file, logging
 
+from dmax_kernels.files import replace_folder
 from dmax_kernels.models import ring_walk
+from dmax_kernels.models.remote_code import (
+    dtype_argument,
+    prepare_remote_code,
+    repair_loaded_model,
+)
 from dmax_kernels.models.tiny_dlm import TinyDlmConfig, TinyDlmForCausalLM
 
 SHIPPED_DIR = Path(__file__).parent.parent / "checkpoints" / "ring_walk"
 SHIPPED = ("base", "oput", "control")
+HUB_NAME = r"[\w.-]+/[\w.-]+"
 
 REMOTE_CODE = ("configuration_tiny_dlm.py", "modeling_tiny_dlm.py")
 AUTO_MAP = {
@@ -79,14 +95,18 @@ def write_checkpoint(
 
 
 def save_checkpoint(model: TinyDlmForCausalLM, path: Path) -> None:
-    """`write_checkpoint` into a folder that appears whole."""
+    """`write_checkpoint` into a folder that appears whole.
+
+    Raises:
+        ValueError: a folder of that name is there and is no checkpoint: it is left as it is.
+    """
+    if path.exists() and not (path / "config.json").is_file():
+        raise ValueError(f"save_checkpoint: path must be a checkpoint's or free, got {path}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         write_checkpoint(model, temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -106,34 +126,73 @@ def write_like(
 
 
 def checkpoint_folder(name: str | os.PathLike) -> Path:
-    """The folder of a shipped checkpoint or, as it is, of any other."""
-    path = SHIPPED_DIR / str(name) if str(name) in SHIPPED else Path(name)
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"load_checkpoint: name must be one of {', '.join(SHIPPED)} or a folder with a "
-            f"config.json, got {str(name)!r}"
-        )
-    return path
+    """The folder with the code and configuration of a checkpoint that was loaded by this name."""
+    if str(name) in SHIPPED:
+        return SHIPPED_DIR / str(name)
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(cached_file(str(name), "config.json")).parent  # of the hub's files on this machine
 
 
 def load_checkpoint(
-    name: str | os.PathLike, **options: Any
-) -> tuple[TinyDlmForCausalLM, PreTrainedTokenizerFast]:
-    """Model (in evaluation mode) and tokenizer of a shipped checkpoint or of a folder.
+    name: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    attention: str = "sdpa",
+    device_map: Any = None,
+) -> tuple[Any, Any]:
+    """Model (in evaluation mode) and tokenizer: the one loader of every command.
+
+    Runs the checkpoint's own code (`trust_remote_code=True`), with the shims that it needs under
+    transformers 5 (`remote_code`).
 
     Args:
-        name: "base", "oput" or "control", or the path of a Hugging Face folder, whose own code is
-            run (`trust_remote_code=True`).
-        options: for the model's `from_pretrained`, such as `attn_implementation`.
+        name: "base", "oput" or "control", a folder, or a name on the Hugging Face hub.
+        dtype: of the weights; by default what the checkpoint says.
+        attention: transformers' `attn_implementation`. A model without sdpa gets its eager one.
+
+    Raises:
+        ValueError: a folder without config.json, or a name that cannot be loaded; one sentence.
     """
-    path = checkpoint_folder(name)
-    with no_progress_bar():
-        if str(name) in SHIPPED:
-            model = TinyDlmForCausalLM.from_pretrained(path, **options)
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **options)
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+    shipped = str(name) in SHIPPED
+    path = SHIPPED_DIR / str(name) if shipped else name
+    here = (Path(path) / "config.json").is_file()
+    if not here and (Path(path).exists() or not re.fullmatch(HUB_NAME, str(name))):
+        raise ValueError(
+            f"load_checkpoint: name must be one of {', '.join(SHIPPED)}, a folder with a "
+            f"config.json, or OWNER/NAME on the Hugging Face hub, got {str(name)!r}"
+        )
+    config_class, model_class, tokenizer_class, trust = (
+        (TinyDlmConfig, TinyDlmForCausalLM, PreTrainedTokenizerFast, {})
+        if shipped
+        else (AutoConfig, AutoModelForCausalLM, AutoTokenizer, {"trust_remote_code": True})
+    )
+    prepare_remote_code()
+    try:
+        with no_progress_bar():
+            config = config_class.from_pretrained(path, **trust)
+            tokenizer = tokenizer_class.from_pretrained(path, **trust)
+            options = {"config": config, "device_map": device_map, **trust, **dtype_argument(dtype)}
+            try:
+                model = model_class.from_pretrained(path, attn_implementation=attention, **options)
+            except ValueError as error:  # raised before the weights are read
+                if attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
+                    raise
+                model = model_class.from_pretrained(path, attn_implementation="eager", **options)
+    except ModuleNotFoundError:  # of a package that this one needs
+        raise
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())  # transformers' own text runs over many lines
+        raise ValueError(
+            "load_checkpoint: name must be a checkpoint whose config, weights, tokenizer and code "
+            f"can be loaded, got {str(name)!r} ({reason:.300})"
+        ) from error
+    if not shipped:
+        repair_loaded_model(model)
+    if getattr(model, "generation_config", None) is None:
+        # transformers reads it only for classes with its generate; `end_tokens` wants it for all
+        with suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval(), tokenizer
 
 

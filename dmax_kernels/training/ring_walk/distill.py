@@ -13,8 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from dmax_kernels.decoding import spd_generate
+from dmax_kernels.files import write_atomically
 from dmax_kernels.models import ring_walk
-from dmax_kernels.training.checkpoints import write_atomically
 from dmax_kernels.training.config import check_same_run
 from dmax_kernels.training.data import Example
 from dmax_kernels.training.ring_walk.stages import Distillation

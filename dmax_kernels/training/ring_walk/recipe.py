@@ -17,9 +17,9 @@ import torch
 import transformers
 from torch import nn
 
+from dmax_kernels.files import save_json
 from dmax_kernels.models import ring_walk
 from dmax_kernels.models.checkpoint import build_model, save_checkpoint, write_checkpoint
-from dmax_kernels.training.checkpoints import save_json
 from dmax_kernels.training.data import Example
 from dmax_kernels.training.loop import fit
 from dmax_kernels.training.parallel import Processes
