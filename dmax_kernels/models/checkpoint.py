@@ -101,7 +101,7 @@ def save_checkpoint(model: TinyDlmForCausalLM, path: Path) -> None:
         ValueError: a folder of that name is there and is no checkpoint: it is left as it is.
     """
     if path.exists() and not (path / "config.json").is_file():
-        raise ValueError(f"save_checkpoint: path must be a checkpoint's or free, got {path}")
+        raise ValueError(f"save_checkpoint: path must be free or a checkpoint's, got {path}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
