@@ -7,12 +7,14 @@ loaded as a checkpoint is: AutoModelForCausalLM with trust_remote_code.
 import json
 import re
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
 from stand_in import EOS, MASK, save_stand_in
 
 from dmax_kernels.__main__ import main
+from dmax_kernels.cli.generate import read_prompts
 from dmax_kernels.decoding import spd_generate
 from dmax_kernels.models.checkpoint import checkpoint_folder
 from dmax_kernels.models.pretrained import KNOWN, load_pretrained, model_defaults
@@ -148,6 +150,42 @@ def test_raw_prompts_from_files(folder, loaded, capsys, tmp_path):
         assert [block.split() for block in printed] == words
 
 
+PROMPT_FILES = {
+    "a line end only to Python": ("a.jsonl", '{"prompt": "a\u2028b"}', ["a\u2028b"]),
+    "another": ("b.jsonl", '{"prompt": "a\u0085b"}\r\n{"prompt": "c"}\r\n', ["a\u0085b", "c"]),
+    "in a text": ("c.txt", "a\u2028b\x0cc\n d ", ["a\u2028b\x0cc", " d "]),
+    "byte-order mark": ("d.jsonl", '\ufeff{"prompt": "a"}', ["a"]),
+    "byte-order mark, text": ("e.txt", "\ufeffWhat is 2+2?\n", ["What is 2+2?"]),
+}
+
+
+@pytest.mark.parametrize("what", PROMPT_FILES)
+def test_prompt_files_are_read_as_they_were_written(what, tmp_path):
+    name, text, prompts = PROMPT_FILES[what]
+    (tmp_path / name).write_bytes(text.encode())
+    assert read_prompts(Namespace(prompt=["first"], prompt_file=tmp_path / name)) == [
+        "first",
+        *prompts,
+    ]
+
+
+@pytest.mark.parametrize("line", ["{", "[" * 99999, "1" * 4301, "[]", '{"prompt": 1}', "\udcff"])
+def test_a_bad_line_of_a_prompt_file_is_named(line, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": "w1"}\n\n' + line.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"p\.jsonl:3: must be ") as caught:
+        read_prompts(Namespace(prompt=[], prompt_file=path))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_chat_template_that_refuses_the_prompt_is_one_line(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ raise_exception('no\nuser') }}")
+    _, _, err = generate(capsys, "--model", tmp_path / "model", "--prompt", "w1")
+    expected = "prompt 1: the chat template refuses the messages (TemplateError: no user)"
+    assert err == f"dmax_kernels generate: {expected}\n"
+
+
 def test_streamed_text_is_the_answer(folder, capsys):
     command = ("--model", folder, "--prompt", PROMPTS[0], "--max-new-tokens", 70)
     _, whole, _ = generate(capsys, *command)
@@ -241,15 +279,23 @@ def test_a_users_mistake_reads_as_one_line(folder, mistake, capsys):
 def test_places_that_are_not_there(folder, tmp_path, capsys):
     status, _, err = generate(capsys, "--model", tmp_path, "--prompt", "w1")
     assert status == 1
-    need = "load_pretrained: name must be a folder with a config.json"
-    assert err == f"dmax_kernels generate: {need}, got {str(tmp_path)!r}\n"
+    need = "load_checkpoint: name must be one of base, oput, control, a folder with a config.json"
+    assert err.startswith(f"dmax_kernels generate: {need}, or OWNER/NAME on the Hugging Face hub")
+    assert err.endswith(f", got {str(tmp_path)!r}\n")
     status, _, err = generate(capsys, "--model", folder, "--prompt-file", tmp_path / "none.txt")
     assert status == 1
     assert "none.txt" in err
     assert len(err.splitlines()) == 1
     (tmp_path / "bad.jsonl").write_text('{"prompt": "w1"}\n{"text": "w1"}\n')
     _, _, err = generate(capsys, "--model", folder, "--prompt-file", tmp_path / "bad.jsonl")
-    assert 'bad.jsonl, line 2: must be a JSON object with a text field "prompt", got' in err
+    assert 'bad.jsonl:2: must be a JSON object with a text field "prompt", got' in err
+    (tmp_path / "half.jsonl").write_text(json.dumps({"prompt": "half \ud83d"}))
+    _, _, err = generate(capsys, "--model", folder, "--prompt-file", tmp_path / "half.jsonl")
+    assert "prompt 1: text must be Unicode characters, got half of a surrogate pair" in err
+    assert len(err.splitlines()) == 1
+    for option in ("--json", "--trace"):  # before the decoding whose result would be lost
+        _, _, err = generate(capsys, "--model", folder, "--prompt", "w1", option, tmp_path)
+        assert f"{option} must be a file in a folder that exists, got {tmp_path}" in err
     if not torch.cuda.is_available():
         _, _, err = generate(capsys, "--model", folder, "--prompt", "w1", "--device", "cuda")
         assert "--device must be cpu on this machine, which has no GPU, got cuda" in err

@@ -161,11 +161,20 @@ def test_a_saved_model_loads_here_and_in_plain_transformers(model, tokens, tmp_p
 
 
 def test_saving_replaces_a_checkpoint_and_leaves_nothing_else(model, tmp_path):
-    (tmp_path / "model").mkdir()
+    save_checkpoint(model, tmp_path / "model")
     (tmp_path / "model" / "stale.txt").write_text("from before")
     save_checkpoint(model, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert not (tmp_path / "model" / "stale.txt").exists()
+
+
+def test_saving_leaves_a_users_own_folder_alone(model, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"path must be free or a checkpoint's, got .*work"):
+        save_checkpoint(model, tmp_path / "work")
+    assert [path.name for path in tmp_path.iterdir()] == ["work"]
+    assert (tmp_path / "work" / "thesis.txt").read_text() == "mine"
 
 
 def test_the_tokenizer_has_the_words_of_the_task(model, tmp_path):
@@ -209,7 +218,7 @@ def test_a_shipped_model_written_anew_brings_its_code(tmp_path):
 
 
 def test_an_unknown_checkpoint_is_one_clear_line(tmp_path):
-    with pytest.raises(ValueError, match=r"one of base, oput, control or a folder .* got 'best'"):
+    with pytest.raises(ValueError, match=r"one of base, oput, control, a folder .* got 'best'"):
         load_checkpoint("best")
     with pytest.raises(ValueError, match=r"a folder with a config\.json"):
         load_checkpoint(tmp_path)

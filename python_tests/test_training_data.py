@@ -1,6 +1,7 @@
 """Conversations to batches: what is read, skipped or refused, and which tokens are learnt."""
 
 import json
+import re
 import sys
 from itertools import islice
 from types import ModuleType
@@ -30,7 +31,8 @@ WALK = {"prompt": "start 4 =", "response": "answer 5"}
 
 def read(path, **options):
     arguments = {"eos_token_id": EOS, "vocab_size": 46, "max_length": None, "progress": False}
-    return read_examples(read_jsonl(path), build_tokenizer(), **{**arguments, **options})
+    tokenizer = options.pop("tokenizer", None) or build_tokenizer()
+    return read_examples(read_jsonl(path), tokenizer, **{**arguments, **options})
 
 
 def write(path, *lines):
@@ -90,8 +92,15 @@ def test_skipped_records_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "start"', r"not JSON"),
-        ('{"prompt": "ÿ", "response": "so"}', r"not JSON .*utf-8"),
+        ('{"prompt": "start"', r"must be JSON \(.*\)"),
+        ('{"prompt": "ÿ", "response": "so"}', r"must be UTF-8 text"),
+        ('{"prompt": ' + "1" * 4301 + "}", r"must be JSON with numbers of at most 4,300 digits"),
+        ("[" * 99999 + "]" * 99999, r"must be JSON that is not nested so deeply"),
+        ({"prompt": "half \ud83d", "response": "so"}, r"text must be Unicode .* '.ud83d'"),
+        ({"prompt": "start", "response": "half \ude00"}, r"text must be Unicode .* '.ude00'"),
+        ({"messages": [{"role": "assistant", "content": "so"}]}, r"the answer must follow"),
+        ({"messages": [[[[0] * 999] * 99] * 9]}, r"each message needs a text 'role'"),
+        ({"a\nb": 1}, r'needs "messages", or "prompt" and "response", got a b'),
         ("[1]", r"must be an object, got list"),
         ({"text": "start"}, r'needs "messages", or "prompt" and "response", got text'),
         ({"messages": []}, r"messages must be a list of at least one"),
@@ -108,8 +117,60 @@ def test_a_malformed_record_names_file_and_line(tmp_path, line, message):
     assert len(examples) == skipped["malformed"] == 1
 
 
+STRICT = (
+    "{% if messages|length % 2 != add_generation_prompt %}{{ raise_exception('must\nalternate') }}"
+    "{% endif %}" + CHAT_TEMPLATE
+)
+SUMMING = "{{ messages[1]['content'] + 1 }}"
+UNORDERED = "{{ messages|length }} {{ messages[-1]['content'] }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (STRICT, "the chat template refuses the messages (TemplateError: must alternate)"),
+        (SUMMING, "the chat template refuses the messages (UndefinedError: "),
+        (UNORDERED, "the chat template does not write the prompt first"),
+    ],
+)
+def test_what_the_chat_template_refuses_names_file_and_line(tmp_path, template, message):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    roles = ("user", "user", "assistant") if template == STRICT else ("user", "assistant")
+    record = {"messages": [{"role": role, "content": "so"} for role in roles]}
+    path = write(tmp_path / "d.jsonl", record)
+    with pytest.raises(ValueError, match=rf"d\.jsonl:1: {re.escape(message)}.* goes on\)$"):
+        read(path, tokenizer=tokenizer)
+    if template == STRICT:
+        examples, skipped = read(
+            write(path, WALK, record, WALK), tokenizer=tokenizer, skip_malformed=True
+        )
+        assert (len(examples), skipped) == (2, {"malformed": 1})
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    # \u2028 and \u0085 are line ends to str.splitlines; files are joined with their marks
+    answers = ["s1\u2028s2", "s1\u0085s2", "s1"]
+    records = [
+        json.dumps({"prompt": "so", "response": text}, ensure_ascii=False) for text in answers
+    ]
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(("\ufeff" + "\r\n\ufeff".join(records) + "\r\n \r\n").encode())
+    assert [(place, record["response"]) for place, record in read_jsonl(path)] == [
+        (f"{path}:{number}", text) for number, text in enumerate(answers, 1)
+    ]
+
+
+def test_a_response_ends_at_any_end_token():
+    tokenizer, record = build_tokenizer(), conversation({"prompt": "so", "response": "s1 s2 s1"})
+    s1, s2 = (task.ID_OF[word] for word in ("s1", "s2"))
+    assert encode(record, tokenizer, [EOS, s2]).response == (s1, s2)
+    assert encode(record, tokenizer, [s2, s1]).response == (s1,)
+    assert encode(record, tokenizer, [EOS, task.PAD_ID]).response == (s1, s2, s1, EOS)
+
+
 def test_data_that_cannot_be_used_is_one_clear_line(tmp_path):
-    with pytest.raises(ValueError, match="data must be JSONL files, got no file"):
+    with pytest.raises(ValueError, match="data must be a file, got no file"):
         read(tmp_path / "none.jsonl")
     path = write(tmp_path / "d.jsonl", {"prompt": "so", "response": ""})
     with pytest.raises(ValueError, match="at least one usable record, got 1 no response"):
@@ -117,8 +178,13 @@ def test_data_that_cannot_be_used_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match=r"d\.jsonl:1: token ids .* vocabulary of 5, got \d+"):
         read(write(tmp_path / "d.jsonl", WALK), vocab_size=5)
     messages = [{"role": "user", "content": "so"}] * 2 + [{"role": "assistant", "content": "so"}]
-    with pytest.raises(ValueError, match="no chat template: .* got 3 messages"):
-        encode(messages, build_tokenizer(), EOS)
+    path = write(tmp_path / "d.jsonl", {"messages": messages})
+    with pytest.raises(ValueError, match=r"d\.jsonl:1: .* no chat template, got 2 messages"):
+        read(path)
+    with pytest.raises(ValueError, match=r"got 1 malformed; the first .*d\.jsonl:1: messages"):
+        read(path, skip_malformed=True)
+    with pytest.raises(ValueError, match="data must be a file, got the folder"):
+        read(tmp_path)
 
 
 def test_a_dataset_is_read_through_its_package(monkeypatch):

@@ -296,7 +296,7 @@ def test_a_configuration_file_is_overridden_by_the_command_line(folder, tmp_path
         "steps": 9,
         "max_length": None,
     }
-    config.write_text(json.dumps(values))
+    config.write_text("\ufeff" + json.dumps(values), "utf-8")  # as Windows editors save it
     argv = ["train", "--config", str(config), "--steps", "7", "--stop-after", "1"]
     assert main([*argv, "--output", str(tmp_path / "run")]) == 0
     assert "7 steps of 4 on" in capsys.readouterr().out
@@ -311,6 +311,7 @@ def test_a_configuration_file_is_overridden_by_the_command_line(folder, tmp_path
         ('{"steps": "many"}', "argument --steps: invalid int value: 'many'"),
         ("[]", "must hold an object, got list"),
         ("{", "must be JSON"),
+        ("[" * 99999, "must be JSON that is not nested so deeply"),
     ):
         config.write_text(text)
         assert main(["train", "--config", str(config)]) == 1
@@ -325,7 +326,7 @@ def test_a_mistake_is_told_in_one_line(folder, tmp_path, capsys):
         ([], "--model must be given"),
         (["--model", str(folder / "model")], "--data or --dataset must be given"),
         ([*given, "--dataset", "walks"], "--data or --dataset must be given, one of them"),
-        (["--model", "none", *given[2:]], "a folder with a config.json, got 'none'"),
+        (["--model", "none", *given[2:]], "OWNER/NAME on the Hugging Face hub, got 'none'"),
         ([*given[:3], "none.jsonl"], "got no file none.jsonl"),
         ([*given[:3], str(tmp_path / "bad.jsonl")], "bad.jsonl:1: needs"),
         ([*given, "--threads", "0"], "--threads must be at least 1, got 0"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from dmax_kernels.bench.timer import Machine, measure
 from dmax_kernels.bench.workload import DTYPES, VALUES, WORKLOADS, Inputs
 from dmax_kernels.cli.info import collect
+from dmax_kernels.files import check_output, save_json
 
 EPILOGUE = """\
 Candidates run in turn, so compare them within a run, never runs. On a GPU: graph replays with a
@@ -68,8 +68,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--repetitions must be at least 5, got {options.repetitions}")
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {options.threads}")
-    if options.json is not None and not options.json.parent.is_dir():  # before minutes of timing
-        raise ValueError(f"--json must be a file in a folder that exists, got {options.json}")
+    if options.json is not None:
+        check_output("--json", options.json)
     if options.threads:
         torch.set_num_threads(options.threads)
     workload, sizes = WORKLOADS[options.op], parse_shape(options.shape)
@@ -85,9 +85,7 @@ def run(options: argparse.Namespace) -> int:
     print(table(result))
     if options.json:
         what = {"op": options.op, "shape": shape, "dtype": options.dtype, "values": options.values}
-        options.json.write_text(
-            json.dumps({"machine": collect(), "case": what, **result}, indent=1) + "\n"
-        )
+        save_json(options.json, {"machine": collect(), "case": what, **result})
     return 0
 
 

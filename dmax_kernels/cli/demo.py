@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import textwrap
 from pathlib import Path
@@ -16,6 +15,7 @@ from dmax_kernels.bench import WORKLOADS, Inputs
 from dmax_kernels.bench.timer import compare
 from dmax_kernels.bench.workload import BLOCK, VOCAB
 from dmax_kernels.decoding.settings import OPS
+from dmax_kernels.files import check_output, save_json
 from dmax_kernels.models.checkpoint import load_checkpoint
 from dmax_kernels.ring_walk import evaluate, page, picture, tables, task
 
@@ -115,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--show must be in [0, {args.problems}), got {args.show}")
     if args.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {args.workers}")
+    if args.json is not None:
+        check_output("--json", args.json)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     checkpoints = {
         name: args.checkpoints / name if args.checkpoints else name for name in evaluate.MODELS
@@ -203,5 +205,5 @@ def write_json(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     if args.json is None:
         return
     report = {"problems": args.problems, "seed": args.seed, **figures}
-    args.json.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    save_json(args.json, report)
     print(f"Wrote {args.json}")

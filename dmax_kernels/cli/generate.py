@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import reprlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dmax_kernels.files import check_output, read_jsonl, read_lines, save_json
 
 if TYPE_CHECKING:
     from dmax_kernels.decoding import CommittedBlock, GenerationOutput
@@ -89,7 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--block-length", type=int, metavar="K", help="positions that are decoded together")
     add("--mask-token-id", type=int, metavar="ID", help="where the model's config has none")
-    add("--eos-token-id", type=int, metavar="ID", help="where the model's config has none")
+    add(
+        "--eos-token-id",
+        type=int,
+        metavar="ID",
+        help="what ends an answer (default: each that the tokenizer or the model's configs name)",
+    )
     group = parser.add_argument_group("where it runs")
     add = group.add_argument
     add(
@@ -124,8 +132,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json == "-" and args.stream:
         raise ValueError("--json must name a file where --stream prints to stdout, got -")
     for option, path in (("--trace", args.trace), ("--json", args.json)):
-        if path not in (None, "-") and not Path(path).parent.is_dir():  # before minutes of decoding
-            raise ValueError(f"{option} must be a file in a folder that exists, got {path}")
+        if path not in (None, "-"):
+            check_output(option, Path(path))
     import torch  # imported here, as transformers below: `--help` need not wait for them
 
     from dmax_kernels.models.pretrained import load_pretrained
@@ -146,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     pad_prompts = loaded.defaults.pad_prompts if args.pad_prompts is None else args.pad_prompts
     if pad_prompts and loaded.tokenizer.pad_token_id is None:
         raise ValueError("--pad-prompts needs a tokenizer with a padding token, got none")
-    encoded = [encode(loaded, prompt, args.raw, pad_prompts) for prompt in prompts]
+    encoded = encode_all(loaded, prompts, args.raw, pad_prompts)
 
     size = args.batch_size or len(prompts)
     records, runs = [], []
@@ -159,58 +167,65 @@ def run(args: argparse.Namespace) -> int:
         statistics = output.statistics.as_dict()
         for record in records[first:]:
             record["batch"] = statistics
-    if args.json != "-" and not args.stream:
-        print_answers(records)
-    if args.json is not None:
-        text = json.dumps({"model": args.model, "answers": records}, indent=1) + "\n"
-        print(text, end="") if args.json == "-" else Path(args.json).write_text(text, "utf-8")
+    report = {"model": args.model, "answers": records}
+    if args.json == "-":
+        print(json.dumps(report, indent=1))
+    elif args.json is not None:
+        save_json(Path(args.json), report)
     if args.trace is not None:
         from dmax_kernels.ring_walk.page import write_trace_page
 
-        write_trace_page(runs, eos_ids(args, loaded), args.trace)
+        write_trace_page(runs, list(eos_ids(args, loaded)), args.trace)
+    if args.json != "-" and not args.stream:
+        print_answers(records)
     return 0
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
-    if args.prompt_file is not None:
-        if not args.prompt_file.is_file():
-            raise ValueError(f"--prompt-file must be a file, got {args.prompt_file}")
-        lines = args.prompt_file.read_text("utf-8").splitlines()
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            if args.prompt_file.suffix == ".jsonl":
-                line = prompt_field(line, f"{args.prompt_file}, line {number}")
-            prompts.append(line)
+    path = args.prompt_file
+    if path is not None:
+        read = read_jsonl if path.suffix == ".jsonl" else read_lines
+        for place, line in read(path, "--prompt-file"):
+            try:
+                prompts.append(prompt_of(line, path.suffix == ".jsonl"))
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
     if not prompts:
         raise ValueError("--prompt or --prompt-file must give at least one prompt, got none")
     return prompts
 
 
-def prompt_field(line: str, place: str) -> str:
-    need = 'a JSON object with a text field "prompt"'
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        raise ValueError(f"{place}: must be {need}, got no JSON") from None
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise ValueError(f"{place}: must be {need}, got {line[:60]}")
-    return record["prompt"]
+def prompt_of(line: Any, in_record: bool) -> str:
+    """A line's prompt, of what the reader made of the line."""
+    if isinstance(line, ValueError):
+        raise line
+    if not in_record:
+        return line
+    if not isinstance(line, dict) or not isinstance(line.get("prompt"), str):
+        need = 'a JSON object with a text field "prompt"'
+        raise ValueError(f"must be {need}, got {reprlib.repr(line)}")
+    return line["prompt"]
 
 
 def encode(loaded: Loaded, prompt: str, raw: bool, pad: bool) -> list[int]:
+    from dmax_kernels.models.prompt_ids import has_chat_template, prompt_ids
+
     tokenizer = loaded.tokenizer
-    if raw or not getattr(tokenizer, "chat_template", None):
-        ids = tokenizer(prompt).input_ids
-        if pad and ids:
-            missing = -len(ids) % loaded.defaults.block_length
-            ids = [tokenizer.pad_token_id] * missing + ids
-        return ids
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
-    return tokenizer(text, add_special_tokens=False).input_ids
+    ids, _ = prompt_ids(tokenizer, [{"role": "user", "content": prompt}], raw=raw)
+    if pad and ids and (raw or not has_chat_template(tokenizer)):
+        ids = [tokenizer.pad_token_id] * (-len(ids) % loaded.defaults.block_length) + ids
+    return ids
+
+
+def encode_all(loaded: Loaded, prompts: list[str], raw: bool, pad: bool) -> list[list[int]]:
+    encoded = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            encoded.append(encode(loaded, prompt, raw, pad))
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from None
+    return encoded
 
 
 def decode(
@@ -231,7 +246,7 @@ def decode(
         top_k=args.top_k,
         ops=args.ops,
         mask_token_id=known.mask_token_id if args.mask_token_id is None else args.mask_token_id,
-        eos_token_id=known.eos_token_id if args.eos_token_id is None else args.eos_token_id,
+        eos_token_id=eos_ids(args, loaded),
         cuda_graph=False if args.no_cuda_graph else None,
         on_block=Stream(loaded.tokenizer, len(prompts), first) if args.stream else None,
         trace=args.trace is not None,
@@ -293,13 +308,8 @@ def traced_runs(
     return trace_runs(output, prompts, loaded.tokenizer, first)
 
 
-def eos_ids(args: argparse.Namespace, loaded: Loaded) -> list[int]:
-    eos = args.eos_token_id
-    if eos is None:
-        eos = loaded.defaults.eos_token_id
-    if eos is None:
-        eos = getattr(loaded.model.config, "eos_token_id", None)
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+def eos_ids(args: argparse.Namespace, loaded: Loaded) -> tuple[int, ...]:
+    return loaded.eos_token_ids if args.eos_token_id is None else (args.eos_token_id,)
 
 
 def summary(output: GenerationOutput) -> str:

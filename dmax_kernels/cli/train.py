@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from dmax_kernels.files import read_json
 from dmax_kernels.training.config import TrainConfig
 
 EPILOG = """
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options without a default of their own: only those that were given are in the result."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.argument_default = argparse.SUPPRESS
-    parser.usage = "%(prog)s --model FOLDER --data JSONL --output FOLDER [options]"
+    parser.usage = "%(prog)s --model NAME_OR_FOLDER --data JSONL --output FOLDER [options]"
     parser.epilog = EPILOG
     where = parser.add_argument_group("what to train, on what")
     where.add_argument(
@@ -81,7 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"override; or {RECIPE}: the shipped recipe, which takes --output, --ops, --threads",
     )
     where.add_argument(
-        "--model", help="folder of a Hugging Face checkpoint, or base, oput, control"
+        "--model",
+        help="a name on the Hugging Face hub or a folder of a checkpoint, or base, oput, control",
     )
     where.add_argument("--data", nargs="+", type=Path, metavar="JSONL", help="conversations")
     where.add_argument("--dataset", help="instead: a Hugging Face dataset (needs 'datasets')")
@@ -196,12 +197,9 @@ class ConfigParser(argparse.ArgumentParser):
 
 def read_config(path: Path) -> dict[str, Any]:
     """A configuration file's options, checked as those of the command line are."""
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"--config must be {RECIPE} or a JSON file, got no file {path}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--config {path} must be JSON ({error})") from None
+    if not path.exists():
+        raise ValueError(f"--config must be {RECIPE} or a JSON file, got no file {path}")
+    values = read_json(path, "--config")
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold an object, got {type(values).__name__}")
     arguments = []

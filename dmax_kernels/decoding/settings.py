@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dmax_kernels.decoding.named_rules import RULES
 from dmax_kernels.decoding.rule import Rule
+from dmax_kernels.models.end_tokens import as_ids, end_token_ids
 from dmax_kernels.ops.spd_step_ import SEMANTICS
 
 CONVERGENCE = ("both", "consistency", "confidence")
@@ -106,11 +107,7 @@ def resolve_settings(
     in_vocabulary = f"in [0, {vocabulary}), the model's vocabulary"
     require(0 <= mask_token_id < vocabulary, "mask_token_id", in_vocabulary, mask_token_id)
 
-    if eos_token_id is None:
-        eos_token_id = getattr(config, "eos_token_id", None)
-    if eos_token_id is None:
-        eos_token_id = ()
-    eos_token_ids = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+    eos_token_ids = end_token_ids(model) if eos_token_id is None else as_ids(eos_token_id)
     if pad_token_id is None:
         pad_token_id = getattr(config, "pad_token_id", None)
     if pad_token_id is None:

@@ -85,7 +85,9 @@ def spd_generate(
         tau_dec: a masked position is promoted when its confidence exceeds this.
         tau_acc: a block is accepted when all of its confidences exceed this.
         thresholds: [B, 2], (tau_dec, tau_acc) of each row in place of the two numbers.
-        mask_token_id, eos_token_id, pad_token_id: from the model's config unless given.
+        mask_token_id, pad_token_id: from the model's config unless given.
+        eos_token_id: what ends an answer, one id or several; by default each that the model's
+            config or generation config names (`dmax_kernels.models.end_tokens`).
         rule: "spd", or an ablation: "hybrid" (no prefix), "hard_prefix", "hard" (tokens instead of
             soft embeddings), "threshold" (no revision; `convergence` and tau_acc do not apply); or
             another decoder of `RULES`: "factor", "hierarchical", "top_n", "autoregressive",

@@ -3,47 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file, logging
 
 # Imported for what it does: it makes the Auto classes know the shipped checkpoints' model
 import dmax_kernels.ring_walk.model  # noqa: F401
+from dmax_kernels.models.remote_code import (
+    dtype_argument,
+    prepare_remote_code,
+    repair_loaded_model,
+)
 
 SHIPPED_DIR = Path(__file__).parent.parent / "ring_walk" / "weights"
 SHIPPED = ("base", "oput", "control")
-
-
-def checkpoint_folder(name: str | os.PathLike) -> Path:
-    """The folder of a shipped checkpoint or, as it is, of any other."""
-    path = SHIPPED_DIR / str(name) if str(name) in SHIPPED else Path(name)
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"load_checkpoint: name must be one of {', '.join(SHIPPED)} or a folder with a "
-            f"config.json, got {str(name)!r}"
-        )
-    return path
-
-
-def load_checkpoint(name: str | os.PathLike, **options: Any) -> tuple[Any, Any]:
-    """Model (in evaluation mode) and tokenizer of a shipped checkpoint or of a folder.
-
-    Args:
-        name: "base", "oput" or "control", or the path of a Hugging Face folder, whose own code is
-            run (`trust_remote_code=True`).
-        options: for the model's `from_pretrained`, such as `attn_implementation`.
-    """
-    path = checkpoint_folder(name)
-    with no_progress_bar():
-        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-    return model.eval(), tokenizer
+HUB_NAME = r"[\w.-]+/[\w.-]+"
 
 
 def write_like(
@@ -58,6 +42,74 @@ def write_like(
     tokenizer.save_pretrained(path)
     for file in source.glob("*.py"):
         shutil.copyfile(file, path / file.name)
+
+
+def checkpoint_folder(name: str | os.PathLike) -> Path:
+    """The folder with the code and configuration of a checkpoint that was loaded by this name."""
+    if str(name) in SHIPPED:
+        return SHIPPED_DIR / str(name)
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(cached_file(str(name), "config.json")).parent  # of the hub's files on this machine
+
+
+def load_checkpoint(
+    name: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    attention: str = "sdpa",
+    device_map: Any = None,
+) -> tuple[Any, Any]:
+    """Model (in evaluation mode) and tokenizer: the one loader of every command.
+
+    Runs the checkpoint's own code (`trust_remote_code=True`), with the shims that it needs under
+    transformers 5 (`remote_code`).
+
+    Args:
+        name: "base", "oput" or "control", a folder, or a name on the Hugging Face hub.
+        dtype: of the weights; by default what the checkpoint says.
+        attention: transformers' `attn_implementation`. A model without sdpa gets its eager one.
+
+    Raises:
+        ValueError: a folder without config.json, or a name that cannot be loaded; one sentence.
+    """
+    shipped = str(name) in SHIPPED
+    path = SHIPPED_DIR / str(name) if shipped else name
+    here = (Path(path) / "config.json").is_file()
+    if not here and (Path(path).exists() or not re.fullmatch(HUB_NAME, str(name))):
+        raise ValueError(
+            f"load_checkpoint: name must be one of {', '.join(SHIPPED)}, a folder with a "
+            f"config.json, or OWNER/NAME on the Hugging Face hub, got {str(name)!r}"
+        )
+    trust = {} if shipped else {"trust_remote_code": True}
+    prepare_remote_code()
+    try:
+        with no_progress_bar():
+            config = AutoConfig.from_pretrained(path, **trust)
+            tokenizer = AutoTokenizer.from_pretrained(path, **trust)
+            options = {"config": config, "device_map": device_map, **trust, **dtype_argument(dtype)}
+            load = partial(AutoModelForCausalLM.from_pretrained, path, **options)
+            try:
+                model = load(attn_implementation=attention)
+            except ValueError as error:  # raised before the weights are read
+                if attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
+                    raise
+                model = load(attn_implementation="eager")
+    except ModuleNotFoundError:  # of a package that this one needs
+        raise
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())  # transformers' own text runs over many lines
+        raise ValueError(
+            "load_checkpoint: name must be a checkpoint whose config, weights, tokenizer and code "
+            f"can be loaded, got {str(name)!r} ({reason:.300})"
+        ) from error
+    if not shipped:
+        repair_loaded_model(model)
+    if getattr(model, "generation_config", None) is None:
+        # transformers reads it only for classes with its generate; `end_tokens` wants it for all
+        with suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(path)
+    return model.eval(), tokenizer
 
 
 @contextmanager

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dmax_kernels.models.checkpoint import SHIPPED, load_checkpoint
-from dmax_kernels.models.remote_code import (
-    dtype_argument,
-    prepare_remote_code,
-    repair_loaded_model,
-)
+from dmax_kernels.models.end_tokens import end_token_ids
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,11 @@ class Loaded:
     tokenizer: Any
     defaults: Defaults
 
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What ends an answer; the first is what training adds."""
+        return end_token_ids(self.model, self.tokenizer, self.defaults.eos_token_id)
+
 
 def model_defaults(name: str, config: Any) -> Defaults:
     """Those of a known name; of a folder or another name, from the config."""
@@ -64,55 +64,26 @@ def model_defaults(name: str, config: Any) -> Defaults:
 
 
 def load_pretrained(
-    name: str, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    attention: str = "sdpa",
 ) -> Loaded:
-    """Model in evaluation mode, tokenizer, and how the model is decoded.
-
-    Runs the checkpoint's own code (`trust_remote_code=True`), with the shims it needs under
-    transformers 5, and sdpa attention, which is the one that adds a 4-D float mask.
+    """`load_checkpoint`, on a device, with how the model is decoded.
 
     Args:
         name: a name on the Hugging Face hub (see `KNOWN`), a folder, or a shipped checkpoint of the
             demo ("base", "oput", "control").
         dtype: of the weights; by default what the checkpoint says.
         device: where to put it; "auto" spreads a large model over the devices there are.
-
-    Raises:
-        ValueError: a folder without config.json, or a name that cannot be loaded; one sentence.
+        attention: sdpa adds a 4-D float mask, which LLaDA2's code needs for decoding.
     """
-    if name in SHIPPED:
-        model, tokenizer = load_checkpoint(name)
-        model = model.to(device=torch.device(device), dtype=dtype)
-        defaults = replace(model_defaults(name, model.config), pad_prompts=True)
-        return Loaded(model, tokenizer, defaults)
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"load_pretrained: name must be a folder with a config.json, got {name!r}")
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    prepare_remote_code()
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=True)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
-    except OSError as error:  # transformers' own text runs over many lines
-        reason = str(error).splitlines()[0]
-        if Path(name).is_dir():
-            raise ValueError(
-                "load_pretrained: name must be a folder that holds config, weights, tokenizer and "
-                f"the model's own code, got {name!r} ({reason})"
-            ) from error
-        raise ValueError(
-            f"load_pretrained: name must be a model on the Hugging Face hub, a folder with one, or "
-            f"one of {', '.join(SHIPPED)}, got {name!r} ({reason})"
-        ) from error
-    model = AutoModelForCausalLM.from_pretrained(
-        name,
-        config=config,
-        trust_remote_code=True,
-        attn_implementation="sdpa",
-        **dtype_argument(dtype),
-        device_map=device if str(device) == "auto" else None,
+    spread = str(device) == "auto"
+    model, tokenizer = load_checkpoint(
+        name, dtype=dtype, attention=attention, device_map="auto" if spread else None
     )
-    repair_loaded_model(model)
-    if str(device) != "auto":
+    if not spread:
         model = model.to(torch.device(device))
-    return Loaded(model.eval(), tokenizer, model_defaults(name, config))
+    defaults = model_defaults(name, model.config)
+    return Loaded(model, tokenizer, replace(defaults, pad_prompts=name in SHIPPED))

@@ -6,11 +6,13 @@ Each shim says when to delete it. None of them touches what transformers already
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import modeling_rope_utils
 from transformers.utils import import_utils
 
@@ -50,16 +52,42 @@ def unscaled_rotary_frequencies(
 
 
 def repair_loaded_model(model: Any) -> None:
-    """Call after `from_pretrained`.
+    """Call after `from_pretrained`: gives buffers that no checkpoint holds the values of the code.
 
-    transformers 5 builds models on the meta device, and buffers that are not in the checkpoint come
-    back with whatever the memory held, unless the model's own `_init_weights` fills them, which
-    LLaDA2's does not: positions would be rotated by garbage, silently. Delete when the checkpoints'
-    `_init_weights` restores `inv_freq`.
+    transformers 5 builds models on the meta device, and buffers that are not in the checkpoint
+    (rotary frequencies, tables of sines) come back with whatever the memory held, unless the
+    model's own `_init_weights` fills them, which the code written for 4.5x does not: positions
+    would be rotated by garbage, silently. The model is built once more, with buffers and without
+    weights, and its buffers are copied. Delete when the checkpoints' code is written for
+    transformers 5.
     """
-    for module in model.modules():
-        if hasattr(module, "rope_init_fn") and hasattr(module, "inv_freq"):
-            frequencies, scaling = module.rope_init_fn(module.config, module.inv_freq.device)
-            module.inv_freq = frequencies.to(module.inv_freq.dtype)
-            module.original_inv_freq = module.inv_freq
-            module.attention_scaling = scaling
+    of_transformers = type(model).__module__.startswith("transformers.")
+    if of_transformers or not any(m._non_persistent_buffers_set for m in model.modules()):
+        return
+    on_meta = register_module_parameter_registration_hook(
+        lambda module, name, parameter: nn.Parameter(
+            parameter.detach().to("meta"), requires_grad=parameter.requires_grad
+        )
+    )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            fresh = type(model)._from_config(deepcopy(model.config), **dtype_argument(model.dtype))
+    finally:
+        on_meta.remove()
+    loaded = dict(model.named_modules())
+    for name, built in fresh.named_modules():
+        module = loaded.get(name)
+        if module is None:
+            continue
+        for key in built._non_persistent_buffers_set & module._buffers.keys():
+            module._buffers[key] = like(module._buffers[key], built._buffers[key])
+        for key, value in vars(built).items():  # such as original_inv_freq, which is no buffer
+            if isinstance(value, Tensor) and key in vars(module):
+                setattr(module, key, like(getattr(module, key), value))
+
+
+def like(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """`new` where `old` is; what was never given memory stays on the CPU."""
+    if old is None or new is None or old.is_meta:
+        return new
+    return new.to(device=old.device, dtype=old.dtype)

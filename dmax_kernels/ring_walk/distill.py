@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from dmax_kernels.files import write_atomically
 from dmax_kernels.ring_walk import task
 from dmax_kernels.ring_walk.evaluate import Cell, decode
 from dmax_kernels.ring_walk.stages import Distillation
-from dmax_kernels.training.checkpoints import write_atomically
 from dmax_kernels.training.config import check_same_run
 from dmax_kernels.training.data import Example
 

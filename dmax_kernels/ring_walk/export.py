@@ -13,6 +13,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from dmax_kernels.files import replace_folder
 from dmax_kernels.models.checkpoint import no_progress_bar
 from dmax_kernels.ring_walk import task
 from dmax_kernels.ring_walk.model import TinyDlmConfig, TinyDlmForCausalLM
@@ -64,13 +65,17 @@ def write_checkpoint(
 
 
 def save_checkpoint(model: TinyDlmForCausalLM, path: Path) -> None:
-    """`write_checkpoint` into a folder that appears whole."""
+    """`write_checkpoint` into a folder that appears whole.
+
+    Raises:
+        ValueError: a folder of that name is there and is no checkpoint: it is left as it is.
+    """
+    if path.exists() and not (path / "config.json").is_file():
+        raise ValueError(f"save_checkpoint: path must be free or a checkpoint's, got {path}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         write_checkpoint(model, temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

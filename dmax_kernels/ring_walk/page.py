@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dmax_kernels.decoding import GenerationOutput
+from dmax_kernels.files import write_text
 from dmax_kernels.ring_walk import task
 from dmax_kernels.ring_walk.evaluate import Cell, decode, response_words
 from dmax_kernels.ring_walk.tables import MODEL_NAMES
@@ -110,4 +111,4 @@ def fill_template(data: dict[str, Any], path: Path) -> None:
     """The page for this data: words by id, ids that end an answer, and runs with their blocks."""
     # "<" inside the data must not end the script element
     embedded = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    path.write_text(TEMPLATE.read_text("utf-8").replace("__DATA__", embedded), "utf-8")
+    write_text(path, TEMPLATE.read_text("utf-8").replace("__DATA__", embedded))

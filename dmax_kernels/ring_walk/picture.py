@@ -11,6 +11,7 @@ matplotlib.use("Agg")  # a file, whatever display there is
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
+from dmax_kernels.files import write_atomically
 from dmax_kernels.ring_walk.evaluate import TAUS, Cell, Result, ablation_rows
 from dmax_kernels.ring_walk.tables import MODEL_NAMES, RULE_NAMES, best_control
 
@@ -83,7 +84,7 @@ def write_picture(results: dict[Cell, Result], problems: int, path: Path) -> Non
     axes.legend(
         handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8.5
     )
-    figure.savefig(path)
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
     plt.close(figure)
 
 

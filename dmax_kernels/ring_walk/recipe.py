@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import nn
 
+from dmax_kernels.files import save_json
 from dmax_kernels.ring_walk import task
 from dmax_kernels.ring_walk.data import stage_stream
 from dmax_kernels.ring_walk.distill import distill, distilled_examples
@@ -30,7 +31,6 @@ from dmax_kernels.ring_walk.stages import (
     OPUT,
     Stage,
 )
-from dmax_kernels.training.checkpoints import save_json
 from dmax_kernels.training.data import Example
 from dmax_kernels.training.loop import fit
 from dmax_kernels.training.parallel import Processes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dmax_kernels.files import replace_folder, save_json
 from dmax_kernels.training.parallel import Processes
 
 STATE = "training_state"  # folder inside a checkpoint: shards of tensors, and run.json
@@ -21,21 +21,6 @@ STATE = "training_state"  # folder inside a checkpoint: shards of tensors, and r
 
 class CheckpointNotWritten(OSError):
     """A checkpoint could not be written; those before it are as they were."""
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes a temporary file beside `path`, then renames it: an interruption leaves no half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_json(path: Path, value: Any) -> None:
-    write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 class Checkpoints:
@@ -54,8 +39,8 @@ class Checkpoints:
                 shutil.rmtree(left)
 
     def all(self) -> list[Path]:
-        """Oldest first."""
-        return sorted(self.folder.glob("step-*"))
+        """Oldest first. A folder of the user's own, as "step-00000100-best", is none of them."""
+        return sorted(self.folder.glob("step-" + "[0-9]" * 8))
 
     def newest(self) -> Path | None:
         return self.all()[-1] if self.all() else None
@@ -89,9 +74,8 @@ class Checkpoints:
 
         def rename() -> None:
             if self.group.is_first:
-                (temporary / STATE / "run.json").write_text(json.dumps(run, indent=1) + "\n")
-                shutil.rmtree(path, ignore_errors=True)  # of a run that went on from an older one
-                temporary.rename(path)
+                save_json(temporary / STATE / "run.json", run)
+                replace_folder(temporary, path)  # one is there if the run went on from an older one
 
         for action in (make_folder, lambda: write_model(temporary), write_state, rename):
             problem = self.attempt(action)

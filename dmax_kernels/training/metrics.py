@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dmax_kernels.training.checkpoints import write_atomically
+from dmax_kernels.files import write_atomically
 
 PASSES = ("loss_masked", "loss_predicted")
 

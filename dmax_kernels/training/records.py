@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
+import reprlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
 
+from dmax_kernels.files import read_jsonl as read_jsonl  # the other source beside read_dataset
+from dmax_kernels.models.end_tokens import as_ids
+from dmax_kernels.models.prompt_ids import has_chat_template, prompt_ids, render, text_ids
 from dmax_kernels.training.data import Example, Examples
 
-
-class MalformedRecord(ValueError):
-    """A record that is not a conversation; the message says what is wrong with it."""
+Records = Iterator[tuple[str, Any]]  # where it came from, record; a ValueError: it cannot be read
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, record) of each line that is not blank; the record is a `MalformedRecord` where
-    the line is not JSON."""
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    record = MalformedRecord(f"not JSON ({error})")
-                yield f"{path}:{number}", record
-    except FileNotFoundError:
-        raise ValueError(f"data must be JSONL files, got no file {path}") from None
-
-
-def read_dataset(name: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
+def read_dataset(name: str, config: str | None, split: str) -> Records:
     """(name[index], record) of a Hugging Face dataset."""
     try:
         import datasets  # only here: nothing else needs it
@@ -46,15 +29,19 @@ def read_dataset(name: str, config: str | None, split: str) -> Iterator[tuple[st
 
 
 def conversation(record: Any) -> list[dict[str, str]]:
-    """Messages of {"messages": [{"role", "content"}, ...]} or of {"prompt", "response"}."""
-    if isinstance(record, MalformedRecord):
+    """Messages of {"messages": [{"role", "content"}, ...]} or of {"prompt", "response"}.
+
+    Raises:
+        ValueError: the record is no conversation; the message says what is wrong with it.
+    """
+    if isinstance(record, ValueError):
         raise record
     if not isinstance(record, dict):
-        raise MalformedRecord(f"must be an object, got {type(record).__name__}")
+        raise ValueError(f"must be an object, got {type(record).__name__}")
     if record.get("messages") is not None:
         messages = record["messages"]
         if not isinstance(messages, list) or not messages:
-            raise MalformedRecord("messages must be a list of at least one message")
+            raise ValueError("messages must be a list of at least one message")
     elif "prompt" in record and "response" in record:
         messages = [
             {"role": "user", "content": record["prompt"]},
@@ -62,48 +49,49 @@ def conversation(record: Any) -> list[dict[str, str]]:
         ]
     else:
         got = ", ".join(sorted(record)) or "no key"
-        raise MalformedRecord(f'needs "messages", or "prompt" and "response", got {got}')
+        raise ValueError(f'needs "messages", or "prompt" and "response", got {got:.80}')
     for message in messages:
         for key in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(key), str):
-                raise MalformedRecord(f"each message needs a text {key!r}, got {message!r:.80}")
+                # reprlib's is short, and does not go down what is nested deeply
+                raise ValueError(f"each message needs a text {key!r}, got {reprlib.repr(message)}")
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
-def encode(messages: list[dict[str, str]], tokenizer: Any, eos_token_id: int) -> Example:
+def encode(
+    messages: list[dict[str, str]], tokenizer: Any, eos_token_id: int | Iterable[int]
+) -> Example:
     """Token ids of the last assistant message (the response) and of all before it (the prompt).
 
     Both are tokenised apart, so that the prompt's ids are those that the decoder will be given.
-    The response ends with its first end-of-sequence token, which is added where there is none; a
-    conversation whose last message is not the assistant's, or is empty, has an empty response.
+    The response ends with its first end-of-sequence token; where it has none, the first of
+    `eos_token_id` is added. A conversation whose last message is not the assistant's, or is empty,
+    has an empty response.
+
+    Raises:
+        ValueError: the tokenizer or its chat template cannot take the messages.
     """
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         return Example((), ())
-    if getattr(tokenizer, "chat_template", None):
-        render = tokenizer.apply_chat_template
-        prompt = render(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = render(messages, tokenize=False)
-        if not whole.startswith(prompt):
-            raise MalformedRecord("the chat template does not write the prompt first")
-        response = whole[len(prompt) :]
-    elif len(messages) == 2:
-        prompt, response = messages[0]["content"], messages[1]["content"]
-    else:
-        raise ValueError(
-            "the tokenizer has no chat template: records must be one prompt and one response, "
-            f"got {len(messages)} messages"
-        )
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, response)]
-    if eos_token_id not in ids[1]:
-        ids[1].append(eos_token_id)
-    return Example(tuple(ids[0]), tuple(ids[1][: ids[1].index(eos_token_id) + 1]))
+    ends = as_ids(eos_token_id)
+    prompt, text = prompt_ids(tokenizer, messages[:-1])
+    answer = messages[-1]["content"]
+    if has_chat_template(tokenizer):
+        whole = render(tokenizer, messages, answer_follows=False)
+        if not whole.startswith(text):
+            raise ValueError("the chat template does not write the prompt first")
+        answer = whole[len(text) :]
+    response = text_ids(tokenizer, answer)
+    end = next((i for i, token in enumerate(response) if token in ends), None)
+    response = [*response, ends[0]] if end is None else response[: end + 1]
+    return Example(tuple(prompt), tuple(response))
 
 
 def read_examples(
-    records: Iterator[tuple[str, Any]],
+    records: Records,
     tokenizer: Any,
     *,
-    eos_token_id: int,
+    eos_token_id: int | Iterable[int],
     vocab_size: int,
     max_length: int | None,
     skip_malformed: bool = False,
@@ -112,21 +100,23 @@ def read_examples(
     """All examples and how many records were skipped, by reason.
 
     Skipped and counted: a record without a response token; one longer than `max_length` (the paper
-    leaves out what is incomplete; nothing is cut); with `skip_malformed`, one that is no
-    conversation.
+    leaves out what is incomplete; nothing is cut); with `skip_malformed`, one that cannot be read,
+    is no conversation, or that the chat template or the tokenizer refuses.
 
     Raises:
         ValueError: a malformed record, by file and line; or no record is left.
     """
-    examples = Examples()
+    examples, first = Examples(), ""
     skipped = {"malformed": 0, "no response": 0, "too long": 0}
     for where, record in tqdm(records, desc="reading", unit="record", disable=not progress):
         try:
             example = encode(conversation(record), tokenizer, eos_token_id)
-        except MalformedRecord as error:
+        except ValueError as error:
+            reason = f"{where}: {' '.join(str(error).split())}"
             if not skip_malformed:
-                raise ValueError(f"{where}: {error} (--skip-malformed goes on)") from None
+                raise ValueError(f"{reason} (--skip-malformed goes on)") from None
             skipped["malformed"] += 1
+            first = first or f"; the first malformed: {reason}"
             continue
         ids = example.prompt + example.response
         if not example.response:
@@ -142,5 +132,7 @@ def read_examples(
             examples.append(example, where)
     if not examples:
         counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count)
-        raise ValueError(f"the data must hold at least one usable record, got {counts or 'none'}")
+        raise ValueError(
+            f"the data must hold at least one usable record, got {counts or 'none'}{first}"
+        )
     return examples, {reason: count for reason, count in skipped.items() if count}

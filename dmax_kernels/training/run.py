@@ -9,12 +9,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dmax_kernels.models.checkpoint import checkpoint_folder, load_checkpoint, write_like
+from dmax_kernels.files import check_input
+from dmax_kernels.models.checkpoint import checkpoint_folder, write_like
+from dmax_kernels.models.end_tokens import write_end_token_ids
+from dmax_kernels.models.pretrained import load_pretrained
 from dmax_kernels.training.config import TrainConfig
 from dmax_kernels.training.data import Examples, epochs
 from dmax_kernels.training.loop import fit
 from dmax_kernels.training.parallel import Processes, processes
-from dmax_kernels.training.records import read_dataset, read_examples, read_jsonl
+from dmax_kernels.training.records import Records, read_dataset, read_examples, read_jsonl
 
 
 def run_training(given: dict[str, Any], output: Path) -> list[dict[str, Any]]:
@@ -38,10 +41,12 @@ def run_training(given: dict[str, Any], output: Path) -> list[dict[str, Any]]:
     stop_after = given.get("stop_after")
     if stop_after is not None and stop_after < 1:
         raise ValueError(f"--stop-after must be at least 1, got {stop_after}")
-    source = checkpoint_folder(given["model"])
+    for path in given.get("data", []):  # before a large model is loaded
+        check_input("--data", Path(path))
     with processes(given.get("device")) as group:
-        config, model, tokenizer, eos_token_id = load_model(given, config)
-        examples = load_examples(given, config, model, tokenizer, eos_token_id, group)
+        config, model, tokenizer, ends = load_model(given, config)
+        examples = load_examples(given, config, model, tokenizer, ends, group)
+        source = checkpoint_folder(given["model"])
         config = with_steps(config, len(examples))
         stream = epochs(examples, config.batch_size, config.seed)
         if config.passes == "alternating":
@@ -58,7 +63,7 @@ def run_training(given: dict[str, Any], output: Path) -> list[dict[str, Any]]:
             stream,
             output,
             data=examples.fingerprint,
-            eos_token_id=eos_token_id,
+            eos_token_id=ends[0],
             save_model=lambda model, weights, path: write_like(
                 source, model, tokenizer, weights, path
             ),
@@ -71,13 +76,16 @@ def run_training(given: dict[str, Any], output: Path) -> list[dict[str, Any]]:
     return metrics
 
 
-def load_model(given: dict[str, Any], config: TrainConfig) -> tuple[TrainConfig, Any, Any, int]:
-    """Model, tokenizer and end-of-sequence id; the block length from the model unless given.
+def load_model(
+    given: dict[str, Any], config: TrainConfig
+) -> tuple[TrainConfig, Any, Any, tuple[int, ...]]:
+    """Model, tokenizer and end-of-sequence ids; the block length from the model unless given.
 
     What was given is written into the model's config, where the decoding loop looks for it.
     """
-    options = {"attn_implementation": "flex_attention"} if config.attention == "flex" else {}
-    model, tokenizer = load_checkpoint(given["model"], **options)
+    attention = "flex_attention" if config.attention == "flex" else "sdpa"
+    loaded = load_pretrained(given["model"], attention=attention)
+    model, tokenizer = loaded.model, loaded.tokenizer
     known = getattr(model.config, "block_length", None)
     if "block_length" not in given and known is not None:
         config = replace(config, block_length=known)
@@ -86,16 +94,17 @@ def load_model(given: dict[str, Any], config: TrainConfig) -> tuple[TrainConfig,
     vocabulary = model.get_input_embeddings().weight.shape[0]
     mask = given.get("mask_token_id", getattr(model.config, "mask_token_id", None))
     if mask is None:
+        mask = loaded.defaults.mask_token_id
+    if mask is None:
         mask = tokenizer.mask_token_id
     if mask is not None and not 0 <= mask < vocabulary:
         raise ValueError(f"mask_token_id must be in [0, {vocabulary}), got {mask}")
     model.config.mask_token_id = mask
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        eos = getattr(model.config, "eos_token_id", None)
-    if eos is None:
+    ends = loaded.eos_token_ids
+    if not ends:
         raise ValueError("the tokenizer must have an end-of-sequence token, got none")
-    return config, model, tokenizer, eos[0] if isinstance(eos, list) else eos
+    write_end_token_ids(model, ends)
+    return config, model, tokenizer, ends
 
 
 def load_examples(
@@ -103,7 +112,7 @@ def load_examples(
     config: TrainConfig,
     model: Any,
     tokenizer: Any,
-    eos_token_id: int,
+    ends: tuple[int, ...],
     group: Processes,
 ) -> Examples:
     max_length = given.get("max_length")
@@ -114,7 +123,7 @@ def load_examples(
     examples, skipped = read_examples(
         records(given),
         tokenizer,
-        eos_token_id=eos_token_id,
+        eos_token_id=ends,
         vocab_size=model.get_input_embeddings().weight.shape[0],
         max_length=max_length,
         skip_malformed=given.get("skip_malformed", False),
@@ -126,9 +135,9 @@ def load_examples(
     return examples
 
 
-def records(given: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def records(given: dict[str, Any]) -> Records:
     if "data" in given:
-        return chain.from_iterable(read_jsonl(path) for path in given["data"])
+        return chain.from_iterable(read_jsonl(Path(path)) for path in given["data"])
     return read_dataset(given["dataset"], given.get("dataset_config"), given.get("split", "train"))
 
 

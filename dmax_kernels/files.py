@@ -1,0 +1,122 @@
+"""Files of the user: read line by line, and written whole or not at all."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def check_input(what: str, path: Path) -> None:
+    """`what` is the option or argument that named the file. Pipes are files, too."""
+    if not path.exists():
+        raise ValueError(f"{what} must be a file, got no file {path}")
+    if path.is_dir():
+        raise ValueError(f"{what} must be a file, got the folder {path}")
+
+
+def check_output(what: str, path: Path) -> None:
+    """Called before the minutes of work whose result goes to the file."""
+    if not path.parent.is_dir() or path.is_dir():
+        raise ValueError(f"{what} must be a file in a folder that exists, got {path}")
+
+
+def read_lines(path: Path, what: str) -> Iterator[tuple[str, str | ValueError]]:
+    """("FILE:LINE", text) of each line that is not blank; a ValueError for one that is not UTF-8.
+
+    A line ends with \\n or \\r\\n and with nothing else: U+2028 and U+0085, at which
+    `str.splitlines` cuts, may stand inside a JSON string. A byte-order mark in front of a line is
+    left out.
+    """
+    check_input(what, path)
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            line = line.removesuffix(b"\n").removesuffix(b"\r").removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
+            text: str | ValueError
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                text = ValueError(f"must be UTF-8 text ({error})")
+            yield f"{path}:{number}", text
+
+
+def read_jsonl(path: Path, what: str = "data") -> Iterator[tuple[str, Any]]:
+    """("FILE:LINE", value) of each line that is not blank; a ValueError where it is not JSON."""
+    for place, line in read_lines(path, what):
+        value = line
+        if isinstance(line, str):
+            try:
+                value = parse_json(line)
+            except ValueError as error:
+                value = error
+        yield place, value
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The value of a whole file; a ValueError says what is wrong with it."""
+    check_input(what, path)
+    try:
+        return parse_json(path.read_bytes().decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{what} {path}: {error}") from None
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads` whose every failure is one ValueError of one line.
+
+    Python refuses integers of more than 4,300 digits with a plain ValueError, and values that are
+    nested more deeply than its stack with a RecursionError.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"must be JSON ({error})") from None
+    except ValueError:
+        raise ValueError("must be JSON with numbers of at most 4,300 digits") from None
+    except RecursionError:
+        raise ValueError("must be JSON that is not nested so deeply") from None
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a temporary file beside `path`, then renames it: an interruption leaves no half.
+
+    What a link points to is replaced, and not the link. A device or a pipe, as /dev/null, is
+    written to as it is: renaming would put a file in its place.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        write(path)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        if path.exists():
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write_text(text, "utf-8"))
+
+
+def save_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Renames `new` to `path`; what was there is deleted only once the new folder is in place."""
+    old = path.with_name(f".{path.name}.old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
