@@ -47,7 +47,7 @@ def random_batch(eos_tail="block"):
 
 
 def net_of(model):
-    return DenoisingModel(model, attention="sdpa", autocast=False)
+    return DenoisingModel(model)
 
 
 # Corruption
@@ -123,7 +123,7 @@ def test_flex_attention_sees_what_the_boolean_mask_shows(make):
     hidden = {}
     for attention, name in (("sdpa", "sdpa"), ("flex", "flex_attention")):
         model.set_attn_implementation(name)
-        net = DenoisingModel(model, attention=attention, autocast=False)
+        net = DenoisingModel(model)
         hidden[attention] = torch.stack(net(layout, noisy, clean, lambda parts, *_: parts))
     torch.testing.assert_close(hidden["flex"], hidden["sdpa"], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="attention must be sdpa on a CPU .* got flex"):
