@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmax_kernels.training.config import TrainConfig
 from dmax_kernels.training.layout import ATTENTION_OF, Layout, attention_mask
-from dmax_kernels.training.probe import check_attention, head_scale
+from dmax_kernels.training.probe import check_attention, check_head, head_scale
 
 # then(parts, weight, bias): the noisy parts' hidden states with the head's weight and bias, or
 # their logits with None for both
@@ -127,6 +127,8 @@ def build_net(model: Any, config: TrainConfig, device: torch.device) -> Denoisin
         raise ValueError(
             "attention must be sdpa on a CPU (FlexAttention has no backward pass there), got flex"
         )
+    if config.loss_from == "hidden":
+        check_head(net)
     check_attention(net)
     if config.loss_from == "hidden":
         net.head_scale = head_scale(net)

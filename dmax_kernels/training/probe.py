@@ -1,7 +1,7 @@
 """What training takes for granted of a model, asked of the model itself before the first step.
 
-Nothing here goes by names of architectures. A mask that is ignored or a layer beside the head raises
-no error, and the loss still falls: the run would teach the model something else.
+Nothing here goes by names of architectures. A mask that is ignored or a layer beside the head
+raises no error, and the loss still falls: the run would teach the model something else.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmax_kernels.training.layout import Layout, attention_mask
@@ -94,26 +94,27 @@ def turn_round(mask: Any, back: Tensor) -> Any:
     return create_block_mask(turned, None, None, tokens, tokens, device=back.device)
 
 
-@torch.no_grad()
-def head_scale(net: DenoisingModel) -> float:
-    """s, where the model's logits are s (hidden W^T + b) with the head's weight W and bias b.
-
-    Raises:
-        ValueError: they are not, or something else that is trained lies between, such as an
-            adapter on the head, which may still be zero.
-    """
+def check_head(net: DenoisingModel) -> None:
+    """Refuses a head that is not one weight behind a backbone, as far as its parts tell."""
     backbone, head = net.backbone, net.model.get_output_embeddings()
     weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
-        raise ValueError(head_message("no output embedding with a weight"))
+    if backbone is net.model or not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ValueError(head_message(f"{type(net.model).__name__} without such parts"))
     vocabulary = net.model.get_input_embeddings().weight.shape[0]
     if weight.shape[0] != vocabulary:
         raise ValueError(vocabulary_message(vocabulary, weight.shape[0]))
-    bias = getattr(head, "bias", None)
-    known = {id(p) for p in (*backbone.parameters(), weight, bias)}
+    known = {id(p) for p in (*backbone.parameters(), weight, getattr(head, "bias", None))}
     for name, parameter in net.model.named_parameters():
+        # An adapter starts at zero: the logits do not show it yet
         if parameter.requires_grad and id(parameter) not in known:
             raise ValueError(head_message(f"{name}, which is trained too"))
+
+
+@torch.no_grad()
+def head_scale(net: DenoisingModel) -> float:
+    """s, where the model's logits are s (hidden W^T + b) with the head's weight W and bias b."""
+    backbone, head = net.backbone, net.model.get_output_embeddings()
+    weight, bias = head.weight, getattr(head, "bias", None)
     inputs = {
         "input_ids": random_tokens(net)[:1],
         "position_ids": PROBED.position_ids.to(net.device),
@@ -128,9 +129,14 @@ def head_scale(net: DenoisingModel) -> float:
         # Logits up to 100 apart from the bias, where a softcap shows
         states = states * (100 / F.linear(states, weight).abs().max())
         plain = F.linear(states, weight, bias).double()
-        hook = backbone.register_forward_hook(
-            lambda module, arguments, output: with_states(output, states)
-        )
+        replaced = []
+
+        def replace(module: nn.Module, arguments: Any, output: Any) -> Any:
+            replaced.append(output)
+            output.last_hidden_state = states
+            return output
+
+        hook = backbone.register_forward_hook(replace)
         try:
             logits = net.model(**inputs).logits.double()
         finally:
@@ -138,6 +144,8 @@ def head_scale(net: DenoisingModel) -> float:
     finally:
         if blank:
             weight.zero_()
+    if not replaced:
+        raise ValueError(head_message(f"{type(net.model).__name__}, which runs parts of its own"))
     if logits.shape != plain.shape:
         raise ValueError(head_message(f"logits of shape {list(logits.shape)}"))
     scale = float((logits * plain).sum() / plain.square().sum())
@@ -145,17 +153,12 @@ def head_scale(net: DenoisingModel) -> float:
     if not error < 1e-3:  # a softcap of 30 leaves 0.3 here; NaN is refused too
         raise ValueError(
             head_message(
-                f"logits of {type(net.model).__name__} that are {error:.1g} off relatively"
+                f"{type(net.model).__name__}'s, which differ by {error:.1%} of the largest"
             )
         )
     # Configs hold 1, 8, 0.0625: leave out the rounding of the sums above
     simple = float(Fraction(scale).limit_denominator(100))
     return simple if abs(simple - scale) < 1e-6 * abs(scale) else scale
-
-
-def with_states(output: Any, states: Tensor) -> Any:
-    output.last_hidden_state = states
-    return output
 
 
 def head_message(got: str) -> str:
