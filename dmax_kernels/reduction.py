@@ -25,9 +25,11 @@ def _check_num_tokens(op: str, num_tokens: Tensor | float, reduction: str) -> No
     if isinstance(num_tokens, Tensor):  # its value stays on the device
         good, got = num_tokens.dim() == 0, f"shape {list(num_tokens.shape)}"
     else:
-        good, got = 0 < num_tokens < math.inf, num_tokens
+        good, got = 0 <= num_tokens < math.inf, num_tokens
     if not good:
-        raise ValueError(f"{op}: num_tokens must be a positive number or a 0-D tensor, got {got}")
+        raise ValueError(
+            f"{op}: num_tokens must be a number of at least 0 or a 0-D tensor, got {got}"
+        )
 
 
 def reduce_loss(
@@ -44,8 +46,9 @@ def reduce_loss(
 
     ``reduction="none"`` returns both passes' weighted losses [...] (None for an absent pass),
     ``"sum"`` one scalar with n = 1, ``"mean"`` one scalar with n = ``num_tokens``: by default the
-    number of targets that are not ``ignore_index`` (at least 1, so that a batch without any gives
-    0); pass the global count, as a tensor or number, to average over data-parallel ranks.
+    number of targets that are not ``ignore_index``; pass the global count, as a tensor or number,
+    to average over data-parallel ranks. The mean of a batch without any is 0, and so are its
+    gradients.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
@@ -71,5 +74,10 @@ def reduce_loss(
     if reduction == "sum":
         return total
     if num_tokens is None:
-        num_tokens = (target != ignore_index).sum().clamp(min=1)
-    return total / num_tokens
+        num_tokens = (target != ignore_index).sum()
+    if isinstance(num_tokens, Tensor):
+        empty, divisor = num_tokens == 0, torch.where(num_tokens == 0, 1, num_tokens)
+    else:
+        empty, divisor = total.new_full((), num_tokens == 0, dtype=torch.bool), num_tokens or 1
+    # The divisor is replaced as well: 0 / 0 would leave NaN in the gradient
+    return (total / divisor).masked_fill(empty.to(total.device), 0.0)

@@ -429,7 +429,7 @@ def test_bad_input(arguments, options, message):
         ({"reduction": "avg"}, "reduction must be one of .*, got 'avg'"),
         ({"token_weight": T[:2]}, r"token_weight must have target's shape \[3\], got \[2\]"),
         ({"num_tokens": 3}, "num_tokens is for reduction 'mean', got 'none'"),
-        ({"num_tokens": 0, "reduction": "mean"}, "num_tokens must be a positive number .*, got 0"),
+        ({"num_tokens": -1, "reduction": "mean"}, "num_tokens must be .* at least 0 .*, got -1"),
         ({"num_tokens": T, "reduction": "mean"}, r"num_tokens must be .*, got shape \[3\]"),
     ],
 )

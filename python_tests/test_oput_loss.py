@@ -169,6 +169,14 @@ def test_reductions(op):
     for grad, wide_grad in zip(grads, torch.autograd.grad(expected, wide), strict=True):
         assert_close(grad, wide_grad, 1e-5, 1e-9)
 
+    for zero in (0, torch.tensor(0), torch.tensor(0.0)):  # a global batch without a target
+        leaf, nothing = masked.clone().requires_grad_(), torch.full_like(target, -100)
+        empty = op.oput_loss(leaf, None, nothing, reduction="mean", num_tokens=zero)
+        assert empty.dtype == torch.float32
+        assert empty == 0
+        (grad,) = torch.autograd.grad(empty, leaf)
+        assert not grad.any()
+
     # A global count averages over ranks; token weights multiply both passes
     count = torch.tensor(100.0)
     assert_close(

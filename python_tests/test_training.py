@@ -47,7 +47,7 @@ def random_batch(eos_tail="block"):
 
 
 def net_of(model):
-    return DenoisingModel(model, attention="sdpa", autocast=False)
+    return DenoisingModel(model)
 
 
 # Corruption
@@ -115,7 +115,9 @@ def test_a_mask_is_built_once_per_shape():
 @pytest.mark.parametrize("make", [random_model, random_llama])
 @torch.no_grad()
 def test_flex_attention_sees_what_the_boolean_mask_shows(make):
-    # Forward alone: FlexAttention has no backward pass on a CPU, which build_net says
+    # Forward alone: FlexAttention has no backward pass on a CPU, which build_net says. And without
+    # the compiler: on AVX2, torch 2.13's CPU template gives wrong numbers or NaN at 24 tokens, also
+    # where every key is seen
     model = make()
     clean = torch.randint(4, 46, (2, 12), generator=generator(1))
     noisy = [torch.randint(4, 46, (2, 8), generator=generator(seed)) for seed in (2, 3)]
@@ -123,8 +125,10 @@ def test_flex_attention_sees_what_the_boolean_mask_shows(make):
     hidden = {}
     for attention, name in (("sdpa", "sdpa"), ("flex", "flex_attention")):
         model.set_attn_implementation(name)
-        net = DenoisingModel(model, attention=attention, autocast=False)
-        hidden[attention] = torch.stack(net(layout, noisy, clean, lambda parts, *_: parts))
+        net = DenoisingModel(model)
+        assert net.attention == attention
+        with torch.compiler.set_stance("force_eager"):
+            hidden[attention] = torch.stack(net(layout, noisy, clean, lambda parts, *_: parts))
     torch.testing.assert_close(hidden["flex"], hidden["sdpa"], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="attention must be sdpa on a CPU .* got flex"):
         build_net(model, numbers(attention="flex"), CPU)

@@ -41,7 +41,7 @@ def oput_loss(
         pass_weights: of the masked and the predicted pass.
         reduction: "none", "sum" or "mean" over both passes; mean divides by ``num_tokens``, by
             default the number of targets that are not ignored (a tensor or number gives the count
-            over all data-parallel ranks).
+            over all data-parallel ranks). With a count of 0 the mean and its gradients are 0.
 
     Returns:
         reduction "none": (loss_masked, loss_predicted), float32 [...], None for an absent pass.

@@ -75,9 +75,17 @@ class TrainConfig:
     )
     attention: str = option(
         "sdpa",
-        "sdpa: one boolean mask per shape; flex: FlexAttention with a BlockMask, which never holds "
-        "a square mask while it runs (its backward pass needs a GPU)",
+        "sdpa: one mask per shape (for eager attention too, where a model has no sdpa); flex: "
+        "FlexAttention with a BlockMask, which never holds a square mask while it runs (its "
+        "backward pass needs a GPU)",
         ("sdpa", "flex"),
+    )
+    loss_from: str = option(
+        "hidden",
+        "hidden: from the hidden states and the head's weight, without stored logits; logits: from "
+        "the model's own logits, for a head that is more than a matrix and a scale (a softcap, "
+        "layers, an adapter)",
+        ("hidden", "logits"),
     )
     gradient_checkpointing: bool = option(False, "recompute each layer in the backward pass")
     ops: str = option(
@@ -118,7 +126,10 @@ class TrainConfig:
 
 # What a resumed run may change: it leaves the losses as they are, up to rounding.
 FREE_TO_CHANGE = frozenset(
-    {"micro_batch_size", "attention", "gradient_checkpointing", "ops", "save_every", "keep"}
+    {
+        *("micro_batch_size", "attention", "loss_from", "gradient_checkpointing", "ops"),
+        *("save_every", "keep"),
+    }
 )
 
 

@@ -58,11 +58,22 @@ class Layout:
         return states[:, : self.num_noisy * self.noisy_length].chunk(self.num_noisy, dim=1)
 
 
+# By transformers' name of the attention, the kind of mask that it takes. None and eager add the
+# mask to the scores; Flash Attention takes no mask of [T, T] at all.
+ATTENTION_OF = {"sdpa": "sdpa", "eager": "additive", None: "additive", "flex_attention": "flex"}
+
+
 # One mask serves all rows and all batches of a shape. Eight shapes are kept: at 2 x 4096 tokens a
-# boolean mask has 64 MiB, and an additive float mask per micro batch would have 256.
+# boolean mask has 64 MiB and an additive one of float32 has 256.
 @lru_cache(maxsize=8)
-def attention_mask(layout: Layout, attention: str, device: torch.device) -> Any:
-    """What sees what: bool [1, 1, T, T] (True: attend) for "sdpa", a `BlockMask` for "flex"."""
+def attention_mask(
+    layout: Layout, attention: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Any:
+    """What sees what, one of `ATTENTION_OF`'s kinds.
+
+    bool [1, 1, T, T] (True: attend) for "sdpa"; for "additive" the same as 0 and the least number
+    of `dtype`, which is that of the scores; a `BlockMask` for "flex".
+    """
     block = layout.position_ids[0].to(device) // layout.block_length
     part = torch.full_like(block, layout.num_noisy)  # the clean part
     for i in range(layout.num_noisy):
@@ -79,4 +90,8 @@ def attention_mask(layout: Layout, attention: str, device: torch.device) -> Any:
 
         return create_block_mask(visible, None, None, tokens, tokens, device=device)
     places = torch.arange(tokens, device=device)
-    return visible(None, None, places[:, None], places[None, :])[None, None]
+    seen = visible(None, None, places[:, None], places[None, :])[None, None]
+    if attention == "sdpa":
+        return seen
+    least = torch.finfo(dtype).min
+    return torch.full(seen.shape, least, dtype=dtype, device=device).masked_fill_(seen, 0)

@@ -104,9 +104,9 @@ def mdlm_losses(
         clean[:, start:].masked_fill(masked.to(net.device), net.mask_token_id) for masked in masks
     ]
 
-    def head(parts: list[Tensor], weight: Tensor, bias: Tensor | None) -> Losses:
-        hidden = torch.stack(parts).flatten(0, -2)[at]
-        return ops.linear_oput_loss(hidden, None, weight, target, bias=bias)
+    def head(parts: list[Tensor], weight: Tensor | None, bias: Tensor | None) -> Losses:
+        rows = torch.stack(parts).flatten(0, -2)[at]
+        return dual_pass_loss(ops, rows, None, weight, bias, target)
 
     return summed(net(layout, noisy, clean, head))
 
@@ -138,12 +138,26 @@ def oput_losses(
     target = part.target[learnt].to(net.device)
     at = flat_index(learnt, net.device)
 
-    def head(parts: list[Tensor], weight: Tensor, bias: Tensor | None) -> Losses:
-        hidden = iter([states.flatten(0, -2)[at] for states in parts])
-        hidden_masked, hidden_predicted = (next(hidden) if runs else None for runs in draws.passes)
-        return ops.linear_oput_loss(hidden_masked, hidden_predicted, weight, target, bias=bias)
+    def head(parts: list[Tensor], weight: Tensor | None, bias: Tensor | None) -> Losses:
+        rows = iter([states.flatten(0, -2)[at] for states in parts])
+        masked_pass, predicted_pass = (next(rows) if runs else None for runs in draws.passes)
+        return dual_pass_loss(ops, masked_pass, predicted_pass, weight, bias, target)
 
     return summed(net(layout, noisy, clean, head))
+
+
+def dual_pass_loss(
+    ops: ModuleType,
+    masked_pass: Tensor | None,
+    predicted_pass: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    target: Tensor,
+) -> Losses:
+    """Both losses of each position, from hidden states, or from logits where `weight` is None."""
+    if weight is None:
+        return ops.oput_loss(masked_pass, predicted_pass, target)
+    return ops.linear_oput_loss(masked_pass, predicted_pass, weight, target, bias=bias)
 
 
 @torch.no_grad()
@@ -166,17 +180,17 @@ def rollout(
     layout = Layout(clean.shape[1], start, config.block_length, num_noisy=1)
     at, seeds = flat_index(masked, net.device), seed[masked].to(net.device)
 
-    def head(parts: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    def head(parts: list[Tensor], weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if len(at) == 0:  # FSDP needs the forward pass all the same
             return at
-        return ops.linear_sample_tokens(
-            parts[0].flatten(0, -2)[at],
-            weight,
-            seeds,
-            bias,
-            temperature=config.rollout_temperature,
-            suppress_token=net.mask_token_id,
-        )[0]
+        rows = parts[0].flatten(0, -2)[at]
+        options = {
+            "temperature": config.rollout_temperature,
+            "suppress_token": net.mask_token_id,
+        }
+        if weight is None:
+            return ops.sample_tokens(rows, seeds, **options)[0]
+        return ops.linear_sample_tokens(rows, weight, seeds, bias, **options)[0]
 
     was_training = net.training
     net.eval()  # the decoder has no dropout

@@ -1,0 +1,212 @@
+"""Architectures as training runs them: loss and gradients are the model's own, or it is refused."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from training_models import BLOCK, generator
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import dmax_kernels
+from dmax_kernels import reference
+from dmax_kernels.training.config import TrainConfig
+from dmax_kernels.training.corrupt import block_mask, uniform_mask
+from dmax_kernels.training.data import Example, collate
+from dmax_kernels.training.layout import Layout
+from dmax_kernels.training.model import build_net
+from dmax_kernels.training.step import draw, dual_pass_loss, micro_batch_losses
+
+CPU = torch.device("cpu")
+VOCABULARY, MASK = 96, 95
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+# kind: (config, where the loss comes from, the scale of the logits)
+RIGHT = {
+    "llama": ({}, "hidden", 1),
+    "llama, eager": ({"attn_implementation": "eager"}, "hidden", 1),
+    "qwen2, tied": ({"tie_word_embeddings": True}, "hidden", 1),
+    "gpt2": (GPT2, "hidden", 1),
+    "phi": ({}, "hidden", 1),  # its head has a bias
+    "granite": ({"logits_scaling": 8.0}, "hidden", 1 / 8),
+    "cohere": ({}, "hidden", 1 / 16),
+    "gemma3_text": (GEMMA, "hidden", 1),
+    "gpt_oss": ({"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "hidden", 1),
+    "gemma2": (GEMMA, "logits", 1),
+    "bert": ({"is_decoder": True}, "logits", 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def network(kind, changes):
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(kind.split(",")[0], **SIZES, **changes)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(0, 0.3 if weight.dim() > 1 else 0.1)
+            if weight.dim() == 1 and "norm" in name.lower() and "bias" not in name:
+                weight.add_(1)
+    model.config.mask_token_id = MASK
+    return model
+
+
+def built(model, **changes):
+    return build_net(model, TrainConfig(block_length=BLOCK, **changes), CPU)
+
+
+def gradients(model):
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_loss_and_gradients_are_those_of_the_models_own_logits(kind):
+    """Block by block, each behind the clean tokens before it: nothing is packed there."""
+    changes, loss_from, scale = RIGHT[kind]
+    model = network(kind, changes)
+    net = built(model, loss_from=loss_from).eval()
+    assert net.head_scale == scale
+    clean = torch.randint(3, 90, (2, 12), generator=generator(0))
+    noisy = torch.randint(3, 90, (2, 8), generator=generator(1))
+    target = clean[:, 4:]
+
+    def head(parts, weight, bias):
+        return dual_pass_loss(dmax_kernels, parts[0], None, weight, bias, target)[0].mean()
+
+    loss = net(Layout(12, 4, BLOCK, 1), [noisy], clean, head)
+    loss.backward()
+    found = gradients(model)
+
+    logits = []
+    for start in (4, 8):
+        tokens = torch.cat([clean[:, :start], noisy[:, start - 4 : start]], dim=1)
+        at = torch.arange(start + 4)
+        visible = at[None] // BLOCK <= at[:, None] // BLOCK
+        mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min).expand(2, 1, -1, -1)
+        output = model(
+            input_ids=tokens, position_ids=at[None], attention_mask=mask, use_cache=False
+        )
+        logits.append(output.logits[:, -BLOCK:])
+    own = F.cross_entropy(torch.cat(logits, dim=1).flatten(0, 1), target.flatten())
+    own.backward()
+    torch.testing.assert_close(loss, own, rtol=1e-5, atol=0)
+    expected = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # The largest is the measure: a key's bias has gradient 0 but for rounding
+        bound = 1e-4 * gradient.abs().max() + 1e-6
+        assert (found[name] - gradient).abs().max() < bound, name
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("gemma2", GEMMA, "got Gemma2ForCausalLM's, which differ by .*; give --loss-from"),
+        ("bert", {}, "got cls.predictions.transform.dense.weight, which is trained too"),
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}, "which runs parts of its own"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "tokens that the attention mask"),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "whatever the order of the tokens"),
+        ("bloom", {"n_layer": 2, "n_head": 4}, "must run on input_ids, position_ids and an"),
+    ],
+)
+def test_what_training_would_get_wrong_is_refused(kind, changes, message):
+    model = network(kind, changes)
+    with pytest.raises(ValueError, match=message):
+        built(model)
+
+
+def test_a_softcap_is_found_where_the_logits_are_small():
+    model = network("gemma2", GEMMA)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e-3)
+    with pytest.raises(ValueError, match="got Gemma2ForCausalLM's, which differ"):
+        built(model)
+
+
+def test_an_adapter_on_the_head_is_found_while_it_is_zero():
+    class Adapted(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.weight = base, base.weight
+            self.delta = nn.Parameter(torch.zeros_like(base.weight))
+
+        def forward(self, states):
+            return self.base(states) + F.linear(states, self.delta)
+
+    model = network("llama", {})
+    model.lm_head = Adapted(model.lm_head)
+    with pytest.raises(ValueError, match="got lm_head.delta, which is trained too"):
+        built(model)
+    assert built(model, loss_from="logits").loss_from == "logits"
+
+
+def test_a_new_models_zero_head_is_left_zero():
+    model = network("granite", {"logits_scaling": 8.0})
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert built(model).head_scale == 1 / 8
+    assert not model.lm_head.weight.any()
+
+
+def test_other_masks_heads_and_devices_are_refused():
+    model = network("llama", {})
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="attention must be one of sdpa, .* got flash_attention_2"):
+        built(model)
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="attention must be sdpa on a CPU"):
+        built(model)
+    model = network("llama", {})
+    model.lm_head = nn.Linear(32, 99, bias=False)
+    for loss_from in ("hidden", "logits"):
+        with pytest.raises(ValueError, match="over the 96 tokens of its input embedding, got 99"):
+            built(model, loss_from=loss_from)
+
+
+@pytest.mark.parametrize("objective", ["oput", "mdlm"])
+def test_a_step_from_logits_is_the_step_from_hidden_states(objective):
+    examples = [Example((5, 6, 7, 8), (9, 10, 11, 12, 13, 2), "a"), Example((20,), (21, 2), "b")]
+    values = {}
+    for loss_from in ("hidden", "logits"):
+        config = TrainConfig(block_length=BLOCK, loss_from=loss_from, objective=objective)
+        model = network("granite", {"logits_scaling": 8.0})
+        batch = collate(examples, BLOCK, 2, "block")
+        losses = micro_batch_losses(
+            build_net(model, config, CPU), config, batch, draw(config, batch, 3), [0, 1], reference
+        )
+        sum(loss for loss in losses if loss is not None).backward()
+        values[loss_from] = losses, gradients(model)
+    torch.testing.assert_close(values["logits"], values["hidden"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(dtype):
+    editable = torch.ones(4, 8, dtype=torch.bool)
+
+    def made(model):
+        mask = built(model).mask(Layout(8, 4, BLOCK, 1))
+        drawn = uniform_mask(editable, (0.2, 0.8), generator())
+        return mask, drawn, block_mask(editable, BLOCK, generator())
+
+    models = [network("llama", {"attn_implementation": "eager"}) for _ in range(2)]
+    expected = made(models[0])
+    torch.set_default_dtype(dtype)
+    try:
+        found = made(models[1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [each.dtype for each in found] == [torch.float32, torch.bool, torch.bool]
+    assert all(map(torch.equal, found, expected))
