@@ -128,7 +128,7 @@ def write_cxx(output: Path) -> str:
     for path in sorted((ROOT / "csrc").rglob("*")):
         name = path.relative_to(ROOT)
         folder = name.parts[1]
-        if folder not in ("common", "checks", "cpu", "cuda") or str(name) in per_isa:
+        if folder not in ("common", "ops", "cpu", "cuda") or str(name) in per_isa:
             continue
         if path.suffix in (".h", ".cpp", ".cu", ".cuh"):
             write(output / name, cxx(name))
@@ -138,7 +138,7 @@ def write_cxx(output: Path) -> str:
     isas = isa_sections(output)
     headers = [str(Path(path).with_suffix(".h")) for path in sorted(per_isa)]
     have = [f"-DDMAX_HAVE_{isa.upper()}" for isa in ISAS]
-    binding = ["torch-ext/torch_binding.cpp", *listed["common"], *listed["checks"]]
+    binding = ["torch-ext/torch_binding.cpp", *listed["common"], *listed["ops"]]
     sections = [
         f'[torch]\ninclude = ["csrc", "torch-ext"]\nsrc = {toml(binding)}\n',
         # The oldest torch whose stable ABI the sources use
