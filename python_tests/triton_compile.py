@@ -85,7 +85,7 @@ def spd_step(top_k, mask_token_id=5, tau_dec=0.5, tau_acc=0.9, suppress_token=-1
     OPS["spd_step_"](
         torch.empty(1, K, 64, dtype=torch.bfloat16), torch.empty(64, D, dtype=torch.bfloat16),
         editable, editable.clone(), torch.zeros(1, K, dtype=torch.int64), torch.empty(1, K),
-        editable[:, 0].contiguous(), torch.zeros(1, dtype=torch.int32),
+        torch.zeros(1, dtype=torch.bool), torch.zeros(1, dtype=torch.int32),
         torch.empty(1, K, D, dtype=torch.bfloat16), mask_token_id, tau_dec, tau_acc,
         top_k=top_k, suppress_token=suppress_token,
     )  # fmt: skip
