@@ -182,6 +182,9 @@ def test_a_trained_checkpoint_ends_where_its_responses_ended(tmp_path):
     model.config.eos_token_id = model.generation_config.eos_token_id = 5
     model.save_pretrained(tmp_path / "model")
     build_tokenizer().save_pretrained(tmp_path / "model")  # whose end token is 2
+    # As some published models have it; transformers reads it but refuses to save it
+    generation = {"eos_token_id": 5, "do_sample": False, "temperature": 0.6}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(generation))
     data = write_walks(tmp_path / "walks.jsonl")
     command = ["train", "--model", tmp_path / "model", "--data", data, "--output", tmp_path / "run"]
     command += ["--steps", 1, "--batch-size", 2, "--block-length", 8, "--device", "cpu"]
@@ -190,6 +193,7 @@ def test_a_trained_checkpoint_ends_where_its_responses_ended(tmp_path):
     assert trained.eos_token_ids == (2, 5)
     assert end_token_ids(trained.model) == (2, 5)  # as spd_generate sees it, without a tokenizer
     assert trained.model.config.eos_token_id == [2, 5]
+    assert trained.model.generation_config.temperature == 0.6
 
 
 # The prompt's token ids

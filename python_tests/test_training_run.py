@@ -220,6 +220,20 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(folder, whole, tmp_path, ca
     assert checkpoints(tmp_path) == checkpoints(whole)
 
 
+def test_files_of_the_users_own_stay(folder, whole, tmp_path, capsys):
+    own = tmp_path / "run/checkpoints/step-00000001-best"  # no checkpoint of the run by its name
+    own.mkdir(parents=True)
+    (own / "notes.txt").write_text("mine")
+    assert losses(train(folder, tmp_path / "run")) == losses(metrics(whole))
+    assert (own / "notes.txt").read_text() == "mine"
+    assert f"wrote {tmp_path / 'run/checkpoints/step-00000006'}," in capsys.readouterr().out
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.jsonl").write_text('{"accuracy": 1}\n')
+    assert main(arguments(folder, tmp_path / "other")) == 1
+    assert "metrics.jsonl is not this command's and would be overwritten" in one_line(capsys)
+    assert (tmp_path / "other" / "metrics.jsonl").read_text() == '{"accuracy": 1}\n'
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(folder, whole, tmp_path, capsys, monkeypatch):
     micro_batch_losses = loop.micro_batch_losses
 

@@ -27,7 +27,7 @@ data: one record a line,
   {"prompt": "...", "response": "..."}
 Text goes through the tokenizer's chat template. The last assistant message is learnt, the rest is
 the prompt, which is never masked. A record without a response, or too long, is skipped and counted;
-one that is malformed stops the command before training starts.
+one that is malformed, or that the chat template refuses, stops the command before training starts.
 
 output: OUTPUT/checkpoints/step-0000000N (Hugging Face folders: load_checkpoint, from_pretrained),
 metrics.jsonl, loss.png. The same command on the same folder goes on from the newest checkpoint and

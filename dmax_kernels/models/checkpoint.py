@@ -35,10 +35,21 @@ def write_like(
 ) -> None:
     """A folder for a model that was loaded from `source`, with other weights.
 
-    Code that came with the checkpoint goes along: without it the folder could not be loaded.
+    Code that came with the checkpoint goes along: without it the folder could not be loaded. The
+    generation config is written as it is: transformers refuses to save one that it reads, such as
+    a temperature beside do_sample = false, and saves none for classes without its own generate.
     """
-    with no_progress_bar():
-        model.save_pretrained(path, state_dict=weights)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        model.generation_config = GenerationConfig()
+    try:
+        with no_progress_bar():
+            model.save_pretrained(path, state_dict=weights)
+    finally:
+        if generation is not None:
+            model.generation_config = generation
+    if generation is not None:
+        (path / "generation_config.json").write_text(generation.to_json_string(), "utf-8")
     tokenizer.save_pretrained(path)
     for file in source.glob("*.py"):
         shutil.copyfile(file, path / file.name)

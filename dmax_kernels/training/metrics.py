@@ -27,6 +27,11 @@ class Metrics:
                     row = json.loads(line)
                 except json.JSONDecodeError:  # cut short when the run was killed
                     break
+                if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                    raise ValueError(
+                        f"--output must be a folder of a run or a new one, got {folder}, where "
+                        f"{self.path.name} is not this command's and would be overwritten"
+                    )
                 if row["step"] < first_step:
                     self.rows.append(row)
         text = "".join(json.dumps(row) + "\n" for row in self.rows)

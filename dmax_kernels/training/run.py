@@ -13,6 +13,7 @@ from dmax_kernels.files import check_input
 from dmax_kernels.models.checkpoint import checkpoint_folder, write_like
 from dmax_kernels.models.end_tokens import write_end_token_ids
 from dmax_kernels.models.pretrained import load_pretrained
+from dmax_kernels.training.checkpoints import Checkpoints
 from dmax_kernels.training.config import TrainConfig
 from dmax_kernels.training.data import Examples, epochs
 from dmax_kernels.training.loop import fit
@@ -71,7 +72,7 @@ def run_training(given: dict[str, Any], output: Path) -> list[dict[str, Any]]:
             stop_after=stop_after,
         )
         if group.is_first:
-            newest = sorted((output / "checkpoints").glob("step-*"))[-1]
+            newest = Checkpoints(output / "checkpoints", config.keep, group).newest()
             print(f"wrote {newest}, metrics.jsonl and loss.png")
     return metrics
 
