@@ -150,6 +150,7 @@ def spd() -> type:
                 tau_dec=self.tau_dec,
                 tau_acc=self.tau_acc,
                 top_k=self.top_k,
+                suppress_token=self.mask_id,  # a predicted mask would count as a decoded token
             )
             block.converged |= block.step >= self.block_size  # all promoted by then: commit
             ids.copy_(block.token.masked_fill(block.masked, self.mask_id))
@@ -183,7 +184,7 @@ def new_block(ids: Tensor, embedding: Tensor, mask_id: int) -> BlockState:
         editable=editable,
         masked=editable.clone(),
         token=ids.long().clone(),
-        confidence=torch.where(editable, 0.0, 1.0),
+        confidence=(~editable).float(),
         converged=~editable.any(dim=1),
         step=torch.zeros(1, dtype=torch.int32, device=ids.device),
         inputs_embeds=embedding[ids],

@@ -34,7 +34,8 @@ def remasking_policy(rule: str = "threshold", *, tau_dec: float = 0.5, tau_acc: 
         rule: "threshold" is the plug-in's `Llada2DefaultRemaskingPolicy`, with the same
             `remasking_config` keys and the same ids. "spd" is the promotion, revision and
             convergence of Algorithm 1 on token ids; the protocol has no place for soft embeddings,
-            so the next pass reads plain tokens (the paper's hard-prefix ablation).
+            so the next pass reads plain tokens (the paper's hard-prefix ablation). The mask token
+            is never predicted.
         tau_dec, tau_acc: the thresholds of "spd".
 
     Raises:
@@ -68,7 +69,9 @@ def remasking_policy(rule: str = "threshold", *, tau_dec: float = 0.5, tau_acc: 
             mask_id = int(options.get("mask_token_id", config.LLADA2_DEFAULT_MASK_TOKEN_ID))
             draft = torch.tensor(input_draft, device=logits.device)
             masked = draft == mask_id
-            token, confidence = dmax_kernels.top1_confidence(logits)
+            # A predicted mask would count as a decoded token. The plug-in's own rule allows it
+            suppressed = mask_id if rule == "spd" else -1
+            token, confidence = dmax_kernels.top1_confidence(logits, suppress_token=suppressed)
             if rule == "spd":
                 update, complete = spd_update(draft, masked, token, confidence, tau_dec, tau_acc)
                 next_token = torch.where(update | complete, token, draft)
