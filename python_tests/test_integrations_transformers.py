@@ -1,5 +1,6 @@
 """DiffusionGemma's denoising step: the engine's own next to ours, and its rules in plain Python."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,7 @@ class Denoiser:
         self.fade, self.dtype, self.calls = fade, dtype, 0
 
     def __call__(self, *, decoder_input_ids, self_conditioning_logits, **inputs):
+        self.inputs = inputs
         noise = torch.randn(BATCH, CANVAS, VOCAB, generator=self.generator)
         logits = self.target + noise * 3 * self.fade**self.calls
         logits = logits + 0.5 * torch.nn.functional.one_hot(decoder_input_ids, VOCAB)
@@ -68,6 +70,8 @@ def denoise(engine, model, *, seed, steps=12, fade=0.5, stability=1, confidence=
     processor = engine.LinearTemperatureScheduleLogitsProcessor(0.4, 0.8, steps)
     torch.manual_seed(seed)
     forward = Denoiser(seed, fade)
+    named = inspect.signature(engine.DiffusionGemmaGenerationMixin._denoising_step).parameters
+    cache = "cache" if "cache" in named else "past_key_values"  # renamed in transformers 5.24
     canvas = sampler.initialize_canvas(BATCH, torch.device("cpu"))
     argmax, conditioning = canvas, None
     finished = torch.zeros(BATCH, dtype=torch.bool)
@@ -81,7 +85,7 @@ def denoise(engine, model, *, seed, steps=12, fade=0.5, stability=1, confidence=
             decoder_position_ids=None,
             self_conditioning_logits=conditioning,
             mask_mapping=None,
-            past_key_values=None,
+            **{cache: None},
             finished_denoising=finished,
             cur_step=step,
             sampler=sampler,

@@ -1,8 +1,8 @@
 """The table [V, D] of what the model's input embedding makes of each token id.
 
-The loop looks rows up by itself and the step mixes them, while the model has a module for it, whose
-forward may do more than look up `weight`: scale the rows (Gemma 3), add an adapter's part (LoRA), or
-bring an offloaded weight in.
+The loop looks rows up by itself and the step mixes them. The model has a module for that, and its
+forward may do more than look up rows of `weight`: scale them (Gemma 3), add an adapter's part
+(LoRA), or first bring an offloaded weight in.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def run(module: Any, ids: Tensor) -> Tensor:
     ids = ids if device.type == "meta" else ids.to(device)
     try:
         return module(ids.unsqueeze(0)).squeeze(0).detach()
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, TypeError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
             "spd_generate: the model's input embedding must be a module that can be called with "

@@ -76,8 +76,12 @@ class Canvas:
                 )
             token += [*header, *[0] * length]
             slot += [HEADER] * len(header) + [number] * length
-        ids = (torch.tensor(each, dtype=torch.int64) for each in (token, slot))
-        return cls(*ids, len(headers), len(headers[0]))
+        return cls(
+            torch.tensor(token, dtype=torch.int64),
+            torch.tensor(slot, dtype=torch.int64),
+            len(headers),
+            len(headers[0]),
+        )
 
     @property
     def length(self) -> int:
@@ -181,8 +185,8 @@ def nap_generate(
     Raises:
         ValueError: a canvas that does not fit into a block, and whatever `spd_generate` rejects.
     """
-    input_ids, attention_mask = unwrap(input_ids, attention_mask)
-    lengths = sorted({len(prompt) for prompt in read_prompts(input_ids, attention_mask)})
+    ids, attention_mask = unwrap(input_ids, attention_mask)
+    lengths = sorted({len(prompt) for prompt in read_prompts(ids, attention_mask)})
     if len(lengths) > 1:
         raise ValueError(f"nap_generate: input_ids must be prompts of one length, got {lengths}")
     if block_length is None:
@@ -198,7 +202,7 @@ def nap_generate(
     device = embedding_device(model)
     return spd_generate(
         model,
-        input_ids,
+        ids,
         attention_mask=attention_mask,
         block_length=block_length,
         max_new_tokens=canvas.length,

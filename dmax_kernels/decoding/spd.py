@@ -20,7 +20,7 @@ from dmax_kernels.decoding.embedding import embedding_table
 from dmax_kernels.decoding.forward import BlockForward
 from dmax_kernels.decoding.graph import make_runner
 from dmax_kernels.decoding.output import GenerationOutput, Statistics, assemble
-from dmax_kernels.decoding.prompts import Prompts, check_prompts, read_prompts, unwrap
+from dmax_kernels.decoding.prompts import Prompts, Rows, check_prompts, read_prompts, unwrap
 from dmax_kernels.decoding.requests import CommittedBlock, Request
 from dmax_kernels.decoding.rule import Rule
 from dmax_kernels.decoding.settings import (
@@ -38,7 +38,7 @@ def spd_generate(
     model: Any,
     input_ids: Prompts,
     *,
-    attention_mask: Tensor | None = None,
+    attention_mask: Rows | None = None,
     block_length: int = 32,
     max_new_tokens: int,
     tau_dec: float = 0.5,
@@ -133,8 +133,8 @@ def spd_generate(
     )
     block_length, max_new_tokens = settings.block_length, settings.max_new_tokens
     poll_lag = read_integer("poll_lag", poll_lag, "a non-negative integer", least=0)
-    input_ids, attention_mask = unwrap(input_ids, attention_mask)
-    prompts = read_prompts(input_ids, attention_mask)
+    ids, attention_mask = unwrap(input_ids, attention_mask)
+    prompts = read_prompts(ids, attention_mask)
     embedding = embedding_table(model, settings.mask_token_id)
     check_prompts(prompts, len(embedding), model.config, block_length, max_new_tokens)
     table = row_thresholds(thresholds, settings, len(prompts))
@@ -178,7 +178,7 @@ def spd_generate(
         batch.promotions.promotions,
         statistics,
         recorder,
-        input_ids.device if isinstance(input_ids, Tensor) else embedding.device,
+        ids.device if isinstance(ids, Tensor) else embedding.device,
     )
 
 

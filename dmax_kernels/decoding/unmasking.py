@@ -167,9 +167,7 @@ def set_number(
     set_option(rule, option, f"a number, {need}", as_number(getattr(rule, option)), accepts)
 
 
-def set_integer(
-    rule: ComposedRule, option: str, need: str, accepts: Callable[[int], bool]
-) -> None:
+def set_integer(rule: ComposedRule, option: str, need: str, accepts: Callable[[int], bool]) -> None:
     """Check an option that is an integer, and keep it as a Python int."""
     set_option(rule, option, need, as_integer(getattr(rule, option)), accepts)
 

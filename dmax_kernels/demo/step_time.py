@@ -21,7 +21,7 @@ def step_speedup(dtype: torch.dtype, repeats: int = 5) -> float:
     does falls on both.
     """
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(1, BLOCK, VOCABULARY, generator=generator)
+    logits = torch.randn(1, BLOCK, VOCABULARY, generator=generator, dtype=torch.float32)
     likely = torch.randint(0, VOCABULARY, (1, BLOCK, 1), generator=generator)
     # A trained model's rows are peaked: 20 above the noise is a confidence close to 1
     logits.scatter_(-1, likely, 20.0)
@@ -29,7 +29,7 @@ def step_speedup(dtype: torch.dtype, repeats: int = 5) -> float:
     # Only rows that a step can read need values: the others would cost a gigabyte to fill
     embedding = torch.zeros(VOCABULARY, HIDDEN, dtype=dtype)
     for row in (*likely.flatten().tolist(), MASK):
-        embedding[row] = torch.randn(HIDDEN, generator=generator).to(dtype)
+        embedding[row] = torch.randn(HIDDEN, generator=generator, dtype=torch.float32).to(dtype)
 
     tokens = torch.zeros(1, BLOCK, dtype=torch.int64)
     times: dict[str, list[float]] = {"reference": [], "fused": []}

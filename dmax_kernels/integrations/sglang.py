@@ -15,7 +15,7 @@ from torch import Tensor
 
 import dmax_kernels
 from dmax_kernels.decoding.state import BlockState
-from dmax_kernels.integrations import engine_objects
+from dmax_kernels.integrations import engine_objects, lookup_weight
 
 PACKAGE = "sglang.srt.dllm.algorithm"
 
@@ -128,7 +128,7 @@ def spd() -> type:
                 raise ValueError(
                     f"DmaxSpd: the input embedding must be unsharded, got tp_size={layer.tp_size}"
                 )
-            self.embedding = layer.weight
+            self.embedding = lookup_weight("DmaxSpd", layer)
             ids = forward_batch.input_ids.view(-1, self.block_size)
             for row, state in enumerate(states):
                 if "block" not in state:

@@ -68,7 +68,7 @@ def compare(
 
 def read_seconds(nbytes: int, repetitions: int = 20) -> float:
     """Median time of reading so many bytes once with all threads: the floor of what reads them."""
-    words = torch.ones(max(nbytes // 4, 1))
+    words = torch.ones(max(nbytes // 4, 1), dtype=torch.float32)
     return compare({"read": words.sum}, repetitions=repetitions)["read"].median
 
 

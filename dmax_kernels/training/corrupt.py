@@ -25,7 +25,7 @@ def block_mask(editable: Tensor, block_length: int, generator: torch.Generator) 
     drawn = torch.randint(1, block_length + 1, (*shape[:2], 1), generator=generator)
     count = (drawn * blocks.sum(-1, keepdim=True) + block_length - 1) // block_length
     # Positions in random order, the editable ones first: the first `count` of them are masked.
-    score = torch.rand(shape, generator=generator).masked_fill(~blocks, 2.0)
+    score = torch.rand(shape, generator=generator, dtype=torch.float32).masked_fill(~blocks, 2.0)
     rank = score.argsort(-1).argsort(-1)
     return ((rank < count) & blocks).view(rows, length)
 
@@ -42,5 +42,6 @@ def uniform_mask(
     low, high = ratio
     if not 0 <= low <= high <= 1:
         raise ValueError(f"uniform_mask: ratio must satisfy 0 <= low <= high <= 1, got {ratio}")
-    level = low + (high - low) * torch.rand(editable.shape[0], 1, generator=generator)
-    return (torch.rand(editable.shape, generator=generator) < level) & editable
+    options = {"generator": generator, "dtype": torch.float32}
+    level = low + (high - low) * torch.rand(editable.shape[0], 1, **options)
+    return (torch.rand(editable.shape, **options) < level) & editable

@@ -46,5 +46,5 @@ def evaluate(
         "problems": len(problems),
         "answer": sum(grade.answer for grade in grades) / len(grades),
         "strict": sum(grade.strict for grade in grades) / len(grades),
-        "tokens_per_forward": float((out.num_tokens / out.num_forwards).mean()),
+        "tokens_per_forward": float((out.num_tokens.float() / out.num_forwards).mean()),
     }
