@@ -60,7 +60,9 @@ def model_of(engine):
     return Model()
 
 
-def denoise(engine, model, *, seed, steps=12, fade=0.5, stability=1, confidence=0.4, bound=0.3):
+def denoise(
+    engine, model, *, seed, steps=12, fade=0.5, stability=1, confidence=0.4, bound=0.3, forward=None
+):
     """The engine's loop over denoising steps: every step's four results."""
     config = engine.EntropyBoundSamplerConfig(entropy_bound=bound)
     sampler = engine.EntropyBoundSampler(config, CANVAS, VOCAB, steps)
@@ -69,7 +71,7 @@ def denoise(engine, model, *, seed, steps=12, fade=0.5, stability=1, confidence=
         stop = engine.StableAndConfidentStoppingCriteria(stability, confidence)
     processor = engine.LinearTemperatureScheduleLogitsProcessor(0.4, 0.8, steps)
     torch.manual_seed(seed)
-    forward = Denoiser(seed, fade)
+    forward = forward or Denoiser(seed, fade)
     named = inspect.signature(engine.DiffusionGemmaGenerationMixin._denoising_step).parameters
     cache = "cache" if "cache" in named else "past_key_values"  # renamed in transformers 5.24
     canvas = sampler.initialize_canvas(BATCH, torch.device("cpu"))
@@ -167,6 +169,18 @@ def test_no_softmax_is_left(engine, monkeypatch):
     adapter.disable(model)
     with pytest.raises(AssertionError, match="a softmax over all logits"):
         denoise(engine, model, seed=1)
+
+
+def test_the_cache_goes_on_under_the_engines_name(engine):
+    """Which transformers 5.24 changed: the decoder gets what the engine's own step gives it."""
+    model, seen = model_of(engine), []
+    for switch_on in (lambda: None, lambda: adapter.enable(model)):
+        switch_on()
+        forward = Denoiser(0, 0.5)
+        denoise(engine, model, seed=0, steps=1, forward=forward)
+        seen.append(forward.inputs)
+    assert seen[0] == seen[1]
+    assert seen[0].keys() & {"cache", "past_key_values"}
 
 
 def test_other_samplers_run_the_engines_step(engine, monkeypatch):

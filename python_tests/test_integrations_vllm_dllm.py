@@ -131,6 +131,22 @@ def test_spd_decodes_a_block(plug_in, seed, sharpness):
     pytest.fail("the block was never committed")
 
 
+def test_spd_never_predicts_the_mask(plug_in):
+    """The plug-in's own rule does, and so does "threshold", whose results are the plug-in's."""
+    logits = torch.randn(SIZE, VOCAB, generator=torch.Generator().manual_seed(0))
+    logits[:, MASK] = 60
+    expected = logits.index_fill(1, torch.tensor(MASK), -torch.inf)
+    policy, draft = remasking_policy("spd", tau_dec=0.1, tau_acc=0.9), (MASK,) * SIZE
+    for _ in range(4 * SIZE):
+        result = policy.apply(input_draft=draft, logits=logits)
+        if result.committed_token_ids:
+            break
+        draft = result.next_input_block
+    assert result.committed_token_ids == tuple(expected.argmax(dim=-1).tolist())
+    default = remasking_policy().apply(input_draft=(MASK,) * SIZE, logits=logits)
+    assert default.next_input_block == (MASK,) * SIZE
+
+
 def test_errors_are_one_sentence(plug_in, monkeypatch):
     policy, logits = remasking_policy(), torch.zeros(SIZE, VOCAB)
     draft = [MASK] * SIZE
