@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def logit_rows(vocab_size: int, seed: int = 0) -> dict[str, Tensor]:
     """name -> float32 [V]. Places are taken modulo V, so that every case exists for every V."""
     generator = torch.Generator().manual_seed(seed)
-    normal = 3 * torch.randn(vocab_size, generator=generator)
+    normal = 3 * torch.randn(vocab_size, generator=generator, dtype=torch.float32)
 
     def with_values(base: Tensor, values: dict[int, float]) -> Tensor:
         row = base.clone()
@@ -26,7 +26,7 @@ def logit_rows(vocab_size: int, seed: int = 0) -> dict[str, Tensor]:
 
     last = vocab_size - 1
     half = vocab_size // 2
-    flat = torch.zeros(vocab_size)
+    flat = torch.zeros(vocab_size, dtype=torch.float32)
     first_tile = torch.arange(vocab_size) < min(2048, last)
     return {
         "normal": normal,

@@ -98,7 +98,7 @@ MISTAKES = {
     ),
     "a prompt of the list is nested": (
         {"input_ids": [[[3, 4]]]},
-        "each prompt must be 1-D, got 2-D",
+        "each row of input_ids must be 1-D, got 2-D",
     ),
     "nothing but padding": (
         {"attention_mask": torch.tensor([[1] * 11, [0] * 11])},
@@ -110,12 +110,55 @@ MISTAKES = {
     ),
     "attention_mask of another shape": (
         {"attention_mask": torch.ones(2, 10)},
-        "attention_mask must be [2, 11] as input_ids, got [2, 10]",
+        "attention_mask must be as long as input_ids, [11, 11], got [10, 10]",
     ),
-    "attention_mask with a list": (
-        {"input_ids": [[3, 4]], "attention_mask": torch.ones(1, 2)},
-        "attention_mask must be None where input_ids is a list of prompts, got a mask",
+    "attention_mask of fewer rows": (
+        {"attention_mask": [[1] * 11]},
+        "attention_mask must be as long as input_ids, [11, 11], got [11]",
     ),
+    "text": (
+        {"input_ids": ["one prompt"]},
+        "input_ids must be integer token ids: a tensor [B, T] or a list of rows, "
+        "got a row that is str",
+    ),
+    "one text": (
+        {"input_ids": "one prompt"},
+        "input_ids must be integer token ids: a tensor [B, T] or a list of rows, got str",
+    ),
+    "no input_ids": (
+        {"input_ids": None},
+        "input_ids must be integer token ids: a tensor [B, T] or a list of rows, got NoneType",
+    ),
+    "a mapping without input_ids": (
+        {"input_ids": {"inputs_embeds": 1}},
+        "input_ids must be a mapping with 'input_ids', got ['inputs_embeds']",
+    ),
+    "one prompt that is not in a list": (
+        {"input_ids": [3, 4]},
+        "each row of input_ids must be 1-D, got 0-D",
+    ),
+    "eos_token_id is text": (
+        {"eos_token_id": "</s>"},
+        "eos_token_id must be a token id or several, got '</s>'",
+    ),
+    "eos_token_id is a float": (
+        {"eos_token_id": 2.0},
+        "eos_token_id must be a token id or several, got 2.0",
+    ),
+    "pad_token_id": ({"pad_token_id": 0.0}, "pad_token_id must be a token id, got 0.0"),
+    "max_new_tokens is text": (
+        {"max_new_tokens": "8"},
+        "max_new_tokens must be a positive integer, got '8'",
+    ),
+    "max_new_tokens is a bool": (
+        {"max_new_tokens": True},
+        "max_new_tokens must be a positive integer, got True",
+    ),
+    "max_new_tokens is a tensor of a bool": (
+        {"max_new_tokens": torch.tensor(True)},
+        "max_new_tokens must be a positive integer, got True",
+    ),
+    "tau_dec is text": ({"tau_dec": "0.5"}, "tau_dec must be in [0, 1], got '0.5'"),
     "thresholds' shape": (
         {"thresholds": [[0.5, 0.9]]},
         "thresholds must be [2, 2]: (tau_dec, tau_acc) of each row, got [1, 2]",

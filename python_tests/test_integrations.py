@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from engine_stand_ins import install
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,7 @@ class Base:
     decode_uniform = prepare_inputs = init_step_state = step = _denoising_step = None
     _build_block_writes_map = _build_dmax_block_outputs = _extract_block_logits = None
     _build_manual_token_merge_descriptor = _maybe_apply_token_merge = initialize_canvas = None
+    word_embeddings = torch.nn.Embedding(2, 2)
 
     def generate(self, input_ids, max_new_tokens):
         assert "_denoising_step" in vars(self)  # switched on

@@ -206,11 +206,11 @@ def test_decode_uniform_commits_the_authors_ids(case):
 @given(trajectories, st.sampled_from(["settled", "paper"]))
 def test_rows_are_independent_and_leave_no_mask_unless_released(case, semantics):
     t = Trajectory(**case)
-    t.base[..., t.mask_id] = -50.0  # the model never predicts the mask
     batch, length = t.ids.shape
     layer = torch.nn.Embedding.from_pretrained(t.embedding)
     steps = [t.base + t.drift * t.normal(*t.base.shape) for _ in range(length)]
-    steps = [s.index_fill(-1, torch.tensor(t.mask_id), -50.0) for s in steps]
+    # A predicted mask is passed over under this semantics, at whatever place of the ranking
+    steps = [s.index_fill(-1, torch.tensor(t.mask_id), 50.0 * (i % 2)) for i, s in enumerate(steps)]
 
     def decode(rows):
         decoder = spd_decoder(semantics=semantics, base=Decoder)(0, t.tau, t.mask_id)
@@ -246,6 +246,11 @@ def test_errors_are_one_sentence(monkeypatch):
     with pytest.raises(ValueError, match="whole vocabulary \\(5 rows\\), got 3 rows"):
         spd_decoder(base=Decoder)(0, 0.5, 4).decode_uniform(
             torch.zeros(1, 2, 5), 0, 2, block, block == 4, shard
+        )
+    offloaded = torch.nn.Embedding(5, 4, device="meta")
+    with pytest.raises(ValueError, match="^decode_uniform: the input embedding must be a layer"):
+        spd_decoder(base=Decoder)(0, 0.5, 4).decode_uniform(
+            torch.zeros(1, 2, 5), 0, 2, block, block == 4, offloaded
         )
     with pytest.raises(ImportError, match="^dInfer: module .* must be importable, got: "):
         spd_decoder()

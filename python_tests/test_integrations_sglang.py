@@ -183,6 +183,20 @@ def test_spd(table, seed):
         assert torch.equal(alone[0], ids[row])
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_spd_commits_the_best_token_beside_the_mask(table, default):
+    """Of every row: the mask token is top-1 throughout, and is never a decoded token."""
+    requests = Requests(1)
+    requests.base[:, requests.mask_id] = 50
+    steps = [requests.base] * 8
+    torch.set_default_dtype(default)
+    ids, _ = decode_spd(table, requests, slice(None), steps)
+    torch.set_default_dtype(torch.float32)
+    masked = requests.ids == requests.mask_id
+    best = requests.base[:, : requests.mask_id].argmax(dim=-1).view(3, 6)
+    assert torch.equal(ids, torch.where(masked, best, requests.ids))
+
+
 def test_spd_feeds_soft_embeddings(table):
     """The second forward's input of a promoted position is its hybrid embedding."""
     requests = Requests(1, batch=1)
@@ -207,6 +221,10 @@ def test_errors_are_one_sentence(table, monkeypatch):
     requests.embedding.tp_size = 2
     algorithm = table["DmaxSpd"](config(6, 8))
     with pytest.raises(ValueError, match="must be unsharded, got tp_size=2"):
+        algorithm.prepare_inputs(requests.runner, requests.forward_batch, [{}] * 3)
+    del requests.embedding.tp_size
+    requests.embedding.register_forward_hook(lambda module, ids, rows: 2 * rows)
+    with pytest.raises(ValueError, match="^DmaxSpd: the input embedding must be a layer whose"):
         algorithm.prepare_inputs(requests.runner, requests.forward_batch, [{}] * 3)
     old = type("DllmAlgorithm", (), {})
     install(monkeypatch, f"{PACKAGE}.base", DllmAlgorithm=old)

@@ -1,5 +1,6 @@
 """DiffusionGemma's denoising step: the engine's own next to ours, and its rules in plain Python."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,7 @@ class Denoiser:
         self.fade, self.dtype, self.calls = fade, dtype, 0
 
     def __call__(self, *, decoder_input_ids, self_conditioning_logits, **inputs):
+        self.inputs = inputs
         noise = torch.randn(BATCH, CANVAS, VOCAB, generator=self.generator)
         logits = self.target + noise * 3 * self.fade**self.calls
         logits = logits + 0.5 * torch.nn.functional.one_hot(decoder_input_ids, VOCAB)
@@ -58,7 +60,9 @@ def model_of(engine):
     return Model()
 
 
-def denoise(engine, model, *, seed, steps=12, fade=0.5, stability=1, confidence=0.4, bound=0.3):
+def denoise(
+    engine, model, *, seed, steps=12, fade=0.5, stability=1, confidence=0.4, bound=0.3, forward=None
+):
     """The engine's loop over denoising steps: every step's four results."""
     config = engine.EntropyBoundSamplerConfig(entropy_bound=bound)
     sampler = engine.EntropyBoundSampler(config, CANVAS, VOCAB, steps)
@@ -67,7 +71,9 @@ def denoise(engine, model, *, seed, steps=12, fade=0.5, stability=1, confidence=
         stop = engine.StableAndConfidentStoppingCriteria(stability, confidence)
     processor = engine.LinearTemperatureScheduleLogitsProcessor(0.4, 0.8, steps)
     torch.manual_seed(seed)
-    forward = Denoiser(seed, fade)
+    forward = forward or Denoiser(seed, fade)
+    named = inspect.signature(engine.DiffusionGemmaGenerationMixin._denoising_step).parameters
+    cache = "cache" if "cache" in named else "past_key_values"  # renamed in transformers 5.24
     canvas = sampler.initialize_canvas(BATCH, torch.device("cpu"))
     argmax, conditioning = canvas, None
     finished = torch.zeros(BATCH, dtype=torch.bool)
@@ -81,7 +87,7 @@ def denoise(engine, model, *, seed, steps=12, fade=0.5, stability=1, confidence=
             decoder_position_ids=None,
             self_conditioning_logits=conditioning,
             mask_mapping=None,
-            past_key_values=None,
+            **{cache: None},
             finished_denoising=finished,
             cur_step=step,
             sampler=sampler,
@@ -163,6 +169,18 @@ def test_no_softmax_is_left(engine, monkeypatch):
     adapter.disable(model)
     with pytest.raises(AssertionError, match="a softmax over all logits"):
         denoise(engine, model, seed=1)
+
+
+def test_the_cache_goes_on_under_the_engines_name(engine):
+    """Which transformers 5.24 changed: the decoder gets what the engine's own step gives it."""
+    model, seen = model_of(engine), []
+    for switch_on in (lambda: None, lambda: adapter.enable(model)):
+        switch_on()
+        forward = Denoiser(0, 0.5)
+        denoise(engine, model, seed=0, steps=1, forward=forward)
+        seen.append(forward.inputs)
+    assert seen[0] == seen[1]
+    assert seen[0].keys() & {"cache", "past_key_values"}
 
 
 def test_other_samplers_run_the_engines_step(engine, monkeypatch):

@@ -80,19 +80,21 @@ def test_a_given_mask_is_obeyed(model, tokens, additive):
         torch.testing.assert_close(together[:, position : position + 1], alone, **TOLERANCE)
 
 
+# The name since transformers 5.24, and the one before: the model takes both under any version
 @torch.no_grad()
-def test_the_cache_gives_what_the_whole_sequence_gives(model, tokens):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_gives_what_the_whole_sequence_gives(model, tokens, name):
     whole = model(input_ids=tokens).logits
     cache = None
     for start in range(0, tokens.shape[1], BLOCK):
         block = tokens[:, start : start + BLOCK]
         if cache is not None:  # read only: what a denoising step does
-            logits = model(input_ids=block, past_key_values=cache).logits
+            logits = model(input_ids=block, **{name: cache}).logits
             torch.testing.assert_close(logits, whole[:, start : start + BLOCK], **TOLERANCE)
             assert cache.get_seq_length() == start
-        out = model(input_ids=block, past_key_values=cache, use_cache=True)
+        out = model(input_ids=block, use_cache=True, **{name: cache})
         torch.testing.assert_close(out.logits, whole[:, start : start + BLOCK], **TOLERANCE)
-        cache = out.past_key_values
+        cache = out["cache" if "cache" in out.keys() else "past_key_values"]  # noqa: SIM118
         assert isinstance(cache, DynamicCache)
         assert cache.get_seq_length() == start + BLOCK
 
@@ -113,6 +115,8 @@ def test_errors(model, tokens):
         model()
     with pytest.raises(ValueError, match="got both"):
         model(input_ids=tokens, inputs_embeds=model.get_input_embeddings()(tokens))
+    with pytest.raises(ValueError, match=r"cache or past_key_values must be given .* got both"):
+        model(input_ids=tokens, cache=DynamicCache(), past_key_values=DynamicCache())
     with pytest.raises(
         ValueError, match=r"attention_mask must be \[3 or 1, 1, 32, 32\].* \[3, 32\]"
     ):

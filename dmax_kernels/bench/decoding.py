@@ -187,7 +187,7 @@ def spd_step_(
     start = {
         "masked": (position >= block // 2).expand(batch, block),
         "token": torch.full((batch, block), mask_token_id, device=inputs.device),
-        "confidence": torch.zeros(batch, block, device=inputs.device),
+        "confidence": torch.zeros(batch, block, dtype=torch.float32, device=inputs.device),
         "converged": torch.zeros(batch, dtype=torch.bool, device=inputs.device),
         "step": torch.ones(batch, dtype=torch.int32, device=inputs.device),
         "inputs_embeds": torch.zeros(batch, block, dim, dtype=inputs.dtype, device=inputs.device),

@@ -167,7 +167,7 @@ class Machine:
         cached if the candidates' input is."""
         if self.device == "cuda":
             return nbytes / self.copy_bandwidth
-        words = torch.ones(max(nbytes // 4, 1))
+        words = torch.ones(max(nbytes // 4, 1), dtype=torch.float32)
         return compare({"read": words.sum})["read"].median
 
 

@@ -40,7 +40,7 @@ def oput_loss_and_grad_(inputs: Inputs, tokens: int = 64, vocab: int = VOCAB) ->
     start = [inputs.logits(tokens, vocab) for _ in range(2)]
     logits = masked, predicted = [x.clone() for x in start]
     target = inputs.ids(tokens, below=vocab)
-    weight = torch.full((tokens,), 1 / tokens, device=inputs.device)
+    weight = torch.full((tokens,), 1 / tokens, dtype=torch.float32, device=inputs.device)
 
     def eager():
         leaves = [x.detach().requires_grad_() for x in logits]

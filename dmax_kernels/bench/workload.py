@@ -34,16 +34,17 @@ class Inputs:
         ("peaked": one logit stands far out of the noise, as late in decoding)."""
         if self.values == "flat":
             return self.normal(rows, vocab, scale=3.0)
-        logits = torch.randn(rows, vocab, generator=self.generator, device=self.device)
+        logits = self.normal(rows, vocab)
         logits[torch.arange(rows, device=self.device), self.ids(rows, below=vocab)] = 60.0
-        return logits.to(self.dtype)
+        return logits
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        noise = torch.randn(*shape, generator=self.generator, device=self.device)
-        return noise.mul_(scale).to(self.dtype)
+        noise = torch.empty(shape, dtype=torch.float32, device=self.device)
+        return noise.normal_(generator=self.generator).mul_(scale).to(self.dtype)
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.generator, device=self.device)
+        values = torch.empty(shape, dtype=torch.float32, device=self.device)
+        return values.uniform_(generator=self.generator)
 
     def ids(self, *shape: int, below: int) -> Tensor:
         return torch.randint(0, below, shape, generator=self.generator, device=self.device)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from dmax_kernels._numbers import as_integer, shown
 from dmax_kernels.decoding.trace import Trace
 
 SCOPES = ("global", "local")
@@ -33,7 +34,7 @@ def global_arness(order: Sequence[int], k: int = 1) -> float:
     Raises:
         ValueError: k below 1, or a position that occurs twice.
     """
-    check_order("global_arness", order, k)
+    k = check_order("global_arness", order, k)
     masked, hits = sorted(order), 0
     for position in order:
         place = bisect_left(masked, position)
@@ -51,7 +52,7 @@ def local_arness(order: Sequence[int], k: int = 1) -> float:
 
     Returns NaN when the order has no k + 1 commits. Raises as `global_arness`.
     """
-    check_order("local_arness", order, k)
+    k = check_order("local_arness", order, k)
     run, hits = 0, 0
     for before, position in pairwise(order):
         run = run + 1 if position == before + 1 else 0
@@ -112,8 +113,11 @@ def arness(
     return [measure(commit_order(row, stop), k) for row, stop in zip(rows, stops, strict=True)]
 
 
-def check_order(function: str, order: Sequence[int], k: int) -> None:
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"{function}: k must be a positive integer, got {k}")
+def check_order(function: str, order: Sequence[int], k: int) -> int:
+    """k as a Python int, if it and the order are right."""
+    window = as_integer(k)
+    if window is None or window < 1:
+        raise ValueError(f"{function}: k must be a positive integer, got {shown(k)}")
     if len(set(order)) != len(order):
         raise ValueError(f"{function}: order must name each position once, got {list(order)}")
+    return window

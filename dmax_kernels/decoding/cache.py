@@ -51,7 +51,8 @@ class BlockCache(Cache):
                 room = self.length + 1  # the last slot belongs to no position
                 buffers[layer_idx] = new.new_zeros(self.rows, heads, room, size)
             buffer = buffers[layer_idx]
-            buffer[rows, :, self.slots] = new.transpose(1, 2)
+            # A layer may be on another device than the first
+            buffer[rows, :, self.slots.to(new.device)] = new.transpose(1, 2)
             written.append(buffer[: len(rows), :, : self.visible])
         return written[0], written[1]
 

@@ -5,10 +5,11 @@ Shapes: b live rows, K block length, Q queries of a pass, S positions, V vocabul
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmax_kernels.decoding.settings import FLOATS, one_of, require
@@ -31,6 +32,20 @@ def block_causal_mask(
     return mask.masked_fill_(seen, 0).unsqueeze(1)
 
 
+def cache_argument(model: Any) -> str:
+    """What the model calls its KV cache: "cache" since transformers 5.24, before "past_key_values".
+
+    Remote code keeps the old name. A wrapper whose forward names neither (PEFT's, torch's parallel
+    ones) hands the argument on to a module inside it, which is the first that does name one.
+    """
+    for part in model.modules() if isinstance(model, nn.Module) else ():
+        names = inspect.signature(part.forward).parameters
+        for name in ("cache", "past_key_values"):
+            if name in names:
+                return name
+    return "past_key_values"
+
+
 class BlockForward:
     """Runs the model on one live block per row, behind the row's committed tokens.
 
@@ -40,13 +55,16 @@ class BlockForward:
     every pass reads whole sequences: slow, and what the cache must agree with.
     """
 
-    def __init__(self, model: Any, tokens: Tensor, block_length: int, use_cache: bool) -> None:
-        """tokens: int64 [B, S], prompts from position 0 on; S in whole blocks."""
+    def __init__(
+        self, model: Any, embedding: Tensor, tokens: Tensor, block_length: int, use_cache: bool
+    ) -> None:
+        """embedding: [V, D]; tokens: int64 [B, S], prompts from position 0; S in whole blocks."""
         self.model = model
-        self.embedding: Tensor = model.get_input_embeddings().weight.detach()  # [V, D]
+        self.embedding = embedding
         self.tokens = tokens  # committed so far; what follows is never seen
         self.offsets = torch.arange(block_length, device=tokens.device)
         self.cache: Any = None
+        self.cache_argument = cache_argument(model)
         if use_cache:
             from dmax_kernels.decoding.cache import BlockCache  # imports transformers
 
@@ -118,13 +136,13 @@ class BlockForward:
             inputs_embeds=embeds,
             attention_mask=block_causal_mask(position, visible, block_length, embeds.dtype),
             position_ids=position,
-            past_key_values=self.cache,
             use_cache=self.cache is not None,
+            **{self.cache_argument: self.cache},
         )
         if self.cache is not None and not self.cache.keys:
             raise ValueError(
-                "spd_generate: the model must call past_key_values.update when use_cache=True, but "
-                "did not; pass use_cache=False"
+                f"spd_generate: the model must call {self.cache_argument}.update when "
+                "use_cache=True, but did not; pass use_cache=False"
             )
         return output
 

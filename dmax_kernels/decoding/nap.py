@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dmax_kernels._numbers import as_integer, shown
 from dmax_kernels.decoding.composed import Top1Rule
+from dmax_kernels.decoding.embedding import embedding_device
 from dmax_kernels.decoding.output import GenerationOutput
 from dmax_kernels.decoding.promote import parallel_forced_promote
+from dmax_kernels.decoding.prompts import Prompts, Rows, read_prompts, unwrap
+from dmax_kernels.decoding.settings import check_model, read_integer
 from dmax_kernels.decoding.spd import spd_generate
 from dmax_kernels.decoding.state import LiveBlocks
-from dmax_kernels.decoding.unmasking import require_count
+from dmax_kernels.decoding.unmasking import set_count
 
 if TYPE_CHECKING:
     from dmax_kernels.decoding.settings import Settings
@@ -64,12 +68,20 @@ class Canvas:
         token: list[int] = []
         slot: list[int] = []
         parts = [*zip(headers, slot_lengths, strict=True), (summary_header, summary_length)]
-        for number, (header, length) in enumerate(parts):
-            if length < 1:
-                raise ValueError(f"Canvas: the length of a slot must be positive, got {length}")
+        for number, (header, given) in enumerate(parts):
+            length = as_integer(given)
+            if length is None or length < 1:
+                raise ValueError(
+                    f"Canvas: the length of a slot must be a positive integer, got {shown(given)}"
+                )
             token += [*header, *[0] * length]
             slot += [HEADER] * len(header) + [number] * length
-        return cls(torch.tensor(token), torch.tensor(slot), len(headers), len(headers[0]))
+        return cls(
+            torch.tensor(token, dtype=torch.int64),
+            torch.tensor(slot, dtype=torch.int64),
+            len(headers),
+            len(headers[0]),
+        )
 
     @property
     def length(self) -> int:
@@ -95,7 +107,7 @@ class CanvasRule(Top1Rule):
     tokens_per_step: int = 1  # of each slot
 
     def __post_init__(self) -> None:
-        require_count(self, "tokens_per_step", self.tokens_per_step)
+        set_count(self, "tokens_per_step")
 
     def begin_(
         self, state: LiveBlocks, rows: Tensor, embedding: Tensor, settings: Settings
@@ -138,11 +150,12 @@ class CanvasRule(Top1Rule):
 
 def nap_generate(
     model: Any,
-    input_ids: Tensor,
+    input_ids: Prompts,
     canvas: Canvas,
     *,
     tokens_per_step: int = 1,
     block_length: int | None = None,
+    attention_mask: Rows | None = None,
     use_cache: bool = False,
     **arguments: Any,
 ) -> GenerationOutput:
@@ -155,12 +168,13 @@ def nap_generate(
 
     Args:
         model: as for `spd_generate`.
-        input_ids: [B, T], prompts of one length.
+        input_ids: as for `spd_generate`, prompts of one length.
         canvas: see `Canvas.build`.
         tokens_per_step: of each slot.
         block_length: the positions that see each other. Default: prompt and canvas are one block,
             as in the fully bidirectional models of the paper. For a block-diffusion model the
             length it was trained with: then the canvas has to fit behind the prompt's tail.
+        attention_mask: as for `spd_generate`.
         use_cache: keep keys and values of the prompt's whole blocks.
         arguments: passed on to `spd_generate` (ops, trace, mask_token_id, ...).
 
@@ -171,20 +185,25 @@ def nap_generate(
     Raises:
         ValueError: a canvas that does not fit into a block, and whatever `spd_generate` rejects.
     """
-    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
-        raise ValueError("nap_generate: input_ids must be a 2-D tensor: prompts of one length")
-    tail = input_ids.shape[1] % block_length if block_length else input_ids.shape[1]
+    ids, attention_mask = unwrap(input_ids, attention_mask)
+    lengths = sorted({len(prompt) for prompt in read_prompts(ids, attention_mask)})
+    if len(lengths) > 1:
+        raise ValueError(f"nap_generate: input_ids must be prompts of one length, got {lengths}")
     if block_length is None:
-        block_length = tail + canvas.length
+        block_length = lengths[0] + canvas.length
+    block_length = read_integer("block_length", block_length, "a positive integer or None")
+    tail = lengths[0] % block_length
     if tail + canvas.length > block_length:
         raise ValueError(
             f"nap_generate: canvas must fit into a block of {block_length} behind {tail} tokens of "
             f"the prompt, got {canvas.length} positions"
         )
-    device = model.get_input_embeddings().weight.device
+    check_model(model)
+    device = embedding_device(model)
     return spd_generate(
         model,
-        input_ids,
+        ids,
+        attention_mask=attention_mask,
         block_length=block_length,
         max_new_tokens=canvas.length,
         rule=CanvasRule(canvas.to(device), tokens_per_step),

@@ -88,7 +88,7 @@ def assemble(
     device: torch.device,
 ) -> GenerationOutput:
     rows = [
-        torch.cat([prompt, torch.tensor(request.answer)])
+        torch.cat([prompt, torch.tensor(request.answer, dtype=torch.int64)])
         for prompt, request in zip(prompts, requests, strict=True)
     ]
     longest = max(map(len, prompts))

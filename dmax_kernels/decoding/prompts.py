@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,58 +10,71 @@ from torch import Tensor
 
 from dmax_kernels.decoding.settings import require
 
+Rows = Tensor | Sequence[Tensor | Sequence[int]]
+Prompts = Rows | Mapping[str, Any]
 
-def read_prompts(
-    input_ids: Tensor | Sequence[Tensor | Sequence[int]], attention_mask: Tensor | None
-) -> list[Tensor]:
+
+def unwrap(input_ids: Prompts, attention_mask: Rows | None) -> tuple[Rows, Rows | None]:
+    """The token ids and the mask of a tokenizer's mapping; anything else as it is.
+
+    The mapping's own attention mask counts unless another one is given.
+    """
+    if not isinstance(input_ids, Mapping):
+        return input_ids, attention_mask
+    require("input_ids" in input_ids, "input_ids", "a mapping with 'input_ids'", list(input_ids))
+    if attention_mask is None:
+        attention_mask = input_ids.get("attention_mask")
+    return input_ids["input_ids"], attention_mask
+
+
+def read_prompts(input_ids: Rows, attention_mask: Rows | None) -> list[Tensor]:
     """Each row's prompt without its padding: int64 [T_r] on the CPU.
 
-    input_ids: [B, T], padded on either side where attention_mask [B, T] is 0; or a list of prompts.
+    input_ids: [B, T], or a list of prompts; padded on either side where attention_mask is 0, which
+    is of the same shape, or a list of as many masks.
     """
     if isinstance(input_ids, Tensor):
         require(input_ids.dim() == 2, "input_ids", "2-D [B, T]", f"{input_ids.dim()}-D")
-        check_integers(input_ids)
-        rows = list(input_ids.cpu())
-        if attention_mask is not None:
-            rows = unpad(rows, input_ids.shape, attention_mask)
-    else:
-        require(
-            attention_mask is None,
-            "attention_mask",
-            "None where input_ids is a list of prompts",
-            "a mask",
-        )
-        rows = [torch.as_tensor(row).cpu() for row in input_ids]
-        for row in rows:
-            require(row.dim() == 1, "each prompt", "1-D", f"{row.dim()}-D")
-            if row.numel() > 0:  # an empty list has no dtype to speak of
-                check_integers(row)
+    rows = read_rows("input_ids", "integer token ids", input_ids)
+    if attention_mask is not None:
+        rows = unpad(rows, read_rows("attention_mask", "zeros and ones", attention_mask))
     require(len(rows) > 0, "input_ids", "at least one row", "0 rows")
     for index, row in enumerate(rows):
         got = f"an empty prompt (row {index})"
         require(len(row) > 0, "input_ids", "at least one prompt token per row", got)
+    for row in rows:
+        is_integer = not (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool)
+        require(is_integer, "input_ids", "integer token ids", row.dtype)
     return [row.long() for row in rows]
 
 
-def unpad(rows: Sequence[Tensor], shape: torch.Size, attention_mask: Tensor) -> list[Tensor]:
-    require(
-        attention_mask.shape == shape,
-        "attention_mask",
-        f"{list(shape)} as input_ids",
-        list(attention_mask.shape),
-    )
+def read_rows(argument: str, content: str, rows: Rows) -> list[Tensor]:
+    """Each row of a [B, T] tensor or a list of rows, on the CPU."""
+    need = f"{content}: a tensor [B, T] or a list of rows"
+    is_rows = isinstance(rows, Sequence) or hasattr(rows, "__array__")  # not a set, not a string
+    require(is_rows and not isinstance(rows, str), argument, need, type(rows).__name__)
+    tensors = []
+    for row in rows.cpu() if isinstance(rows, Tensor) else rows:
+        try:
+            tensor = torch.as_tensor(row).cpu()
+        except (TypeError, ValueError, RuntimeError):
+            require(False, argument, need, f"a row that is {type(row).__name__}")
+        require(tensor.dim() == 1, f"each row of {argument}", "1-D", f"{tensor.dim()}-D")
+        tensors.append(tensor)
+    return tensors
+
+
+def unpad(rows: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
+    lengths, got = [len(row) for row in rows], [len(mask) for mask in masks]
+    require(lengths == got, "attention_mask", f"as long as input_ids, {lengths}", got)
     kept = []
-    for index, (row, mask) in enumerate(zip(rows, attention_mask.cpu() != 0, strict=True)):
-        places = torch.nonzero(mask).flatten()
+    for index, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+        seen = mask != 0
+        places = torch.nonzero(seen).flatten()
         one_run = len(places) == 0 or places[-1] - places[0] + 1 == len(places)
         require(bool(one_run), "attention_mask", "one run of ones per row", f"a gap in row {index}")
-        kept.append(row[mask])
+        kept.append(row[seen])
     return kept
-
-
-def check_integers(ids: Tensor) -> None:
-    is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-    require(is_integer, "input_ids", "integer token ids", ids.dtype)
 
 
 def check_prompts(

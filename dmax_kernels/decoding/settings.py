@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmax_kernels._numbers import as_integer, as_number, shown
 from dmax_kernels.decoding.named_rules import RULES
 from dmax_kernels.decoding.rule import Rule
-from dmax_kernels.models.end_tokens import as_ids, end_token_ids
+from dmax_kernels.models.end_tokens import end_token_ids
 from dmax_kernels.ops.spd_step_ import SEMANTICS
 
 CONVERGENCE = ("both", "consistency", "confidence")
@@ -69,23 +70,19 @@ def resolve_settings(
     ops: str,
 ) -> Settings:
     """Check the arguments against each other and the model; fill in what its config knows."""
-    for name, count in (("block_length", block_length), ("max_new_tokens", max_new_tokens)):
-        require(is_count(count), name, "a positive integer", count)
-    for name, tau in (("tau_dec", tau_dec), ("tau_acc", tau_acc)):
-        require(0 <= tau <= 1, name, "in [0, 1]", tau)
+    block_length = read_integer("block_length", block_length, "a positive integer")
+    max_new_tokens = read_integer("max_new_tokens", max_new_tokens, "a positive integer")
+    tau_dec, tau_acc = read_share("tau_dec", tau_dec), read_share("tau_acc", tau_acc)
     known = isinstance(rule, Rule) or rule in RULES
     require(known, "rule", f"{one_of(RULES)}, or a Rule", repr(rule))
     require(semantics in SEMANTICS, "semantics", one_of(SEMANTICS), repr(semantics))
     require(convergence in CONVERGENCE, "convergence", one_of(CONVERGENCE), repr(convergence))
     require(ops in OPS, "ops", one_of(OPS), repr(ops))
-    require(is_count(top_k) and top_k <= 8, "top_k", "an integer in [1, 8]", top_k)
+    top_k = read_integer("top_k", top_k, "an integer in [1, 8]", below=9)
     if max_steps_per_block is None:
         max_steps_per_block = block_length
-    require(
-        is_count(max_steps_per_block),
-        "max_steps_per_block",
-        "a positive integer or None",
-        max_steps_per_block,
+    max_steps_per_block = read_integer(
+        "max_steps_per_block", max_steps_per_block, "a positive integer or None"
     )
     if semantics == "released":
         require(
@@ -105,19 +102,26 @@ def resolve_settings(
             "or use a model trained for masked diffusion"
         )
     in_vocabulary = f"in [0, {vocabulary}), the model's vocabulary"
-    require(0 <= mask_token_id < vocabulary, "mask_token_id", in_vocabulary, mask_token_id)
+    mask_token_id = read_integer(
+        "mask_token_id", mask_token_id, in_vocabulary, least=0, below=vocabulary
+    )
 
-    eos_token_ids = end_token_ids(model) if eos_token_id is None else as_ids(eos_token_id)
+    eos_token_ids = (
+        end_token_ids(model)
+        if eos_token_id is None
+        else read_integers("eos_token_id", eos_token_id)
+    )
     if pad_token_id is None:
         pad_token_id = getattr(config, "pad_token_id", None)
     if pad_token_id is None:
         pad_token_id = eos_token_ids[0] if eos_token_ids else mask_token_id
+    pad_token_id = read_integer("pad_token_id", pad_token_id, "a token id", least=None)
 
     return Settings(
         block_length=block_length,
         max_new_tokens=max_new_tokens,
-        tau_dec=float(tau_dec),
-        tau_acc=float(tau_acc),
+        tau_dec=tau_dec,
+        tau_acc=tau_acc,
         mask_token_id=mask_token_id,
         eos_token_ids=eos_token_ids,
         pad_token_id=pad_token_id,
@@ -162,7 +166,8 @@ def row_thresholds(
 ) -> Tensor:
     """float32 [B, 2] on the CPU: each row's (tau_dec, tau_acc)."""
     if thresholds is None:
-        return torch.tensor([[settings.tau_dec, settings.tau_acc]]).repeat(rows, 1)
+        pair = torch.tensor([[settings.tau_dec, settings.tau_acc]], dtype=torch.float32)
+        return pair.repeat(rows, 1)
     table = torch.as_tensor(thresholds, dtype=torch.float32).cpu()
     need = f"[{rows}, 2]: (tau_dec, tau_acc) of each row"
     require(table.shape == (rows, 2), "thresholds", need, list(table.shape))
@@ -171,5 +176,38 @@ def row_thresholds(
     return table
 
 
-def is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def read_integer(
+    argument: str, value: object, need: str, least: int | None = 1, below: int | None = None
+) -> int:
+    """The integer that an argument is, of Python, NumPy or a tensor; in [least, below)."""
+    number = as_integer(value)
+    require(
+        number is not None
+        and (least is None or number >= least)
+        and (below is None or number < below),
+        argument,
+        need,
+        shown(value),
+    )
+    assert number is not None
+    return number
+
+
+def read_integers(argument: str, value: Any) -> tuple[int, ...]:
+    """One token id, or several."""
+    single = as_integer(value)
+    if single is not None:
+        return (single,)
+    try:
+        ids = [as_integer(each) for each in value]
+    except TypeError:
+        ids = [None]
+    require(None not in ids, argument, "a token id or several", shown(value))
+    return tuple(each for each in ids if each is not None)
+
+
+def read_share(argument: str, value: object) -> float:
+    number = as_number(value)
+    require(number is not None and 0 <= number <= 1, argument, "in [0, 1]", shown(value))
+    assert number is not None
+    return number

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from dmax_kernels.decoding.batch import Batch
+from dmax_kernels.decoding.embedding import embedding_table
 from dmax_kernels.decoding.forward import BlockForward
 from dmax_kernels.decoding.graph import make_runner
 from dmax_kernels.decoding.output import GenerationOutput, Statistics, assemble
-from dmax_kernels.decoding.prompts import check_prompts, read_prompts
+from dmax_kernels.decoding.prompts import Prompts, Rows, check_prompts, read_prompts, unwrap
 from dmax_kernels.decoding.requests import CommittedBlock, Request
 from dmax_kernels.decoding.rule import Rule
 from dmax_kernels.decoding.settings import (
     Settings,
-    is_count,
-    require,
+    read_integer,
     resolve_settings,
     row_thresholds,
 )
@@ -36,9 +36,9 @@ from dmax_kernels.decoding.trace import Trace
 @torch.no_grad()
 def spd_generate(
     model: Any,
-    input_ids: Tensor | Sequence[Tensor | Sequence[int]],
+    input_ids: Prompts,
     *,
-    attention_mask: Tensor | None = None,
+    attention_mask: Rows | None = None,
     block_length: int = 32,
     max_new_tokens: int,
     tau_dec: float = 0.5,
@@ -76,10 +76,12 @@ def spd_generate(
 
     Args:
         model: a Hugging Face causal LM that takes `inputs_embeds`, a 4-D additive `attention_mask`,
-            `position_ids`, `past_key_values` and `use_cache`, and predicts each position's own
-            token (no shift by one).
-        input_ids: [B, T], or a list of B prompts of any lengths.
-        attention_mask: [B, T], 0 where a prompt is padded, on either side.
+            `position_ids`, a KV cache as `cache` or `past_key_values`, and `use_cache`, and
+            predicts each position's own token (no shift by one).
+        input_ids: [B, T], or a list of B prompts of any lengths; or the mapping that a tokenizer
+            or a chat template returns, with "input_ids" and perhaps "attention_mask".
+        attention_mask: [B, T], 0 where a prompt is padded, on either side; or one for each prompt
+            of a list.
         block_length: K; the length the model was trained with.
         max_new_tokens: length of each answer; decoding runs to the end of the block it falls in.
         tau_dec: a masked position is promoted when its confidence exceeds this.
@@ -134,9 +136,11 @@ def spd_generate(
         max_steps_per_block=max_steps_per_block,
         ops=ops,
     )
-    require(poll_lag == 0 or is_count(poll_lag), "poll_lag", "a non-negative integer", poll_lag)
-    prompts = read_prompts(input_ids, attention_mask)
-    embedding = model.get_input_embeddings().weight
+    block_length, max_new_tokens = settings.block_length, settings.max_new_tokens
+    poll_lag = read_integer("poll_lag", poll_lag, "a non-negative integer", least=0)
+    ids, attention_mask = unwrap(input_ids, attention_mask)
+    prompts = read_prompts(ids, attention_mask)
+    embedding = embedding_table(model, settings.mask_token_id)
     check_prompts(prompts, len(embedding), model.config, block_length, max_new_tokens)
     table = row_thresholds(thresholds, settings, len(prompts))
     requests = [
@@ -147,7 +151,7 @@ def spd_generate(
     recorder = Trace() if trace else None
 
     started = time.perf_counter()
-    forward = prefill(model, prompts, settings, use_cache)
+    forward = prefill(model, embedding, prompts, settings, use_cache)
     state = first_blocks(forward, requests, table, settings)
     if embedding.is_cuda:
         torch.cuda.synchronize(embedding.device)  # once per call: to time the prefill by itself
@@ -179,19 +183,20 @@ def spd_generate(
         batch.promotions.promotions,
         statistics,
         recorder,
-        input_ids.device if isinstance(input_ids, Tensor) else embedding.device,
+        ids.device if isinstance(ids, Tensor) else embedding.device,
     )
 
 
-def prefill(model: Any, prompts: list[Tensor], settings: Settings, use_cache: bool) -> BlockForward:
+def prefill(
+    model: Any, embedding: Tensor, prompts: list[Tensor], settings: Settings, use_cache: bool
+) -> BlockForward:
     """Put the prompts' whole blocks into a new KV cache."""
     length = settings.block_length
     longest = max(map(len, prompts)) + settings.max_new_tokens
     tokens = torch.full((len(prompts), -(-longest // length) * length), settings.pad_token_id)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    device = model.get_input_embeddings().weight.device
-    forward = BlockForward(model, tokens.to(device), length, use_cache)
+    forward = BlockForward(model, embedding, tokens.to(embedding.device), length, use_cache)
     forward.prefill(max(len(prompt) // length * length for prompt in prompts))
     return forward
 

@@ -53,7 +53,7 @@ class BlockState:
             editable=editable,
             masked=editable.clone(),
             token=token,
-            confidence=torch.where(editable, 0.0, 1.0),
+            confidence=(~editable).float(),
             converged=torch.zeros(rows, dtype=torch.bool, device=token.device),
             step=torch.zeros(rows, dtype=torch.int32, device=token.device),
             inputs_embeds=F.embedding(token, embedding),

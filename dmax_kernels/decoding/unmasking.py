@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from dmax_kernels._numbers import as_integer, as_number, shown
 from dmax_kernels.decoding import promote
 from dmax_kernels.decoding.composed import ComposedRule, DistributionRule, Top1Rule
 from dmax_kernels.decoding.state import LiveBlocks
@@ -29,7 +30,7 @@ class Factor(Top1Rule):
     factor: float = 1.0
 
     def __post_init__(self) -> None:
-        require_number(self, "factor", self.factor, "positive", lambda value: value > 0)
+        set_number(self, "factor", "positive", lambda value: value > 0)
 
     def promote(
         self, token: Tensor, confidence: Tensor, state: LiveBlocks, settings: Settings
@@ -44,9 +45,7 @@ class Hierarchical(Top1Rule):
     low_threshold: float = 0.2
 
     def __post_init__(self) -> None:
-        require_number(
-            self, "low_threshold", self.low_threshold, "in [0, 1]", lambda value: 0 <= value <= 1
-        )
+        set_number(self, "low_threshold", "in [0, 1]", lambda value: 0 <= value <= 1)
 
     def promote(
         self, token: Tensor, confidence: Tensor, state: LiveBlocks, settings: Settings
@@ -63,7 +62,7 @@ class FixedCount(Top1Rule):
     tokens_per_step: int = 1
 
     def __post_init__(self) -> None:
-        require_count(self, "tokens_per_step", self.tokens_per_step)
+        set_count(self, "tokens_per_step")
 
 
 @dataclass(frozen=True)
@@ -94,13 +93,7 @@ class Random(FixedCount):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            isinstance(self.seed, int) and 0 <= self.seed < 2**64,
-            self,
-            "seed",
-            "an integer in [0, 2^64)",
-            self.seed,
-        )
+        set_integer(self, "seed", "an integer in [0, 2^64)", lambda value: 0 <= value < 2**64)
 
     def promote(
         self, token: Tensor, confidence: Tensor, state: LiveBlocks, settings: Settings
@@ -117,9 +110,7 @@ class EntropyBound(DistributionRule):
     entropy_bound: float = 0.1
 
     def __post_init__(self) -> None:
-        require_number(
-            self, "entropy_bound", self.entropy_bound, "at least 0", lambda value: value >= 0
-        )
+        set_number(self, "entropy_bound", "at least 0", lambda value: value >= 0)
 
     def promote(self, statistics: RowStatistics, state: LiveBlocks, settings: Settings) -> Tensor:
         return promote.entropy_bound_promote(statistics.entropy, state.masked, self.entropy_bound)
@@ -159,7 +150,7 @@ class ParallelForced(FixedCount):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_count(self, "num_slots", self.num_slots)
+        set_count(self, "num_slots")
 
     def promote(
         self, token: Tensor, confidence: Tensor, state: LiveBlocks, settings: Settings
@@ -169,18 +160,26 @@ class ParallelForced(FixedCount):
         )
 
 
-def require(condition: bool, rule: ComposedRule, option: str, need: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{type(rule).__name__}: {option} must be {need}, got {got}")
-
-
-def require_number(
-    rule: ComposedRule, option: str, value: object, need: str, accepts: Callable[[float], bool]
+def set_number(
+    rule: ComposedRule, option: str, need: str, accepts: Callable[[float], bool]
 ) -> None:
-    accepted = isinstance(value, (int, float)) and not isinstance(value, bool) and accepts(value)
-    require(accepted, rule, option, f"a number, {need}", value)
+    """Check an option that is a number, and keep it as a Python float."""
+    set_option(rule, option, f"a number, {need}", as_number(getattr(rule, option)), accepts)
 
 
-def require_count(rule: ComposedRule, option: str, value: object) -> None:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    require(is_count, rule, option, "a positive integer", value)
+def set_integer(rule: ComposedRule, option: str, need: str, accepts: Callable[[int], bool]) -> None:
+    """Check an option that is an integer, and keep it as a Python int."""
+    set_option(rule, option, need, as_integer(getattr(rule, option)), accepts)
+
+
+def set_count(rule: ComposedRule, option: str) -> None:
+    set_integer(rule, option, "a positive integer", lambda value: value >= 1)
+
+
+def set_option(
+    rule: ComposedRule, option: str, need: str, value: Any, accepts: Callable[[Any], bool]
+) -> None:
+    if value is None or not accepts(value):
+        got = shown(getattr(rule, option))
+        raise ValueError(f"{type(rule).__name__}: {option} must be {need}, got {got}")
+    object.__setattr__(rule, option, value)  # the rules are frozen

@@ -11,6 +11,14 @@ from __future__ import annotations
 import importlib
 from operator import attrgetter
 from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from dmax_kernels.decoding.embedding import is_lookup
+
+_lookups: WeakSet[nn.Module] = WeakSet()  # layers that `lookup_weight` has compared
 
 
 def engine_objects(engine: str, module: str, *names: str) -> tuple[Any, ...]:
@@ -32,3 +40,27 @@ def engine_objects(engine: str, module: str, *names: str) -> tuple[Any, ...]:
                 "(docs/integrations.md lists the versions that were read)"
             ) from None
     return tuple(attrgetter(name)(found) for name in names)
+
+
+def lookup_weight(adapter: str, layer: Any) -> Tensor:
+    """The weight [V, D] of an engine's embedding layer, whose rows the ops look up themselves.
+
+    An engine's layer is of its own class: two ids go through its forward, once per layer.
+
+    Raises:
+        ValueError: the forward does more than look up rows (a scale, an adapter, offloading).
+    """
+    weight = layer.weight
+    if is_lookup(layer) or layer in _lookups:
+        return weight
+    ids = torch.tensor([0, len(weight) // 2], device=weight.device)
+    with torch.no_grad():
+        rows = None if weight.is_meta else layer(ids)
+        if rows is None or rows.dtype != weight.dtype or not torch.equal(rows, weight[ids]):
+            raise ValueError(
+                f"{adapter}: the input embedding must be a layer whose forward looks up rows of "
+                f"its weight and does no more, got {type(layer).__name__} (is it scaled, adapted "
+                "or offloaded?)"
+            )
+    _lookups.add(layer)
+    return weight

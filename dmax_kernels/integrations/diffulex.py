@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import dmax_kernels
-from dmax_kernels.integrations import engine_objects
+from dmax_kernels.integrations import engine_objects, lookup_weight
 
 ACCEPT = 0.9  # fixed inside Diffulex's sampler
 SAMPLER = "diffulex.sampler.llada2"
@@ -157,6 +157,7 @@ def merge_tokens(model: Any) -> None:
     Raises:
         ImportError: Diffulex is not importable, or this version lacks what is needed.
         TypeError: the model has no token merge.
+        ValueError: the input embedding does more than look up rows of its weight.
     """
     (fetch,) = engine_objects("Diffulex", "diffulex.attention", "fetch_attn_metadata")
     model = getattr(model, "model", model)
@@ -187,4 +188,6 @@ def merge_tokens(model: Any) -> None:
         )
         return torch.where(mask.unsqueeze(-1), soft, hidden_states)
 
+    if getattr(model.word_embeddings, "tp_size", 1) == 1:
+        lookup_weight("merge_tokens", model.word_embeddings)
     model._maybe_apply_token_merge = MethodType(merge, model)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import dmax_kernels
 from dmax_kernels.decoding.state import BlockState
-from dmax_kernels.integrations import engine_objects
+from dmax_kernels.integrations import engine_objects, lookup_weight
 from dmax_kernels.ops.spd_step_ import SEMANTICS
 
 TAU_ACC = 0.9  # fixed inside dInfer's decode_uniform
@@ -90,6 +90,7 @@ def spd_decoder(
                     "decode_uniform: embedding_layer must hold the whole vocabulary "
                     f"({logits.shape[-1]} rows), got {embedding.shape[0]} rows"
                 )
+            embedding = lookup_weight("decode_uniform", embedding_layer)
             first = prev_embeddings is None
             before = x[:, block_start:block_end]
             if first or semantics == "released":
@@ -106,6 +107,8 @@ def spd_decoder(
                 tau_acc=tau_acc,
                 semantics=semantics,
                 top_k=top_k,
+                # A predicted mask would count as a decoded token; the engine allows it
+                suppress_token=self.mask_id if semantics != "released" else -1,
             )
             token = state.token.masked_fill(state.masked, self.mask_id)
             by_row = semantics != "released" or len(token) == 1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import dmax_kernels
 from dmax_kernels.decoding.state import BlockState
-from dmax_kernels.integrations import engine_objects
+from dmax_kernels.integrations import engine_objects, lookup_weight
 
 PACKAGE = "sglang.srt.dllm.algorithm"
 
@@ -128,7 +128,7 @@ def spd() -> type:
                 raise ValueError(
                     f"DmaxSpd: the input embedding must be unsharded, got tp_size={layer.tp_size}"
                 )
-            self.embedding = layer.weight
+            self.embedding = lookup_weight("DmaxSpd", layer)
             ids = forward_batch.input_ids.view(-1, self.block_size)
             for row, state in enumerate(states):
                 if "block" not in state:
@@ -150,6 +150,7 @@ def spd() -> type:
                 tau_dec=self.tau_dec,
                 tau_acc=self.tau_acc,
                 top_k=self.top_k,
+                suppress_token=self.mask_id,  # a predicted mask would count as a decoded token
             )
             block.converged |= block.step >= self.block_size  # all promoted by then: commit
             ids.copy_(block.token.masked_fill(block.masked, self.mask_id))
@@ -183,7 +184,7 @@ def new_block(ids: Tensor, embedding: Tensor, mask_id: int) -> BlockState:
         editable=editable,
         masked=editable.clone(),
         token=ids.long().clone(),
-        confidence=torch.where(editable, 0.0, 1.0),
+        confidence=(~editable).float(),
         converged=~editable.any(dim=1),
         step=torch.zeros(1, dtype=torch.int32, device=ids.device),
         inputs_embeds=embedding[ids],

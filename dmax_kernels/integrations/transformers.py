@@ -79,7 +79,6 @@ def fused_denoising_step(
     decoder_position_ids: Tensor,
     self_conditioning_logits: Tensor | None,
     mask_mapping: Any,
-    past_key_values: Any,
     finished_denoising: Tensor,
     cur_step: int,
     sampler: Any,
@@ -87,7 +86,11 @@ def fused_denoising_step(
     diffusion_stopping_criteria: Any | None,
     **model_kwargs: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The engine's step: (canvas, argmax canvas, self-conditioning logits, finished rows)."""
+    """The engine's step: (canvas, argmax canvas, self-conditioning logits, finished rows).
+
+    model_kwargs: what goes to the decoder alone, among it the KV cache, under the name that this
+    version of the engine has for it (`cache` since transformers 5.24, before `past_key_values`).
+    """
     # Both marks are the engine's: a step number in a tensor does not recompile, and a compiled
     # forward may reuse the memory of its last outputs
     step = torch.tensor(cur_step, device=current_canvas.device, dtype=torch.int32)
@@ -96,7 +99,6 @@ def fused_denoising_step(
         decoder_input_ids=current_canvas,
         self_conditioning_logits=self_conditioning_logits,
         decoder_attention_mask=mask_mapping,
-        past_key_values=past_key_values,
         decoder_position_ids=decoder_position_ids,
         **model_kwargs,
     ).logits

@@ -121,7 +121,7 @@ def evaluate_cell(model: Any, problems: list[task.Problem], cell: Cell, ops: str
     return Result(
         answer=sum(grade.answer for grade in grades) / len(grades),
         strict=sum(grade.strict for grade in grades) / len(grades),
-        tokens_per_forward=float((tokens / forwards).mean()),
+        tokens_per_forward=float((tokens.float() / forwards).mean()),
         forwards_per_block=passes / blocks,
         problems=len(grades),
         collapsed=collapsed,

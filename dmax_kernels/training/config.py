@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from dmax_kernels._numbers import as_integer, as_number, shown
+
+# How a field of this type is read, and what it must be
+KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "int": (as_integer, "an integer"),
+    "float": (as_number, "a number"),
+}
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -99,6 +108,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for item in fields(self):
+            self._read_number(item.name, item.type.removesuffix(" | None"))
             value, choices = getattr(self, item.name), item.metadata["choices"]
             require(choices is None or value in choices, item.name, f"one of {choices}", value)
         for name in ("block_length", "batch_size", "save_every"):
@@ -118,6 +128,15 @@ class TrainConfig:
             require(self.clip_norm >= 0, "clip_norm", "at least 0", self.clip_norm)
         if self.objective == "mdlm":
             require(self.passes == "joint", "passes", "joint with objective mdlm", self.passes)
+
+    def _read_number(self, name: str, kind: str) -> None:
+        """Keep a number as Python's own: NumPy's, say, would not go into a JSON file."""
+        value = getattr(self, name)
+        if value is not None and kind in KINDS:
+            read, need = KINDS[kind]
+            number = read(value)
+            require(number is not None, name, need, shown(value))
+            object.__setattr__(self, name, number)  # frozen, but not yet made
 
     def as_dict(self) -> dict[str, Any]:
         """Lists and scalars, as they come back from a JSON file."""

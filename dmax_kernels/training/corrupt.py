@@ -42,7 +42,6 @@ def uniform_mask(
     low, high = ratio
     if not 0 <= low <= high <= 1:
         raise ValueError(f"uniform_mask: ratio must satisfy 0 <= low <= high <= 1, got {ratio}")
-    level = low + (high - low) * torch.rand(
-        editable.shape[0], 1, generator=generator, dtype=torch.float32
-    )
-    return (torch.rand(editable.shape, generator=generator, dtype=torch.float32) < level) & editable
+    options = {"generator": generator, "dtype": torch.float32}
+    level = low + (high - low) * torch.rand(editable.shape[0], 1, **options)
+    return (torch.rand(editable.shape, **options) < level) & editable

@@ -16,6 +16,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .configuration_tiny_dlm import TinyDlmConfig
 
+# transformers calls the KV cache of an output `cache` since 5.24, and before `past_key_values`
+CACHE_FIELD = (
+    "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+)
+
+
+def the_cache(cache, past_key_values):
+    """The KV cache, by its name since transformers 5.24 or by the one before; None for no cache."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError(
+            "TinyDlmModel: cache or past_key_values must be given (they are the same), got both"
+        )
+    return past_key_values if cache is None else cache
+
 
 def rms_norm(x, eps):
     """x / sqrt(mean(x^2) + eps) over the last dimension; no learned scale."""
@@ -142,9 +156,10 @@ class TinyDlmModel(TinyDlmPreTrainedModel):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         use_cache=None,
+        past_key_values=None,
         **kwargs,
     ):
         """States after the final norm, [B, T, D]. Arguments: see `TinyDlmForCausalLM.forward`."""
@@ -155,9 +170,10 @@ class TinyDlmModel(TinyDlmPreTrainedModel):
             )
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = x.shape[:2]
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = the_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        cached = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
             position_ids = torch.arange(cached, cached + length, device=x.device)[None]
         elif position_ids.dim() == 1:
@@ -165,10 +181,9 @@ class TinyDlmModel(TinyDlmPreTrainedModel):
         mask = self._mask(attention_mask, position_ids, cached, batch, x.dtype)
         cos, sin = rotary_tables(position_ids, self.config.head_dim, self.config.rope_base, x.dtype)
         for layer in self.layers:
-            x = layer(x, cos, sin, mask, past_key_values, bool(use_cache))
-        return BaseModelOutputWithPast(
-            last_hidden_state=rms_norm(x, self.config.rms_norm_eps), past_key_values=past_key_values
-        )
+            x = layer(x, cos, sin, mask, cache, bool(use_cache))
+        hidden = rms_norm(x, self.config.rms_norm_eps)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE_FIELD: cache})
 
     def _mask(self, attention_mask, position_ids, cached, batch, dtype):
         """The given mask, checked; or a block-causal one over positions, [B or 1, 1, T, S + T]."""
@@ -224,10 +239,11 @@ class TinyDlmForCausalLM(TinyDlmPreTrainedModel):
         input_ids=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         use_cache=None,
         output_hidden_states=False,
+        past_key_values=None,
         **kwargs,
     ):
         """Logits [B, T, V] for the token at each position (not the next one).
@@ -238,22 +254,23 @@ class TinyDlmForCausalLM(TinyDlmPreTrainedModel):
                 or FlexAttention's BlockMask of that shape.
                 None: block-causal over `position_ids`, all cached positions visible.
             position_ids: int64 [B or 1, T] or [T]; by default S, S + 1, ...
-            past_key_values: a `DynamicCache` of S positions. With `use_cache=True` the new keys and
-                values are appended; otherwise the cache is read and left as it is, which is what
-                the denoising steps of a block need.
+            cache: a `DynamicCache` of S positions. With `use_cache=True` the new keys and values
+                are appended; otherwise the cache is read and left as it is, which is what the
+                denoising steps of a block need.
+            past_key_values: the name of `cache` before transformers 5.24.
             output_hidden_states: also return the states after the final norm, as a tuple of one.
         """
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=the_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
         )
         hidden = out.last_hidden_state
         return CausalLMOutputWithPast(
             logits=self.lm_head(hidden),
-            past_key_values=out.past_key_values,
             hidden_states=(hidden,) if output_hidden_states else None,
+            **{CACHE_FIELD: getattr(out, CACHE_FIELD)},
         )

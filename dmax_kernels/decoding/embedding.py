@@ -1,0 +1,90 @@
+"""The table [V, D] of what the model's input embedding makes of each token id.
+
+The loop looks rows up by itself and the step mixes them. The model has a module for that, and its
+forward may do more than look up rows of `weight`: scale them (Gemma 3), add an adapter's part
+(LoRA), or first bring an offloaded weight in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmax_kernels.decoding.settings import FLOATS, one_of, require
+
+TOLERANCE = 2**-6  # of a row's largest value: how differently two batch sizes may round in bfloat16
+
+
+def is_lookup(module: Any) -> bool:
+    """Whether the module's forward is known to give rows of its `weight` and nothing else."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    return (
+        type(module) is nn.Embedding
+        and type(module.weight) in (Tensor, nn.Parameter)
+        and not module.weight.is_meta
+        and module.max_norm is None
+        and "forward" not in vars(module)  # accelerate puts its own on the instance
+        and not any(getattr(module, name) for name in hooks)
+    )
+
+
+def embedding_table(model: Any, mask_token_id: int) -> Tensor:
+    """[V, D], detached: the weight where the module only looks up, else what its forward gives.
+
+    The second takes one pass over the vocabulary and, while the run lasts, as much memory as the
+    weight; where the forward turns out to look up no more than the weight, the copy is dropped.
+
+    Raises:
+        ValueError: the forward fails, or does not give each token id one vector of its own.
+    """
+    module = model.get_input_embeddings()
+    weight = module.weight.detach()
+    if is_lookup(module):
+        return weight
+    vocabulary = weight.shape[0]
+    table = run(module, torch.arange(vocabulary))
+    require(
+        type(table) is Tensor
+        and not table.is_meta
+        and table.dtype in FLOATS
+        and table.dim() == 2
+        and len(table) == vocabulary,
+        "the model's input embedding",
+        f"a module that gives each of {vocabulary} token ids one vector, {one_of(FLOATS)}",
+        f"{type(table).__name__} on {table.device} of {table.dtype}, {list(table.shape)}",
+    )
+    if type(weight) is Tensor and weight.device == table.device and torch.equal(weight, table):
+        return weight
+    # Other places and other neighbours than in the pass above: a table is right only without either
+    probe = torch.tensor([mask_token_id, 0, mask_token_id])
+    again, rows = run(module, probe), table[probe.to(table.device)]
+    limit = TOLERANCE * rows.abs().amax(dim=-1, keepdim=True)
+    require(
+        bool(((again - rows).abs() <= limit).all()),
+        "the model's input embedding",
+        "a module that gives a token id the same vector at every place, without dropout or noise",
+        f"{type(module).__name__}, which gave tokens 0 and {mask_token_id} two vectors each",
+    )
+    return table
+
+
+def embedding_device(model: Any) -> torch.device:
+    """Where the table of `embedding_table` lies."""
+    module = model.get_input_embeddings()
+    return module.weight.device if is_lookup(module) else run(module, torch.zeros(1).long()).device
+
+
+def run(module: Any, ids: Tensor) -> Tensor:
+    """The module's own forward on ids [N], a row of tokens as the model would pass it: [N, D]."""
+    device = module.weight.device
+    ids = ids if device.type == "meta" else ids.to(device)
+    try:
+        return module(ids.unsqueeze(0)).squeeze(0).detach()
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            "spd_generate: the model's input embedding must be a module that can be called with "
+            f"token ids, got {type(module).__name__}, which raised: {reason}"
+        ) from error
