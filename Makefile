@@ -1,19 +1,48 @@
 # make demo | test | lint | format | bench | docs | fuzz | build | train | gpu | wheels | hub | clean
+# make test-oldest | test-newest | lock
 #
-# The first call makes .venv with everything the targets need. To use an environment of your own,
-# with torch in it: make test PYTHON=python3
+# The first call makes .venv with everything the targets need, in the versions of requirements.lock.
+# To use an environment of your own, with torch in it: make test PYTHON=python3
 
 PYTHON ?= .venv/bin/python
 BUILD := build/dev
 export PATH := $(abspath $(dir $(PYTHON))):$(PATH)
 
-.PHONY: demo test lint format bench docs fuzz build build-cpu configure train gpu wheels hub clean
+.PHONY: demo test test-oldest test-newest browser lint format bench docs fuzz build build-cpu \
+  configure train gpu lock wheels hub clean
 
 demo: build-cpu
 	$(PYTHON) -m dmax_kernels demo
 
-test: build
+test: build browser
 	$(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# The suite in an environment of its own, build/oldest or build/newest, at that end of the ranges in
+# pyproject.toml; in a copy of the tree, since its libraries are built against that torch
+PYTHONS = python3.10 python3.11 python3.12 python3.13 python3
+OLDEST_PYTHON ?= $(shell for p in $(PYTHONS); do $$p -c '' 2>/dev/null && echo $$p && break; done)
+NEWEST_PYTHON ?= python3
+test-oldest: build/oldest/bin/python
+test-newest: build/newest/bin/python
+test-oldest test-newest: test-%:
+	@mkdir -p build/$*/tree
+	@find build/$*/tree -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	@git ls-files -z | tar -c --null -T - | tar -x -C build/$*/tree
+	@git -C build/$*/tree init -q && git -C build/$*/tree add .
+	$(MAKE) -C build/$*/tree test PYTHON=$(abspath build/$*/bin/python)
+
+build/oldest/bin/python build/newest/bin/python: build/%/bin/python: pyproject.toml
+	$(if $(findstring oldest,$*),$(OLDEST_PYTHON),$(NEWEST_PYTHON)) -m venv --clear build/$*
+	$@ -m pip install -q --upgrade "pip>=25.3"
+	$@ -m pip install -q --group $*
+	@touch $@
+
+# A browser for the test of the demo's page: Debian's, where this user may install it
+browser:
+	@which chromium chromium-browser google-chrome 2>/dev/null | grep -q . || \
+	  { [ "$$(id -u)" = 0 ] && which apt-get >/dev/null && \
+	    apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } || \
+	  echo "No browser could be installed: the tests of the demo's page will be skipped."
 
 # Minutes long: random inputs for every op and backend, and 10^5 steps of flat memory
 fuzz: build-cpu
@@ -62,16 +91,21 @@ configure: $(PYTHON)
 	@test -f $(BUILD)/build.ninja || cmake -S . -B $(BUILD) -G Ninja \
 	  -DPython_EXECUTABLE="$$($(PYTHON) -c 'import sys; print(sys.executable)')"
 
-# dependency groups came with pip 25.1
-.venv/bin/python: pyproject.toml
+# Every version, of what is needed indirectly too, from requirements.lock
+.venv/bin/python: pyproject.toml requirements.lock
 	python3 -m venv .venv
-	.venv/bin/python -m pip install -q --upgrade "pip>=25.1"
-	.venv/bin/python -m pip install -q --group dev
+	.venv/bin/python -m pip install -q -c requirements.lock pip
+	.venv/bin/python -m pip install -q --group dev -c requirements.lock
 	@touch $@
+
+# The newest versions that the ranges of pyproject.toml allow together, for every Python from 3.10 on
+lock: $(PYTHON)
+	$(PYTHON) -m uv pip compile -q --universal --python-version 3.10 --upgrade --no-annotate \
+	  --custom-compile-command "make lock" --group release -o requirements.lock
 
 # dist/cpu and dist/cuda, audited and tried out in an empty environment
 wheels: $(PYTHON)
-	$(PYTHON) -m pip install -q --group release
+	$(PYTHON) -m pip install -q --group release -c requirements.lock
 	$(PYTHON) release/wheels.py
 
 # The layout of a Hugging Face kernel, in build/hub
