@@ -88,5 +88,7 @@ def test_cuda_sources_compile(flags, source, tmp_path):
 
 def test_the_headers_are_those_of_the_oldest_torch(flags):
     text = (CACHE / "torch/include/torch/headeronly/version.h").read_text()
-    parts = [re.search(rf"define TORCH_VERSION_{name} (\d+)", text)[1] for name in ("MAJOR", "MINOR")]
+    parts = [
+        re.search(rf"define TORCH_VERSION_{name} (\d+)", text)[1] for name in ("MAJOR", "MINOR")
+    ]
     assert ".".join(parts) == OLDEST
