@@ -58,6 +58,7 @@ def wheel(sdist, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     # The CUDA half takes minutes and has tests of its own
     options = ("--no-deps", "-w", folder, "-C", "cmake.define.DMAX_CUDA=OFF")
+    options += ("--build-constraint", ROOT / "requirements.lock")
     return built(folder, "pip", "wheel", *options, sdist)
 
 
@@ -138,14 +139,37 @@ def configure(tmp_path, **options):
     return run(cmake, "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", *flags, env=env)
 
 
-def test_without_torch_the_build_says_so(tmp_path):
+def bare_environment(tmp_path):
+    """A Python without torch, as uv and `python -m build` make for a build, and a PATH without."""
     bare = tmp_path / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
-    result = configure(tmp_path, Python_EXECUTABLE=bare / "bin/python")
+    for tool in ("ninja", "c++", "g++", "as", "ld"):
+        if path := shutil.which(tool, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"):
+            (bare / "bin" / tool).symlink_to(path)
+    env = {k: v for k, v in os.environ.items() if k not in ("CXX", "CC", "VIRTUAL_ENV")}
+    return bare / "bin/python", env | {"PATH": str(bare / "bin")}
+
+
+def test_without_torch_the_build_says_so(tmp_path):
+    python, env = bare_environment(tmp_path)
+    result = configure(tmp_path, env=env, Python_EXECUTABLE=python, DMAX_CUDA="OFF")
     assert result.returncode != 0
     message = " ".join(result.stderr.split())
-    assert "dmax_kernels builds against the installed PyTorch and found none" in message
+    assert f"builds against the installed PyTorch, and neither {python} nor a python3" in message
     assert "pip install 'torch>=2.10'" in message
+    assert "--no-build-isolation (uv pip install) or --no-isolation (python -m build)" in message
+
+
+def test_the_torch_of_the_activated_environment_is_found(tmp_path):
+    """Where the build's own environment has none: uv, `python -m build`."""
+    python, env = bare_environment(tmp_path)
+    activated = tmp_path / "activated"
+    activated.mkdir()
+    (activated / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (activated / "python3").chmod(0o755)
+    env["PATH"] += f":{activated}:/usr/bin:/bin"
+    result = configure(tmp_path, env=env, Python_EXECUTABLE=python, DMAX_CUDA="OFF")
+    assert result.returncode == 0, result.stderr
 
 
 def test_without_a_compiler_the_build_says_so(tmp_path):
