@@ -5,6 +5,8 @@
 # To use an environment of your own, with torch in it: make test PYTHON=python3
 
 PYTHON ?= .venv/bin/python
+# Says that .venv is complete. Not python itself: that is a link to the system's, whose date is not ours
+ENVIRONMENT := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
 BUILD := build/dev
 export PATH := $(abspath $(dir $(PYTHON))):$(PATH)
 
@@ -22,19 +24,19 @@ test: build browser
 PYTHONS = python3.10 python3.11 python3.12 python3.13 python3
 OLDEST_PYTHON ?= $(shell for p in $(PYTHONS); do $$p -c '' 2>/dev/null && echo $$p && break; done)
 NEWEST_PYTHON ?= python3
-test-oldest: build/oldest/bin/python
-test-newest: build/newest/bin/python
+test-oldest: build/oldest/installed
+test-newest: build/newest/installed
 test-oldest test-newest: test-%:
 	@mkdir -p build/$*/tree
 	@find build/$*/tree -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
-	@git ls-files -z | tar -c --null -T - | tar -x -C build/$*/tree
+	@git ls-files -z | tar -c --null --ignore-failed-read -T - | tar -x -C build/$*/tree
 	@git -C build/$*/tree init -q && git -C build/$*/tree add .
 	$(MAKE) -C build/$*/tree test PYTHON=$(abspath build/$*/bin/python)
 
-build/oldest/bin/python build/newest/bin/python: build/%/bin/python: pyproject.toml
-	$(if $(findstring oldest,$*),$(OLDEST_PYTHON),$(NEWEST_PYTHON)) -m venv --clear build/$*
-	$@ -m pip install -q --upgrade "pip>=25.3"
-	$@ -m pip install -q --group $*
+build/oldest/installed build/newest/installed: build/%/installed: pyproject.toml
+	$(if $(filter oldest,$*),$(OLDEST_PYTHON),$(NEWEST_PYTHON)) -m venv --clear build/$*
+	build/$*/bin/python -m pip install -q --upgrade "pip>=25.3"
+	build/$*/bin/python -m pip install -q --group $*
 	@touch $@
 
 # A browser for the test of the demo's page: Debian's, where this user may install it
@@ -65,14 +67,14 @@ gpu:
 
 CXX_FILES = git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'
 
-lint: $(PYTHON)
+lint: $(ENVIRONMENT)
 	ruff check .
 	ruff format --check .
 	codespell
 	mypy
 	$(CXX_FILES) | xargs clang-format --dry-run -Werror
 
-format: $(PYTHON)
+format: $(ENVIRONMENT)
 	ruff check --fix .
 	ruff format .
 	$(CXX_FILES) | xargs clang-format -i
@@ -87,29 +89,29 @@ build-cpu: configure
 	@cmake --build $(BUILD) --target dmax_cpu
 	@cmake --install $(BUILD) --prefix . --component cpu >/dev/null
 
-configure: $(PYTHON)
+configure: $(ENVIRONMENT)
 	@test -f $(BUILD)/build.ninja || cmake -S . -B $(BUILD) -G Ninja \
 	  -DPython_EXECUTABLE="$$($(PYTHON) -c 'import sys; print(sys.executable)')"
 
 # Every version, of what is needed indirectly too, from requirements.lock
-.venv/bin/python: pyproject.toml requirements.lock
+.venv/installed: pyproject.toml requirements.lock
 	python3 -m venv .venv
 	.venv/bin/python -m pip install -q -c requirements.lock pip
 	.venv/bin/python -m pip install -q --group dev -c requirements.lock
 	@touch $@
 
 # The newest versions that the ranges of pyproject.toml allow together, for every Python from 3.10 on
-lock: $(PYTHON)
+lock: $(ENVIRONMENT)
 	$(PYTHON) -m uv pip compile -q --universal --python-version 3.10 --upgrade --no-annotate \
 	  --custom-compile-command "make lock" --group release -o requirements.lock
 
 # dist/cpu and dist/cuda, audited and tried out in an empty environment
-wheels: $(PYTHON)
+wheels: $(ENVIRONMENT)
 	$(PYTHON) -m pip install -q --group release -c requirements.lock
 	$(PYTHON) release/wheels.py
 
 # The layout of a Hugging Face kernel, in build/hub
-hub: $(PYTHON)
+hub: $(ENVIRONMENT)
 	$(PYTHON) release/hub.py
 
 clean:

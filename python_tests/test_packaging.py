@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,46 @@ def test_stable_abi_only(installed):
     torch_names = [n for n in names if "torch" in n or "c10" in n or "at6" in n]
     assert torch_names
     assert all(n.startswith(("aoti_torch_", "torch_")) for n in torch_names), torch_names
+
+
+def test_the_lock_pins_all_that_make_installs():
+    """Every direct and indirect requirement of this environment; torch's CUDA packages apart."""
+    Requirement = pytest.importorskip("packaging.requirements").Requirement
+    locked = [
+        Requirement(line)
+        for line in (ROOT / "requirements.lock").read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    here = {
+        canonical(each.name): each for each in locked if not each.marker or each.marker.evaluate()
+    }
+    assert all(len(each.specifier) == 1 and "==" in str(each.specifier) for each in locked)
+    assert not any(each.url for each in locked)
+    if not here["torch"].specifier.contains(metadata.version("torch")):
+        pytest.skip("not the environment that `make` made")
+    seen, waiting = set(), [name for name in here if is_installed(name)]
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name.startswith(("nvidia-", "cuda-")):
+            continue
+        seen.add(name)
+        assert name in here, name
+        for text in metadata.requires(name) or ():
+            requirement = Requirement(text)
+            if not requirement.marker or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(canonical(requirement.name))
+    assert {"torch", "triton", "transformers", "numpy", "pytest", "ruff", "jinja2"} <= seen
+
+
+def canonical(name):
+    return name.lower().replace("_", "-").replace(".", "-")
+
+
+def is_installed(name):
+    try:
+        return bool(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def configure(tmp_path, **options):
