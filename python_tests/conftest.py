@@ -1,14 +1,52 @@
-"""Where there is no GPU: Triton kernels run under Triton's interpreter, `gpu` tests are skipped."""
+"""Where there is no GPU: Triton kernels run under Triton's interpreter, `gpu` tests are skipped.
+
+Every draw is seeded, and the last lines say what ran: versions, instruction sets, what was skipped.
+"""
 
 import importlib.metadata
 import os
+import platform
+import random
+from collections import Counter
 
+# The test processes share the cores, but each has two threads at least, since one thread takes
+# other paths; waiting threads sleep instead of spinning. Read when torch is imported.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(2, (os.cpu_count() or 1) // workers)))
+
+import hypothesis
 import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before any test module
+
+
+# The same examples in each run; `make fuzz` looks for new ones
+hypothesis.settings.register_profile("same", derandomize=True)
+if "DMAX_FUZZ_EXAMPLES" not in os.environ:
+    hypothesis.settings.load_profile("same")
+
+
+def seed():
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_collectstart(collector):
+    seed()  # a module may draw when it is imported
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    seed()  # fixtures
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    seed()  # the same draws, whichever tests and shared fixtures came before
 
 
 def pytest_configure(config):
@@ -44,3 +82,36 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What ran and what did not, in the last lines."""
+    stats, line = terminalreporter.stats, terminalreporter.write_line
+    packages = ("torch", "triton", "transformers", "numpy")
+    line(f"versions: Python {platform.python_version()}, {', '.join(map(installed, packages))}")
+    if sets := instruction_sets(stats.get("passed", ())):
+        line(f"instruction sets of the CPU that ran: {'; '.join(sets)}")
+    skipped = Counter(r.longrepr[2].removeprefix("Skipped: ") for r in stats.get("skipped", ()))
+    for reason, count in skipped.most_common():
+        line(f"NOT RUN, {count} test{'s' * (count > 1)}: {reason}")
+
+
+def installed(package):
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"no {package}"
+
+
+def instruction_sets(passed):
+    """This process's, and those that test_instruction_sets.py ran in processes of their own."""
+    try:
+        from dmax_kernels import libraries
+    except ImportError:  # not built: every test has said it
+        return []
+    lower = [
+        report.nodeid.partition("[")[2].rstrip("]")
+        for report in passed
+        if "test_instruction_sets.py::" in report.nodeid and report.when == "call"
+    ]
+    return [*lower, libraries.instruction_set()]

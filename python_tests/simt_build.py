@@ -4,10 +4,12 @@
 in a Python of its own with a sanitizer's library preloaded, since a sanitizer must be there first.
 """
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -40,42 +42,49 @@ def compiler() -> str:
 
 def build(variant: str = "plain") -> Path:
     """Path of the module, built where csrc/cuda or csrc/simt changed since the last time."""
-    import sysconfig
-
-    import pybind11
-
     units = sorted((CSRC / "simt").glob("*.cpp"))
-    headers = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh"))
+    folders = [CSRC / name for name in ("common", "cuda", "simt")]
+    headers = sorted(p for f in folders for p in f.iterdir() if p.suffix in (".h", ".cuh"))
     flags = COMMON + WARNINGS + VARIANTS[variant]
     digest = hashlib.sha256(repr((flags, compiler(), sys.version)).encode())
     for path in [*units, *headers]:
         digest.update(path.name.encode() + path.read_bytes())
     folder = CACHE / f"{variant}-{digest.hexdigest()[:16]}"
     module = folder / "dmax_simt.so"
-    if module.exists():
-        return module
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other test processes wait instead of building it too
+        if not module.exists():
+            compile_module(units, flags, module)
+    return module
+
+
+def compile_module(units: list[Path], flags: list[str], module: Path) -> None:
+    import sysconfig
+
+    import pybind11
+
+    launcher = shlex.split(os.environ.get("CMAKE_CXX_COMPILER_LAUNCHER", ""))  # ccache, for one
     includes = [f"-I{CSRC}", f"-isystem{pybind11.get_include()}",
                 f"-isystem{sysconfig.get_paths()['include']}"]  # fmt: skip
 
     def compile_unit(unit: Path) -> Path:
-        target = folder / f"{unit.stem}.{os.getpid()}.o"
+        target = module.with_name(f"{unit.stem}.o")
         # The executor switches stacks and models the fences itself, and pybind11 is not under test
         plain = unit.stem in ("executor", "collectives", "fiber", "module")
         own = COMMON + WARNINGS + VARIANTS["plain"] if plain else flags
-        run_checked([compiler(), *own, *includes, "-c", str(unit), "-o", str(target)])
+        run_checked([*launcher, compiler(), *own, *includes, "-c", str(unit), "-o", str(target)])
         return target
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         objects = list(pool.map(compile_unit, units))
-    unfinished = folder / f"dmax_simt.{os.getpid()}.so"
+    unfinished = module.with_suffix(".part")
     run_checked(
         [compiler(), *flags, "-shared", *map(str, objects), "-o", str(unfinished), "-pthread"]
     )
     for each in objects:
         each.unlink()
-    unfinished.replace(module)  # two processes may build at once
-    return module
+    unfinished.replace(module)
 
 
 def run_checked(command: list[str]) -> None:

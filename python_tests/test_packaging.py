@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ def wheel(sdist, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     # The CUDA half takes minutes and has tests of its own
     options = ("--no-deps", "-w", folder, "-C", "cmake.define.DMAX_CUDA=OFF")
+    options += ("--build-constraint", ROOT / "requirements.lock")
     return built(folder, "pip", "wheel", *options, sdist)
 
 
@@ -131,6 +133,46 @@ def test_stable_abi_only(installed):
     assert all(n.startswith(("aoti_torch_", "torch_")) for n in torch_names), torch_names
 
 
+def test_the_lock_pins_all_that_make_installs():
+    """Every direct and indirect requirement of this environment; torch's CUDA packages apart."""
+    Requirement = pytest.importorskip("packaging.requirements").Requirement
+    locked = [
+        Requirement(line)
+        for line in (ROOT / "requirements.lock").read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    here = {
+        canonical(each.name): each for each in locked if not each.marker or each.marker.evaluate()
+    }
+    assert all(len(each.specifier) == 1 and "==" in str(each.specifier) for each in locked)
+    assert not any(each.url for each in locked)
+    if not here["torch"].specifier.contains(metadata.version("torch")):
+        pytest.skip("not the environment that `make` made")
+    seen, waiting = set(), [name for name in here if is_installed(name)]
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name.startswith(("nvidia-", "cuda-")):
+            continue
+        seen.add(name)
+        assert name in here, name
+        for text in metadata.requires(name) or ():
+            requirement = Requirement(text)
+            if not requirement.marker or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(canonical(requirement.name))
+    assert {"torch", "triton", "transformers", "numpy", "pytest", "ruff", "jinja2"} <= seen
+
+
+def canonical(name):
+    return name.lower().replace("_", "-").replace(".", "-")
+
+
+def is_installed(name):
+    try:
+        return bool(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return False
+
+
 def configure(tmp_path, **options):
     env = options.pop("env", None)
     flags = [f"-D{name}={value}" for name, value in options.items()]
@@ -138,14 +180,37 @@ def configure(tmp_path, **options):
     return run(cmake, "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", *flags, env=env)
 
 
-def test_without_torch_the_build_says_so(tmp_path):
+def bare_environment(tmp_path):
+    """A Python without torch, as uv and `python -m build` make for a build, and a PATH without."""
     bare = tmp_path / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
-    result = configure(tmp_path, Python_EXECUTABLE=bare / "bin/python")
+    for tool in ("ninja", "c++", "g++", "as", "ld"):
+        if path := shutil.which(tool, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"):
+            (bare / "bin" / tool).symlink_to(path)
+    env = {k: v for k, v in os.environ.items() if k not in ("CXX", "CC", "VIRTUAL_ENV")}
+    return bare / "bin/python", env | {"PATH": str(bare / "bin")}
+
+
+def test_without_torch_the_build_says_so(tmp_path):
+    python, env = bare_environment(tmp_path)
+    result = configure(tmp_path, env=env, Python_EXECUTABLE=python, DMAX_CUDA="OFF")
     assert result.returncode != 0
     message = " ".join(result.stderr.split())
-    assert "dmax_kernels builds against the installed PyTorch and found none" in message
+    assert f"builds against the installed PyTorch, and neither {python} nor a python3" in message
     assert "pip install 'torch>=2.10'" in message
+    assert "--no-build-isolation (uv pip install) or --no-isolation (python -m build)" in message
+
+
+def test_the_torch_of_the_activated_environment_is_found(tmp_path):
+    """Where the build's own environment has none: uv, `python -m build`."""
+    python, env = bare_environment(tmp_path)
+    activated = tmp_path / "activated"
+    activated.mkdir()
+    (activated / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (activated / "python3").chmod(0o755)
+    env["PATH"] += f":{activated}:/usr/bin:/bin"
+    result = configure(tmp_path, env=env, Python_EXECUTABLE=python, DMAX_CUDA="OFF")
+    assert result.returncode == 0, result.stderr
 
 
 def test_without_a_compiler_the_build_says_so(tmp_path):

@@ -64,6 +64,8 @@ def build(folder: Path, *, cuda: bool) -> Path:
             scratch,
             "-C",
             define,
+            "--build-constraint",
+            ROOT / "requirements.lock",
             source,
         )
         (built,) = Path(scratch).glob("*.whl")

@@ -1,0 +1,46 @@
+"""The CPU ops under each instruction set below this machine's: the tests of their values again.
+
+The choice is made once per process, by ATEN_CPU_CAPABILITY, so each runs in a Python of its own.
+pytest's last lines say which instruction sets ran.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dmax_kernels
+
+HERE = Path(__file__).parent
+# Capability -> what the library then runs, in ascending order
+SETS = {"default": "portable", "avx2": "avx2", "avx512": "avx512", "": "avx512, amx"}
+OWN = list(SETS.values()).index(dmax_kernels.libraries.instruction_set())
+LOWER = list(SETS.items())[:OWN]
+FILES = [
+    *HERE.glob("test_*_confidence.py"),
+    *HERE.glob("test_*oput_loss.py"),
+    *HERE.glob("test_*sample_tokens.py"),
+    *HERE.glob("test_*_partial.py"),
+    *(HERE / f"test_{op}.py" for op in ("row_statistics", "hybrid_embedding", "spd_step_")),
+]
+# What no instruction set changes, or takes long; of the large vocabularies one op's are enough
+LEFT_OUT = "reference or triton or cuda or simt or compile or memory or distribution or gradcheck"
+CHOSEN = f"not ({LEFT_OUT}) and not (large_vocabulary and not test_top1_confidence)"
+
+
+@pytest.mark.skipif(not LOWER, reason="the portable kernels are all that this machine runs")
+@pytest.mark.parametrize(("capability", "name"), LOWER, ids=[name for _, name in LOWER])
+def test_cpu_ops(capability, name):
+    options = ("-p", "no:xdist", "-p", "no:cacheprovider", "-k", CHOSEN)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *map(str, sorted(FILES))],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+    assert f"instruction sets of the CPU that ran: {name}\n" in done.stdout
