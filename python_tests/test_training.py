@@ -124,7 +124,7 @@ def test_flex_attention_sees_what_the_boolean_mask_shows(make):
     layout = Layout(12, 4, BLOCK, 2)
     hidden = {}
     for attention, name in (("sdpa", "sdpa"), ("flex", "flex_attention")):
-        model.set_attn_implementation(name)
+        model.config._attn_implementation = name
         net = DenoisingModel(model)
         assert net.attention == attention
         with torch.compiler.set_stance("force_eager"):

@@ -34,7 +34,8 @@ metrics.jsonl, loss.png. The same command on the same folder goes on from the ne
 gives the losses of an uninterrupted run.
 
 Any causal LM can be trained that the decoding loop loads: no shift between logits and tokens, a 4-D
-attention mask, position ids, a mask token.
+attention mask, position ids, a mask token. A few tokens are run before the first step to see that
+the model follows mask and positions, and how its logits follow from its hidden states.
 """
 
 SECTIONS = {
@@ -58,7 +59,7 @@ SECTIONS = {
         "decay_from",
         "clip_norm",
     ),
-    "speed and memory": ("precision", "attention", "gradient_checkpointing", "ops"),
+    "speed and memory": ("precision", "attention", "loss_from", "gradient_checkpointing", "ops"),
     "checkpoints": ("save_every", "keep"),
 }
 RECIPE = "ring_walk"

@@ -127,6 +127,11 @@ def build_net(model: Any, config: TrainConfig, device: torch.device) -> Denoisin
         raise ValueError(
             "attention must be sdpa on a CPU (FlexAttention has no backward pass there), got flex"
         )
+    if config.attention == "flex" and net.attention != "flex":
+        raise ValueError(
+            'attention "flex" needs a model with attn_implementation "flex_attention", got '
+            f"{model.config._attn_implementation}"
+        )
     if config.loss_from == "hidden":
         check_head(net)
     check_attention(net)
