@@ -9,6 +9,8 @@ PYTHON ?= .venv/bin/python
 ENVIRONMENT := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/installed)
 BUILD := build/dev
 export PATH := $(abspath $(dir $(PYTHON))):$(PATH)
+# C++ that has not changed is not compiled again, where ccache is installed
+export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 
 .PHONY: demo test test-oldest test-newest browser lint format bench docs fuzz build build-cpu \
   configure train gpu lock wheels clean
