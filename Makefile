@@ -55,17 +55,22 @@ fuzz: build-cpu
 train: build-cpu
 	$(PYTHON) -m dmax_kernels train --config ring_walk
 
+# Twelve minutes for every cell beside its best peer, and some more for loops; BENCH=--quick: one
 bench: build-cpu
-	$(PYTHON) bench/run.py --output build/bench/results.json
+	$(PYTHON) bench/run.py --output build/bench/results.json $(BENCH)
 
 # Pages and docstrings as HTML, in build/docs
 docs: build-cpu
 	$(PYTHON) -m sphinx -q -W --keep-going docs build/docs
 
-# Offline, with the Python that has this machine's CUDA build of PyTorch: build, test, sanitize, time
+# Offline, with the Python that has this machine's CUDA build of PyTorch. Some of the stages, within
+# nine minutes: make gpu GPU="smoke key test --seconds 540"; bench/gpu_session.py says what there is.
+# Libraries made elsewhere, for every architecture, can be brought along: there, with CUDAFLAGS=-lineinfo
+# for the profiler, `make build`; here, GPU="--carried ..."
 GPU_PYTHON ?= python3
+GPU ?=
 gpu:
-	$(GPU_PYTHON) bench/gpu_session.py
+	$(GPU_PYTHON) bench/gpu_session.py $(GPU)
 
 CXX_FILES = git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'
 

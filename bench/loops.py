@@ -62,7 +62,7 @@ def busy_core(vocab: int = VOCAB, repetitions: int = 50) -> list[dict]:
 
 class ModelClock:
     """Seconds inside a model's forward passes, and of the backward pass from where the first
-    gradient of its logits arrives (the loss's own backward pass comes before that) to the end."""
+    gradient of its output arrives (the loss's own backward pass comes before that) to the end."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model, self.forward, self.backward = model, 0.0, 0.0
@@ -73,9 +73,9 @@ class ModelClock:
 
     def _after_forward(self, model: Any, arguments: Any, output: Any) -> None:
         self.forward += time.perf_counter() - self.begun
-        logits = getattr(output, "logits", output)
-        if logits.requires_grad:
-            logits.register_hook(self._gradient_arrives)
+        states = output if torch.is_tensor(output) else output[0]
+        if states.requires_grad:
+            states.register_hook(self._gradient_arrives)
 
     def _gradient_arrives(self, _: torch.Tensor) -> None:
         self.arrived = self.arrived or time.perf_counter()
@@ -104,7 +104,8 @@ class ModelClock:
 
 def loop_shares(prompts: int = 8, repetitions: int = 5) -> list[dict]:
     """The demo's model in a decoding loop and in a training step: which share of the time is not in
-    its forward and backward passes. A training step's optimizer counts among what is not."""
+    its forward and backward passes. Of a training step the LM head, which is the fused loss's part,
+    and the optimizer are not, either."""
     from dmax_kernels import decoding
     from dmax_kernels.models.checkpoint import load_checkpoint
     from dmax_kernels.ring_walk import task
@@ -128,11 +129,12 @@ def loop_shares(prompts: int = 8, repetitions: int = 5) -> list[dict]:
         config = TrainConfig(steps=1, batch_size=prompts, ops=ops)
         group = Processes(0, 1, torch.device("cpu"))
         trainer = Trainer.build(learner, config, task.EOS_ID, group)
+        body = trainer.net.backbone
 
         def train(trainer=trainer):
             trainer.step(0, examples)
 
-        found.append({"loop": "training", "ops": ops, **share_outside(learner, train, repetitions)})
+        found.append({"loop": "training", "ops": ops, **share_outside(body, train, repetitions)})
     return found
 
 

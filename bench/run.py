@@ -22,14 +22,19 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.cases import SERIES, Case, cases_of, is_quick  # noqa: E402
+from bench.cases import SERIES, Case, cases_of, is_quick, key_cases  # noqa: E402
 from bench.cpu_peers import add_cpu_peers  # noqa: E402
-from bench.linear_ways import add_linear_ways  # noqa: E402
+from bench.fake_gpu import FakeGpu, small  # noqa: E402
+from bench.linear_ways import add_linear_ways, least_chunked_rows  # noqa: E402
 from bench.machine import machine_facts  # noqa: E402
 from bench.peers import add_peers  # noqa: E402
-from dmax_kernels.bench.timer import Machine, measure  # noqa: E402
+from dmax_kernels.bench.timer import COMPILE_MODES, Machine, measure  # noqa: E402
 from dmax_kernels.bench.workload import Work  # noqa: E402
 from dmax_kernels.files import check_output, save_json  # noqa: E402
+
+# An error after which this process can use the GPU no longer; another process can
+LOST_CONTEXT_CODE = 75  # of this program, then
+LOST_CONTEXT = ("CUDA error", "device-side assert", "CUBLAS_STATUS")
 
 
 class Budget:
@@ -47,14 +52,18 @@ class Budget:
 
 
 def measure_case(
-    case: Case, machine: Machine, repetitions: int, compiled: bool, at_most_seconds: float
+    case: Case,
+    machine: Machine,
+    repetitions: int,
+    compiled: Sequence[str],
+    at_most_seconds: float,
 ) -> dict:
     absent: dict[str, str] = {}
 
     def make() -> Work:
         work = case.work(machine.device)
         if machine.gpu is None:
-            add_cpu_peers(work, case.workload, compiled=compiled)
+            add_cpu_peers(work, case.workload, compiled=bool(compiled))
             return work
         absent.update(add_peers(work, case.workload))
         if case.workload == "linear_top1_confidence" and machine.device == "cuda":
@@ -63,7 +72,7 @@ def measure_case(
 
     result = measure(
         make, machine, repetitions=repetitions,
-        compiled=compiled and case.compiled, at_most_seconds=at_most_seconds,
+        compiled=compiled if case.compiled else (), at_most_seconds=at_most_seconds,
     )  # fmt: skip
     targets = {
         "speed-up": case.speedup_target,
@@ -85,13 +94,13 @@ def run_cases(
     *,
     repetitions: int = 20,
     budget: Budget | None = None,
-    compiled: bool = True,
+    compiled: Sequence[str] = tuple(COMPILE_MODES),
     threads: Sequence[int] = (),
     save: Callable[[list[dict], list[str]], object] = lambda rows, left_out: None,
 ) -> list[dict]:
     """A row for each case and number of CPU threads; `save` is told of them after each.
 
-    A case that fails has a row that says so, and does not end the run.
+    A case that fails has a row that says so, and ends the run only if the GPU is lost with it.
     """
     budget = budget or Budget(math.inf)
     before = torch.get_num_threads()
@@ -115,12 +124,24 @@ def run_cases(
                 machine.gpu.release()
             rows.append(row)
             save(rows, [f"{case.name}, {count} threads" for case, count in cells[index + 1 :]])
+            if lost_context(row):
+                break
     finally:
         torch.set_num_threads(before)
     return rows
 
 
-def run_series(machine: Machine, repetitions: int = 7, budget: Budget | None = None) -> list[dict]:
+def lost_context(row: dict) -> bool:
+    return any(text in row.get("failed", "") for text in LOST_CONTEXT)
+
+
+def run_series(
+    machine: Machine,
+    *,
+    repetitions: int = 7,
+    budget: Budget | None = None,
+    shrink: Callable[[Case], Case] = lambda case: case,
+) -> list[dict]:
     """How cost grows: time against rows and against the vocabulary, ours and eager's."""
     budget = budget or Budget(math.inf)
     series = []
@@ -129,7 +150,7 @@ def run_series(machine: Machine, repetitions: int = 7, budget: Budget | None = N
         for value in values:
             if budget.left() <= 0:
                 return series
-            case = Case(name, sizes_of(value))
+            case = shrink(Case(name, sizes_of(value)))
             found = measure(
                 lambda case=case: case.work(machine.device), machine,
                 repetitions=repetitions, at_most_seconds=1.0,
@@ -181,47 +202,93 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one shape an op, without torch.compile: a minute"
     )
+    parser.add_argument("--key", action="store_true", help="the ten GPU cases that matter most")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+        "--append", action="store_true", help="leave out what --output has of this commit already"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda", "fake"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="fake: walk the GPU's path on a CPU, with small sizes",
     )
     parser.add_argument("--output", type=Path, help="write JSON here, pictures beside it")
     options = parser.parse_args()
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         check_output("--output", options.output)
-    machine, on_cpu = Machine(options.device), options.device == "cpu"
-    cases = cases_of(options.ops, options.device)
+    sys.exit(run(options))
+
+
+def run(options: argparse.Namespace) -> int:
+    fake, on_cpu = options.device == "fake", options.device == "cpu"
+    machine = Machine("cpu", gpu=FakeGpu()) if fake else Machine(options.device)
+    cases = key_cases() if options.key else cases_of(options.ops, "cpu" if on_cpu else "cuda")
+    if fake:
+        cases = list({case.name: case for case in map(small, cases)}.values())
     if options.quick:
         cases = [case for case in cases if is_quick(case)]
     threads = [options.threads or 2] if options.threads or options.quick else [2, 1]
-    record = {"machine": machine_facts(), "results": []}
+    record: dict = {"machine": machine_facts(), "results": []}
+    if options.append:
+        record["results"] = earlier_results(options.output, record["machine"])
+        names = {row["case"] for row in record["results"]}
+        cases = [case for case in cases if case.name not in names]
+    earlier, budget = record["results"], Budget(options.seconds)
+    compiled = () if options.quick or fake else tuple(COMPILE_MODES)[: 1 if options.key else 2]
+    if not on_cpu:
+        record |= {
+            "read GB/s": round(machine.read_bandwidth / 1e9, 1),
+            "copy GB/s": round(machine.copy_bandwidth / 1e9, 1),
+            "matrix TFLOP/s": round(machine.matrix_rate(torch.bfloat16) / 1e12, 1),
+        }
 
     def save(rows: list[dict], left_out: list[str]) -> None:
-        record.update({"results": rows, "left out": left_out})
+        record.update({"results": earlier + rows, "left out": left_out})
         if options.output:
             save_json(options.output, record)
 
     rows = run_cases(
-        cases, machine, repetitions=options.repetitions, budget=Budget(options.seconds),
-        compiled=not options.quick, threads=threads if on_cpu else (), save=save,
+        cases, machine, repetitions=options.repetitions, budget=budget,
+        compiled=compiled, threads=threads if on_cpu else (), save=save,
     )  # fmt: skip
     print_table(rows)
     left_out = record.get("left out", [])
     for name in left_out:
         print(f"left out, since --seconds were over: {name}")
-    if not options.ops and not options.quick:
-        record["scaling"] = run_series(machine)
+    if rows and lost_context(rows[-1]):
+        return LOST_CONTEXT_CODE
+    if not (options.ops or options.quick or options.key):
+        record["scaling"] = run_series(
+            machine, budget=None if on_cpu else budget, **({"shrink": small} if fake else {})
+        )
         if on_cpu:
             from bench.loops import busy_core, loop_shares
 
             record["a core taken"], record["loops"] = busy_core(), loop_shares()
             print(json.dumps([record["a core taken"], record["loops"]], indent=1))
+    if machine.device == "cuda" and not options.key:
+        for dtype in ("bfloat16", "float32"):
+            least = least_chunked_rows(record["results"], dtype)
+            print(f"LEAST_CHUNKED_ROWS of {dtype} should be {least}")
     if options.output:
+        save(rows, left_out)
+        print(f"wrote {options.output}")
+    if options.output and on_cpu:  # those of a GPU's record are drawn elsewhere, by bench/report.py
         from bench.pictures import draw
 
-        save(rows, left_out)
-        for path in (options.output, *draw(record, options.output.with_suffix(""))):
+        for path in draw(record, options.output.with_suffix("")):
             print(f"wrote {path}")
+    return 0
+
+
+def earlier_results(path: Path, machine: dict) -> list[dict]:
+    """Those of a record of the same commit on the same machine."""
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    same = all(record["machine"].get(key) == machine[key] for key in ("commit", "GPU", "CPU"))
+    return record["results"] if same else []
 
 
 if __name__ == "__main__":

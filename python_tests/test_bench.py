@@ -143,7 +143,7 @@ def test_pictures_and_page(tmp_path):
     from bench.pictures import draw
 
     case = Case("top1_confidence", (8, 65536), speedup_target=1e9, bandwidth_target=1e-9)
-    rows = run_cases([case], Machine(), repetitions=5, compiled=False)
+    rows = run_cases([case], Machine(), repetitions=5, compiled=())
     rows[0]["share of bandwidth"] = 0.5  # whatever this machine does just now
     machine = {"CPU": "a CPU", "CPU threads": 2, "GPU": "none", "commit": "abc", "date": "today",
                "torch": "2", "triton": "3", "python": "3.11",

@@ -110,7 +110,7 @@ def test_a_run_saves_every_case_and_goes_on_after_one_that_fails(capsys):
     ]
     saved = []
     rows = run_cases(
-        cases, Machine(), repetitions=3, compiled=False,
+        cases, Machine(), repetitions=3, compiled=(),
         save=lambda rows, left_out: saved.append((len(rows), len(left_out))),
     )  # fmt: skip
     assert saved == [(1, 2), (2, 1), (3, 0)]
@@ -126,7 +126,7 @@ def test_threads_are_set_for_each_cell_and_put_back():
     before = torch.get_num_threads()
     rows = run_cases(
         [Case("prefix_promote", (3, 8), "float32")], Machine(),
-        repetitions=3, compiled=False, threads=(2, 1),
+        repetitions=3, compiled=(), threads=(2, 1),
     )  # fmt: skip
     assert [row["threads"] for row in rows] == [2, 1]
     assert torch.get_num_threads() == before

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -74,7 +74,7 @@ def warm_up(
                 if seconds[name] > 1 and "torch.compile" not in name:
                     break
         except Exception as error:
-            if failed is None or name in ("eager", "fused"):
+            if failed is None or name == "fused":
                 raise
             seconds.pop(name, None)
             failed[name] = f"failed: {type(error).__name__}: {error}".splitlines()[0]
@@ -169,23 +169,23 @@ def measure(
     machine: Machine,
     *,
     repetitions: int = 20,
-    compiled: bool = False,
+    compiled: Sequence[str] = (),
     at_most_seconds: float = 30.0,
 ) -> dict[str, Any]:
     """Median, least time and spread of every candidate; speed-up over eager, ratio to the best
     peer, share of the floor.
 
     ``make`` returns the same work on tensors of its own at each call: a GPU's timer goes round
-    several of them. ``compiled`` adds torch.compile of the first candidate.
+    several of them. ``compiled`` names modes of COMPILE_MODES in which the first candidate is
+    compiled, besides.
     """
     torch._dynamo.reset()  # else a function's second shape would be compiled with dynamic sizes
 
     def make_with_compiled() -> Work:
         work = make()
         first = next(iter(work.candidates.values()))
-        for name, mode in COMPILE_MODES.items() if compiled else ():
-            if machine.gpu or mode == "default":
-                work.candidates[name] = torch.compile(first, dynamic=False, mode=mode)
+        for name in compiled:
+            work.candidates[name] = torch.compile(first, dynamic=False, mode=COMPILE_MODES[name])
         return work
 
     failed: dict[str, str] = {}

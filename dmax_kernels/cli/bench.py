@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
         make,
         Machine(options.device),
         repetitions=options.repetitions,
-        compiled=options.compile,
+        compiled=("torch.compile",) if options.compile else (),
     )
     shape = " x ".join(map(str, workload.all_sizes(sizes)))
     print(f"{options.op}, {shape} ({workload.shape_names}), {options.dtype}, {options.values}")
