@@ -8,8 +8,9 @@
     profile    the kernels of the key cases under ncu
     sanitize   the CUDA kernels under compute-sanitizer
 
-``python bench/gpu_session.py key test --seconds 540`` does those two within nine minutes. Nothing
-is downloaded. Only a failed build ends the session: whatever else fails is written down. Files go
+``python bench/gpu_session.py key test --seconds 540`` does those two within nine minutes: the time
+left is shared out among the cases, and a command that outlasts it is ended. Nothing is downloaded.
+Only a failed build ends the session: whatever else fails is written down. Files go
 to ``$OUT`` where that is set, else the figures to ``bench/results/`` and the rest to ``build/gpu``;
 they are written after every case and every stage, so that a session cut off keeps what it has.
 """
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.machine import commit  # noqa: E402
+from bench.session_logs import outcomes, sanitizer_verdict  # noqa: E402
 from dmax_kernels._gpus import runs_on  # noqa: E402
 from dmax_kernels.files import save_json  # noqa: E402
 
@@ -42,8 +44,6 @@ STAGES = ("build", "smoke", "key", "test", "bench", "profile", "sanitize")
 BUILD = ROOT / "build" / "gpu"
 LIBRARIES = ROOT / "dmax_kernels" / "lib"
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
-# compute-sanitizer's own message where a machine does not let it attach
-NOT_SUPPORTED = ("Device not supported", "not supported on this device", "Unable to initialize")
 LOST_CONTEXT = 75  # bench/run.py's exit code after an error that ends a process's use of the GPU
 TIMED_OUT = 124
 # With -m gpu; and those that run Triton's kernels wherever they can, with no mark
@@ -184,6 +184,10 @@ class Session:
         arguments = [sys.executable, "bench/run.py", "--append", "--output", self.figures, *options]
         arguments += ["--repetitions", "3" if self.dry_run else "100"]
         arguments += ["--device", "fake" if self.dry_run else "cuda"]
+        # What a changed tree has written before this session may be of other sources
+        known = re.fullmatch(r"[0-9a-f]+", self.record["machine"]["commit"])
+        if not known and "bench.log" not in self.logs:
+            self.figures.unlink(missing_ok=True)
         code = LOST_CONTEXT
         while code == LOST_CONTEXT and self.left() > 0:
             seconds = [] if self.left() == math.inf else ["--seconds", f"{self.left() - 5:.0f}"]
@@ -278,37 +282,6 @@ def libraries_serve(capability: str, carried: bool) -> str:
     if not carried and min(path.stat().st_mtime for path in needed) < newest:
         return ""
     return f"dmax_kernels/lib has kernels for sm_{' '.join(architectures)}"
-
-
-OUTCOME = r"(PASSED|FAILED|ERROR|SKIPPED)"
-IN_TURN = re.compile(rf"(\S+::.+?) {OUTCOME}\b")  # a line of pytest -v
-BY_WORKERS = re.compile(rf"\[gw\d+\] \[ *\d+%\] {OUTCOME} (.+)")  # and of pytest -v -n
-
-
-def outcomes(log: str) -> dict[str, Any]:
-    """Of a log of pytest, also of one that was cut off."""
-    results = {}
-    for line in log.splitlines():
-        if found := BY_WORKERS.match(line):
-            results[found[2].strip()] = found[1]
-        elif found := IN_TURN.match(line):
-            results[found[1]] = found[2]
-    counts = dict.fromkeys(("passed", "failed", "error", "skipped"), 0)
-    for word in results.values():
-        counts[word.lower()] += 1
-    bad = [test for test, word in results.items() if word in ("FAILED", "ERROR")]
-    return counts | {"not passed": bad}
-
-
-def sanitizer_verdict(log: str) -> str:
-    if any(text in log for text in NOT_SUPPORTED):
-        return "refused by this machine"
-    if "calls: done" not in log:
-        return f"cut off or failed: {log[-2000:]}"
-    summary = [line for line in log.splitlines() if "SUMMARY" in line]
-    # racecheck's line reads "0 hazards displayed (0 errors, 0 warnings)", the others' "0 errors"
-    clean = summary and all(re.search(r": 0 (errors|hazards)", line) for line in summary)
-    return "clean" if clean else log[-4000:]
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 Each adapter calls a package's public function on what the workload works on. A package that is not
 installed, or a call that fails, is listed as such in the results: a figure is only ever one that
 was measured. Signatures as of liger-kernel 0.8.5 and cut-cross-entropy 25.1.1 (their calls were
-tried), QuACK and FlashInfer as of 2026 (read). bench/cpu_peers.py has what runs on a CPU.
+tried), QuACK and FlashInfer as of 2026 (read). bench/cpu_peers has what runs on a CPU.
 """
 
 from __future__ import annotations

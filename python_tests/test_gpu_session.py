@@ -12,7 +12,8 @@ import torch
 
 from bench import gpu_session
 from bench.fake_gpu import FakeGpu
-from bench.gpu_session import LIBRARIES, Session, outcomes, sanitizer_verdict
+from bench.gpu_session import LIBRARIES, Session
+from bench.session_logs import outcomes, sanitizer_verdict
 from dmax_kernels.bench import gpu_timer
 from dmax_kernels.bench.timer import Machine, measure
 from dmax_kernels.bench.workload import Work

@@ -7,6 +7,7 @@ logits; the fused ops keep theirs in float32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -182,13 +183,14 @@ def hybrid_embedding_backward(
     embedding = inputs.normal(vocab, dim).requires_grad_()
     given = hybrid_arguments(inputs, embedding, rows)
     grad = inputs.normal(rows, dim)
+
+    def run(op: Callable) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(op(**given), embedding, grad)
+
     return Work(
         {
-            name: lambda op=op: torch.autograd.grad(op(**given), embedding, grad)
-            for name, op in (
-                ("eager", reference.hybrid_embedding),
-                ("fused", dmax_kernels.hybrid_embedding),
-            )
+            "eager": lambda: run(reference.hybrid_embedding),
+            "fused": lambda: run(dmax_kernels.hybrid_embedding),
         },
         3 * grad.nbytes + embedding.nbytes,
         given={**given, "grad": grad},
@@ -196,7 +198,7 @@ def hybrid_embedding_backward(
     )
 
 
-def hybrid_arguments(inputs, embedding, rows):
+def hybrid_arguments(inputs: Inputs, embedding: torch.Tensor, rows: int) -> dict[str, Any]:
     """Three in ten of the rows are masked."""
     vocab = embedding.shape[0]
     return {
@@ -232,7 +234,12 @@ def spd_step_(
         for name, tensor in start.items():
             state[name].copy_(tensor)
 
-    given = {"logits": logits, "embedding": embedding, "editable": editable, **state}
+    given: dict[str, Any] = {
+        "logits": logits,
+        "embedding": embedding,
+        "editable": editable,
+        **state,
+    }
     given |= {"mask_token_id": mask_token_id, "tau_dec": 0.5, "tau_acc": 0.9}
     return Work(
         {

@@ -1,5 +1,5 @@
 // What llama.cpp's diffusion example does for a rule that draws, restated: three plain passes over a
-// row's float32 logits, a thread for each share of the rows. bench/cpu_peers.py compiles and calls it.
+// row's float32 logits, a thread for each share of the rows. entropy_bound_worker.py compiles and calls it.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

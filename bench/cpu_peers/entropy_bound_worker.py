@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-LIBRARY = SOURCE.parent.parent / "build" / "bench" / "entropy_bound_worker.so"
+LIBRARY = SOURCE.parent.parent.parent / "build" / "bench" / "entropy_bound_worker.so"
 
 
 @cache
