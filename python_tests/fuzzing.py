@@ -18,8 +18,8 @@ from triton_device import DEVICE
 
 import dmax_kernels
 from dmax_kernels import reference
-from dmax_kernels.ops.spd_step_ import SEMANTICS
-from dmax_kernels.reference.sample_tokens import exponential_noise
+from dmax_kernels.ops.spd_step import SEMANTICS
+from dmax_kernels.reference.sample import exponential_noise
 from dmax_kernels.triton import IMPLEMENTATIONS
 
 EXAMPLES = int(os.environ.get("DMAX_FUZZ_EXAMPLES", "40"))

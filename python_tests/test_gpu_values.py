@@ -12,7 +12,7 @@ from cases import (
     stacked_rows,
     strided_copies,
 )
-from test_row_statistics import assert_statistics
+from test_statistics import assert_statistics
 from test_simt_embeddings import MASK, copy_of, mix_case, spd_case
 from tolerances import (
     CONFIDENCE_RTOL,
@@ -23,7 +23,7 @@ from tolerances import (
 )
 
 import dmax_kernels
-from dmax_kernels.ops.spd_step_ import SEMANTICS
+from dmax_kernels.ops.spd_step import SEMANTICS
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

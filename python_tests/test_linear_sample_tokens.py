@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_linear_top1_confidence import held_inputs
+from test_linear_rows import held_inputs
 from tolerances import assert_close
 from triton_device import chunked_from, triton_op
 

@@ -12,8 +12,8 @@ from cases import stacked_rows, strided_copies
 from tolerances import CONFIDENCE_RTOL, ROUNDING, assert_close
 from triton_device import DEVICE, cpp_op, triton_op
 
-from dmax_kernels.ops.spd_step_ import SEMANTICS
-from dmax_kernels.reference.sample_tokens import exponential_noise
+from dmax_kernels.ops.spd_step import SEMANTICS
+from dmax_kernels.reference.sample import exponential_noise
 from dmax_kernels.triton import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's inf - inf
@@ -318,7 +318,7 @@ def test_unknown_token_gives_a_nan_row():
 ])  # fmt: skip
 def test_hybrid_embedding_backward(monkeypatch, dim, dtype, k):
     monkeypatch.setattr(
-        importlib.import_module("dmax_kernels.triton.hybrid_embedding"), "MASK_SPAN", 5
+        importlib.import_module("dmax_kernels.triton.embedding"), "MASK_SPAN", 5
     )
     inputs = hybrid_inputs(dtype, dim, k)
     grad_output = torch.randn(2, 6, dim, generator=torch.manual_seed(1)).to(dtype)

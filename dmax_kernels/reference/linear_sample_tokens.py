@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dmax_kernels.reference.linear_top1_confidence import linear_logits
-from dmax_kernels.reference.sample_tokens import sample_tokens
+from dmax_kernels.reference.sample import sample_tokens
 
 
 def linear_sample_tokens(

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dmax_kernels.reference.top1_confidence import top1_confidence
+from dmax_kernels.reference.top1 import top1_confidence
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

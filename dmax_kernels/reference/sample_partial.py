@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dmax_kernels.reference.sample_tokens import exponential_noise
-from dmax_kernels.reference.top1_confidence import visible_logits
+from dmax_kernels.reference.sample import exponential_noise
+from dmax_kernels.reference.top1 import visible_logits
 from dmax_kernels.reference.top1_partial import local_suppress_token, top1_partial
 
 

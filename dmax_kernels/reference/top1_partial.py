@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dmax_kernels.reference.top1_confidence import visible_logits
+from dmax_kernels.reference.top1 import visible_logits
 
 
 def local_suppress_token(logits_shard: Tensor, vocab_start: int, suppress_token: int) -> int:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dmax_kernels.reference.top1_confidence import softmax_of, visible_logits
+from dmax_kernels.reference.top1 import softmax_of, visible_logits
 
 
 def topk_confidence(

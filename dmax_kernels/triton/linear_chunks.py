@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmax_kernels.triton.launch import Rows
 from dmax_kernels.triton.philox import gumbel_noise, row_key
-from dmax_kernels.triton.sample_tokens import tile_sample
+from dmax_kernels.triton.sample import tile_sample
 from dmax_kernels.triton.stats import softmax_scale, tile_statistics
 
 CHUNK_ROWS = 512

@@ -6,7 +6,7 @@ from torch import Tensor
 from dmax_kernels.triton.launch import device_of, row_view
 from dmax_kernels.triton.linear_rows import linear_statistics
 from dmax_kernels.triton.stats import Partials, softmax_scale
-from dmax_kernels.triton.top1_confidence import merge_top1
+from dmax_kernels.triton.top1 import merge_top1
 
 
 def linear_top1_confidence(

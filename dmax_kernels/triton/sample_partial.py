@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
-from dmax_kernels.triton.sample_tokens import launch_tile_samples, load_and_merge_samples
+from dmax_kernels.triton.sample import launch_tile_samples, load_and_merge_samples
 from dmax_kernels.triton.stats import softmax_scale
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dmax_kernels.triton.launch import device_of, next_power_of_2
 from dmax_kernels.triton.stats import merge_sums, softmax_scale
-from dmax_kernels.triton.top1_confidence import confidence_of
+from dmax_kernels.triton.top1 import confidence_of
 
 NO_ID_64 = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 

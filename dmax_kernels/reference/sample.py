@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dmax_kernels.reference.top1_confidence import softmax_of, top1_confidence, visible_logits
+from dmax_kernels.reference.top1 import softmax_of, top1_confidence, visible_logits
 
 MASK32 = 0xFFFFFFFF
 PHILOX_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from dmax_kernels.ops.spd_step_ import SEMANTICS
-from dmax_kernels.reference.hybrid_embedding import hybrid_embedding
-from dmax_kernels.reference.prefix_promote import prefix_promote
-from dmax_kernels.reference.top1_confidence import top1_confidence
+from dmax_kernels.ops.spd_step import SEMANTICS
+from dmax_kernels.reference.embedding import hybrid_embedding
+from dmax_kernels.reference.promote import prefix_promote
+from dmax_kernels.reference.top1 import top1_confidence
 from dmax_kernels.reference.topk_confidence import topk_confidence
 
 

@@ -21,7 +21,7 @@ from dmax_kernels.triton.stats import (
     softmax_scale,
     tile_statistics,
 )
-from dmax_kernels.triton.top1_confidence import confidence_of
+from dmax_kernels.triton.top1 import confidence_of
 
 LOG_2 = tl.constexpr(0.6931471805599453)
 # 2^t is 0 from here on, and t * 2^t shall be 0 with it: -inf * 0 would be a NaN

@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmax_kernels.ops.spd_step_ import SEMANTICS
-from dmax_kernels.triton.hybrid_embedding import chunk_of, copy_row, write_hybrid
+from dmax_kernels.ops.spd_step import SEMANTICS
+from dmax_kernels.triton.embedding import chunk_of, copy_row, write_hybrid
 from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
-from dmax_kernels.triton.prefix_promote import passes_threshold, promotable
-from dmax_kernels.triton.top1_confidence import top1_of_rows
+from dmax_kernels.triton.promote import passes_threshold, promotable
+from dmax_kernels.triton.top1 import top1_of_rows
 from dmax_kernels.triton.topk_confidence import topk_of_rows
 
 # What a position's next input embedding is

@@ -6,7 +6,7 @@ from tolerances import ROUNDING, assert_close
 
 import dmax_kernels
 from dmax_kernels import reference
-from dmax_kernels.ops.spd_step_ import SEMANTICS
+from dmax_kernels.ops.spd_step import SEMANTICS
 
 OPS = (reference.spd_step_, dmax_kernels.spd_step_)
 VOCAB, DIM, MASK = 40, 12, 39

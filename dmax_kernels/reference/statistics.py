@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dmax_kernels.ops.row_statistics import RowStatistics
-from dmax_kernels.reference.top1_confidence import softmax_of, visible_logits
+from dmax_kernels.ops.statistics import RowStatistics
+from dmax_kernels.reference.top1 import softmax_of, visible_logits
 
 
 def row_statistics(

@@ -10,7 +10,7 @@ from tolerances import REFERENCE_RTOL, assert_close
 
 import dmax_kernels
 from dmax_kernels import reference
-from dmax_kernels.reference.sample_tokens import exponential_noise, philox4x32
+from dmax_kernels.reference.sample import exponential_noise, philox4x32
 
 OPS = (reference.sample_tokens, dmax_kernels.sample_tokens)
 SEED = torch.tensor([1234567890123456789, 42])

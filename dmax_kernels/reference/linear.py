@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dmax_kernels.reduction import autocast_operands, reduce_loss
 from dmax_kernels.reference.linear_top1_confidence import linear_logits
-from dmax_kernels.reference.oput_loss import token_loss
+from dmax_kernels.reference.loss import token_loss
 
 
 def linear_oput_loss(

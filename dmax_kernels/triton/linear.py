@@ -8,7 +8,7 @@ from torch import Tensor
 from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
 from dmax_kernels.triton.linear_rows import linear_statistics
 from dmax_kernels.triton.linear_top1_confidence import linear_top1_confidence
-from dmax_kernels.triton.sample_tokens import merge_samples
+from dmax_kernels.triton.sample import merge_samples
 from dmax_kernels.triton.stats import NO_ID, softmax_scale
 
 

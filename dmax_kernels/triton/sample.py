@@ -26,7 +26,7 @@ from dmax_kernels.triton.stats import (
     softmax_scale,
     tile_statistics,
 )
-from dmax_kernels.triton.top1_confidence import top1_of_rows
+from dmax_kernels.triton.top1 import top1_of_rows
 
 
 @triton.jit
