@@ -1,14 +1,105 @@
-"""The dual-pass loss of On-Policy Uniform Training from the hidden states: no stored logits."""
+"""Tokens and losses from the hidden states and the LM head: the logits are never stored."""
 
 import torch
 from torch import Tensor
 
 from dmax_kernels.ops._register import (
+    empty_per_row,
     register_autograd,
     register_fake,
     register_not_differentiable,
 )
 from dmax_kernels.reduction import autocast_operands, reduce_loss
+
+__all__ = ["linear_oput_loss", "linear_sample_tokens", "linear_top1_confidence"]
+
+
+def linear_top1_confidence(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """:func:`dmax_kernels.top1_confidence` of ``hidden @ weight.T + bias`` (Algorithm 1, line 4).
+
+    ``x = hidden @ weight.T + bias``, ``token = argmax_v x_v``,
+    ``confidence = softmax(x / temperature)[token]``. The products of the inputs' dtype are summed
+    in float32 and the logits stay float32: a 16-bit LM head rounds them, so ids may differ from its
+    where two logits round to the same number. Memory beside the results: below 8 MB on the GPU; on
+    the CPU at D = 2,048 below 5 MB, and 1 MB per thread, whatever V.
+
+    Args:
+        hidden: [..., D], float32, bfloat16 or float16. Pass only the rows wanted.
+        weight: [V, D], the LM head, in hidden's dtype.
+        bias: [V] in hidden's dtype, or None.
+        temperature, suppress_token: as in :func:`dmax_kernels.top1_confidence`.
+
+    Returns:
+        token int64 [...] and confidence float32 [...]; ties, NaN and infinities as in
+        :func:`dmax_kernels.top1_confidence`. Repeated calls give the same bits. On the CPU a row's
+        bits depend neither on the other rows nor on the number of threads; on the GPU another
+        number of rows may be another order of summation within the matrix product.
+
+    Raises:
+        RuntimeError: dtypes or shapes that do not fit, a temperature or token id out of range.
+    """
+    return torch.ops.dmax.linear_top1_confidence(
+        hidden, weight, bias, temperature=temperature, suppress_token=suppress_token
+    )
+
+
+@register_fake("linear_top1_confidence")
+def _(hidden, weight, bias=None, *, temperature=1.0, suppress_token=-1):
+    return empty_per_row(hidden, torch.int64, torch.float32)
+
+
+register_not_differentiable("linear_top1_confidence", "detach the hidden states and the weight")
+
+
+def linear_sample_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    seed: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """:func:`dmax_kernels.sample_tokens` of ``hidden @ weight.T + bias`` (Eq. 3's rollout).
+
+    The noise is keyed by (seed, offset, row, id) as there, so that a sample depends neither on how
+    the product is tiled nor, with a seed per row, on which other rows are asked for: pass
+    ``hidden[masked]`` to draw for the masked positions alone. Logits are float32, as in
+    :func:`dmax_kernels.linear_top1_confidence`.
+
+    Args:
+        hidden: [..., D], float32, bfloat16 or float16.
+        weight: [V, D], the LM head, in hidden's dtype.
+        seed: int64 on hidden's device, [2] or [..., 2], as in :func:`dmax_kernels.sample_tokens`.
+        bias: [V] in hidden's dtype, or None.
+        temperature: 0 (greedy: exactly :func:`dmax_kernels.linear_top1_confidence`) or 1e-30 to
+            1e30.
+        suppress_token: an id that is never sampled; -1 for none.
+
+    Returns:
+        token int64 [...] and its probability float32 [...].
+
+    Raises:
+        RuntimeError: dtypes or shapes that do not fit, a temperature or token id out of range.
+    """
+    return torch.ops.dmax.linear_sample_tokens(
+        hidden, weight, seed, bias, temperature=temperature, suppress_token=suppress_token
+    )
+
+
+@register_fake("linear_sample_tokens")
+def _(hidden, weight, seed, bias=None, *, temperature=1.0, suppress_token=-1):
+    return empty_per_row(hidden, torch.int64, torch.float32)
+
+
+register_not_differentiable("linear_sample_tokens", "detach the hidden states and the weight")
 
 
 def linear_oput_loss(

@@ -5,7 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dmax_kernels.ops._register import register_fake, register_not_differentiable
+from dmax_kernels.ops._register import empty_per_row, register_fake, register_not_differentiable
+
+__all__ = ["RowStatistics", "row_statistics"]
 
 
 class RowStatistics(NamedTuple):
@@ -58,9 +60,7 @@ def row_statistics(
 
 @register_fake("row_statistics")
 def _(logits, *, temperature=1.0, suppress_token=-1):
-    shape = logits.shape[:-1]
-    dtypes = (torch.int64, *(torch.float32,) * 4)
-    return tuple(logits.new_empty(shape, dtype=dtype) for dtype in dtypes)
+    return empty_per_row(logits, torch.int64, *(torch.float32,) * 4)
 
 
 register_not_differentiable("row_statistics", "detach the logits")

@@ -1,11 +1,45 @@
-"""Eqs. 5-6 from the hidden states of both passes and the LM head; the logits are stored."""
+"""Tokens and losses from the hidden states and the LM head; here the logits are stored."""
 
 import torch
 from torch import Tensor
 
 from dmax_kernels.reduction import autocast_operands, reduce_loss
-from dmax_kernels.reference.linear_top1_confidence import linear_logits
 from dmax_kernels.reference.loss import token_loss
+from dmax_kernels.reference.sample import sample_tokens
+from dmax_kernels.reference.top1 import top1_confidence
+
+__all__ = ["linear_oput_loss", "linear_sample_tokens", "linear_top1_confidence"]
+
+
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """float32 logits: products and sums in float32, not rounded to the inputs' dtype."""
+    logits = hidden.float() @ weight.float().t()
+    return logits if bias is None else logits + bias.float()
+
+
+def linear_top1_confidence(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+) -> tuple[Tensor, Tensor]:
+    logits = linear_logits(hidden, weight, bias)
+    return top1_confidence(logits, temperature=temperature, suppress_token=suppress_token)
+
+
+def linear_sample_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    seed: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+) -> tuple[Tensor, Tensor]:
+    logits = linear_logits(hidden, weight, bias)
+    return sample_tokens(logits, seed, temperature=temperature, suppress_token=suppress_token)
 
 
 def linear_oput_loss(

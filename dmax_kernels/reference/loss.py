@@ -5,6 +5,8 @@ from torch import Tensor
 
 from dmax_kernels.reduction import reduce_loss
 
+__all__ = ["oput_loss", "oput_loss_and_grad_"]
+
 
 def token_loss(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float

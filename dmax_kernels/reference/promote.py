@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+__all__ = ["prefix_promote"]
+
 
 def prefix_promote(
     confidence: Tensor, masked: Tensor, threshold: float | Tensor, *, inclusive: bool = False

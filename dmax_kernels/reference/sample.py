@@ -3,7 +3,18 @@
 import torch
 from torch import Tensor
 
-from dmax_kernels.reference.top1 import softmax_of, top1_confidence, visible_logits
+from dmax_kernels.reference.top1 import (
+    local_suppress_token,
+    shard_masses,
+    softmax_of,
+    top1_confidence,
+    top1_partial,
+    visible_logits,
+    winning_token,
+)
+
+__all__ = ["sample_merge", "sample_partial", "sample_tokens"]
+
 
 MASK32 = 0xFFFFFFFF
 PHILOX_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -72,3 +83,47 @@ def sample_tokens(
     token = torch.where(broken, visible.argmax(dim=-1), perturbed.argmax(dim=-1))
     probability = softmax_of(visible, temperature)
     return token, probability.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
+def sample_partial(
+    logits_shard: Tensor,
+    seed: Tensor,
+    vocab_start: int,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    maximum, sum_exp, first = top1_partial(
+        logits_shard, vocab_start, temperature=temperature, suppress_token=suppress_token
+    )
+    local = local_suppress_token(logits_shard, vocab_start, suppress_token)
+    visible = visible_logits(logits_shard, local)
+    noise = exponential_noise(seed, visible.shape[:-1], visible.shape[-1], vocab_start)
+    perturbed = visible / temperature - noise.log()
+    sampled = perturbed.argmax(dim=-1, keepdim=True)
+    logit = visible.gather(-1, sampled).squeeze(-1)
+    # NaN, +inf and all -inf: the shard's top-1, which is also what its score says
+    defined = maximum.isfinite()
+    token = torch.where(defined, sampled.squeeze(-1) + vocab_start, first)
+    score = torch.where(defined, perturbed.gather(-1, sampled).squeeze(-1), maximum)
+    weight = torch.exp((logit - maximum) / temperature)
+    weight = torch.where(maximum == -torch.inf, 0.0, torch.where(defined, weight, torch.nan))
+    return maximum, sum_exp, token, score, weight
+
+
+def sample_merge(
+    maximum: Tensor,
+    sum_exp: Tensor,
+    token: Tensor,
+    score: Tensor,
+    weight: Tensor,
+    *,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """[S, ...] each -> token [...], probability [...]."""
+    sampled = winning_token(score, token)
+    of_winner = torch.where(token.long() == sampled, shard_masses(maximum, weight, temperature), 0)
+    total = shard_masses(maximum, sum_exp, temperature).sum(dim=0)
+    best = maximum.amax(dim=0)
+    probability = of_winner.amax(dim=0) / total
+    return sampled, torch.where(best.isfinite(), probability, torch.nan)

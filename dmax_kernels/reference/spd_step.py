@@ -6,8 +6,9 @@ from torch import Tensor
 from dmax_kernels.ops.spd_step import SEMANTICS
 from dmax_kernels.reference.embedding import hybrid_embedding
 from dmax_kernels.reference.promote import prefix_promote
-from dmax_kernels.reference.top1 import top1_confidence
-from dmax_kernels.reference.topk_confidence import topk_confidence
+from dmax_kernels.reference.top1 import top1_confidence, topk_confidence
+
+__all__ = ["spd_step_"]
 
 
 def spd_step_(

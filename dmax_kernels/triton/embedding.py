@@ -38,7 +38,7 @@ def mask_share(confidence, position, K: tl.constexpr):
 def mix_chunk(
     embedding, row_stride, token, confidence, position, e_mask, share, vocab, at, dim,
     K: tl.constexpr,
-):  # fmt: skip
+):
     """sum_k p_k e(y_k) + r e(mask) over one chunk of D."""
     # Not added at 0, so that p = 1 gives e(y) to the bit whatever e(mask) holds
     mix = tl.where(share == 0.0, 0.0, share * e_mask)
@@ -53,7 +53,7 @@ def mix_chunk(
 def mix_norms(
     embedding, row_stride, token, confidence, position, mask_token_id, share, vocab, dim,
     K: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+):
     """(|s|, |e(mask)|, target = sum_k p_k |e(y_k)| + r |e(mask)|) of one position."""
     mask_square = tl.zeros([CHUNK], tl.float32)
     mix_square = tl.zeros([CHUNK], tl.float32)
@@ -90,12 +90,12 @@ def token_norm(
 def write_hybrid(
     embedding, row_stride, token, confidence, position, mask_token_id, vocab, dim, out,
     K: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+):
     share = mask_share(confidence, position, K)
     norm, _, target = mix_norms(
         embedding, row_stride, token, confidence, position, mask_token_id, share, vocab, dim,
         K, CHUNK,
-    )  # fmt: skip
+    )
     scale = tl.where(norm == 0.0, 0.0, tl.div_rn(target, tl.where(norm == 0.0, 1.0, norm)))
     for start in range(0, dim, CHUNK):
         at = start + tl.arange(0, CHUNK)
@@ -118,7 +118,7 @@ def copy_row(embedding, row_stride, token, vocab, dim, out, CHUNK: tl.constexpr)
 def hybrid_embedding_kernel(
     embedding, row_stride, token, confidence, masked, mask_token_id, vocab, dim, out,
     K: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+):
     position = tl.program_id(0).to(tl.int64)
     mask_token = mask_token_id.to(tl.int64)
     if tl.load(masked + position):
@@ -127,7 +127,7 @@ def hybrid_embedding_kernel(
         write_hybrid(
             embedding, row_stride, token, confidence, position, mask_token, vocab, dim,
             out + position * dim, K, CHUNK,
-        )  # fmt: skip
+        )
 
 
 def hybrid_embedding(
@@ -144,7 +144,7 @@ def hybrid_embedding(
             rows.tensor, rows.stride, token.contiguous(), confidence.contiguous(),
             masked.contiguous(), mask_token_id, vocab, dim, out,
             K=k, CHUNK=chunk_of(dim), num_warps=4,
-        )  # fmt: skip
+        )
     return out
 
 
@@ -173,7 +173,7 @@ def position_grad_kernel(
     grad_output, embedding, row_stride, token, confidence, masked, mask_token_id, vocab, dim,
     grad_mix, mask_weight, mask_pull, token_pull, grad_confidence,
     K: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+):
     """One position's d s [D], its weights in e(mask) and e(y_j), and d p.
 
     A row of the table gets weight * d s + pull * e(row).
@@ -244,7 +244,7 @@ def position_grad_kernel(
 def mask_grad_kernel(
     grad_mix, mask_weight, mask_pull, num_positions, dim, partial, partial_pull,
     SPAN: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+):
     span = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     total = tl.zeros([CHUNK], tl.float32)
@@ -264,7 +264,7 @@ def table_grad_kernel(
     grad_mix, confidence, token_pull, partial, partial_pull, sorted_token, slot_of, num_slots,
     num_spans, embedding, row_stride, vocab, dim, grad_embedding,
     K: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+):
     """The first of the slots with one token sums them all; slot number num_slots is e(mask)'s."""
     first = tl.program_id(0).to(tl.int64)
     token = tl.load(sorted_token + first)
@@ -334,11 +334,11 @@ def hybrid_embedding_backward(
             mask_token_id, vocab, dim,
             grad_mix, mask_weight, mask_pull, token_pull, grad_confidence,
             K=k, CHUNK=chunk, num_warps=4,
-        )  # fmt: skip
+        )
         mask_grad_kernel[(num_spans, num_chunks)](
             grad_mix, mask_weight, mask_pull, num_positions, dim, partial, partial_pull,
             SPAN=MASK_SPAN, CHUNK=chunk, num_warps=4,
-        )  # fmt: skip
+        )
         # Slots by token, in ascending position (the sort is stable); `vocab` where there is none
         slots = token.reshape(num_positions, k).long()
         none = masked.reshape(-1, 1) | (slots < 0) | (slots >= vocab)
@@ -349,5 +349,5 @@ def hybrid_embedding_backward(
             grad_mix, confidence, token_pull, partial, partial_pull, sorted_token, slot_of,
             num_slots, num_spans, rows.tensor, rows.stride, vocab, dim, grad_embedding,
             K=k, CHUNK=chunk, num_warps=4,
-        )  # fmt: skip
+        )
     return grad_embedding, grad_confidence

@@ -1,4 +1,7 @@
-"""sample_tokens(hidden @ weight^T + bias) without stored logits."""
+"""The ops fused with the LM head: top1_confidence and sample_tokens of hidden @ weight^T + bias.
+
+The loss of the same logits is in linear_loss.py, since it shares only the product of one tile.
+"""
 
 import torch
 import triton
@@ -6,17 +9,50 @@ import triton.language as tl
 from torch import Tensor
 
 from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
+from dmax_kernels.triton.linear_loss import linear_oput_loss, linear_oput_loss_backward
 from dmax_kernels.triton.linear_rows import linear_statistics
-from dmax_kernels.triton.linear_top1_confidence import linear_top1_confidence
 from dmax_kernels.triton.sample import merge_samples
-from dmax_kernels.triton.stats import NO_ID, softmax_scale
+from dmax_kernels.triton.stats import NO_ID, Partials, softmax_scale
+from dmax_kernels.triton.top1 import merge_top1
+
+__all__ = [
+    "linear_oput_loss",
+    "linear_oput_loss_backward",
+    "linear_sample_tokens",
+    "linear_top1_confidence",
+]
+
+
+def linear_top1_confidence(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+) -> tuple[Tensor, Tensor]:
+    shape, device = hidden.shape[:-1], hidden.device
+    token = torch.empty(shape, dtype=torch.int64, device=device)
+    confidence = torch.empty(shape, dtype=torch.float32, device=device)
+    if token.numel() == 0:
+        return token, confidence
+    bias = None if bias is None else bias.contiguous()
+    with device_of(hidden):
+        for some, partials in linear_statistics(
+            row_view(hidden), row_view(weight), bias, temperature, suppress_token
+        ):
+            merge_top1(
+                Partials(*partials[:3], partials.num_groups), softmax_scale(temperature),
+                token.view(-1)[some], confidence.view(-1)[some],
+            )
+    return token, confidence
 
 
 @triton.jit(do_not_specialize=["num_groups"])
 def linear_sample_merge_kernel(
     partial_max, partial_sum, partial_token, partial_score, partial_value, num_groups, scale,
     out_token, out_probability, GROUPS: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)
     valid = groups < num_groups
@@ -58,5 +94,5 @@ def linear_sample_tokens(
                 *partials, softmax_scale(temperature),
                 token.view(-1)[some], probability.view(-1)[some],
                 GROUPS=next_power_of_2(partials.num_groups), num_warps=4,
-            )  # fmt: skip
+            )
     return token, probability

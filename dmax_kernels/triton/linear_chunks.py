@@ -27,7 +27,7 @@ def chunk_statistics_kernel(
     seed, first_row, inverse_temperature,
     partial_max, partial_sum, partial_token, partial_score, partial_value, num_tiles,
     HAS_BIAS: tl.constexpr, SAMPLE: tl.constexpr, SEED_PER_ROW: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+):
     """Tokens first .. first + count, whose logits the buffer holds; first divides by TILE."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -73,7 +73,7 @@ def multiply_into(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 def chunk_statistics(
     hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
     seed: Tensor | None, first_row: int, partials: tuple[Tensor | None, ...],
-) -> None:  # fmt: skip
+) -> None:
     """Fills the partial results, [rows, tiles] each, of at most CHUNK_ROWS rows."""
     vocab = weight.count
     table = weight.tensor.as_strided((vocab, weight.width), (weight.stride, 1))
@@ -88,4 +88,4 @@ def chunk_statistics(
             -(-vocab // CHUNK_TILE),
             HAS_BIAS=bias is not None, SAMPLE=seed is not None,
             SEED_PER_ROW=seed is not None and seed.dim() == 2, TILE=CHUNK_TILE, num_warps=4,
-        )  # fmt: skip
+        )

@@ -35,14 +35,14 @@ LEAST_CHUNK_TOKENS = 2048
 
 
 @triton.jit(do_not_specialize=["num_rows", "blocks_per_pass", "ignore_index", "num_groups",
-                               "tiles_per_program"])  # fmt: skip
+                               "tiles_per_program"])
 def linear_loss_partials_kernel(
     hidden_masked, masked_stride, hidden_predicted, predicted_stride, weight, weight_stride, bias,
     target, num_rows, blocks_per_pass, vocab, dim, ignore_index, log2_e,
     partial_max, partial_sum, partial_total, target_logit, num_groups, tiles_per_program,
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, SMOOTHED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """Blocks of the masked pass, then of the predicted one: side by side over one weight tile."""
     block = tl.program_id(0)
     group = tl.program_id(1)
@@ -68,7 +68,7 @@ def linear_loss_partials_kernel(
         ids, x = logits_tile(
             hidden_rows, weight, weight_stride, bias, first, vocab, dim, -1,
             PRECISION, EVEN_K, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        )
         new_max = tl.maximum(maximum, tl.max(x, axis=1))
         reference = finite_or_zero(new_max)
         tile_sum = tl.sum(tl.exp2((x - reference[:, None]) * log2_e), axis=1)
@@ -97,7 +97,7 @@ def linear_loss_kernel(
     target, first_row, vocab, ignore_index, log2_e, label_smoothing, z_loss,
     partial_max, partial_sum, partial_total, target_logit, num_groups, loss, logsumexp,
     SMOOTHED: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+):
     """One pass, whose partial results begin at first_row of both passes'."""
     row = tl.program_id(0).to(tl.int64)
     wanted = tl.load(target + row).to(tl.int64)
@@ -137,7 +137,7 @@ def logits_grad_kernel(
     grad_logits, grad_stride,
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """grad_logits[row, id - first_token] of one tile; hidden rows lie dim apart."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N
@@ -145,7 +145,7 @@ def logits_grad_kernel(
     ids, x = logits_tile(
         hidden + safe_row * dim, weight, weight_stride, bias, first_token + column, vocab, dim, -1,
         PRECISION, EVEN_K, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    )
 
     # g [(1 + 2 z lse) softmax - (1 - s) onehot - s / V]; the -1 joins before rounding
     wanted = tl.load(target + safe_row).to(tl.int64)
@@ -229,13 +229,13 @@ def linear_oput_loss(
             HAS_BIAS=bias is not None, SMOOTHED=smoothed,
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        )  # fmt: skip
+        )
         for part, i in enumerate(present):
             linear_loss_kernel[(num_rows,)](
                 target, part * num_rows, vocab, ignore_index, LOG2_E, float(label_smoothing),
                 float(z_loss), *partials, num_groups, losses[i], logsumexps[i],
                 SMOOTHED=smoothed, GROUPS=next_power_of_2(num_groups), num_warps=1,
-            )  # fmt: skip
+            )
     return *losses, *logsumexps
 
 
@@ -243,7 +243,7 @@ def write_logits_grad(
     hidden: Tensor, weight: Rows, bias: Tensor | None, target: Tensor, grad_loss: Tensor,
     logsumexp: Tensor, first_token: int, num_tokens: int, out: Tensor, ignore_index: int,
     label_smoothing: float, z_loss: float,
-) -> None:  # fmt: skip
+) -> None:
     """out[:, :num_tokens] := gradient of the logits of tokens first_token, first_token + 1, ..."""
     num_rows, dim = hidden.shape
     tiles = choose_linear_tiles(num_rows, num_tokens, hidden.dtype, hidden.device, sampling=False)
@@ -256,7 +256,7 @@ def write_logits_grad(
         HAS_BIAS=bias is not None,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
+    )
 
 
 def linear_oput_loss_backward(
@@ -296,7 +296,7 @@ def linear_oput_loss_backward(
     grad_bias = grad_like(bias, needs_bias)
     grads_hidden = [
         grad_like(hidden_masked, needs_masked), grad_like(hidden_predicted, needs_predicted)
-    ]  # fmt: skip
+    ]
     if target.numel() == 0:
         return *grads_hidden, grad_weight, grad_bias
 
@@ -322,7 +322,7 @@ def linear_oput_loss_backward(
             write_logits_grad(
                 hidden, weight_rows, bias_values, wanted, grad_loss, logsumexp, first, n,
                 grad_logits, ignore_index, label_smoothing, z_loss,
-            )  # fmt: skip
+            )
             part = grad_logits[:, :n]
             if needs_hidden:
                 grad_hidden += float32_product(part, weight[first : first + n])

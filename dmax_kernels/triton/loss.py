@@ -29,7 +29,7 @@ from dmax_kernels.triton.stats import (
 def store_tile_sums(
     row, tile, vocab, log2_e, out_max, out_sum, out_below, MASKED: tl.constexpr,
     SMOOTHED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+):
     ids, x = load_tile(row, tile * TILE, vocab, -1, MASKED, TILE)
     maximum = tl.max(x, axis=0)
     tl.store(out_max + tile, maximum)
@@ -45,7 +45,7 @@ def tile_sums_kernel(
     logits, row_stride, vocab, target, ignore_index, log2_e,
     partial_max, partial_sum, partial_below, num_tiles, tiles_per_program,
     SMOOTHED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+):
     row_id = tl.program_id(0).to(tl.int64)
     if tl.load(target + row_id) == ignore_index:
         return
@@ -72,7 +72,7 @@ def loss_kernel(
     logits, row_stride, vocab, target, ignore_index, log2_e, label_smoothing, z_loss,
     partial_max, partial_sum, partial_below, num_tiles, loss, logsumexp, row_max, row_log_sum,
     SMOOTHED: tl.constexpr, KEEP_PARTS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     wanted = tl.load(target + row).to(tl.int64)
     if wanted == ignore_index:
@@ -114,7 +114,7 @@ def loss_kernel(
 def store_tile_grad(
     row, out, tile, vocab, wanted, reference, log_sum, total, g, log2_e, label_smoothing, z_loss,
     MASKED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+):
     ids, x = load_tile(row, tile * TILE, vocab, -1, MASKED, TILE)
     probability = tl.exp2(((x - reference) - log_sum) * log2_e)
     grad = (1.0 + 2.0 * z_loss * total) * probability
@@ -139,7 +139,7 @@ def grad_kernel(
     logits, row_stride, vocab, target, ignore_index, grad_loss, row_max, row_log_sum,
     log2_e, label_smoothing, z_loss, grad_logits, grad_stride, num_tiles, tiles_per_program,
     HAS_GRAD: tl.constexpr, HAS_PARTS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+):
     """grad_logits may be logits. row_max is the logsumexp where HAS_PARTS is false."""
     row_id = tl.program_id(0).to(tl.int64)
     row = logits + row_id * row_stride
@@ -169,12 +169,12 @@ def grad_kernel(
         store_tile_grad(
             row, out, tile, vocab, wanted, reference, log_sum, total, g, log2_e,
             label_smoothing, z_loss, False, TILE,
-        )  # fmt: skip
+        )
     if last > full_tiles:
         store_tile_grad(
             row, out, full_tiles, vocab, wanted, reference, log_sum, total, g, log2_e,
             label_smoothing, z_loss, True, TILE,
-        )  # fmt: skip
+        )
 
 
 class PassLoss(NamedTuple):
@@ -189,7 +189,7 @@ class PassLoss(NamedTuple):
 def pass_loss(
     rows: Rows, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
     keep_parts: bool = False,
-) -> PassLoss:  # fmt: skip
+) -> PassLoss:
     def per_row() -> Tensor:
         return torch.empty(target.shape, dtype=torch.float32, device=target.device)
 
@@ -210,20 +210,20 @@ def pass_loss(
         rows.tensor, rows.stride, rows.width, target, ignore_index, LOG2_E,
         *partials, tiles.count, tiles.per_program,
         SMOOTHED=smoothed, TILE=TILE, num_warps=TILE_WARPS,
-    )  # fmt: skip
+    )
     loss_kernel[(rows.count,)](
         rows.tensor, rows.stride, rows.width, target, ignore_index, LOG2_E,
         float(label_smoothing), float(z_loss), *partials, tiles.count, *result,
         SMOOTHED=smoothed, KEEP_PARTS=keep_parts, TILES=next_power_of_2(tiles.count), TILE=TILE,
         num_warps=1,
-    )  # fmt: skip
+    )
     return result
 
 
 def write_grad(
     rows: Rows, out: Rows, target: Tensor, grad_loss: Tensor | None, row_max: Tensor,
     log_sum: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float,
-) -> None:  # fmt: skip
+) -> None:
     if rows.count == 0:
         return
     tiles = choose_tiles(rows.count, rows.width, target.device)
@@ -233,7 +233,7 @@ def write_grad(
         tiles.count, tiles.per_program,
         HAS_GRAD=grad_loss is not None, HAS_PARTS=log_sum is not None,
         TILE=TILE, num_warps=TILE_WARPS,
-    )  # fmt: skip
+    )
 
 
 def oput_loss(
@@ -276,7 +276,7 @@ def oput_loss_backward(
         write_grad(
             row_view(logits), row_view(grad_logits), target.contiguous(), grad_loss.contiguous(),
             logsumexp.contiguous(), None, ignore_index, label_smoothing, z_loss,
-        )  # fmt: skip
+        )
     return grad_logits
 
 
@@ -301,7 +301,7 @@ def oput_loss_and_grad_(
         write_grad(
             rows, rows, wanted, None if grad is None else grad.contiguous(),
             result.row_max, result.log_sum, ignore_index, label_smoothing, z_loss,
-        )  # fmt: skip
+        )
         return result.loss
 
     with device_of(target):

@@ -59,5 +59,5 @@ def prefix_promote(
         prefix_promote_kernel[(promoted.numel() // block,)](
             confidence, masked, float(threshold), promoted, block,
             INCLUSIVE=inclusive, CHUNK=min(next_power_of_2(block), 1024), num_warps=1,
-        )  # fmt: skip
+        )
     return promoted

@@ -1,4 +1,7 @@
-"""Gumbel-max sampling in one read, with noise keyed by (seed, offset, row, id)."""
+"""Gumbel-max sampling in one read, whole or from vocabulary shards.
+
+The noise is keyed by (seed, offset, row, id), so that a sample is the same however it is computed.
+"""
 
 from typing import NamedTuple
 
@@ -19,6 +22,7 @@ from dmax_kernels.triton.launch import (
 from dmax_kernels.triton.philox import gumbel_noise, row_key
 from dmax_kernels.triton.stats import (
     NO_ID,
+    finite_or_zero,
     first_where,
     load_partials,
     load_tile,
@@ -26,7 +30,7 @@ from dmax_kernels.triton.stats import (
     softmax_scale,
     tile_statistics,
 )
-from dmax_kernels.triton.top1 import top1_of_rows
+from dmax_kernels.triton.top1 import NO_ID_64, shard_places, top1_of_rows, winning_token
 
 
 @triton.jit
@@ -43,7 +47,7 @@ def store_tile_sample(
     row, tile, vocab, suppress_token, scale, inverse_temperature, seed, row_number, offset,
     first_group, out_max, out_sum, out_score, out_token, MASKED: tl.constexpr, TILE: tl.constexpr,
     SHIFT: tl.constexpr,
-):  # fmt: skip
+):
     ids, x = load_tile(row, tile * TILE, vocab, suppress_token, MASKED, TILE)
     maximum, sum_exp, token = tile_statistics(x, ids, scale)
     noise = gumbel_noise(seed, row_number, offset, tile, TILE, first_group, SHIFT)
@@ -59,7 +63,7 @@ def tile_sample_kernel(
     logits, row_stride, vocab, suppress_token, scale, inverse_temperature, seed, first_group,
     partial_max, partial_sum, partial_score, partial_token, num_tiles, tiles_per_program,
     SEED_PER_ROW: tl.constexpr, TILE: tl.constexpr, SHIFT: tl.constexpr,
-):  # fmt: skip
+):
     row_id = tl.program_id(0).to(tl.int64)
     row = logits + row_id * row_stride
     key, offset, row_number = row_key(seed, row_id, SEED_PER_ROW)
@@ -75,12 +79,12 @@ def tile_sample_kernel(
         store_tile_sample(
             row, tile, vocab, suppress_token, scale, inverse_temperature, key, row_number, offset,
             first_group, out_max, out_sum, out_score, out_token, False, TILE, SHIFT,
-        )  # fmt: skip
+        )
     if last > full_tiles:
         store_tile_sample(
             row, full_tiles, vocab, suppress_token, scale, inverse_temperature, key, row_number,
             offset, first_group, out_max, out_sum, out_score, out_token, True, TILE, SHIFT,
-        )  # fmt: skip
+        )
 
 
 @triton.jit
@@ -102,7 +106,7 @@ def merge_samples(maximum, sum_exp, score, token, scale):
 def load_and_merge_samples(
     partial_max, partial_sum, partial_score, partial_token, row, num_tiles, scale,
     TILES: tl.constexpr,
-):  # fmt: skip
+):
     maxima, sums, tokens = load_partials(
         partial_max, partial_sum, partial_token, row, num_tiles, TILES
     )
@@ -117,7 +121,7 @@ def load_and_merge_samples(
 def sample_merge_tiles_kernel(
     logits, row_stride, partial_max, partial_sum, partial_score, partial_token, num_tiles, scale,
     out_token, out_probability, TILES: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     best, total, _, token = load_and_merge_samples(
         partial_max, partial_sum, partial_score, partial_token, row, num_tiles, scale, TILES
@@ -157,7 +161,7 @@ def launch_tile_samples(
         rows.tensor, rows.stride, rows.width, suppress_token, softmax_scale(temperature),
         1.0 / temperature, seed.contiguous(), first_id // 4, *partials, tiles.per_program,
         SEED_PER_ROW=seed.dim() != 1, TILE=TILE, SHIFT=first_id % 4, num_warps=TILE_WARPS,
-    )  # fmt: skip
+    )
     return partials
 
 
@@ -173,7 +177,7 @@ def sample_rows(
     sample_merge_tiles_kernel[(rows.count,)](
         rows.tensor, rows.stride, *partials, softmax_scale(temperature), token, probability,
         TILES=next_power_of_2(partials.num_tiles), num_warps=1,
-    )  # fmt: skip
+    )
     return token, probability
 
 
@@ -187,3 +191,100 @@ def sample_tokens(
         else:
             token, probability = sample_rows(rows, seed, temperature, suppress_token)
     return token.view(logits.shape[:-1]), probability.view(logits.shape[:-1])
+
+
+@triton.jit(do_not_specialize=["num_tiles", "vocab_start"])
+def sample_partial_merge_tiles_kernel(
+    logits, row_stride, partial_max, partial_sum, partial_score, partial_token, num_tiles, scale,
+    vocab_start, out_max, out_sum, out_token, out_score, out_weight, TILES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    best, total, score, token = load_and_merge_samples(
+        partial_max, partial_sum, partial_score, partial_token, row, num_tiles, scale, TILES
+    )
+    x = tl.load(logits + row * row_stride + token).to(tl.float32)
+    weight = tl.exp2((x - best) * scale)
+    if best == float("-inf"):  # no mass
+        total = 0.0
+        weight = 0.0
+    # NaN, +inf and all -inf: the maximum says it all
+    finite = tl.abs(best) < float("inf")
+    tl.store(out_max + row, best)
+    tl.store(out_sum + row, total)
+    tl.store(out_token + row, vocab_start + token.to(tl.int64))
+    tl.store(out_score + row, tl.where(finite, score, best))
+    tl.store(out_weight + row, weight)
+
+
+def sample_partial(
+    logits_shard: Tensor,
+    seed: Tensor,
+    vocab_start: int,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    f32, i64 = torch.float32, torch.int64
+    out = tuple(
+        torch.empty(logits_shard.shape[:-1], dtype=dtype, device=logits_shard.device)
+        for dtype in (f32, f32, i64, f32, f32)
+    )
+    if out[0].numel() == 0:
+        return out
+    with device_of(logits_shard):
+        rows = row_view(logits_shard)
+        partials = launch_tile_samples(
+            rows, seed, temperature, suppress_token - vocab_start, vocab_start
+        )
+        sample_partial_merge_tiles_kernel[(rows.count,)](
+            rows.tensor, rows.stride, *partials, softmax_scale(temperature), vocab_start, *out,
+            TILES=next_power_of_2(partials.num_tiles), num_warps=1,
+        )
+    return out
+
+
+@triton.jit(do_not_specialize=["num_shards"])
+def sample_merge_kernel(
+    maximum, sum_exp, token, score, weight, num_shards, num_rows, scale, out_token,
+    out_probability, SHARDS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at, valid = shard_places(row, num_shards, num_rows, SHARDS)
+    maxima = tl.load(maximum + at, mask=valid, other=float("-inf"))
+    sums = tl.load(sum_exp + at, mask=valid, other=0.0)
+    tokens = tl.load(token + at, mask=valid, other=NO_ID_64)
+    scores = tl.load(score + at, mask=valid, other=float("-inf"))
+    weights = tl.load(weight + at, mask=valid, other=0.0)
+
+    sampled, any_nan = winning_token(scores, tokens)
+    best = tl.max(maxima, axis=0)
+    mass = weights * tl.exp2((maxima - finite_or_zero(best)) * scale)
+    mass = tl.sum(tl.where(valid & (tokens == sampled), mass, 0.0), axis=0)
+    probability = mass / merge_sums(maxima, sums, best, scale)
+    if any_nan | (tl.abs(best) == float("inf")):
+        probability = float("nan")
+    tl.store(out_token + row, sampled)
+    tl.store(out_probability + row, probability)
+
+
+def sample_merge(
+    maximum: Tensor,
+    sum_exp: Tensor,
+    token: Tensor,
+    score: Tensor,
+    weight: Tensor,
+    *,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    num_shards, *shape = maximum.shape
+    out_token = torch.empty(shape, dtype=torch.int64, device=maximum.device)
+    out_probability = torch.empty(shape, dtype=torch.float32, device=maximum.device)
+    if out_token.numel() == 0:
+        return out_token, out_probability
+    with device_of(maximum):
+        sample_merge_kernel[(out_token.numel(),)](
+            *(t.contiguous() for t in (maximum, sum_exp, token, score, weight)), num_shards,
+            out_token.numel(), softmax_scale(temperature), out_token, out_probability,
+            SHARDS=next_power_of_2(num_shards), num_warps=1,
+        )
+    return out_token, out_probability

@@ -13,8 +13,7 @@ from dmax_kernels.ops.spd_step import SEMANTICS
 from dmax_kernels.triton.embedding import chunk_of, copy_row, write_hybrid
 from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
 from dmax_kernels.triton.promote import passes_threshold, promotable
-from dmax_kernels.triton.top1 import top1_of_rows
-from dmax_kernels.triton.topk_confidence import topk_of_rows
+from dmax_kernels.triton.top1 import top1_of_rows, topk_of_rows
 
 # What a position's next input embedding is
 KEEP = tl.constexpr(0)
@@ -32,7 +31,7 @@ def decide_kernel(
     mask_token_id, tau_dec, tau_acc, thresholds, source, block,
     SEMANTICS_CODE: tl.constexpr, HAS_THRESHOLDS: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Steps 2-4 for one row of the batch; source [B, K] says how to embed each position."""
     inclusive: tl.constexpr = SEMANTICS_CODE == RELEASED
     row = tl.program_id(0).to(tl.int64)
@@ -94,7 +93,7 @@ def decide_kernel(
 def embed_kernel(
     embedding, row_stride, source, token, top_tokens, top_confidences, mask_token_id, vocab, dim,
     inputs_embeds, TOP_K: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+):
     """Step 5 for one position."""
     position = tl.program_id(0).to(tl.int64)
     how = tl.load(source + position).to(tl.int32)
@@ -104,13 +103,13 @@ def embed_kernel(
         write_hybrid(
             embedding, row_stride, top_tokens, top_confidences, position, mask_token, vocab, dim,
             out, TOP_K, CHUNK,
-        )  # fmt: skip
+        )
     elif how != KEEP:
         own_token = tl.load(token + position)
         copy_row(
             embedding, row_stride, tl.where(how == MASK, mask_token, own_token), vocab, dim,
             out, CHUNK,
-        )  # fmt: skip
+        )
 
 
 def spd_step_(
@@ -149,9 +148,9 @@ def spd_step_(
             None if thresholds is None else thresholds.contiguous(), source, block,
             SEMANTICS_CODE=semantics, HAS_THRESHOLDS=thresholds is not None, TOP_K=top_k,
             BLOCK=next_power_of_2(block), num_warps=1 if block <= 64 else 4,
-        )  # fmt: skip
+        )
         embed_kernel[(batch * block,)](
             embedding_rows.tensor, embedding_rows.stride, source, token, *top,
             mask_token_id, vocab, embedding.shape[1], inputs_embeds,
             TOP_K=top_k, CHUNK=chunk_of(embedding.shape[1]), num_warps=4,
-        )  # fmt: skip
+        )

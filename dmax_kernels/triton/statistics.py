@@ -40,7 +40,7 @@ def log1p(x):
 def store_tile(
     row, tile, vocab, suppress_token, scale, out_max, out_sum, out_token, out_rest, out_exponent,
     out_second, MASKED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+):
     ids, x = load_tile(row, tile * TILE, vocab, suppress_token, MASKED, TILE)
     maximum, sum_exp, token = tile_statistics(x, ids, scale)
     tl.store(out_max + tile, maximum)
@@ -60,7 +60,7 @@ def tile_entropy_kernel(
     logits, row_stride, vocab, suppress_token, scale,
     partial_max, partial_sum, partial_token, partial_rest, partial_exponent, partial_second,
     num_tiles, tiles_per_program, TILE: tl.constexpr,
-):  # fmt: skip
+):
     row_id = tl.program_id(0).to(tl.int64)
     row = logits + row_id * row_stride
     out_max = partial_max + row_id * num_tiles
@@ -77,12 +77,12 @@ def tile_entropy_kernel(
         store_tile(
             row, tile, vocab, suppress_token, scale,
             out_max, out_sum, out_token, out_rest, out_exponent, out_second, False, TILE,
-        )  # fmt: skip
+        )
     if last > full_tiles:
         store_tile(
             row, full_tiles, vocab, suppress_token, scale,
             out_max, out_sum, out_token, out_rest, out_exponent, out_second, True, TILE,
-        )  # fmt: skip
+        )
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -90,7 +90,7 @@ def entropy_merge_tiles_kernel(
     partial_max, partial_sum, partial_token, partial_rest, partial_exponent, partial_second,
     num_tiles, scale, inverse_temperature, token, confidence, runner_up, entropy, logsumexp,
     TILES: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)
     maxima, sums, tokens = load_partials(
         partial_max, partial_sum, partial_token, row, num_tiles, TILES
@@ -144,9 +144,9 @@ def row_statistics(
         tile_entropy_kernel[(rows.count, tiles.programs)](
             rows.tensor, rows.stride, rows.width, suppress_token, scale, *partials,
             tiles.count, tiles.per_program, TILE=TILE, num_warps=TILE_WARPS,
-        )  # fmt: skip
+        )
         entropy_merge_tiles_kernel[(rows.count,)](
             *partials, tiles.count, scale, 1.0 / temperature, token, *others,
             TILES=next_power_of_2(tiles.count), num_warps=1,
-        )  # fmt: skip
+        )
     return token, *others

@@ -106,7 +106,7 @@ def load_partials(partial_max, partial_sum, partial_token, row, num_tiles, TILES
 def store_tile_statistics(
     row, tile, vocab, suppress_token, scale, out_max, out_sum, out_token, MASKED: tl.constexpr,
     TILE: tl.constexpr,
-):  # fmt: skip
+):
     ids, x = load_tile(row, tile * TILE, vocab, suppress_token, MASKED, TILE)
     maximum, sum_exp, token = tile_statistics(x, ids, scale)
     tl.store(out_max + tile, maximum)
@@ -185,5 +185,5 @@ def launch_tile_statistics(
         rows.tensor, rows.stride, rows.width, suppress_token, scale,
         frozen, frozen_span, *partials, tiles.per_program,
         HAS_FROZEN=frozen is not None, TILE=TILE, num_warps=TILE_WARPS,
-    )  # fmt: skip
+    )
     return partials
