@@ -8,6 +8,18 @@ from dmax_kernels.reduction import reduce_loss
 __all__ = ["oput_loss", "oput_loss_and_grad_"]
 
 
+def combined_loss(
+    nll: Tensor, logsumexp: Tensor, mean_logit: Tensor | None, label_smoothing: float, z_loss: float
+) -> Tensor:
+    """``(1 - s) nll + s (lse - mean) + z lse^2``; without smoothing the mean may be None."""
+    loss = nll
+    if mean_logit is not None:
+        loss = (1 - label_smoothing) * nll + label_smoothing * (logsumexp - mean_logit)
+    if z_loss:
+        loss = loss + z_loss * logsumexp.square()
+    return loss
+
+
 def token_loss(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
 ) -> Tensor:
@@ -16,13 +28,11 @@ def token_loss(
     keep = target != ignore_index
     safe_target = torch.where(keep, target, 0).long()
     logsumexp = x.logsumexp(dim=-1)
-    # +inf leaves no softmax: NaN, as cross_entropy has it
+    # A +inf leaves no softmax: the loss is NaN, as cross_entropy's is
     logsumexp = torch.where(logsumexp == torch.inf, torch.nan, logsumexp)
-    loss = logsumexp - x.gather(-1, safe_target.unsqueeze(-1)).squeeze(-1)
-    if label_smoothing:
-        loss = (1 - label_smoothing) * loss + label_smoothing * (logsumexp - x.mean(dim=-1))
-    if z_loss:
-        loss = loss + z_loss * logsumexp.square()
+    nll = logsumexp - x.gather(-1, safe_target.unsqueeze(-1)).squeeze(-1)
+    mean_logit = x.mean(dim=-1) if label_smoothing else None
+    loss = combined_loss(nll, logsumexp, mean_logit, label_smoothing, z_loss)
     return torch.where(keep, loss, 0.0)
 
 
@@ -70,7 +80,7 @@ def oput_loss_and_grad_(
             (grad_logits,) = torch.autograd.grad(
                 loss, leaf, torch.ones_like(loss) if grad is None else grad
             )
-        # an ignored row is 0 even where its logits are not finite
+        # An ignored row's gradient is 0 even where its logits are not finite
         ignored = (target == ignore_index).unsqueeze(-1)
         logits.copy_(grad_logits.masked_fill(ignored, 0.0))
         return loss.detach()

@@ -57,17 +57,15 @@ def chunk_statistics_kernel(
     tl.store(partial_token + at, token)
 
 
-def multiply_into(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = hidden @ weight^T with float32 sums, never rounded to the inputs' dtype.
+def float32_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b with float32 sums, never rounded to the inputs' dtype.
 
-    The `out` forms are not on autocast's list, which would make a float32 product 16 bits wide.
+    Under autocast pass `out`: that form is not on autocast's list, which would make the product of
+    two float32 tensors 16 bits wide.
     """
-    if hidden.dtype == torch.float32:
-        torch.mm(hidden, weight.t(), out=out)
-    elif hidden.is_cuda:
-        torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
-    else:  # the interpreter's device, whose product has no float32 output
-        torch.mm(hidden.float(), weight.float().t(), out=out)
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)  # the interpreter's CPU has no such product
 
 
 def chunk_statistics(
@@ -81,7 +79,7 @@ def chunk_statistics(
     for first in range(0, vocab, CHUNK_TOKENS):
         count = min(CHUNK_TOKENS, vocab - first)
         logits = buffer[:, :count]
-        multiply_into(hidden.tensor, table[first : first + count], logits)
+        float32_product(hidden.tensor, table[first : first + count].t(), out=logits)
         chunk_statistics_kernel[(hidden.count, -(-count // CHUNK_TILE))](
             logits, buffer.stride(0), bias, first, count, suppress_token,
             softmax_scale(temperature), seed, first_row, 1.0 / temperature, *partials,

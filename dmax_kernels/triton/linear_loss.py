@@ -25,8 +25,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dmax_kernels.triton.launch import Rows, device_of, next_power_of_2, row_view
-from dmax_kernels.triton.linear_rows import choose_linear_tiles, logits_tile
-from dmax_kernels.triton.stats import LOG2_E, finite_or_zero, merge_sums
+from dmax_kernels.triton.linear_chunks import float32_product
+from dmax_kernels.triton.linear_rows import choose_linear_tiles, logits_tile, precision_of
+from dmax_kernels.triton.loss import grad_of_logits, loss_of_row, merge_log_sums
+from dmax_kernels.triton.stats import LOG2_E, finite_or_zero
 
 # Elements of one chunk of logit gradients, and the most and the fewest tokens it may have
 CHUNK_ELEMENTS = 1 << 27
@@ -52,15 +54,15 @@ def linear_loss_partials_kernel(
     block -= tl.where(predicted, blocks_per_pass, 0)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     safe_row = tl.minimum(row, num_rows - 1).to(tl.int64)
-    wanted = tl.load(target + safe_row).to(tl.int64)
-    if tl.max((wanted != ignore_index).to(tl.int32), axis=0) == 0:
+    target_ids = tl.load(target + safe_row).to(tl.int64)
+    if tl.max((target_ids != ignore_index).to(tl.int32), axis=0) == 0:
         return
     hidden_rows = hidden + safe_row * hidden_stride
 
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_exp = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    wanted_logit = tl.zeros([BLOCK_M], tl.float32)
+    logit_of_target = tl.zeros([BLOCK_M], tl.float32)
     first_tile = group * tiles_per_program
     last_tile = tl.minimum(first_tile + tiles_per_program, tl.cdiv(vocab, BLOCK_N))
     for tile in range(first_tile, last_tile):
@@ -77,9 +79,9 @@ def linear_loss_partials_kernel(
         if SMOOTHED:
             total += tl.sum(tl.where((ids < vocab)[None, :], x, 0.0), axis=1)
         # Most tiles hold no row's target
-        here = (wanted >= first) & (wanted < first + BLOCK_N)
+        here = (target_ids >= first) & (target_ids < first + BLOCK_N)
         if tl.max(here.to(tl.int32), axis=0) > 0:
-            wanted_logit += tl.sum(tl.where(ids[None, :] == wanted[:, None], x, 0.0), axis=1)
+            logit_of_target += tl.sum(tl.where(ids[None, :] == target_ids[:, None], x, 0.0), axis=1)
 
     valid = row < num_rows
     stacked = safe_row + tl.where(predicted, num_rows, 0)
@@ -88,8 +90,8 @@ def linear_loss_partials_kernel(
     tl.store(partial_sum + at, sum_exp, mask=valid)
     if SMOOTHED:
         tl.store(partial_total + at, total, mask=valid)
-    mine = (wanted >= first_tile * BLOCK_N) & (wanted < last_tile * BLOCK_N)
-    tl.store(target_logit + stacked, wanted_logit, mask=valid & mine)
+    mine = (target_ids >= first_tile * BLOCK_N) & (target_ids < last_tile * BLOCK_N)
+    tl.store(target_logit + stacked, logit_of_target, mask=valid & mine)
 
 
 @triton.jit(do_not_specialize=["first_row", "ignore_index", "num_groups"])
@@ -100,8 +102,8 @@ def linear_loss_kernel(
 ):
     """One pass, whose partial results begin at first_row of both passes'."""
     row = tl.program_id(0).to(tl.int64)
-    wanted = tl.load(target + row).to(tl.int64)
-    if wanted == ignore_index:
+    target_id = tl.load(target + row).to(tl.int64)
+    if target_id == ignore_index:
         tl.store(loss + row, 0.0)
         tl.store(logsumexp + row, 0.0)
         return
@@ -112,20 +114,16 @@ def linear_loss_kernel(
     at = (first_row + row) * num_groups + groups
     maxima = tl.load(partial_max + at, mask=valid, other=float("-inf"))
     sums = tl.load(partial_sum + at, mask=valid, other=0.0)
-    best = tl.max(maxima, axis=0)
-    log_sum = tl.log(merge_sums(maxima, sums, best, log2_e))
-    log_sum = tl.where(tl.abs(best) == float("inf"), float("nan"), log_sum)
+    best, log_sum = merge_log_sums(maxima, sums, log2_e)
 
     # A target outside the vocabulary has no logit and makes this row's loss NaN
-    known = (wanted >= 0) & (wanted < vocab)
+    known = (target_id >= 0) & (target_id < vocab)
     x = tl.load(target_logit + first_row + row, mask=known, other=float("nan"))
-    value = (best - x) + log_sum  # best - x first: exact where the target is the best
+    mean_below = 0.0
     if SMOOTHED:
         totals = tl.load(partial_total + at, mask=valid, other=0.0)
-        smooth = log_sum + (best - tl.sum(totals, axis=0) / vocab)
-        value = (1.0 - label_smoothing) * value + label_smoothing * smooth
-    lse = best + log_sum
-    value += tl.where(z_loss > 0.0, z_loss * lse * lse, 0.0)  # not 0 * inf
+        mean_below = best - tl.sum(totals, axis=0) / vocab
+    value, lse = loss_of_row(best, log_sum, x, mean_below, label_smoothing, z_loss, SMOOTHED)
     tl.store(loss + row, tl.where(known, value, float("nan")))
     tl.store(logsumexp + row, lse)
 
@@ -147,33 +145,21 @@ def logits_grad_kernel(
         PRECISION, EVEN_K, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K,
     )
 
-    # g [(1 + 2 z lse) softmax - (1 - s) onehot - s / V]; the -1 joins before rounding
-    wanted = tl.load(target + safe_row).to(tl.int64)
+    target_ids = tl.load(target + safe_row).to(tl.int64)
     lse = tl.load(logsumexp + safe_row)
     g = tl.load(grad_loss + safe_row)
-    mass = 1.0 + 2.0 * z_loss * lse
-    grad = mass[:, None] * tl.exp2((x - lse[:, None]) * log2_e)
-    grad -= tl.where(ids[None, :] == wanted[:, None], 1.0 - label_smoothing, 0.0)
-    grad = g[:, None] * (grad - label_smoothing / vocab)
+    grad = grad_of_logits(
+        tl.exp2((x - lse[:, None]) * log2_e), ids[None, :] == target_ids[:, None], g[:, None],
+        lse[:, None], vocab, label_smoothing, z_loss,
+    )
 
     # Rows without a gradient: 0 where ignored, NaN where the target is no token
-    known = (wanted >= 0) & (wanted < vocab)
+    known = (target_ids >= 0) & (target_ids < vocab)
     grad = tl.where(known[:, None], grad, float("nan"))
-    grad = tl.where((wanted != ignore_index)[:, None], grad, 0.0)
+    grad = tl.where((target_ids != ignore_index)[:, None], grad, 0.0)
     at = grad_logits + safe_row[:, None] * grad_stride + (ids - first_token)[None, :]
     valid = (row < num_rows)[:, None] & (ids < vocab)[None, :]
     tl.store(at, grad.to(grad_logits.dtype.element_ty), mask=valid)
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
-def float32_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b summed and returned in float32."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())  # the CPU, under the interpreter, has no such product
 
 
 @contextlib.contextmanager
@@ -230,9 +216,9 @@ def linear_oput_loss(
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
             num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )
-        for part, i in enumerate(present):
+        for place, i in enumerate(present):
             linear_loss_kernel[(num_rows,)](
-                target, part * num_rows, vocab, ignore_index, LOG2_E, float(label_smoothing),
+                target, place * num_rows, vocab, ignore_index, LOG2_E, float(label_smoothing),
                 float(z_loss), *partials, num_groups, losses[i], logsumexps[i],
                 SMOOTHED=smoothed, GROUPS=next_power_of_2(num_groups), num_warps=1,
             )
@@ -307,7 +293,7 @@ def linear_oput_loss_backward(
         hidden = torch.cat([h.reshape(num_rows, dim).masked_fill(ignored, 0) for h, *_ in passes])
         grad_loss = torch.cat([g.reshape(-1) for _, g, _, _ in passes])
         logsumexp = torch.cat([lse.reshape(-1) for _, _, lse, _ in passes])
-        wanted = target.reshape(-1).repeat(len(passes))
+        target_ids = target.reshape(-1).repeat(len(passes))
         weight_rows = row_view(weight)
         bias_values = None if bias is None else bias.contiguous()
 
@@ -320,16 +306,16 @@ def linear_oput_loss_backward(
         for first in range(0, vocab, chunk):
             n = min(chunk, vocab - first)
             write_logits_grad(
-                hidden, weight_rows, bias_values, wanted, grad_loss, logsumexp, first, n,
+                hidden, weight_rows, bias_values, target_ids, grad_loss, logsumexp, first, n,
                 grad_logits, ignore_index, label_smoothing, z_loss,
             )
-            part = grad_logits[:, :n]
+            grad_chunk = grad_logits[:, :n]
             if needs_hidden:
-                grad_hidden += float32_product(part, weight[first : first + n])
+                grad_hidden += float32_product(grad_chunk, weight[first : first + n])
             if needs_weight:
-                grad_weight[first : first + n] = float32_product(part.t(), hidden)
+                grad_weight[first : first + n] = float32_product(grad_chunk.t(), hidden)
             if bias is not None and needs_bias:
-                grad_bias[first : first + n] = part.sum(dim=0, dtype=torch.float32)
+                grad_bias[first : first + n] = grad_chunk.sum(dim=0, dtype=torch.float32)
         if needs_hidden:
             rows = iter(grad_hidden.split(num_rows))
             for h, grad in zip((hidden_masked, hidden_predicted), grads_hidden, strict=True):

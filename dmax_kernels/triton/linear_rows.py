@@ -50,6 +50,11 @@ class LinearTiles(NamedTuple):
     tiles_per_program: int
 
 
+def precision_of(dtype: torch.dtype) -> str:
+    """tl.dot's; it has no meaning for 16-bit inputs, whose products are exact."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
 def compiles_for_hopper() -> bool:
     if triton.knobs.runtime.interpret:
         return False
@@ -235,7 +240,7 @@ def fused_statistics(
         hidden.tensor, hidden.stride, weight.tensor, weight.stride, bias,
         hidden.count, weight.count, dim, suppress_token, softmax_scale(temperature),
         seed, first_row, 1.0 / temperature, *partials, num_groups, tiles.tiles_per_program,
-        PRECISION="ieee" if dtype == torch.float32 else "tf32",
+        PRECISION=precision_of(dtype),
         EVEN_K=dim % tiles.block_k == 0, HAS_BIAS=bias is not None,
         SAMPLE=sampling, SEED_PER_ROW=sampling and seed.dim() == 2,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,

@@ -22,6 +22,7 @@ from dmax_kernels.triton.stats import (
     load_tile,
     merge_sums,
     sum_of_exponentials,
+    tiles_of_program,
 )
 
 
@@ -54,9 +55,7 @@ def tile_sums_kernel(
     out_sum = partial_sum + row_id * num_tiles
     out_below = partial_below + row_id * num_tiles
 
-    first = tl.program_id(1) * tiles_per_program
-    last = tl.minimum(first + tiles_per_program, num_tiles)
-    full_tiles = vocab // TILE
+    first, last, full_tiles = tiles_of_program(num_tiles, tiles_per_program, vocab, TILE)
     for tile in range(first, tl.minimum(last, full_tiles)):
         store_tile_sums(
             row, tile, vocab, log2_e, out_max, out_sum, out_below, False, SMOOTHED, TILE
@@ -67,6 +66,39 @@ def tile_sums_kernel(
         )
 
 
+@triton.jit
+def merge_log_sums(maxima, sums, log2_e):
+    """A row's partial results -> (maximum, logsumexp - maximum); an infinite one leaves NaN."""
+    best = tl.max(maxima, axis=0)
+    log_sum = tl.log(merge_sums(maxima, sums, best, log2_e))
+    return best, tl.where(tl.abs(best) == float("inf"), float("nan"), log_sum)
+
+
+@triton.jit
+def loss_of_row(
+    best, log_sum, target_logit, mean_below, label_smoothing, z_loss, SMOOTHED: tl.constexpr
+):
+    """(loss, lse = best + log_sum): (1 - s) (lse - x_target) + s (lse - mean(x)) + z lse^2.
+
+    mean_below is best - mean(x), read only where SMOOTHED.
+    """
+    # The difference first: it is exact where the target is the best
+    loss = (best - target_logit) + log_sum
+    if SMOOTHED:
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * (log_sum + mean_below)
+    lse = best + log_sum
+    return loss + tl.where(z_loss > 0.0, z_loss * lse * lse, 0.0), lse  # 0 * inf would be NaN
+
+
+@triton.jit
+def grad_of_logits(probability, is_target, g, lse, vocab, label_smoothing, z_loss):
+    """g [(1 + 2 z lse) softmax - (1 - s) onehot - s / V]."""
+    grad = (1.0 + 2.0 * z_loss * lse) * probability
+    # The -1 joins before rounding: near probability 1 a 16-bit float would cancel
+    grad -= tl.where(is_target, 1.0 - label_smoothing, 0.0)
+    return g * (grad - label_smoothing / vocab)
+
+
 @triton.jit(do_not_specialize=["ignore_index", "num_tiles"])
 def loss_kernel(
     logits, row_stride, vocab, target, ignore_index, log2_e, label_smoothing, z_loss,
@@ -74,8 +106,8 @@ def loss_kernel(
     SMOOTHED: tl.constexpr, KEEP_PARTS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    wanted = tl.load(target + row).to(tl.int64)
-    if wanted == ignore_index:
+    target_id = tl.load(target + row).to(tl.int64)
+    if target_id == ignore_index:
         tl.store(loss + row, 0.0)
         tl.store(logsumexp + row, 0.0)
         return
@@ -86,25 +118,21 @@ def loss_kernel(
     at = row * num_tiles + tiles
     maxima = tl.load(partial_max + at, mask=valid, other=float("-inf"))
     sums = tl.load(partial_sum + at, mask=valid, other=0.0)
-    best = tl.max(maxima, axis=0)
-    log_sum = tl.log(merge_sums(maxima, sums, best, log2_e))
-    log_sum = tl.where(tl.abs(best) == float("inf"), float("nan"), log_sum)
-    total = best + log_sum
+    best, log_sum = merge_log_sums(maxima, sums, log2_e)
 
     # A target outside the vocabulary is not read and makes this row's loss NaN
-    known = (wanted >= 0) & (wanted < vocab)
-    x = tl.load(logits + row * row_stride + wanted, mask=known, other=float("nan")).to(tl.float32)
-    value = (best - x) + log_sum  # best - x first: exact where the target is the best
-    if SMOOTHED:
-        # logsumexp - mean = log_sum + mean of (best - x), from every tile's sum of (maximum - x)
+    known = (target_id >= 0) & (target_id < vocab)
+    x = tl.load(logits + row * row_stride + target_id, mask=known, other=float("nan"))
+    x = x.to(tl.float32)
+    mean_below = 0.0
+    if SMOOTHED:  # from every tile's sum of (maximum - x)
         below = tl.load(partial_below + at, mask=valid, other=0.0)
         in_tile = tl.minimum(vocab - tiles * TILE, TILE).to(tl.float32)
         below += tl.where(valid & (maxima != best), in_tile * (best - maxima), 0.0)
-        smooth = log_sum + tl.sum(below, axis=0) / vocab
-        value = (1.0 - label_smoothing) * value + label_smoothing * smooth
-    value += tl.where(z_loss > 0.0, z_loss * total * total, 0.0)  # not 0 * inf
+        mean_below = tl.sum(below, axis=0) / vocab
+    value, lse = loss_of_row(best, log_sum, x, mean_below, label_smoothing, z_loss, SMOOTHED)
     tl.store(loss + row, tl.where(known, value, float("nan")))
-    tl.store(logsumexp + row, total)
+    tl.store(logsumexp + row, lse)
     if KEEP_PARTS:
         tl.store(row_max + row, best)
         tl.store(row_log_sum + row, log_sum)
@@ -112,15 +140,14 @@ def loss_kernel(
 
 @triton.jit
 def store_tile_grad(
-    row, out, tile, vocab, wanted, reference, log_sum, total, g, log2_e, label_smoothing, z_loss,
+    row, out, tile, vocab, target_id, reference, log_sum, lse, g, log2_e, label_smoothing, z_loss,
     MASKED: tl.constexpr, TILE: tl.constexpr,
 ):
     ids, x = load_tile(row, tile * TILE, vocab, -1, MASKED, TILE)
     probability = tl.exp2(((x - reference) - log_sum) * log2_e)
-    grad = (1.0 + 2.0 * z_loss * total) * probability
-    # The -1 joins before rounding: near probability 1 a 16-bit float would cancel
-    grad -= tl.where(ids == wanted, 1.0 - label_smoothing, 0.0)
-    grad = g * (grad - label_smoothing / vocab)
+    grad = grad_of_logits(
+        probability, ids == target_id, g, lse, vocab, label_smoothing, z_loss
+    )
     if MASKED:
         tl.store(out + ids, grad.to(out.dtype.element_ty), mask=ids < vocab)
     else:
@@ -144,13 +171,12 @@ def grad_kernel(
     row_id = tl.program_id(0).to(tl.int64)
     row = logits + row_id * row_stride
     out = grad_logits + row_id * grad_stride
-    wanted = tl.load(target + row_id).to(tl.int64)
-    first = tl.program_id(1) * tiles_per_program
-    last = tl.minimum(first + tiles_per_program, num_tiles)
+    target_id = tl.load(target + row_id).to(tl.int64)
+    first, last, full_tiles = tiles_of_program(num_tiles, tiles_per_program, vocab, TILE)
 
     # Rows without a gradient: 0 where ignored, NaN where the target is no token
-    known = (wanted >= 0) & (wanted < vocab)
-    ignored = wanted == ignore_index
+    known = (target_id >= 0) & (target_id < vocab)
+    ignored = target_id == ignore_index
     if ignored | (known == 0):
         for tile in range(first, last):
             store_tile_fill(out, tile, vocab, tl.where(ignored, 0.0, float("nan")), TILE)
@@ -163,22 +189,21 @@ def grad_kernel(
     log_sum = 0.0
     if HAS_PARTS:
         log_sum = tl.load(row_log_sum + row_id)
-    total = reference + log_sum
-    full_tiles = vocab // TILE
+    lse = reference + log_sum
     for tile in range(first, tl.minimum(last, full_tiles)):
         store_tile_grad(
-            row, out, tile, vocab, wanted, reference, log_sum, total, g, log2_e,
+            row, out, tile, vocab, target_id, reference, log_sum, lse, g, log2_e,
             label_smoothing, z_loss, False, TILE,
         )
     if last > full_tiles:
         store_tile_grad(
-            row, out, full_tiles, vocab, wanted, reference, log_sum, total, g, log2_e,
+            row, out, full_tiles, vocab, target_id, reference, log_sum, lse, g, log2_e,
             label_smoothing, z_loss, True, TILE,
         )
 
 
 class PassLoss(NamedTuple):
-    """Of one pass, [rows] each; the parts (logsumexp = row_max + log_sum) only where asked for."""
+    """The results of one pass, [rows] each, with logsumexp = row_max + log_sum."""
 
     loss: Tensor
     logsumexp: Tensor
@@ -296,10 +321,10 @@ def oput_loss_and_grad_(
         if logits is None:
             return torch.empty(0, dtype=torch.float32, device=target.device)
         rows = row_view(logits)
-        wanted = target.contiguous()
-        result = pass_loss(rows, wanted, ignore_index, label_smoothing, z_loss, keep_parts=True)
+        targets = target.contiguous()
+        result = pass_loss(rows, targets, ignore_index, label_smoothing, z_loss, keep_parts=True)
         write_grad(
-            rows, rows, wanted, None if grad is None else grad.contiguous(),
+            rows, rows, targets, None if grad is None else grad.contiguous(),
             result.row_max, result.log_sum, ignore_index, label_smoothing, z_loss,
         )
         return result.loss

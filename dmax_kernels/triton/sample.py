@@ -29,6 +29,7 @@ from dmax_kernels.triton.stats import (
     merge_sums,
     softmax_scale,
     tile_statistics,
+    tiles_of_program,
 )
 from dmax_kernels.triton.top1 import NO_ID_64, shard_places, top1_of_rows, winning_token
 
@@ -72,9 +73,7 @@ def tile_sample_kernel(
     out_score = partial_score + row_id * num_tiles
     out_token = partial_token + row_id * num_tiles
 
-    first = tl.program_id(1) * tiles_per_program
-    last = tl.minimum(first + tiles_per_program, num_tiles)
-    full_tiles = vocab // TILE
+    first, last, full_tiles = tiles_of_program(num_tiles, tiles_per_program, vocab, TILE)
     for tile in range(first, tl.minimum(last, full_tiles)):
         store_tile_sample(
             row, tile, vocab, suppress_token, scale, inverse_temperature, key, row_number, offset,

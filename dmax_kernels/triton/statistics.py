@@ -20,6 +20,7 @@ from dmax_kernels.triton.stats import (
     merge_statistics,
     softmax_scale,
     tile_statistics,
+    tiles_of_program,
 )
 from dmax_kernels.triton.top1 import confidence_of
 
@@ -70,9 +71,7 @@ def tile_entropy_kernel(
     out_exponent = partial_exponent + row_id * num_tiles
     out_second = partial_second + row_id * num_tiles
 
-    first = tl.program_id(1) * tiles_per_program
-    last = tl.minimum(first + tiles_per_program, num_tiles)
-    full_tiles = vocab // TILE
+    first, last, full_tiles = tiles_of_program(num_tiles, tiles_per_program, vocab, TILE)
     for tile in range(first, tl.minimum(last, full_tiles)):
         store_tile(
             row, tile, vocab, suppress_token, scale,

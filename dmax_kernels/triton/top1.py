@@ -27,6 +27,7 @@ from dmax_kernels.triton.stats import (
     merge_sums,
     softmax_scale,
     sum_of_exponentials,
+    tiles_of_program,
 )
 
 
@@ -147,9 +148,7 @@ def tile_topk_kernel(
     out_key = partial_key + row_id * num_tiles * K
     out_token = partial_token + row_id * num_tiles * K
 
-    first = tl.program_id(1) * tiles_per_program
-    last = tl.minimum(first + tiles_per_program, num_tiles)
-    full_tiles = vocab // TILE
+    first, last, full_tiles = tiles_of_program(num_tiles, tiles_per_program, vocab, TILE)
     for tile in range(first, tl.minimum(last, full_tiles)):
         store_tile_topk(
             row, tile, vocab, suppress_token, scale,
