@@ -12,8 +12,8 @@ from cases import (
     stacked_rows,
     strided_copies,
 )
-from test_statistics import assert_statistics
 from test_simt_embeddings import MASK, copy_of, mix_case, spd_case
+from test_statistics import assert_statistics
 from tolerances import (
     CONFIDENCE_RTOL,
     LOSS_ATOL,
