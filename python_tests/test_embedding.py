@@ -1,15 +1,25 @@
-"""hybrid_embedding and its gradients on the CPU."""
+"""hybrid_embedding and its gradients; CUDA's are in test_simt_embeddings.py."""
 
 import pytest
 import torch
 from cases import DTYPES
 from tolerances import ROUNDING, assert_close
+from triton_device import triton
 
 import dmax_kernels
+import dmax_kernels.triton.embedding
 from dmax_kernels import reference
 
-OPS = (reference.hybrid_embedding, dmax_kernels.hybrid_embedding)
+BACKENDS = {"reference": reference, "cpu": dmax_kernels, "triton": triton}
+# The interpreter warns of 0 * inf
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+everywhere = pytest.mark.parametrize("backend", BACKENDS)
 MASK = 4
+
+
+def rounding_of(backend, dtype):
+    """Half a unit in the last place; a whole one of Triton's, whose interpreter cuts bits off."""
+    return 2 * ROUNDING[dtype] if backend == "triton" else ROUNDING[dtype]
 
 
 def in_float64(embedding, token, confidence, masked):
@@ -35,35 +45,65 @@ def inputs(dtype, dim, k, shape=(3, 32), vocab_size=50):
     return embedding, token, confidence, masked
 
 
-# D: scalar tail only, one vector and a tail, the real size; k: absent, 1, several, the most
-@pytest.mark.parametrize("op", OPS, ids=("reference", "cpu"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [3, 17, 2048])
-@pytest.mark.parametrize("k", [None, 1, 3, 8])
-def test_values(op, dtype, dim, k):
-    embedding, token, confidence, masked = inputs(dtype, dim, k)
-    hybrid = op(embedding, token, confidence, masked, MASK)
+# D: scalar tail only, one vector and a tail, the real size; k: absent, 1, several, the most. For
+# Triton one element, a cut chunk, one whole chunk, several chunks with a cut one
+@pytest.mark.parametrize(
+    ("backend", "dim", "dtype", "k"),
+    [
+        (b, dim, dtype, k)
+        for b in ("reference", "cpu")
+        for dim in (3, 17, 2048)
+        for dtype in DTYPES
+        for k in (None, 1, 3, 8)
+    ]
+    + [
+        ("triton", dim, dtype, k)
+        for dim, dtype in zip((1, 7, 1024, 1500), (*DTYPES, torch.float32), strict=True)
+        for k in (None, 1, 3)
+    ],
+)
+def test_values(backend, dim, dtype, k):
+    shape = (2, 6) if backend == "triton" else (3, 32)
+    embedding, token, confidence, masked = inputs(dtype, dim, k, shape)
+    confidence.view(-1)[0] = torch.nan
+    hybrid = BACKENDS[backend].hybrid_embedding(embedding, token, confidence, masked, MASK)
     assert hybrid.dtype == dtype
-    assert_close(hybrid, in_float64(embedding, token, confidence, masked), ROUNDING[dtype], 1e-6)
+    expected = in_float64(embedding, token, confidence, masked)
+    assert_close(hybrid, expected, rounding_of(backend, dtype), 1e-6)
 
 
-@pytest.mark.parametrize("op", OPS, ids=("reference", "cpu"))
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_exact_ends(op, dtype):
+def test_exact_ends(backend, dtype):
     """p = 1 is the token's row and a masked position the mask's, to the bit; p = 0 is e(mask)."""
-    embedding, token, _, _ = inputs(dtype, 100, None)
+    op, rounding = BACKENDS[backend].hybrid_embedding, rounding_of(backend, dtype)
+    embedding, token, _, _ = inputs(dtype, 100, None, (2, 6))
     never = torch.zeros(token.shape, dtype=torch.bool)
     ones = torch.ones(token.shape)
     assert torch.equal(op(embedding, token, ones, never, MASK), embedding[token])
     e_mask = embedding[MASK].expand(*token.shape, 100)
     assert torch.equal(op(embedding, token, ones, ~never, MASK), e_mask)
-    assert_close(op(embedding, token, 0 * ones, never, MASK), e_mask, ROUNDING[dtype])
+    assert_close(op(embedding, token, 0 * ones, never, MASK), e_mask, rounding)
     above_one = torch.nextafter(ones, 2 * ones)  # a probability above 1 by rounding
-    assert_close(op(embedding, token, above_one, never, MASK), embedding[token], ROUNDING[dtype])
+    assert_close(op(embedding, token, above_one, never, MASK), embedding[token], rounding)
 
 
-@pytest.mark.parametrize("op", OPS, ids=("reference", "cpu"))
-def test_degenerate_rows(op):
+def test_infinite_mask_embedding_on_triton():
+    """It does not enter where the confidence is 1, and is the result where masked."""
+    embedding, token, _, _ = inputs(torch.bfloat16, 100, None, (2, 6))
+    token[token == MASK] = 0
+    embedding[MASK] = torch.inf
+    masked = torch.zeros_like(token, dtype=torch.bool)
+    masked[0] = True
+    token[masked] = -1  # not read where masked
+    hybrid = triton.hybrid_embedding(embedding, token, torch.ones(2, 6), masked, MASK)
+    assert torch.equal(hybrid[1], embedding[token[1]])
+    assert (hybrid[0] == torch.inf).all()
+
+
+@everywhere
+def test_degenerate_rows(backend):
+    op = BACKENDS[backend].hybrid_embedding
     embedding = torch.tensor([[0.0, 0.0], [3.0, 4.0], [-3.0, -4.0], [1.0, 0.0]])
     token = torch.tensor([0, 2, 1, 3, 1])
     confidence = torch.tensor([0.7, 0.5, 0.25, float("nan"), 0.5])
@@ -74,6 +114,17 @@ def test_degenerate_rows(op):
     assert hybrid[2].tolist() == [3, 4]  # the token is the mask token
     assert hybrid[3].isnan().all()
     assert op(embedding * 0, token[:3], confidence[:3], masked[:3], 1).abs().sum() == 0
+
+
+def test_unknown_token_gives_a_nan_row_on_triton():
+    """Where the CPU raises an error, the GPU cannot; nothing outside the table is read."""
+    embedding, token, confidence, masked = inputs(torch.float32, 8, None, (2, 6))
+    masked[:] = False
+    token[0, 0], token[1, 2] = len(embedding), -1
+    hybrid = triton.hybrid_embedding(embedding, token, confidence, masked, MASK)
+    nan_rows = hybrid.isnan().all(-1)
+    assert nan_rows.nonzero().tolist() == [[0, 0], [1, 2]]
+    assert hybrid[~nan_rows].isfinite().all()
 
 
 # Same grid as the values, gradients against float64 autograd
@@ -105,6 +156,24 @@ def test_gradients_round_once(dtype):
     in_float64(wide, token, confidence, masked).backward(grad_output.double())
     scale = wide.grad.abs().max().item()
     assert_close(leaf.grad, wide.grad, ROUNDING[dtype], 2e-5 * scale)
+
+
+# Spans of 5 positions: more than one partial sum of the mask embedding, the last of them cut
+@pytest.mark.parametrize(
+    ("dim", "dtype", "k"), [(7, torch.float32, None), (1500, torch.bfloat16, 2)]
+)
+def test_gradients_of_triton(monkeypatch, dim, dtype, k):
+    monkeypatch.setattr(dmax_kernels.triton.embedding, "MASK_SPAN", 5)
+    embedding, token, confidence, masked = inputs(dtype, dim, k, (2, 6), vocab_size=9)
+    grad_output = torch.randn(2, 6, dim, generator=torch.manual_seed(1)).to(dtype)
+    arguments = (grad_output, embedding, token, confidence, masked, MASK)
+    grads = triton.hybrid_embedding_backward(*arguments)
+    wide = [t.double().requires_grad_() for t in (embedding, confidence)]
+    in_float64(wide[0], token, wide[1], masked).backward(grad_output.double())
+    for grad, leaf, rounding in zip(grads, wide, (rounding_of("triton", dtype), 1e-5), strict=True):
+        assert_close(grad, leaf.grad, rounding, 1e-5 * leaf.grad.abs().max().item())
+    again = triton.hybrid_embedding_backward(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
 
 
 def test_gradients_repeat_to_the_bit():
@@ -155,8 +224,14 @@ def test_strides_and_shapes():
             table, token.t().contiguous().t().int(), confidence.t().contiguous().t(), masked, MASK
         )
         assert torch.equal(actual, expected)
-    empty = dmax_kernels.hybrid_embedding(embedding, token[:0], confidence[:0], masked[:0], MASK)
-    assert empty.shape == (0, 32, 24)
+    for functions in BACKENDS.values():
+        nothing = functions.hybrid_embedding(embedding, token[:0], confidence[:0], masked[:0], MASK)
+        assert nothing.shape == (0, 32, 24)
+    arguments = (nothing, embedding, token[:0], confidence[:0], masked[:0], MASK)
+    for op in (torch.ops.dmax.hybrid_embedding_backward, triton.hybrid_embedding_backward):
+        grad_embedding, grad_confidence = op(*arguments)
+        assert (grad_embedding == 0).all()
+        assert grad_confidence.shape == (0, 32)
 
 
 E_, T_, C_, M_ = torch.ones(6, 4), torch.zeros(3).long(), torch.ones(3), torch.zeros(3).bool()

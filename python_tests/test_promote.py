@@ -1,14 +1,16 @@
-"""prefix_promote on the CPU."""
+"""prefix_promote; CUDA's is in test_simt_embeddings.py."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton_device import triton
 
 import dmax_kernels
 from dmax_kernels import reference
 
-OPS = (reference.prefix_promote, dmax_kernels.prefix_promote)
+BACKENDS = {"reference": reference, "cpu": dmax_kernels, "triton": triton}
+everywhere = pytest.mark.parametrize("backend", BACKENDS)
 NAN = float("nan")
 
 
@@ -32,31 +34,43 @@ def by_definition(confidence, masked, threshold, inclusive):
     ),
     threshold=st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0]),
     inclusive=st.booleans(),
-    op=st.sampled_from(OPS),
+    backend=st.sampled_from(["reference", "cpu"]),
 )
-def test_any_block(block, threshold, inclusive, op):
+def test_any_block(block, threshold, inclusive, backend):
     confidence = torch.tensor([c for c, _ in block])
     masked = torch.tensor([m for _, m in block], dtype=torch.bool)
+    op = BACKENDS[backend].prefix_promote
     promoted = op(confidence, masked, threshold, inclusive=inclusive)
     assert promoted.tolist() == by_definition(
         confidence.tolist(), masked.tolist(), threshold, inclusive
     )
 
 
-# A warp is 32 positions: one less, one more, several, a part
-@pytest.mark.parametrize("op", OPS, ids=("reference", "cpu"))
-@pytest.mark.parametrize("block", [1, 31, 32, 33, 64, 256])
-def test_rows_are_independent(op, block):
+# A warp is 32 positions: one less, one more, several. 1,030: more than one chunk of Triton's
+# positions, with the first failure in the first or the second
+@everywhere
+@pytest.mark.parametrize("inclusive", [False, True])
+@pytest.mark.parametrize("block", [1, 31, 32, 33, 64, 256, 1030])
+def test_rows_are_independent(backend, block, inclusive):
     generator = torch.manual_seed(block)
-    confidence = torch.rand(3, 40, block, generator=generator)
-    masked = torch.rand(3, 40, block, generator=generator) < 0.6
-    masked[0, 0] = False
-    masked[0, 1] = True
-    promoted = op(confidence, masked, 0.3)
-    for i in range(3):
-        for j in range(40):
-            expected = by_definition(confidence[i, j].tolist(), masked[i, j].tolist(), 0.3, False)
-            assert promoted[i, j].tolist() == expected
+    confidence = torch.rand(2, 5, block, generator=generator)
+    masked = torch.rand(2, 5, block, generator=generator) < 0.7
+    masked[0, 0], masked[0, 1] = True, False
+    confidence[0, 0] = 0.9
+    confidence[0, 0, block // 2] = NAN
+    confidence[0, 2, ::3] = 0.5  # equal to the threshold
+    confidence[0, 3] = 0.95
+    confidence[0, 3, -1] = 0.1
+    op = BACKENDS[backend].prefix_promote
+    for threshold in (0.0, 0.5, 1.5):
+        promoted = op(confidence, masked, threshold, inclusive=inclusive)
+        for *row, actual in zip(
+            confidence.view(-1, block).tolist(),
+            masked.view(-1, block).tolist(),
+            promoted.view(-1, block).tolist(),
+            strict=True,
+        ):
+            assert actual == by_definition(*row, threshold, inclusive)
 
 
 def test_strides_and_shapes():
@@ -64,14 +78,10 @@ def test_strides_and_shapes():
     masked = (torch.rand(6, 16) < 0.5)[:, ::2]
     expected = reference.prefix_promote(confidence, masked, 0.4)
     assert torch.equal(dmax_kernels.prefix_promote(confidence, masked, 0.4), expected)
-    assert dmax_kernels.prefix_promote(torch.ones(0, 5), torch.ones(0, 5).bool(), 0.4).shape == (
-        0,
-        5,
-    )
-    assert dmax_kernels.prefix_promote(torch.ones(5, 0), torch.ones(5, 0).bool(), 0.4).shape == (
-        5,
-        0,
-    )
+    for functions in BACKENDS.values():
+        for shape in ((0, 5), (5, 0)):
+            empty = torch.ones(shape)
+            assert functions.prefix_promote(empty, empty.bool(), 0.4).shape == shape
 
 
 @pytest.mark.parametrize(
