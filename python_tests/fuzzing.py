@@ -37,7 +37,7 @@ def public_loss(op):
     return call
 
 
-def spd_step_of_triton(logits, embedding, *, semantics, **arguments):
+def spd_step_of_triton(logits, embedding, *, semantics="settled", **arguments):
     IMPLEMENTATIONS["spd_step_"](
         logits, embedding, semantics=SEMANTICS.index(semantics), **arguments
     )

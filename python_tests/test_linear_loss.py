@@ -63,6 +63,18 @@ def cpu(name, *arguments, **options):
 
 
 BACKENDS = {"cpu": cpu, "triton": triton_op}
+
+
+def run(backend, hidden, weight, bias, target, grads, **options):
+    """(losses and logsumexps of both passes, gradients of both hiddens, weight and bias)."""
+    op = BACKENDS[backend]
+    results = op("linear_oput_loss", *hidden, weight, target, bias, **options)
+    grads = [torch.empty(0) if h is None else g for h, g in zip(hidden, grads, strict=True)]
+    return results, op(
+        "linear_oput_loss_backward", *grads, *hidden, weight, target, *results[2:], bias, **options
+    )
+
+
 # The last options add no branch to Triton's kernels, and the interpreter takes seconds
 COMBINATIONS = [(b, o) for b in BACKENDS for o in OPTIONS if b == "cpu" or o is not OPTIONS[2]]
 
@@ -80,19 +92,18 @@ def test_loss_of_exact_products(backend, options, dtype):
     for shape in sizes(backend):
         hidden, weight, bias, target = case(*shape, dtype, exact=True)
         ones = torch.ones(2, shape[0])
-        for given in ((*hidden, None), (None, hidden[1], bias)):
-            *passes, bias_given = given
-            expected, _ = in_float64(passes, weight, bias_given, target, ones, options)
+        for *passes, own_bias in ((*hidden, None), (None, hidden[1], bias)):
+            expected, _ = in_float64(passes, weight, own_bias, target, ones, options)
             results = BACKENDS[backend](
-                "linear_oput_loss", *passes, weight, target, bias_given, **options
+                "linear_oput_loss", *passes, weight, target, own_bias, **options
             )
-            for loss, logsumexp, wanted in zip(results[:2], results[2:], expected, strict=True):
-                if wanted is None:
+            for loss, logsumexp, right in zip(results[:2], results[2:], expected, strict=True):
+                if right is None:
                     assert loss.shape == logsumexp.shape == (0,)
                     continue
                 assert loss.dtype == logsumexp.dtype == torch.float32
                 more = 1 if backend == "cpu" else 5  # float32 throughout
-                assert_close(loss, wanted, LOSS_RTOL, more * LOSS_ATOL)
+                assert_close(loss, right, LOSS_RTOL, more * LOSS_ATOL)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, NARROW], ids=str)
@@ -102,25 +113,17 @@ def test_gradients(backend, options, dtype):
     hidden, weight, bias, target = case(*sizes(backend)[-1], dtype)
     grads = torch.randn(2, len(target), generator=torch.manual_seed(1))
     grads[:, -1] = 0
-    for given in ((*hidden, bias), (None, hidden[1], None)):
-        *passes, bias_given = given
-        _, expected = in_float64(passes, weight, bias_given, target, grads, options)
-        run = BACKENDS[backend]
-        *_, lse_masked, lse_predicted = run(
-            "linear_oput_loss", *passes, weight, target, bias_given, **options
-        )
-        actual = run(
-            "linear_oput_loss_backward", *grads, *passes, weight, target, lse_masked,
-            lse_predicted, bias_given, **options,
-        )  # fmt: skip
-        for gradient, wanted in zip(actual, expected, strict=True):
-            if wanted is None:
+    for *passes, own_bias in ((*hidden, bias), (None, hidden[1], None)):
+        _, expected = in_float64(passes, weight, own_bias, target, grads, options)
+        _, actual = run(backend, passes, weight, own_bias, target, grads, **options)
+        for gradient, right in zip(actual, expected, strict=True):
+            if right is None:
                 assert gradient.shape == (0,)
                 continue
             # float32 sums; on the GPU the gradient of 16-bit logits is 16 bits wide, as eager's
-            part = 3e-6 if dtype == torch.float32 or backend == "cpu" else ROUNDING[dtype]
+            share = 3e-6 if dtype == torch.float32 or backend == "cpu" else ROUNDING[dtype]
             assert gradient.dtype == dtype
-            assert_close(gradient, wanted, ROUNDING[dtype], part * wanted.abs().max().item())
+            assert_close(gradient, right, ROUNDING[dtype], share * right.abs().max().item())
 
 
 # Rows, tokens and columns of several parts with cut ones; odd and even tails of each
@@ -130,11 +133,7 @@ def test_bfloat16_gradients(shape):
     itself; the result is rounded once more. However many blocks: sums are float32."""
     (hidden, _), weight, bias, target = case(*shape, torch.bfloat16)
     grads = torch.randn(shape[0], generator=torch.manual_seed(1))
-    none = torch.empty(0)
-    _, _, lse, _ = cpu("linear_oput_loss", hidden, None, weight, target, bias)
-    actual = cpu(
-        "linear_oput_loss_backward", grads, none, hidden, None, weight, target, lse, none, bias
-    )
+    _, actual = run("cpu", (hidden, None), weight, bias, target, (grads, None))
     keep = (target != IGNORED).double()[:, None]
     logits = hidden.double() @ weight.double().t() + bias.double()
     one_hot = F.one_hot(target.where(target != IGNORED, 0), shape[1])
@@ -151,7 +150,7 @@ def test_bfloat16_gradients(shape):
 
 
 def fused_and_reference(inputs, **options):
-    """((loss, gradients) of dmax_kernels, the same of the reference) on leaves of their own."""
+    """((loss, gradients) of dmax_kernels, (loss, gradients) of the reference)."""
     results = []
     for op in (dmax_kernels, reference):
         hidden, weight, bias, target = inputs
@@ -162,18 +161,22 @@ def fused_and_reference(inputs, **options):
 
 
 # The reductions are shared with oput_loss and tested there: here that they reach the gradients
-@pytest.mark.parametrize("options", [
-    {"reduction": "sum"},
-    {"reduction": "mean", "pass_weights": (1.0, 0.25)},
-    {"reduction": "mean", "num_tokens": torch.tensor(77), "label_smoothing": 0.2},
-    {"reduction": "mean", "num_tokens": 11.5, "token_weight": torch.rand(40), "z_loss": 1e-2},
-], ids=lambda options: "-".join(options))  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "sum"},
+        {"reduction": "mean", "pass_weights": (1.0, 0.25)},
+        {"reduction": "mean", "num_tokens": torch.tensor(77), "label_smoothing": 0.2},
+        {"reduction": "mean", "num_tokens": 11.5, "token_weight": torch.rand(40), "z_loss": 1e-2},
+    ],
+    ids=lambda options: "-".join(options),
+)
 def test_reductions(options):
     (loss, grads), (expected, expected_grads) = fused_and_reference(case(40, 90, 12), **options)
     assert loss.shape == ()
     assert_close(loss.detach(), expected.detach(), 2e-6)
-    for grad, wanted in zip(grads, expected_grads, strict=True):
-        assert_close(grad, wanted, 1e-5, 1e-6 * wanted.abs().max().item())
+    for grad, right in zip(grads, expected_grads, strict=True):
+        assert_close(grad, right, 1e-5, 1e-6 * right.abs().max().item())
 
 
 def test_reference_against_torch():
@@ -208,19 +211,15 @@ def test_ignored_rows_are_not_read(backend):
     hidden, weight, _, target = case(8, 90, 12)
     for h in hidden:
         h[target == IGNORED] = torch.nan
-    run = BACKENDS[backend]
-    loss, _, lse, _ = run("linear_oput_loss", hidden[0], None, weight, target.int())
+    one_pass = (hidden[0], None)
+    (loss, *_), grads = run(backend, one_pass, weight, None, target.int(), (torch.ones(8), None))
     assert (loss[target == IGNORED] == 0).all()
-    empty = torch.empty(0)
-    grads = run(
-        "linear_oput_loss_backward", torch.ones(8), empty, hidden[0], None, weight, target, lse,
-        empty,
-    )  # fmt: skip
     assert (grads[0][target == IGNORED] == 0).all()
     assert grads[2].isfinite().all()
     # 12 is a token here, and the one to ignore
-    some = run("linear_oput_loss", hidden[0], None, weight, torch.full((8,), 12), ignore_index=12)
-    assert (some[0] == 0).all()
+    target = torch.full((8,), 12)
+    loss, *_ = BACKENDS[backend]("linear_oput_loss", *one_pass, weight, target, ignore_index=12)
+    assert (loss == 0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -229,17 +228,13 @@ def test_nothing_to_learn(backend):
     hidden, weight, bias, _ = case(6, 90, 12)
     for rows in (6, 0):
         target = torch.full((rows,), IGNORED)
-        some = [h[:rows] for h in hidden]
-        run = BACKENDS[backend]
-        results = run("linear_oput_loss", *some, weight, target, bias)
+        passes = [h[:rows] for h in hidden]
+        results, grads = run(backend, passes, weight, bias, target, torch.ones(2, rows))
         assert all((t == 0).all() and t.shape == (rows,) for t in results)
-        grads = run(
-            "linear_oput_loss_backward", *results[:2], *some, weight, target, *results[2:], bias
-        )
-        for grad, t in zip(grads, (*some, weight, bias), strict=True):
+        for grad, t in zip(grads, (*passes, weight, bias), strict=True):
             assert (grad == 0).all()
             assert grad.shape == t.shape
-    assert dmax_kernels.linear_oput_loss(*some, weight, target, reduction="mean") == 0
+    assert dmax_kernels.linear_oput_loss(*passes, weight, target, reduction="mean") == 0
 
 
 def test_rows_without_a_softmax():
@@ -249,11 +244,11 @@ def test_rows_without_a_softmax():
     hidden[0][1] = torch.nan
     hidden[0][2] = torch.inf
     bias[80:] = -torch.inf  # how a padded vocabulary is cut off
-    for backend, run in BACKENDS.items():
-        loss, _, lse, _ = run("linear_oput_loss", hidden[0], None, weight, target, bias)
+    for backend in BACKENDS:
+        (loss, *_), grads = run(
+            backend, (hidden[0], None), weight, bias, target, (torch.ones(6), None)
+        )
         assert loss.isnan().tolist() == [False, True, True, False, False, False], backend
-        arguments = (torch.ones(6), torch.empty(0), hidden[0], None, weight, target, lse)
-        grads = run("linear_oput_loss_backward", *arguments, torch.empty(0), bias)
         assert grads[0][[1, 2]].isnan().all()
         assert grads[0][[0, 3, 4, 5]].isfinite().all()
     clean, expected = (
@@ -271,31 +266,30 @@ def test_unknown_target():
     target = torch.tensor([3, 90, -1, 4])
     with pytest.raises(RuntimeError, match=r"linear_oput_loss: target must be -100 .*, got 90 at"):
         dmax_kernels.linear_oput_loss(*hidden, weight, target)
-    loss, _, lse, _ = triton_op("linear_oput_loss", hidden[0], None, weight, target)
+    one_pass = (hidden[0], None)
+    (loss, *_), grads = run("triton", one_pass, weight, None, target, (torch.ones(4), None))
     assert loss.isnan().tolist() == [False, True, True, False]
-    arguments = (torch.ones(4), torch.empty(0), hidden[0], None, weight, target, lse)
-    grads = triton_op("linear_oput_loss_backward", *arguments, torch.empty(0))
     assert grads[0].isnan().all(-1).tolist() == [False, True, True, False]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_and_shapes(backend):
     hidden, weight, bias, target = case(6, 90, 12)
-    run = BACKENDS[backend]
 
-    def everything(hidden, weight, bias, target, grads):
-        results = run("linear_oput_loss", *hidden, weight, target, bias)
-        return *results, *run(
-            "linear_oput_loss_backward", *grads, *hidden, weight, target, *results[2:], bias
-        )
+    def everything(*arguments):
+        results, grads = run(backend, *arguments)
+        return *results, *grads
 
     ones = torch.ones(2, 6)
     expected = everything(hidden, weight, bias, target, ones)
     padded = torch.full((6, 31), 7.0)[:, :12].copy_(hidden[0])
     others = everything(
-        (padded, hidden[1].t().contiguous().t()), weight.t().contiguous().t(),
-        torch.stack([bias, bias], dim=1)[:, 0], target.int(), torch.ones(1).expand(2, 6),
-    )  # fmt: skip
+        (padded, hidden[1].t().contiguous().t()),
+        weight.t().contiguous().t(),
+        torch.stack([bias, bias], dim=1)[:, 0],
+        target.int(),
+        torch.ones(1).expand(2, 6),
+    )
     shaped = everything(
         [h.view(2, 3, 12) for h in hidden], weight, bias, target.view(2, 3), ones.view(2, 2, 3)
     )
@@ -331,26 +325,26 @@ def test_bits():
     hidden, weight, bias, target = case(300, 3000, 24, torch.bfloat16)
     threads = torch.get_num_threads()
 
-    def run(rows=300):
+    def losses_and_grads(rows=300):
         leaves = [h[:rows].clone().requires_grad_() for h in hidden]
         leaves.append(weight.clone().requires_grad_())
         losses = dmax_kernels.linear_oput_loss(*leaves, target[:rows], bias=bias)
         (losses[0].sum() + losses[1].sum()).backward()
         return *(loss.detach() for loss in losses), *(leaf.grad for leaf in leaves)
 
-    expected = run()
-    for one, again in zip(expected, run(), strict=True):
+    expected = losses_and_grads()
+    for one, again in zip(expected, losses_and_grads(), strict=True):
         assert torch.equal(one, again)
     try:
         torch.set_num_threads(1 if threads > 1 else 2)
         for rows in (300, 7):
-            for one, some in zip(expected[:2], run(rows)[:2], strict=True):
-                assert torch.equal(one[:rows], some)
+            for loss, again in zip(expected[:2], losses_and_grads(rows)[:2], strict=True):
+                assert torch.equal(loss[:rows], again)
     finally:
         torch.set_num_threads(threads)
     # Under the interpreter and on a GPU alike: no atomics
-    losses = [triton_op("linear_oput_loss", *(h[:5].to(NARROW) for h in hidden),
-                        weight[:300].to(NARROW), target[:5] % 300) for _ in range(2)]  # fmt: skip
+    arguments = [t.to(NARROW) for t in (hidden[0][:5], hidden[1][:5], weight[:300])]
+    losses = [triton_op("linear_oput_loss", *arguments, target[:5] % 300) for _ in range(2)]
     assert all(torch.equal(*pair) for pair in zip(*losses, strict=True))
 
 
@@ -392,8 +386,7 @@ def test_fullgraph_compile():
         grads = torch.autograd.grad(loss, leaves)
         expected = step(*leaves, target, count)
         assert torch.equal(loss, expected)
-        for grad, wanted in zip(grads, torch.autograd.grad(expected, leaves), strict=True):
-            assert torch.equal(grad, wanted)
+        assert all(map(torch.equal, grads, torch.autograd.grad(expected, leaves)))
 
 
 H, W, T = torch.randn(3, 4), torch.randn(9, 4), torch.zeros(3).long()

@@ -1,7 +1,8 @@
-"""linear_top1_confidence on every backend at hand: values, edges, memory, precision."""
+"""linear_top1_confidence and linear_sample_tokens: values, edges, memory, precision."""
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import float64
 import pytest
@@ -15,27 +16,28 @@ from dmax_kernels import reference
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's inf - inf
 
 
-def triton(hidden, weight, bias=None, **options):
-    return triton_op("linear_top1_confidence", hidden, weight, bias, **options)
+def triton_from(least_chunked_rows):
+    """Triton's ops, which take the library's product of chunks of the vocabulary from so many rows
+    on, and else the fused kernel."""
 
+    def op(name):
+        def call(*arguments, **options):
+            with chunked_from(least_chunked_rows):
+                return triton_op(name, *arguments, **options)
 
-def triton_chunks(hidden, weight, bias=None, **options):
-    """The library's product of chunks of the vocabulary, at any number of rows."""
-    with chunked_from(1):
-        return triton(hidden, weight, bias, **options)
+        return call
 
-
-def triton_fused(hidden, weight, bias=None, **options):
-    with chunked_from(None):
-        return triton(hidden, weight, bias, **options)
+    names = ("linear_top1_confidence", "linear_sample_tokens")
+    return SimpleNamespace(**{name: op(name) for name in names})
 
 
 BACKENDS = {
-    "reference": reference.linear_top1_confidence,
-    "cpu": dmax_kernels.linear_top1_confidence,
-    "triton": triton_fused,
-    "triton in chunks": triton_chunks,
+    "reference": reference,
+    "cpu": dmax_kernels,
+    "triton": triton_from(None),
+    "triton in chunks": triton_from(1),
 }
+everywhere = pytest.mark.parametrize("backend", BACKENDS)
 # Triton's interpreter multiplies the bits of bfloat16 as integers: float16 stands in for it there
 DTYPES = (torch.float32, torch.float16) if DEVICE.type == "cpu" else (torch.float32, torch.bfloat16)
 
@@ -50,24 +52,32 @@ def held_inputs(rows, vocab_size, dim, dtype=torch.float32):
     return integers(rows, dim), integers(vocab_size, dim), integers(vocab_size)
 
 
-# One row and the least that a tensor core takes and more; one token, part of a tile, several tiles;
-# a width of part of a step, of several steps with a cut one. 1,100 tokens and 520 rows: two blocks
-# of the CPU's in both directions (less under the interpreter, for time; 4,200 are two chunks)
-@pytest.mark.parametrize("backend", BACKENDS)
+# One row, the fewest that a tensor core takes, and more; one token, a cut tile, several tiles; a
+# width within a step, and of several steps with a cut one. 1,100 tokens and 520 rows are two blocks
+# of the CPU's in both directions (fewer under the interpreter, for time; 4,200 are two chunks)
+@everywhere
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "vocab_size", "dim"), [
-    (1, 1, 1), (3, 300, 40), (17, 130, 33), (520, 1100, 24),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "dim"),
+    [
+        (1, 1, 1),
+        (3, 300, 40),
+        (17, 130, 33),
+        (520, 1100, 24),
+    ],
+)
 def test_exact_against_float64(backend, dtype, rows, vocab_size, dim):
     if rows == 520 and backend.startswith("triton") and DEVICE.type == "cpu":
         rows, vocab_size = (3, 4200) if "chunks" in backend else (66, 1100)
     hidden, weight, bias = held_inputs(rows, vocab_size, dim, dtype)
-    for given in (None, bias):
+    for own_bias in (None, bias):
         options = {"temperature": 5.0, "suppress_token": vocab_size // 2 if vocab_size > 1 else -1}
         logits = hidden.double() @ weight.double().t()
-        if given is not None:
-            logits = logits + given.double()
-        token, confidence = BACKENDS[backend](hidden, weight, given, **options)
+        if own_bias is not None:
+            logits = logits + own_bias.double()
+        token, confidence = BACKENDS[backend].linear_top1_confidence(
+            hidden, weight, own_bias, **options
+        )
         expected, expected_confidence = float64.top1_confidence(logits, **options)
         assert torch.equal(token, expected)  # ties and all
         assert_close(confidence, expected_confidence, 1e-5)
@@ -84,22 +94,22 @@ def test_logits_are_not_rounded(dtype):
     assert (hidden @ weight.t()).argmax().item() == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@everywhere
 def test_undefined_logits(backend):
     """Logits are the weight itself (hidden 1, D = 1): the first NaN, else the first +inf."""
     weight = torch.zeros(300, 1)
     weight[140], weight[299] = torch.inf, torch.inf
     for expected in (140, 200):
-        token, confidence = BACKENDS[backend](torch.ones(1, 1), weight)
+        token, confidence = BACKENDS[backend].linear_top1_confidence(torch.ones(1, 1), weight)
         assert token.tolist() == [expected]
         assert confidence.isnan().all()
         weight[200], weight[250] = torch.nan, torch.nan
     minus_inf = torch.full((300, 1), -torch.inf)
-    token, confidence = BACKENDS[backend](torch.ones(1, 1), minus_inf)
+    token, confidence = BACKENDS[backend].linear_top1_confidence(torch.ones(1, 1), minus_inf)
     assert token.tolist() == [0]
     assert confidence.isnan().all()
     minus_inf[170] = -1.0
-    token, confidence = BACKENDS[backend](torch.ones(1, 1), minus_inf)
+    token, confidence = BACKENDS[backend].linear_top1_confidence(torch.ones(1, 1), minus_inf)
     assert (token.item(), confidence.item()) == (170, 1.0)
 
 
@@ -122,7 +132,7 @@ def test_undefined_logits_leave_other_tokens_and_rows_alone(dtype):
 def test_cpu_bits_depend_on_the_row_alone(dtype):
     """Not on the other rows, nor on the threads: 300 rows are two readings of the weight.
 
-    Up to 32 rows bfloat16 weights are read where they lie (D divides by 32), else copied first.
+    Up to 32 rows, bfloat16 weights are read where they lie (D is a multiple of 32), else copied.
     """
     generator = torch.manual_seed(0)
     hidden = torch.randn(300, 320, generator=generator).to(dtype)
@@ -136,10 +146,10 @@ def test_cpu_bits_depend_on_the_row_alone(dtype):
         torch.set_num_threads(threads)
     assert torch.equal(alone[0], expected[0])
     assert torch.equal(alone[1], expected[1])
-    for some in (slice(299, 300), slice(5, 38), slice(250, 266)):
-        token, confidence = dmax_kernels.linear_top1_confidence(hidden[some], weight)
-        assert torch.equal(token, expected[0][some])
-        assert torch.equal(confidence, expected[1][some])
+    for rows in (slice(299, 300), slice(5, 38), slice(250, 266)):
+        token, confidence = dmax_kernels.linear_top1_confidence(hidden[rows], weight)
+        assert torch.equal(token, expected[0][rows])
+        assert torch.equal(confidence, expected[1][rows])
 
 
 # All three; the value tests above have two
@@ -150,14 +160,14 @@ def test_tokens_of_every_dtype(dtype):
     assert torch.equal(token, (hidden.double() @ weight.double().t() + bias.double()).argmax(-1))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@everywhere
 def test_strides_and_shapes(backend):
-    op = BACKENDS[backend]
+    op = BACKENDS[backend].linear_top1_confidence
     hidden, weight, bias = held_inputs(6, 140, 24)
     expected = reference.linear_top1_confidence(hidden, weight, bias)
     padded = torch.full((6, 31), 7.0)[:, :24].copy_(hidden)
-    for given in (padded, hidden.t().contiguous().t()):
-        assert torch.equal(op(given, weight.t().contiguous().t(), bias)[0], expected[0])
+    for strided in (padded, hidden.t().contiguous().t()):
+        assert torch.equal(op(strided, weight.t().contiguous().t(), bias)[0], expected[0])
     two_d = op(hidden.view(2, 3, 24).transpose(0, 1), weight, bias)[0]
     assert torch.equal(two_d, expected[0].view(2, 3).t())
     assert op(hidden[0], weight, bias)[0].shape == ()
@@ -172,6 +182,87 @@ def test_autocast_changes_nothing():
         actual = dmax_kernels.linear_top1_confidence(hidden, weight, bias)
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
+
+
+# ---- linear_sample_tokens
+
+
+# Exact logits (small integers), so that only the noise's rounding could tell backends apart. A seed
+# per call, where the row enters the counter, and one per row; two tiles of every backend
+@everywhere
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize(("rows", "vocab_size"), [(1, 1), (3, 1100), (18, 150)])
+def test_samples_of_the_stored_logits(backend, per_row, rows, vocab_size):
+    hidden, weight, bias = held_inputs(rows, vocab_size, 24)
+    seed = torch.tensor([2**62 + 5, -(2**40)])
+    if per_row:
+        seed = torch.randint(-(2**62), 2**62, (rows, 2), generator=torch.manual_seed(1))
+    options = {"temperature": 9.0, "suppress_token": vocab_size - 1 if vocab_size > 1 else -1}
+    logits = hidden @ weight.t() + bias
+    expected, expected_probability = reference.sample_tokens(logits, seed, **options)
+    token, probability = BACKENDS[backend].linear_sample_tokens(
+        hidden, weight, seed, bias, **options
+    )
+    assert torch.equal(token, expected)
+    assert_close(probability, expected_probability, 1e-5)
+
+
+@everywhere
+def test_greedy_is_top1(backend):
+    hidden, weight, bias = held_inputs(4, 150, 24)
+    greedy = BACKENDS[backend].linear_sample_tokens(
+        hidden, weight, torch.tensor([1, 2]), bias, temperature=0.0
+    )
+    expected = dmax_kernels.linear_top1_confidence(hidden, weight, bias)
+    assert torch.equal(greedy[0], expected[0])
+    assert_close(greedy[1], expected[1], 1e-5)
+
+
+@everywhere
+def test_only_the_rows_asked_for(backend):
+    """The masked positions alone give the samples they have among all."""
+    hidden, weight, _ = held_inputs(6, 150, 24)
+    seed = torch.arange(12).view(6, 2)
+    masked = torch.tensor([True, False, False, True, False, True])
+    op = BACKENDS[backend].linear_sample_tokens
+    everything, _ = op(hidden, weight, seed)
+    of_masked, _ = op(hidden[masked], weight, seed[masked])
+    assert torch.equal(of_masked, everything[masked])
+
+
+def test_distribution():
+    """chi-squared of 20,000 draws from 5 classes: 4 degrees of freedom, p = 1e-4 at 23.5."""
+    probability = torch.tensor([0.5, 0.25, 0.15, 0.08, 0.02])
+    draws = 20_000
+    hidden = torch.ones(draws, 1)
+    token, reported = dmax_kernels.linear_sample_tokens(
+        hidden, probability.log()[:, None], torch.tensor([17, 1])
+    )
+    counts = torch.bincount(token, minlength=5)
+    chi_squared = ((counts - draws * probability).square() / (draws * probability)).sum()
+    assert chi_squared < 23.5
+    assert_close(reported, probability[token], 1e-5)
+
+
+@everywhere
+def test_samples_of_undefined_logits(backend):
+    weight = torch.zeros(300, 1)
+    weight[140] = torch.inf
+    for value, expected in ((torch.inf, 140), (torch.nan, 140)):
+        weight[140] = value
+        token, probability = BACKENDS[backend].linear_sample_tokens(
+            torch.ones(1, 1), weight, torch.tensor([1, 2])
+        )
+        assert token.tolist() == [expected]
+        assert probability.isnan().all()
+    token, probability = BACKENDS[backend].linear_sample_tokens(
+        torch.ones(1, 1), torch.full((300, 1), -torch.inf), torch.tensor([1, 2])
+    )
+    assert token.tolist() == [0]
+    assert probability.isnan().all()
+
+
+# ---- Gradients and memory
 
 
 def test_no_gradient_is_an_error():
