@@ -1,4 +1,4 @@
-// The whole surface of torch.ops.dmax. Meanings: dmax_kernels/ops/<op>.py.
+// The whole surface of torch.ops.dmax. Meanings: dmax_kernels/ops/<family>.py.
 #include <string>
 
 #include "common/torch_stable.h"

@@ -241,7 +241,7 @@ STEPS, WORDS = 9, 8  # words are the few ids that are predicted, none of them th
 
 
 def random_script(rows, length, seed):
-    """Logits [STEPS, B, K, V] over the words, some blocks steady, some not."""
+    """Logits [STEPS, B, K, V] over the words, in which some blocks are steady."""
     generator = torch.manual_seed(seed)
     shape = (STEPS, rows, length)
     steady = torch.rand(rows, 1, generator=generator) ** 0.125

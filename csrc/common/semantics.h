@@ -3,7 +3,7 @@
 
 namespace dmax {
 
-// The schema's int; the names in the same order are SEMANTICS in dmax_kernels/ops/spd_step_.py
+// The schema's int; the names in the same order are SEMANTICS in dmax_kernels/ops/spd_step.py
 enum class Semantics : int {
   kSettled,   // predictions repeat and no mask was left before the step
   kPaper,     // predictions repeat, those at masks included: Algorithm 1, line 12

@@ -14,7 +14,7 @@ namespace dmax::cpu {
 // 2,048 elements are 8 KiB of float32: a tile stays in L1 between two loops over it.
 constexpr int64_t kTile = 2048;
 
-// Counter-based noise of one row (Philox4x32-10; see dmax_kernels/reference/sample_tokens.py)
+// Counter-based noise of one row (Philox4x32-10; see dmax_kernels/reference/sample.py)
 struct NoiseKey {
   uint64_t seed;
   uint64_t offset;

@@ -107,11 +107,11 @@ def register_in_place(name: str) -> None:
 
     def count_versions(keyset, *args, **kwargs):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*(args[i] for i in written)):
-            it = next(
+            leaf = next(
                 n for i, n in written.items() if args[i] is not None and args[i].requires_grad
             )
             raise RuntimeError(
-                f"{name}: {it} is written in place and must not require a gradient, got one that "
+                f"{name}: {leaf} is written in place and must not require a gradient, got one that "
                 "does: detach it, or call the op under torch.no_grad()"
             )
         torch.autograd.graph.increment_version([args[i] for i in written if args[i] is not None])

@@ -26,12 +26,12 @@ def linear_top1_confidence(
 
     ``x = hidden @ weight.T + bias``, ``token = argmax_v x_v``,
     ``confidence = softmax(x / temperature)[token]``. The products of the inputs' dtype are summed
-    in float32 and the logits stay float32: a 16-bit LM head rounds them, so ids may differ from its
+    in float32 and the logits stay float32: a 16-bit LM head rounds them, so its ids may differ
     where two logits round to the same number. Memory beside the results: below 8 MB on the GPU; on
     the CPU at D = 2,048 below 5 MB, and 1 MB per thread, whatever V.
 
     Args:
-        hidden: [..., D], float32, bfloat16 or float16. Pass only the rows wanted.
+        hidden: [..., D], float32, bfloat16 or float16. Pass only the rows you need.
         weight: [V, D], the LM head, in hidden's dtype.
         bias: [V] in hidden's dtype, or None.
         temperature, suppress_token: as in :func:`dmax_kernels.top1_confidence`.
@@ -39,8 +39,8 @@ def linear_top1_confidence(
     Returns:
         token int64 [...] and confidence float32 [...]; ties, NaN and infinities as in
         :func:`dmax_kernels.top1_confidence`. Repeated calls give the same bits. On the CPU a row's
-        bits depend neither on the other rows nor on the number of threads; on the GPU another
-        number of rows may be another order of summation within the matrix product.
+        bits depend neither on the other rows nor on the number of threads; on the GPU a
+        different number of rows may change the order of summation within the matrix product.
 
     Raises:
         RuntimeError: dtypes or shapes that do not fit, a temperature or token id out of range.

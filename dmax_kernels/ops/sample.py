@@ -65,7 +65,7 @@ def sample_partial(
     Args:
         logits_shard: [..., V_shard], float32, bfloat16 or float16. Shards may differ in width.
         seed: as in :func:`dmax_kernels.sample_tokens`, the same on all ranks.
-        vocab_start: id of the shard's first token. Ids that 4 divides are fastest on the GPU, where
+        vocab_start: id of the shard's first token. Multiples of 4 are fastest on the GPU, where
             four ids share one call of the generator.
         temperature: 1e-30 to 1e30. (Greedy is :func:`dmax_kernels.top1_partial`.)
         suppress_token: an id of the whole vocabulary, on this shard or not; -1 for none.

@@ -9,7 +9,8 @@ __all__ = ["prefix_promote"]
 def prefix_promote(
     confidence: Tensor, masked: Tensor, threshold: float | Tensor, *, inclusive: bool = False
 ) -> Tensor:
-    passes = confidence >= threshold if inclusive else confidence > threshold  # NaN passes neither
+    # A NaN passes neither
+    passes = confidence >= threshold if inclusive else confidence > threshold
     failed_before = (masked & ~passes).cumsum(dim=-1) > 0
     prefix = masked & ~failed_before
     leftmost = masked & (masked.cumsum(dim=-1) == 1)

@@ -16,7 +16,7 @@ def visible_logits(logits: Tensor, suppress_token: int) -> Tensor:
 
 
 def softmax_of(visible: Tensor, temperature: float) -> Tensor:
-    """softmax(visible / temperature); the difference comes first, or a common offset cancels."""
+    """softmax(visible / temperature). Subtracting first keeps full precision under an offset."""
     return torch.softmax((visible - visible.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
 
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
 
-# One program per position: 4 warps hold 1,024 of D at 8 elements per thread
-CHUNK = 1024
+# Elements of D that a program holds at once: 8 per thread of 4 warps
+MOST_CHUNK = 1024
 
 
 def chunk_of(dim: int) -> int:
-    return min(next_power_of_2(dim), CHUNK)
+    return min(next_power_of_2(dim), MOST_CHUNK)
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def load_row(embedding, row_stride, token, vocab, at, dim):
 
 @triton.jit
 def mask_share(confidence, position, K: tl.constexpr):
-    """Residual mass max(1 - sum p, 0) of the mask embedding; a NaN stays."""
+    """Residual mass max(1 - sum p, 0) of the mask embedding; a NaN stays NaN."""
     total = 0.0
     for i in tl.static_range(K):
         total += tl.load(confidence + position * K + i)
@@ -40,7 +40,7 @@ def mix_chunk(
     K: tl.constexpr,
 ):
     """sum_k p_k e(y_k) + r e(mask) over one chunk of D."""
-    # Not added at 0, so that p = 1 gives e(y) to the bit whatever e(mask) holds
+    # Not added at 0: p = 1 then gives e(y) to the bit, whatever e(mask) holds
     mix = tl.where(share == 0.0, 0.0, share * e_mask)
     for i in tl.static_range(K):
         p = tl.load(confidence + position * K + i)
@@ -152,8 +152,8 @@ def hybrid_embedding(
 #   d s = a (g - u (u.g)), d target = u.g,
 #   d e(y_j) = p_j (d s + d target e(y_j) / |e(y_j)|), d e(mask) likewise with the residual,
 #   d p_j = d s . (e(y_j) - [r > 0] e(mask)) + d target (|e(y_j)| - [r > 0] |e(mask)|).
-# Three launches without float atomics: each position's d s; partial sums for the mask embedding,
-# which every position adds to; then each table row sums its positions in ascending order.
+# Three launches without float atomics: each position's d s, then partial sums for the mask
+# embedding, to which every position adds, then each table row's sum in the order of positions.
 
 MASK_SPAN = 32  # positions per partial sum of the mask embedding's gradient
 
@@ -174,16 +174,13 @@ def position_grad_kernel(
     grad_mix, mask_weight, mask_pull, token_pull, grad_confidence,
     K: tl.constexpr, CHUNK: tl.constexpr,
 ):
-    """One position's d s [D], its weights in e(mask) and e(y_j), and d p.
-
-    A row of the table gets weight * d s + pull * e(row).
-    """
+    """d s [D] of a position, d p, and its part (weight * d s + pull * e) of the table's rows."""
     position = tl.program_id(0).to(tl.int64)
     mask_token = mask_token_id.to(tl.int64)
     g_row = grad_output + position * dim
     ds_row = grad_mix + position * dim
 
-    # Masked: e(mask) itself is the output
+    # Where masked, e(mask) itself is the output
     if tl.load(masked + position):
         for start in range(0, dim, CHUNK):
             at = start + tl.arange(0, CHUNK)
@@ -221,7 +218,7 @@ def position_grad_kernel(
         g = tl.load(g_row + at, mask=at < dim, other=0.0).to(tl.float32)
         ds = target * inverse * (g - mix * inverse * grad_target)
         tl.store(ds_row + at, ds, mask=at < dim)
-    tl.debug_barrier()  # other threads of this program read it below
+    tl.debug_barrier()  # below, other threads of this program read what was stored
 
     # Weights in the table's rows, and d p
     mask_pull_here = tl.where(mask_norm > 0.0, share * grad_target / mask_norm, 0.0)
@@ -265,7 +262,7 @@ def table_grad_kernel(
     num_spans, embedding, row_stride, vocab, dim, grad_embedding,
     K: tl.constexpr, CHUNK: tl.constexpr,
 ):
-    """The first of the slots with one token sums them all; slot number num_slots is e(mask)'s."""
+    """The first of a token's slots sums them all. Slot num_slots is the mask token's."""
     first = tl.program_id(0).to(tl.int64)
     token = tl.load(sorted_token + first)
     if token == vocab:  # masked positions, and ids that are no token
@@ -276,10 +273,10 @@ def table_grad_kernel(
     at = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     total = tl.zeros([CHUNK], tl.float32)
     pull = 0.0
-    turn = first
-    mine = True
-    while mine:
-        slot = tl.load(slot_of + turn)
+    place = first
+    same_token = True
+    while same_token:
+        slot = tl.load(slot_of + place)
         if slot == num_slots:
             span_row = partial + at
             for span in range(0, num_spans):
@@ -290,10 +287,10 @@ def table_grad_kernel(
             ds = tl.load(grad_mix + (slot // K) * dim + at, mask=at < dim, other=0.0)
             total += tl.load(confidence + slot) * ds
             pull += tl.load(token_pull + slot)
-        turn += 1
-        mine = turn <= num_slots
-        if mine:
-            mine = tl.load(sorted_token + turn) == token
+        place += 1
+        same_token = place <= num_slots
+        if same_token:
+            same_token = tl.load(sorted_token + place) == token
     total += pull * load_row(embedding, row_stride, token, vocab, at, dim)
     out = grad_embedding + token * dim + at
     tl.store(out, total.to(grad_embedding.dtype.element_ty), mask=at < dim)
@@ -339,7 +336,7 @@ def hybrid_embedding_backward(
             grad_mix, mask_weight, mask_pull, num_positions, dim, partial, partial_pull,
             SPAN=MASK_SPAN, CHUNK=chunk, num_warps=4,
         )
-        # Slots by token, in ascending position (the sort is stable); `vocab` where there is none
+        # Slots by token, then by position (the sort is stable); `vocab` stands for no token
         slots = token.reshape(num_positions, k).long()
         none = masked.reshape(-1, 1) | (slots < 0) | (slots >= vocab)
         slots = slots.masked_fill(none, vocab).reshape(-1)

@@ -1,6 +1,6 @@
 """The ops fused with the LM head: top1_confidence and sample_tokens of hidden @ weight^T + bias.
 
-The loss of the same logits is in linear_loss.py, since it shares only the product of one tile.
+The loss is in linear_loss.py: of all this it shares only the product of one tile.
 """
 
 import torch
@@ -38,12 +38,12 @@ def linear_top1_confidence(
         return token, confidence
     bias = None if bias is None else bias.contiguous()
     with device_of(hidden):
-        for some, partials in linear_statistics(
+        for span, partials in linear_statistics(
             row_view(hidden), row_view(weight), bias, temperature, suppress_token
         ):
             merge_top1(
                 Partials(*partials[:3], partials.num_groups), softmax_scale(temperature),
-                token.view(-1)[some], confidence.view(-1)[some],
+                token.view(-1)[span], confidence.view(-1)[span],
             )
     return token, confidence
 
@@ -87,12 +87,12 @@ def linear_sample_tokens(
     bias = None if bias is None else bias.contiguous()
     seed = seed.reshape(-1, 2).contiguous() if seed.dim() != 1 else seed.contiguous()
     with device_of(hidden):
-        for some, partials in linear_statistics(
+        for span, partials in linear_statistics(
             row_view(hidden), row_view(weight), bias, temperature, suppress_token, seed
         ):
-            linear_sample_merge_kernel[(some.stop - some.start,)](
+            linear_sample_merge_kernel[(span.stop - span.start,)](
                 *partials, softmax_scale(temperature),
-                token.view(-1)[some], probability.view(-1)[some],
+                token.view(-1)[span], probability.view(-1)[span],
                 GROUPS=next_power_of_2(partials.num_groups), num_warps=4,
             )
     return token, probability

@@ -1,9 +1,9 @@
-"""hidden @ weight^T by the library's matrix product, some thousand tokens at a time, then reduced.
+"""hidden @ weight^T by the library's matrix product, a chunk of the vocabulary at a time.
 
-The other way to linear_rows.py's fused kernel, for shapes at which cuBLAS's rate is worth writing
-the logits out once: a float32 buffer takes the product of one chunk of the vocabulary, and
-one read of it gives the same partial results per tile. Buffer and partial results together stay
-below 8 MB for CHUNK_ROWS rows, whatever the vocabulary.
+This replaces the fused kernel of linear_rows.py at shapes where cuBLAS's rate is worth writing the
+logits out once: a float32 buffer takes the product of one chunk, and one read of the buffer gives
+the same partial results per tile. Buffer and partial results together stay below 8 MB for
+CHUNK_ROWS rows, whatever the vocabulary.
 """
 
 import torch
@@ -28,17 +28,20 @@ def chunk_statistics_kernel(
     partial_max, partial_sum, partial_token, partial_score, partial_value, num_tiles,
     HAS_BIAS: tl.constexpr, SAMPLE: tl.constexpr, SEED_PER_ROW: tl.constexpr, TILE: tl.constexpr,
 ):
-    """Tokens first .. first + count, whose logits the buffer holds; first divides by TILE."""
+    """Reduces tokens first .. first + count, whose logits are in the buffer.
+
+    first is a multiple of TILE.
+    """
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * TILE + tl.arange(0, TILE)
     tile = first // TILE + tl.program_id(1)
     ids = first + place
-    from_here = logits + row * logits_stride
-    # The mask of a tile cut off by the vocabulary's end would cost the others 16-byte loads
+    buffer_row = logits + row * logits_stride
+    # A mask would rule out 16-byte loads: only the tile that the vocabulary's end cuts has one
     if (tl.program_id(1) + 1) * TILE <= count:
-        x = tl.load(from_here + place)
+        x = tl.load(buffer_row + place)
     else:
-        x = tl.load(from_here + place, mask=place < count, other=float("-inf"))
+        x = tl.load(buffer_row + place, mask=place < count, other=float("-inf"))
     if HAS_BIAS:
         x += tl.load(bias + ids, mask=place < count, other=0.0).to(tl.float32)
     x = tl.where(ids == suppress_token, float("-inf"), x)
@@ -72,7 +75,7 @@ def chunk_statistics(
     hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
     seed: Tensor | None, first_row: int, partials: tuple[Tensor | None, ...],
 ) -> None:
-    """Fills the partial results, [rows, tiles] each, of at most CHUNK_ROWS rows."""
+    """Fills in the partial results, [rows, tiles] each, of at most CHUNK_ROWS rows."""
     vocab = weight.count
     table = weight.tensor.as_strided((vocab, weight.width), (weight.stride, 1))
     buffer = hidden.tensor.new_empty((hidden.count, CHUNK_TOKENS), dtype=torch.float32)

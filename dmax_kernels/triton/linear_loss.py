@@ -1,19 +1,20 @@
 """oput_loss of hidden @ weight^T + bias without stored logits, and its gradients.
 
-With R rows of both passes, four products of 2 R V D operations each: the logits, in the forward
-pass and again in the backward pass, and from their gradient those of the hidden states and of the
-weight. At 2 x 4,096 rows, V = 157,184 and D = 2,048 that is 21.1 TFLOP; the fourth product buys
-gradients for any per-token upstream gradient, which is only known when the backward pass begins.
+With R rows of both passes there are four products of 2 R V D operations each: the logits in the
+forward pass and again in the backward pass, the gradient of the hidden states, and that of the
+weight. At 2 x 4,096 rows, V = 157,184 and D = 2,048 that is 21.1 TFLOP. The logits are computed
+twice because a token's upstream gradient is only known when the backward pass begins.
 
 The backward pass goes through the vocabulary in chunks of C tokens (16,384 at this R). A Triton
 kernel writes the gradient of the chunk's logits [R, C] in the inputs' dtype, and two library
-products with float32 results follow: the chunk's gradient of the weight, finished at once over all
-rows, then rounded and written once (so no float32 [V, D] exists, no atomics are needed, and the
-error does not depend on C); and the chunk's part of the hidden states' gradient, added to a
-float32 [R, D]. Workspace at these sizes: 268 MB for the chunk, 134 MB for its weight gradient in
-float32, 168 MB for three [R, D]: 0.57 GB. Traffic beside the products' own reads and writes of
-weight, chunk and results (V R 2 bytes x 3 for the chunk, 7.7 GB): 10 x 0.2 GB of additions, and
-3.2 GB to round the weight's gradient. 13 GB are 2.7 ms at 4.8 TB/s, mostly under the products.
+products with float32 results follow. One is the chunk's gradient of the weight: it is complete,
+over all rows, and is rounded and written once, so that no float32 [V, D] exists, no atomics are
+needed, and the error does not depend on C. The other is the chunk's share of the hidden states'
+gradient, which is added to a float32 [R, D]. The workspace at these sizes is 0.57 GB: 268 MB for
+the chunk, 134 MB for its weight gradient in float32, 168 MB for three [R, D]. The traffic, beside
+what the products themselves read and write of weight, chunk and results (V R 2 bytes x 3 for the
+chunk, 7.7 GB), is 10 x 0.2 GB of additions and 3.2 GB to round the weight's gradient. These 13 GB
+take 2.7 ms at 4.8 TB/s, mostly under the products.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from dmax_kernels.triton.linear_rows import choose_linear_tiles, logits_tile, pr
 from dmax_kernels.triton.loss import grad_of_logits, loss_of_row, merge_log_sums
 from dmax_kernels.triton.stats import LOG2_E, finite_or_zero
 
-# Elements of one chunk of logit gradients, and the most and the fewest tokens it may have
+# Elements of one chunk of logit gradients, and the most and the fewest tokens of a chunk
 CHUNK_ELEMENTS = 1 << 27
 MOST_CHUNK_TOKENS = 16384
 LEAST_CHUNK_TOKENS = 2048
@@ -45,7 +46,7 @@ def linear_loss_partials_kernel(
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, SMOOTHED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Blocks of the masked pass, then of the predicted one: side by side over one weight tile."""
+    """Blocks of the masked pass, then of the predicted one, which share each weight tile in L2."""
     block = tl.program_id(0)
     group = tl.program_id(1)
     predicted = block >= blocks_per_pass
@@ -100,7 +101,7 @@ def linear_loss_kernel(
     partial_max, partial_sum, partial_total, target_logit, num_groups, loss, logsumexp,
     SMOOTHED: tl.constexpr, GROUPS: tl.constexpr,
 ):
-    """One pass, whose partial results begin at first_row of both passes'."""
+    """The loss of one pass, whose partial results begin at first_row of those of both passes."""
     row = tl.program_id(0).to(tl.int64)
     target_id = tl.load(target + row).to(tl.int64)
     if target_id == ignore_index:

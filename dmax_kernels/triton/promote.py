@@ -10,7 +10,7 @@ from dmax_kernels.triton.launch import device_of, next_power_of_2
 
 @triton.jit
 def passes_threshold(confidence, threshold, INCLUSIVE: tl.constexpr):
-    """NaN passes neither way."""
+    """A NaN passes no threshold."""
     if INCLUSIVE:
         return confidence >= threshold
     return confidence > threshold
@@ -18,7 +18,7 @@ def passes_threshold(confidence, threshold, INCLUSIVE: tl.constexpr):
 
 @triton.jit
 def promotable(positions, masked, first_masked, first_failure):
-    """The masked positions before the first failure; the first masked one where that is none."""
+    """The masked positions before the first failure, or else the first masked one."""
     return masked & ((positions < first_failure) | (positions == first_masked))
 
 

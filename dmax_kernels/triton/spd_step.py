@@ -1,7 +1,7 @@
 """One step of Soft Parallel Decoding in place: top-1, decisions, then the next step's inputs.
 
-Every launch is on the device's stream and none depends on a value read by the host. Rows that had
-converged are skipped by all of them: their logits are not read.
+Every launch is on the device's stream, and none depends on a value read by the host. All of them
+skip rows that had converged: the logits of those are not read.
 """
 
 import torch

@@ -25,13 +25,13 @@ from dmax_kernels.triton.stats import (
 from dmax_kernels.triton.top1 import confidence_of
 
 LOG_2 = tl.constexpr(0.6931471805599453)
-# 2^t is 0 from here on, and t * 2^t shall be 0 with it: -inf * 0 would be a NaN
+# Below this, 2^t underflows to 0. Clamping t here makes t * 2^t 0 too, instead of -inf * 0 = NaN
 LEAST_EXPONENT = tl.constexpr(-150.0)
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x >= 0; the quotient takes back what rounding 1 + x has lost."""
+    """log(1 + x) for x >= 0; the quotient undoes the rounding of 1 + x."""
     u = 1.0 + x
     lost = tl.where(u == 1.0, 1.0, x / tl.where(u == 1.0, 1.0, u - 1.0))
     return tl.where(u == 1.0, x, tl.log(u) * lost)
@@ -47,7 +47,7 @@ def store_tile(
     tl.store(out_max + tile, maximum)
     tl.store(out_sum + tile, sum_exp)
     tl.store(out_token + tile, token)
-    # Without the winner, whose 1 would cost a sure row's entropy its digits
+    # Without the winner: beside its 1 the entropy of a sure row would lose its digits
     exponent = (x - finite_or_zero(maximum)) * scale
     weight = tl.where(ids == token, 0.0, tl.exp2(exponent))
     bounded = tl.where(exponent > LEAST_EXPONENT, exponent, LEAST_EXPONENT)
@@ -105,7 +105,7 @@ def entropy_merge_tiles_kernel(
     exponents = tl.load(partial_exponent + at, mask=valid, other=0.0)
     seconds = tl.load(partial_second + at, mask=valid, other=float("-inf"))
 
-    # Relative to the row's maximum, every exponent of a tile is less by the tile's shift
+    # Relative to the row's maximum, all exponents of a tile are lower by the tile's shift
     shift = (maxima - finite_or_zero(best)) * scale
     weight = tl.exp2(shift)
     bounded = tl.where(shift > LEAST_EXPONENT, shift, LEAST_EXPONENT)

@@ -61,7 +61,7 @@ def top1_of_rows(
     frozen: Tensor | None = None,
     frozen_span: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """[rows] each; a frozen span's results are left unset."""
+    """(token, confidence), [rows] each; those of a frozen span stay unset."""
     device = rows.tensor.device
     token = torch.empty(rows.count, dtype=torch.int64, device=device)
     confidence = torch.empty(rows.count, dtype=torch.float32, device=device)
@@ -101,7 +101,7 @@ NO_KEY = tl.constexpr(-0x80000000)  # below the key of -inf: taken already, or p
 
 @triton.jit
 def order_key(x):
-    """int32 that orders as x does, NaN first; -0 and +0 share one key."""
+    """An int32 that orders as x does, NaN first; -0 and +0 share one key."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return tl.where(x != x, NAN_KEY, key)
@@ -204,7 +204,7 @@ def topk_of_rows(
     frozen: Tensor | None = None,
     frozen_span: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """[rows, k] each; a frozen span's results are left unset."""
+    """(tokens, confidences), [rows, k] each; those of a frozen span stay unset."""
     device = rows.tensor.device
     tokens = torch.empty((rows.count, k), dtype=torch.int64, device=device)
     confidences = torch.empty((rows.count, k), dtype=torch.float32, device=device)
