@@ -58,7 +58,7 @@ fuzz: build-cpu ## Test every op on random inputs and for growing memory, for so
 train: build-cpu ## Train the demo's three checkpoints from nothing.
 	$(PYTHON) -m dmax_kernels train --config ring_walk
 
-bench: build-cpu ## Time every op beside eager PyTorch and write a table, JSON and pictures.
+bench: build-cpu ## Time every op beside eager PyTorch; print a table, write JSON and pictures.
 	$(PYTHON) bench/run.py --output build/bench/results.json
 
 docs: build-cpu ## Render the pages and the docstrings as HTML into build/docs.
