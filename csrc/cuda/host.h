@@ -6,7 +6,7 @@
 #include "common/dispatch.h"
 #include "common/row_view.h"
 #include "cuda/counters.h"
-#include "cuda/row_split.cuh"
+#include "cuda/rows.cuh"
 
 namespace dmax::cuda {
 

@@ -1,7 +1,7 @@
 // hybrid_embedding: the mix of token and mask embeddings at every position. One warp per position.
 #pragma once
 
-#include "cuda/hybrid_rows.cuh"
+#include "cuda/embedding.cuh"
 
 namespace dmax::cuda {
 

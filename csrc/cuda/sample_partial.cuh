@@ -1,7 +1,7 @@
 // sample_partial: one vocabulary shard's part of the race, and of the softmax beside it.
 #pragma once
 
-#include "cuda/sample_rows.cuh"
+#include "cuda/sample.cuh"
 
 namespace dmax::cuda {
 

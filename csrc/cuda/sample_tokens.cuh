@@ -1,7 +1,7 @@
 // sample_tokens: the sampled token of every row and its probability.
 #pragma once
 
-#include "cuda/sample_rows.cuh"
+#include "cuda/sample.cuh"
 
 namespace dmax::cuda {
 

@@ -1,7 +1,7 @@
 // top1_confidence: token and softmax(logits / temperature)[token] of every row.
 #pragma once
 
-#include "cuda/top1_rows.cuh"
+#include "cuda/top1.cuh"
 
 namespace dmax::cuda {
 

@@ -1,7 +1,7 @@
 // top1_partial: one vocabulary shard's (maximum, sum of exponentials, global id).
 #pragma once
 
-#include "cuda/top1_rows.cuh"
+#include "cuda/top1.cuh"
 
 namespace dmax::cuda {
 

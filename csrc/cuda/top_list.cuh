@@ -1,7 +1,7 @@
 // The k best elements of a row, held by a warp: lane j has the j-th best.
 #pragma once
 
-#include "cuda/row_split.cuh"
+#include "cuda/rows.cuh"
 
 namespace dmax::cuda {
 

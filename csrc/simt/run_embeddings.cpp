@@ -1,8 +1,8 @@
 #include <algorithm>
 #include <numeric>
 
-#include "cuda/hybrid_embedding_backward.cuh"
-#include "cuda/spd_step_.cuh"
+#include "cuda/embedding_backward.cuh"
+#include "cuda/spd_step.cuh"
 #include "simt/run_ops.h"
 
 namespace dmax::cuda {

@@ -1,4 +1,4 @@
-#include "cuda/oput_loss_and_grad_.cuh"
+#include "cuda/loss_and_grad.cuh"
 #include "simt/run_ops.h"
 
 namespace dmax::cuda {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "common/element_types.h"
-#include "cuda/row_split.cuh"
+#include "cuda/rows.cuh"
 #include "simt/bindings.h"
 
 namespace dmax::cuda {

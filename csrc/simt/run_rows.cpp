@@ -1,5 +1,5 @@
-#include "cuda/prefix_promote.cuh"
-#include "cuda/row_statistics.cuh"
+#include "cuda/promote.cuh"
+#include "cuda/statistics.cuh"
 #include "cuda/sample_merge.cuh"
 #include "cuda/sample_partial.cuh"
 #include "cuda/sample_tokens.cuh"

@@ -1,4 +1,4 @@
-#include "cuda/oput_loss_and_grad_.cuh"
+#include "cuda/loss_and_grad.cuh"
 
 #include "checks/loss.h"
 #include "cuda/host.h"

@@ -1,7 +1,7 @@
 // Top-1 of every row, for the ops that differ in what they make of a row's statistics.
 #pragma once
 
-#include "cuda/row_split.cuh"
+#include "cuda/rows.cuh"
 
 namespace dmax::cuda {
 

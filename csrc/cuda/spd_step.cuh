@@ -10,7 +10,7 @@
 #pragma once
 
 #include "common/semantics.h"
-#include "cuda/hybrid_rows.cuh"
+#include "cuda/embedding.cuh"
 #include "cuda/promotion.cuh"
 #include "cuda/top_list.cuh"
 

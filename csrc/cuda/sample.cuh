@@ -8,7 +8,7 @@
 #pragma once
 
 #include "cuda/philox.cuh"
-#include "cuda/row_split.cuh"
+#include "cuda/rows.cuh"
 
 namespace dmax::cuda {
 

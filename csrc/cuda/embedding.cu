@@ -1,4 +1,4 @@
-#include "cuda/hybrid_embedding_backward.cuh"
+#include "cuda/embedding_backward.cuh"
 
 #include <array>
 

@@ -1,4 +1,4 @@
-#include "cuda/prefix_promote.cuh"
+#include "cuda/promote.cuh"
 
 #include "checks/step.h"
 #include "cuda/host.h"

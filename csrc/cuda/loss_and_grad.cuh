@@ -5,7 +5,7 @@
 // Both merge the tiles' statistics in the order of row_split.cuh, so they agree to the last bit.
 #pragma once
 
-#include "cuda/oput_loss.cuh"
+#include "cuda/loss.cuh"
 
 namespace dmax::cuda {
 

@@ -5,7 +5,7 @@
 // winner's own term is 0 beside log1p(rest), so that a sure row's entropy keeps its digits.
 #pragma once
 
-#include "cuda/row_split.cuh"
+#include "cuda/rows.cuh"
 
 namespace dmax::cuda {
 

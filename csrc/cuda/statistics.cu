@@ -1,4 +1,4 @@
-#include "cuda/row_statistics.cuh"
+#include "cuda/statistics.cuh"
 
 #include "checks/rows.h"
 #include "cuda/host.h"

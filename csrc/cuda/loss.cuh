@@ -5,7 +5,7 @@
 // logits with a large common offset.
 #pragma once
 
-#include "cuda/row_split.cuh"
+#include "cuda/rows.cuh"
 
 namespace dmax::cuda {
 

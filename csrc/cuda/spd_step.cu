@@ -1,4 +1,4 @@
-#include "cuda/spd_step_.cuh"
+#include "cuda/spd_step.cuh"
 
 #include "checks/step.h"
 #include "cuda/embedding_host.h"
