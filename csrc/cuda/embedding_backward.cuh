@@ -10,7 +10,7 @@
 // are then added in order.
 #pragma once
 
-#include "cuda/hybrid_embedding.cuh"
+#include "cuda/embedding.cuh"
 
 namespace dmax::cuda {
 
@@ -283,11 +283,6 @@ inline int64_t mask_slices(int64_t positions) {
   return (positions + kSlicePositions - 1) / kSlicePositions;
 }
 
-inline LaunchShape warps_shape(int64_t warps) {
-  return {static_cast<unsigned>((warps + kHybridWarps - 1) / kHybridWarps),
-          kHybridWarps * kWarpSize, 0};
-}
-
 // 32 vectors (or elements) of an embedding row each
 template <class E>
 int row_chunks(const EmbeddingTable& table) {
@@ -298,20 +293,20 @@ int row_chunks(const EmbeddingTable& table) {
 // (1); then the caller sorts args.ids
 template <class E>
 auto launch_hybrid_backward_positions(const HybridBackwardArgs& args, Stream stream) {
-  const LaunchShape shape = warps_shape(args.forward.positions);
+  const LaunchShape shape = warps_shape(args.forward.positions, kHybridWarps);
   if (args.forward.k == 1)
     return launch(shape, stream, hybrid_backward_positions_kernel<E, 1>, args);
-  return launch(shape, stream, hybrid_backward_positions_kernel<E, kMaxTokens>, args);
+  return launch(shape, stream, hybrid_backward_positions_kernel<E, kMaxTopK>, args);
 }
 
 // (2)
 template <class E>
 auto launch_hybrid_backward_tokens(const HybridBackwardArgs& args, Stream stream) {
   const int chunks = row_chunks<E>(args.forward.table);
-  const LaunchShape shape = warps_shape(args.forward.positions * args.forward.k * chunks);
+  const LaunchShape shape = warps_shape(args.forward.positions * args.forward.k * chunks, kHybridWarps);
   if (args.forward.k == 1)
     return launch(shape, stream, hybrid_backward_tokens_kernel<E, 1>, args, chunks);
-  return launch(shape, stream, hybrid_backward_tokens_kernel<E, kMaxTokens>, args, chunks);
+  return launch(shape, stream, hybrid_backward_tokens_kernel<E, kMaxTopK>, args, chunks);
 }
 
 // (3), first half
@@ -319,17 +314,17 @@ template <class E>
 auto launch_hybrid_backward_mask_slices(const HybridBackwardArgs& args, Stream stream) {
   const int chunks = row_chunks<E>(args.forward.table);
   const int64_t slices = mask_slices(args.forward.positions);
-  const LaunchShape shape = warps_shape(slices * chunks);
+  const LaunchShape shape = warps_shape(slices * chunks, kHybridWarps);
   if (args.forward.k == 1)
     return launch(shape, stream, hybrid_backward_mask_slices_kernel<E, 1>, args, chunks, slices);
-  return launch(shape, stream, hybrid_backward_mask_slices_kernel<E, kMaxTokens>, args, chunks,
+  return launch(shape, stream, hybrid_backward_mask_slices_kernel<E, kMaxTopK>, args, chunks,
                 slices);
 }
 
 // (3), second half
 template <class E>
 auto launch_hybrid_backward_mask_row(const HybridBackwardArgs& args, Stream stream) {
-  const LaunchShape shape = warps_shape((args.forward.table.dim + kWarpSize - 1) / kWarpSize);
+  const LaunchShape shape = warps_shape((args.forward.table.dim + kWarpSize - 1) / kWarpSize, kHybridWarps);
   return launch(shape, stream, hybrid_backward_mask_row_kernel<E>, args,
                 mask_slices(args.forward.positions));
 }

@@ -12,12 +12,17 @@ Tensor prefix_promote(Tensor confidence, Tensor masked, double threshold, bool i
   if (sizes.rows == 0) return promoted;
   const RowView confidences = row_view(confidence);
   const RowView masks = row_view(masked);
-  call.check(launch_prefix_promote(
-      {static_cast<const float*>(confidences.tensor.const_data_ptr()),
-       static_cast<const bool*>(masks.tensor.const_data_ptr()), promoted.mutable_data_ptr<bool>(),
-       sizes.rows, static_cast<int>(sizes.block), confidences.row_stride, masks.row_stride,
-       static_cast<float>(threshold), inclusive},
-      call.stream));
+  const PrefixPromoteArgs args{static_cast<const float*>(confidences.tensor.const_data_ptr()),
+                               static_cast<const bool*>(masks.tensor.const_data_ptr()),
+                               promoted.mutable_data_ptr<bool>(),
+                               sizes.rows,
+                               static_cast<int>(sizes.block),
+                               confidences.row_stride,
+                               masks.row_stride,
+                               static_cast<float>(threshold),
+                               inclusive};
+  call.check(launch(warps_shape(sizes.rows, kPromoteWarps), call.stream, prefix_promote_kernel,
+                    args));
   return promoted;
 }
 
