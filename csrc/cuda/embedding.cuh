@@ -20,8 +20,8 @@ struct EmbeddingTable {
   bool vectors;  // every row of table and output starts at a multiple of 16 bytes
 };
 
-// Describes the table; `rows` points to the contiguous [positions, dim] output or gradient, of which
-// only the alignment matters
+// Describes the table; `rows` points to the contiguous [positions, dim] output or gradient, of
+// which only the alignment matters
 inline EmbeddingTable make_table(const void* data, int64_t row_stride, int64_t vocab, int64_t dim,
                                  int64_t mask_token_id, ElementType type, const void* rows) {
   const int64_t bytes = type == ElementType::kFloat ? 4 : 2;

@@ -21,8 +21,8 @@ Tensor prefix_promote(Tensor confidence, Tensor masked, double threshold, bool i
                                masks.row_stride,
                                static_cast<float>(threshold),
                                inclusive};
-  call.check(launch(warps_shape(sizes.rows, kPromoteWarps), call.stream, prefix_promote_kernel,
-                    args));
+  call.check(
+      launch(warps_shape(sizes.rows, kPromoteWarps), call.stream, prefix_promote_kernel, args));
   return promoted;
 }
 

@@ -2,8 +2,8 @@
 //
 // Every tile leaves one partial result: in shared memory if one block has the whole row, otherwise
 // in global scratch. The last block of a row to finish merges them. Neither which block that is nor
-// how many there are changes a bit: lane l takes the tiles l, l + 32, ... in order, then a butterfly
-// joins the lanes.
+// how many there are changes a bit: lane l takes the tiles l, l + 32, ... in order, then a
+// butterfly joins the lanes.
 #pragma once
 
 #include "cuda/tile.cuh"
@@ -61,8 +61,8 @@ __device__ __forceinline__ bool last_of_row(const RowSplit& split, int64_t row) 
   return true;
 }
 
-// The row's result, by one warp, the same on every lane. Partial has empty(), merge(a, b, scale) and
-// shuffle_xor(lanes), and its size is a multiple of 16 bytes.
+// The row's result, by one warp, the same on every lane. Partial has empty(), merge(a, b, scale)
+// and shuffle_xor(lanes), and its size is a multiple of 16 bytes.
 template <class Partial>
 __device__ __forceinline__ Partial merge_row(const RowSplit& split, int64_t row, float scale) {
   Partial merged = Partial::empty();
@@ -125,7 +125,7 @@ struct RowWork {
   int64_t rows;
   int64_t vocab;
   int resident;               // blocks of its kernel that share a multiprocessor
-  int64_t more_counters = 0;  // for the op itself, behind those of RowSplit
+  int64_t more_counters = 0;  // for the op itself, after those of RowSplit
 };
 
 struct RowLaunch {
@@ -137,8 +137,8 @@ struct RowLaunch {
 
 // Chosen by arithmetic, not yet measured. With fewer rows than the GPU holds blocks, a row is split
 // into as many parts as all fit at once: a block too many would start when the others end, and run
-// alone. One tile per warp is the finest split. Two blocks per multiprocessor keep 64 KB of loads in
-// flight, three times what hides 600 ns at 36 GB/s per multiprocessor (H200).
+// alone. One tile per warp is the finest split. Two blocks per multiprocessor keep 64 KB of loads
+// in flight, three times what hides 600 ns at 36 GB/s per multiprocessor (H200).
 template <class T, class Partial>
 RowLaunch choose_row_launch(const RowWork& work, const Device& device) {
   const auto tiles = static_cast<int>((work.vocab + kTileSize<T> - 1) / kTileSize<T>);

@@ -82,14 +82,14 @@ __device__ __forceinline__ Sample score(float x, int id, uint32_t word, float in
 }
 
 // How large v may be for an element with exp((x - max) / T) = 1 to reach `best`; a little larger,
-// lest a rounding of the comparison leave out an element that would have won
+// so that no rounding of the comparison leaves out an element that would have won
 __device__ __forceinline__ float reach(float max, float best, float inverse_temperature) {
   const float slack = 1e-3f + 1e-6f * fabsf(best);
   return exp2_approx((max * inverse_temperature - best + slack) * kLog2E);
 }
 
-// Returns the tile's SoftmaxStats::rest, and sets `best` to the best of its samples and `best`; both
-// are the same on every lane
+// Returns the tile's SoftmaxStats::rest, and sets `best` to the best of its samples and `best`;
+// both are the same on every lane
 template <class T, FirstId kFirst>
 __device__ __forceinline__ float sample_tile(const Tile<T>& tile, const Row<T>& row,
                                              const VectorMaxima<T>& maxima, float max,

@@ -1,8 +1,8 @@
 // row_statistics: top-1, runner-up, entropy and logsumexp of every row, in one read.
 //
 // With t = (x - max) * scale in powers of two and w = 2^t, the entropy is
-// log(sum w) - log(2) * sum(t w) / sum(w). No t is positive, hence nothing cancels. The winner's own
-// term is 0, which leaves the small entropy of a sure row its digits beside log1p(rest).
+// log(sum w) - log(2) * sum(t w) / sum(w). No t is positive, hence nothing cancels. The winner's
+// own term is 0, which leaves the small entropy of a sure row its digits beside log1p(rest).
 #pragma once
 
 #include "cuda/rows.cuh"

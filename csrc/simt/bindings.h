@@ -20,14 +20,14 @@ namespace dmax::cuda {
 
 using Address = uintptr_t;
 
-// The GPU that choose_launch is told about
+// The GPU that a launch is shaped for
 struct Gpu {
   int multiprocessors;
   int major;
   int max_shared_per_block;
 };
 
-// What choose_launch chose
+// The shape of the launch
 struct Chosen {
   int splits = 1;
   int cluster = 1;
