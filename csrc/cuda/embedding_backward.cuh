@@ -51,7 +51,7 @@ __device__ __forceinline__ void position_backward(const HybridBackwardArgs& args
   const bool masked = args.forward.masked[position];
   const bool outside = lane_id() < k && !in_table(table, mix.token);
   const bool broken = __ballot_sync(kFullMask, outside) != 0;
-  if (masked || broken) {  // masked: d e(mask) = g. broken: a token outside the table, all unknown
+  if (masked || broken) {  // masked: d e(mask) = g; broken: a token lies outside the table
     const float none = masked ? 0.0f : NAN;
     if (lane_id() < k) {
       args.grad_confidence[entry] = none;
@@ -135,7 +135,7 @@ __device__ __forceinline__ void position_backward(const HybridBackwardArgs& args
     args.grad_confidence[entry] =
         mine - open * ds_mask + dt * (norms.token_norm - open * norms.mask_norm);
     args.of_token[entry] = of_token;
-    args.ids[entry] = is_mask ? table.vocab : mix.token;  // the mask's row is (3)'s
+    args.ids[entry] = is_mask ? table.vocab : mix.token;  // (3) writes the mask's row
   }
   if (lane_id() == 0)
     args.positions[position] = {norms.residual, of_grad, of_mix, norms.residual + mask_p,
@@ -182,7 +182,7 @@ __device__ __forceinline__ void token_backward(const HybridBackwardArgs& args, i
   const int64_t entries = args.forward.positions * args.forward.k;
   const int64_t token = args.sorted_ids[slot];
   if (token >= table.vocab) return;                            // no contribution
-  if (slot > 0 && args.sorted_ids[slot - 1] == token) return;  // its first entry's warp has it
+  if (slot > 0 && args.sorted_ids[slot - 1] == token) return;  // the first entry's warp sums
   const int d = (chunk * kWarpSize + lane_id()) * kW;
   const bool inside = d < table.dim;
   const int at = inside ? d : 0;

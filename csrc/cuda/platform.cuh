@@ -23,9 +23,9 @@ constexpr uint32_t kFullMask = 0xffffffffu;
 // All kernels of the library share this declaration; each views it as the type it needs
 extern __shared__ uint4 dynamic_shared[];
 
-// A kernel gets 48 KB of shared memory without asking for more. 1 KB of it is left for the static
-// arrays, which count, too.
-constexpr size_t kUnaskedDynamicShared = 47 * 1024;
+// Dynamic shared memory that a kernel gets without asking: 48 KB less 1 KB for its static arrays,
+// which count towards the 48 KB
+constexpr size_t kDefaultDynamicShared = 47 * 1024;
 
 struct LaunchShape {
   unsigned blocks;
@@ -34,7 +34,7 @@ struct LaunchShape {
   unsigned cluster = 1;
 };
 
-// Enough blocks of `per_block` warps for `warps` of them
+// Blocks of `per_block` warps, enough for `warps` in all
 inline LaunchShape warps_shape(int64_t warps, int per_block) {
   return {static_cast<unsigned>((warps + per_block - 1) / per_block),
           static_cast<unsigned>(per_block * kWarpSize), 0};
@@ -60,7 +60,7 @@ cudaError_t launch(const LaunchShape& shape, Stream stream, void (*kernel)(Param
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
-  if (shape.shared_bytes > kUnaskedDynamicShared) {
+  if (shape.shared_bytes > kDefaultDynamicShared) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(shape.shared_bytes));
@@ -76,7 +76,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// Makes the compiler forget what it has computed from v, where keeping it would cost registers
+// Makes the compiler forget what it has computed from v, if keeping it would cost registers
 __device__ __forceinline__ void forget(uint4& v) {
   asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
 }

@@ -130,13 +130,13 @@ struct RowWork {
 
 struct RowLaunch {
   LaunchShape shape;
-  RowSplit split;        // without memory as yet; it needs
-  size_t partial_bytes;  // these for its partial results, 0 where shared memory holds them,
-  int64_t row_counters;  // and these counters, 0 where a block has a whole row
+  RowSplit split;        // its pointers are null until the caller has memory for them
+  size_t partial_bytes;  // for split.partials; 0 if shared memory holds them
+  int64_t row_counters;  // for split.counters; 0 if a block has a whole row
 };
 
 // Chosen by arithmetic, not yet measured. With fewer rows than the GPU holds blocks, a row is split
-// into as many parts as all fit at once: a block too many would start when the others end, and run
+// into as many parts as fit at once: one block too many would start when the others end, and run
 // alone. One tile per warp is the finest split. Two blocks per multiprocessor keep 64 KB of loads
 // in flight, three times what hides 600 ns at 36 GB/s per multiprocessor (H200).
 template <class T, class Partial>
@@ -146,7 +146,7 @@ RowLaunch choose_row_launch(const RowWork& work, const Device& device) {
   const int64_t at_once = static_cast<int64_t>(work.resident) * device.multiprocessors;
   const int64_t finest = (tiles + kRowWarps - 1) / kRowWarps;
   int64_t splits = at_once / work.rows;
-  const int64_t least = row_bytes > kUnaskedDynamicShared ? 2 : 1;
+  const int64_t least = row_bytes > kDefaultDynamicShared ? 2 : 1;
   if (splits < least) splits = least;
   if (splits > finest) splits = finest;
 

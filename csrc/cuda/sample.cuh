@@ -77,7 +77,7 @@ struct SampleKey {
 };
 
 __device__ __forceinline__ Sample score(float x, int id, uint32_t word, float inverse_temperature) {
-  // One rounding, spelled out: the same bits in every kernel
+  // One rounding, spelled out, for the same bits in every kernel
   return {fmaf(x, inverse_temperature, gumbel(word)), x, id};
 }
 

@@ -48,7 +48,7 @@ struct Top1PartialFinish {
 
 // ---- topk_confidence ----
 
-constexpr int kTopkResident = 3;  // 80 registers
+constexpr int kTopkResident = 3;  // 80 registers a thread
 
 struct TopkOutput {
   int64_t* tokens;     // [rows, k]
@@ -80,7 +80,7 @@ struct ShardRows {
   const float* sum_exp;
   const int64_t* token;
   const float* score;   // of the samples; null: the likeliest token wins
-  const float* weight;  // exp((sample's logit - maximum) / temperature); null with score
+  const float* weight;  // exp((sample's logit - maximum) / temperature); null if score is
   int64_t shards, rows;
   float scale;  // log2(e) / temperature
 

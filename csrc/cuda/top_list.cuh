@@ -141,7 +141,7 @@ __device__ __forceinline__ float listed_probability(Rank rank, const SoftmaxStat
   return top == top ? exp2_approx((value_of(rank) - stats.max) * scale) * top : NAN;
 }
 
-// Of the lists that the blocks of a launch leave
+// Bytes of the lists that the blocks of a launch leave
 inline size_t list_bytes(const RowLaunch& run, int k) {
   return size_t{run.shape.blocks} * k * sizeof(Rank);
 }

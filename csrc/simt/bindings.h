@@ -104,7 +104,7 @@ struct LossInput {
 
 Chosen oput_loss(Gpu gpu, LossInput input, Address loss_masked, Address loss_predicted,
                  Address logsumexp_masked, Address logsumexp_predicted);
-// Of the pass in `input.masked`
+// For the pass in `input.masked`
 Chosen oput_loss_backward(LossInput input, Address grad_loss, Address logsumexp,
                           Address grad_logits);
 Chosen oput_loss_and_grad_(Gpu gpu, LossInput input, Address grad_masked, Address grad_predicted,

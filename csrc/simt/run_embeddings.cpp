@@ -1,3 +1,4 @@
+// The embedding family and spd_step_
 #include <algorithm>
 #include <numeric>
 

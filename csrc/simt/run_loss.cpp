@@ -1,3 +1,4 @@
+// The loss family
 #include "cuda/loss_and_grad.cuh"
 #include "simt/run_ops.h"
 

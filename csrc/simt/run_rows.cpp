@@ -1,3 +1,4 @@
+// The families over rows of logits, and prefix_promote
 #include "cuda/promote.cuh"
 #include "cuda/sample.cuh"
 #include "cuda/statistics.cuh"
