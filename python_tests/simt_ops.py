@@ -1,7 +1,7 @@
 """The ops as csrc/cuda computes them, run on the CPU by csrc/simt; signatures of dmax_kernels.
 
-CPU tensors in, CPU tensors out. ``gpu`` is the GPU that ``choose_row_launch`` is told about, so that a
-small case can take every path; ``CHOSEN[-1]`` says which it took.
+CPU tensors in, CPU tensors out. ``gpu`` is the GPU that launches are shaped for, so that a small
+case can take every path; ``CHOSEN[-1]`` says which it took.
 """
 
 from __future__ import annotations
