@@ -25,7 +25,7 @@ A100 = (108, 8, 163 * 1024)
 # One multiprocessor: from four rows on, a block has a whole row
 ONE_MULTIPROCESSOR = (1, 9, 227 * 1024)
 
-CHOSEN: list = []  # what choose_launch chose, newest last
+CHOSEN: list = []  # the shape of each launch, newest last
 
 
 # Calls as (name, arguments before, memory of their arrays after), where a test records them

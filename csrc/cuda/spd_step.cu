@@ -44,7 +44,8 @@ void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, 
       const size_t lists = top_k > 1 ? list_bytes(run, args.top_k) : 0;
       const size_t listed = top_k > 1 ? view.rows * top_k * sizeof(Listed) : 0;
       const Tensor scratch = call.scratch(logits, predictions + lists + listed);
-      char* memory = static_cast<char*>(scratch.mutable_data_ptr());
+      auto* memory = static_cast<char*>(scratch.mutable_data_ptr());
+      // The predictions come first, since they alone need an alignment of 16 bytes
       args.predictions = reinterpret_cast<Prediction*>(memory);
       args.lists = reinterpret_cast<Rank*>(memory + predictions);
       args.listed = reinterpret_cast<Listed*>(memory + predictions + lists);
