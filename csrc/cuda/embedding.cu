@@ -1,13 +1,45 @@
-#include "cuda/hybrid_embedding_backward.cuh"
+#include "cuda/embedding_backward.cuh"
 
 #include <array>
 
 #include "checks/step.h"
-#include "cuda/embedding_host.h"
+#include "cuda/host.h"
 
 namespace dmax::cuda {
 
-static_assert(kMaxTokens == kMaxTopK, "a mix takes the largest k");
+namespace {
+
+// token, confidence and masked made contiguous, and kept alive
+struct MixTensors {
+  Tensor token, confidence, masked;
+
+  HybridArgs args(const EmbeddingTable& table, int64_t positions, int64_t k) const {
+    return {table,
+            token.const_data_ptr(),
+            confidence.const_data_ptr<float>(),
+            masked.const_data_ptr<bool>(),
+            positions,
+            static_cast<int>(k),
+            token.scalar_type() == ScalarType::Long};
+  }
+};
+
+MixTensors mix_tensors(const Tensor& token, const Tensor& confidence, const Tensor& masked) {
+  return {torch::stable::contiguous(token), torch::stable::contiguous(confidence),
+          torch::stable::contiguous(masked)};
+}
+
+// ATen's stable sort: (values, indices), with equal ids in their first order
+std::pair<Tensor, Tensor> sort_stable(const Tensor& ids) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(ids), from(std::optional<bool>(true)), from(int64_t{0}),
+                                    from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+}  // namespace
 
 Tensor hybrid_embedding(Tensor embedding, Tensor token, Tensor confidence, Tensor masked,
                         int64_t mask_token_id) {
@@ -26,16 +58,6 @@ Tensor hybrid_embedding(Tensor embedding, Tensor token, Tensor confidence, Tenso
                                                           call.stream));
   });
   return out;
-}
-
-// ATen's stable sort: (values, indices), in one order for equal ids
-static std::pair<Tensor, Tensor> sort_stable(const Tensor& ids) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack{from(ids), from(std::optional<bool>(true)), from(int64_t{0}),
-                                    from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
 std::tuple<Tensor, Tensor> hybrid_embedding_backward(Tensor grad_output, Tensor embedding,

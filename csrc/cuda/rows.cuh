@@ -1,8 +1,9 @@
-// Rows x vocabulary splits: who works on which tiles, and how their statistics become the row's.
+// Rows split among blocks: who works on which tiles, and how their statistics become the row's.
 //
-// Every tile leaves one partial result, in shared memory where one block has the whole row, else in
-// global scratch. The last block of a row to finish merges them; which block that is, and how many
-// there are, changes no bit: lane l takes the tiles l, l + 32, ... in order, then a butterfly.
+// Every tile leaves one partial result: in shared memory if one block has the whole row, otherwise
+// in global scratch. The last block of a row to finish merges them. Neither which block that is nor
+// how many there are changes a bit: lane l takes the tiles l, l + 32, ... in order, then a
+// butterfly joins the lanes.
 #pragma once
 
 #include "cuda/tile.cuh"
@@ -15,8 +16,8 @@ constexpr int kRowThreads = kRowWarps * kWarpSize;
 struct RowSplit {
   int tiles;           // of a row
   int splits;          // blocks per row
-  void* partials;      // [rows, tiles] where splits > 1
-  unsigned* counters;  // [rows], zero before and after the launch, where splits > 1
+  void* partials;      // [rows, tiles], if splits > 1
+  unsigned* counters;  // [rows], zero before and after the launch, if splits > 1
 };
 
 struct TileRange {
@@ -38,8 +39,8 @@ __device__ __forceinline__ Partial* partial_of(const RowSplit& split, int64_t ro
   return static_cast<Partial*>(split.partials) + row * split.tiles + index;
 }
 
-// True in the last of `blocks` blocks to get here, on all of its threads. The counter resets
-// itself, so a captured graph replays for ever.
+// True on all threads of the last of `blocks` blocks to get here. The counter resets itself, which
+// lets a captured graph be replayed without a memset.
 __device__ __forceinline__ bool last_to_arrive(unsigned* counter, int blocks) {
   __shared__ bool last;
   __syncthreads();
@@ -53,15 +54,15 @@ __device__ __forceinline__ bool last_to_arrive(unsigned* counter, int blocks) {
   return last;
 }
 
-// True in the block that holds or sees all partial results of its row
+// True in the block that can read all partial results of its row
 __device__ __forceinline__ bool last_of_row(const RowSplit& split, int64_t row) {
   if (split.splits > 1) return last_to_arrive(split.counters + row, split.splits);
   __syncthreads();
   return true;
 }
 
-// The row's result, by one warp, the same on every lane. Partial: merge(a, b, scale),
-// shuffle_xor(lanes), and 16-byte size.
+// The row's result, by one warp, the same on every lane. Partial has empty(), merge(a, b, scale)
+// and shuffle_xor(lanes), and its size is a multiple of 16 bytes.
 template <class Partial>
 __device__ __forceinline__ Partial merge_row(const RowSplit& split, int64_t row, float scale) {
   Partial merged = Partial::empty();
@@ -104,7 +105,7 @@ struct LogitsView {
   }
 };
 
-// All of this block's tiles of a row: each warp's partial results
+// Leaves the partial results of all of this block's tiles
 template <class T>
 __device__ __forceinline__ void scan_tiles(const LogitsView<T>& logits, const RowSplit& split,
                                            const TileRange& range) {
@@ -119,35 +120,42 @@ __device__ __forceinline__ void scan_tiles(const LogitsView<T>& logits, const Ro
 
 // ---- Host side ----
 
-struct RowLaunch {
-  int tiles;
-  int splits;
-  LaunchShape shape;
-  size_t scratch_bytes;  // for RowSplit::partials
-  int64_t counters;      // for RowSplit::counters
+// What an op asks of a launch over rows
+struct RowWork {
+  int64_t rows;
+  int64_t vocab;
+  int resident;               // blocks of its kernel that share a multiprocessor
+  int64_t more_counters = 0;  // for the op itself, after those of RowSplit
 };
 
-// Shared memory for a whole row's partial results: beyond it they go through global memory
-constexpr int kMaxSharedPartials = 48 * 1024;
+struct RowLaunch {
+  LaunchShape shape;
+  RowSplit split;        // its pointers are null until the caller has memory for them
+  size_t partial_bytes;  // for split.partials; 0 if shared memory holds them
+  int64_t row_counters;  // for split.counters; 0 if a block has a whole row
+};
 
-// Chosen by arithmetic, not yet measured: 4 blocks of 256 threads per multiprocessor keep 128 KB of
-// loads in flight, several times what hides 600 ns at 36 GB/s per multiprocessor (H200). With fewer
-// rows than that many blocks, a row is split; one tile per warp is the finest split there is.
-inline RowLaunch choose_row_launch(int64_t rows, int64_t vocab, int tile_size, size_t partial_bytes,
-                                   const Device& device) {
-  RowLaunch launch{};
-  launch.tiles = static_cast<int>((vocab + tile_size - 1) / tile_size);
-  const int64_t wanted = 4 * static_cast<int64_t>(device.multiprocessors);
-  const int64_t finest = (launch.tiles + kRowWarps - 1) / kRowWarps;
-  int64_t splits = rows >= wanted ? 1 : (wanted + rows - 1) / rows;
-  const size_t row_bytes = launch.tiles * partial_bytes;
-  if (row_bytes > kMaxSharedPartials && splits < 2) splits = 2;
+// Chosen by arithmetic, not yet measured. With fewer rows than the GPU holds blocks, a row is split
+// into as many parts as fit at once: one block too many would start when the others end, and run
+// alone. One tile per warp is the finest split. Two blocks per multiprocessor keep 64 KB of loads
+// in flight, three times what hides 600 ns at 36 GB/s per multiprocessor (H200).
+template <class T, class Partial>
+RowLaunch choose_row_launch(const RowWork& work, const Device& device) {
+  const auto tiles = static_cast<int>((work.vocab + kTileSize<T> - 1) / kTileSize<T>);
+  const size_t row_bytes = tiles * sizeof(Partial);
+  const int64_t at_once = static_cast<int64_t>(work.resident) * device.multiprocessors;
+  const int64_t finest = (tiles + kRowWarps - 1) / kRowWarps;
+  int64_t splits = at_once / work.rows;
+  const int64_t least = row_bytes > kDefaultDynamicShared ? 2 : 1;
+  if (splits < least) splits = least;
   if (splits > finest) splits = finest;
-  launch.splits = static_cast<int>(splits);
+
+  RowLaunch launch{};
   const bool split = splits > 1;
-  launch.shape = {static_cast<unsigned>(rows * splits), kRowThreads, split ? 0 : row_bytes};
-  launch.scratch_bytes = split ? static_cast<size_t>(rows) * row_bytes : 0;
-  launch.counters = split ? rows : 0;
+  launch.shape = {static_cast<unsigned>(work.rows * splits), kRowThreads, split ? 0 : row_bytes};
+  launch.split = {tiles, static_cast<int>(splits), nullptr, nullptr};
+  launch.partial_bytes = split ? static_cast<size_t>(work.rows) * row_bytes : 0;
+  launch.row_counters = split ? work.rows : 0;
   return launch;
 }
 
@@ -156,10 +164,6 @@ LogitsView<T> make_logits_view(const void* data, int64_t row_stride, int64_t voc
                                int64_t suppress_token, double temperature) {
   return {static_cast<const T*>(data), row_stride, static_cast<int>(vocab),
           static_cast<int>(suppress_token), softmax_scale(temperature)};
-}
-
-inline RowSplit row_split(const RowLaunch& launch, void* scratch, unsigned* counters) {
-  return {launch.tiles, launch.splits, scratch, counters};
 }
 
 }  // namespace dmax::cuda

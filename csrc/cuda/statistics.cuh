@@ -1,20 +1,21 @@
 // row_statistics: top-1, runner-up, entropy and logsumexp of every row, in one read.
 //
 // With t = (x - max) * scale in powers of two and w = 2^t, the entropy is
-// log(sum w) - log(2) * sum(t w) / sum(w). No t is positive, so that nothing cancels, and the
-// winner's own term is 0 beside log1p(rest), so that a sure row's entropy keeps its digits.
+// log(sum w) - log(2) * sum(t w) / sum(w). No t is positive, hence nothing cancels. The winner's
+// own term is 0, which leaves the small entropy of a sure row its digits beside log1p(rest).
 #pragma once
 
-#include "cuda/row_split.cuh"
+#include "cuda/rows.cuh"
 
 namespace dmax::cuda {
 
-// 2^t is 0 from here on, and t w shall be 0 with it: -inf * 0 would be a NaN
+// Below this, 2^t underflows to 0. Clamping t here makes t * 2^t 0 as well, instead of
+// -inf * 0 = NaN.
 constexpr float kLeastExponent = -150.0f;
 
 struct alignas(16) StatisticsPartial {
   SoftmaxStats stats;
-  float second;    // the largest logit but the one at stats.id
+  float second;    // the largest logit, the one at stats.id left out
   float exponent;  // sum of t w, relative to stats.max
   int32_t unused[3];
 
@@ -32,7 +33,7 @@ struct alignas(16) StatisticsPartial {
     const float low_rest = a_first ? b.stats.rest : a.stats.rest;
     const float shift = (low_max - (a_first ? a.stats.max : b.stats.max)) * scale;
     const float weight = low_max == -INFINITY ? 0.0f : exp2_approx(shift);
-    // Relative to the larger maximum, every t of the lower part is less by the shift
+    // Relative to the larger maximum, every t of the lower part is smaller by the shift
     const float shifted = fmaf(fmaxf(shift, kLeastExponent), 1.0f + low_rest, low_exponent);
     return {merge_stats(a.stats, b.stats, [=](float d) { return exp2_approx(d * scale); }),
             fmaxf(low_max, a_first ? a.second : b.second),
@@ -49,7 +50,7 @@ struct alignas(16) StatisticsPartial {
   }
 };
 
-// This lane's largest element but the one at `id`
+// This lane's largest element, the one at `id` left out
 template <class T>
 __device__ __forceinline__ float lane_second(const Tile<T>& tile, const VectorMaxima<T>& maxima,
                                              int id) {
@@ -103,15 +104,17 @@ struct RowStatisticsOutput {
     confidence[row] = top;
     runner_up[row] = broken ? NAN : exp2_approx((all.second - stats.max) * scale) * top;
     entropy[row] = broken ? NAN : log_sum - kLog2 * all.exponent * top;
-    // In double, a logsumexp near 0 of large parts keeps the digits that these have
+    // In double: the two parts may be large and cancel
     logsumexp[row] =
         broken ? stats.max
                : static_cast<float>(stats.max * inverse_temperature + static_cast<double>(log_sum));
   }
 };
 
+constexpr int kStatisticsResident = 3;  // blocks per multiprocessor: 80 registers a thread
+
 template <class T>
-__global__ void __launch_bounds__(kRowThreads, 3)
+__global__ void __launch_bounds__(kRowThreads, kStatisticsResident)
     row_statistics_kernel(const __grid_constant__ LogitsView<T> logits,
                           const __grid_constant__ RowSplit split,
                           const __grid_constant__ RowStatisticsOutput out) {
@@ -126,17 +129,6 @@ __global__ void __launch_bounds__(kRowThreads, 3)
   if (!last_of_row(split, range.row) || warp_id() != 0) return;
   const StatisticsPartial all = merge_row<StatisticsPartial>(split, range.row, logits.scale);
   if (lane_id() == 0) out.store(range.row, all, logits.scale);
-}
-
-template <class T>
-RowLaunch choose_row_statistics_launch(int64_t rows, int64_t vocab, const Device& device) {
-  return choose_row_launch(rows, vocab, kTileSize<T>, sizeof(StatisticsPartial), device);
-}
-
-template <class T>
-auto launch_row_statistics(const LogitsView<T>& logits, const RowLaunch& chosen,
-                           const RowSplit& split, const RowStatisticsOutput& out, Stream stream) {
-  return launch(chosen.shape, stream, row_statistics_kernel<T>, logits, split, out);
 }
 
 }  // namespace dmax::cuda

@@ -1,7 +1,7 @@
-#include "cuda/spd_step_.cuh"
+#include "cuda/spd_step.cuh"
 
 #include "checks/step.h"
-#include "cuda/embedding_host.h"
+#include "cuda/host.h"
 
 namespace dmax::cuda {
 
@@ -38,29 +38,21 @@ void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, 
 
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const RowLaunch chosen =
-        choose_spd_launch<T>(sizes.batch, sizes.block, sizes.vocab, call.device);
-    call.check_blocks(view.rows * chosen.splits);
-
-    // One allocation: partial results, lists, listed, predictions; each a multiple of 16 bytes
-    const SpdScratch bytes = spd_scratch(chosen, sizes.batch, sizes.block, args.top_k);
-    const auto padded = [](size_t size) { return (size + 15) / 16 * 16; };
-    const Tensor scratch = call.scratch(logits, padded(chosen.scratch_bytes) + padded(bytes.lists) +
-                                                    padded(bytes.listed) + bytes.predictions);
-    char* next = static_cast<char*>(scratch.mutable_data_ptr());
-    const auto take = [&](size_t size) {
-      char* taken = next;
-      next += padded(size);
-      return static_cast<void*>(taken);
-    };
-    void* partials = take(chosen.scratch_bytes);
-    args.lists = static_cast<Rank*>(take(bytes.lists));
-    args.listed = static_cast<Listed*>(take(bytes.listed));
-    args.predictions = static_cast<Prediction*>(take(bytes.predictions));
-    unsigned* counters = call.counters(chosen.counters + sizes.batch);
-    args.row_counters = counters + chosen.counters;
-    call.check(launch_spd_step(logits_view<T>(view, suppress_token, temperature), chosen,
-                               row_split(chosen, partials, counters), args, call.stream));
+    const RowWork work{view.rows, sizes.vocab, kSpdResident, sizes.batch};
+    launch_rows<T, Top1Partial>(call, logits, work, [&](const RowLaunch& run) {
+      const size_t predictions = view.rows * sizeof(Prediction);
+      const size_t lists = top_k > 1 ? list_bytes(run, args.top_k) : 0;
+      const size_t listed = top_k > 1 ? view.rows * top_k * sizeof(Listed) : 0;
+      const Tensor scratch = call.scratch(logits, predictions + lists + listed);
+      auto* memory = static_cast<char*>(scratch.mutable_data_ptr());
+      // The predictions come first, since they alone need an alignment of 16 bytes
+      args.predictions = reinterpret_cast<Prediction*>(memory);
+      args.lists = reinterpret_cast<Rank*>(memory + predictions);
+      args.listed = reinterpret_cast<Listed*>(memory + predictions + lists);
+      args.row_counters = run.split.counters + run.row_counters;
+      return launch_spd_step(run, logits_view<T>(view, suppress_token, temperature), args,
+                             call.stream);
+    });
   });
 }
 

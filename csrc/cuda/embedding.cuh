@@ -1,12 +1,12 @@
-// Eqs. 8-10 for one position, by one warp: p_1 e(y_1) + ... + p_k e(y_k) + r e(mask) with
-// r = max(1 - sum p, 0), rescaled to the same mix of the norms. float32 inside, one rounding out.
+// The mix of token and mask embeddings, eqs. 8-10, for one position by one warp:
+// p_1 e(y_1) + ... + p_k e(y_k) + r e(mask) with r = max(1 - sum p, 0), rescaled to the same mix of
+// the norms. It is computed in float32 and rounded once, when it is stored.
 #pragma once
 
+#include "common/constants.h"
 #include "cuda/elements.cuh"
 
 namespace dmax::cuda {
-
-constexpr int kMaxTokens = 8;  // per position
 
 enum class ElementType { kFloat, kBFloat16, kFloat16 };
 
@@ -20,7 +20,8 @@ struct EmbeddingTable {
   bool vectors;  // every row of table and output starts at a multiple of 16 bytes
 };
 
-// Of contiguous outputs (or gradients) of `dim` elements a row at `rows`
+// Describes the table; `rows` points to the contiguous [positions, dim] output or gradient, of
+// which only the alignment matters
 inline EmbeddingTable make_table(const void* data, int64_t row_stride, int64_t vocab, int64_t dim,
                                  int64_t mask_token_id, ElementType type, const void* rows) {
   const int64_t bytes = type == ElementType::kFloat ? 4 : 2;
@@ -57,12 +58,12 @@ __device__ __forceinline__ void store_elements(E* p, const float (&values)[kW]) 
   }
 }
 
-// Ids outside the table are never read; their row becomes NaN
+// A row outside the table is never read; the position becomes NaN
 __device__ __forceinline__ bool in_table(const EmbeddingTable& table, int64_t token) {
   return token >= 0 && token < table.vocab;
 }
 
-// Each lane's token and probability: lane j < k holds the j-th
+// Lane j < k holds the j-th token and its probability
 struct Mix {
   int64_t token;
   float probability;
@@ -85,7 +86,7 @@ __device__ __forceinline__ void copy_embedding(const EmbeddingTable& table, int6
   }
 }
 
-// What the rows of the mix come to: its scale, and the residual probability of the mask
+// The norms that scale the mix, and the residual probability of the mask
 struct MixNorms {
   float residual;
   float target;      // the mix of the norms
@@ -139,7 +140,7 @@ __device__ __forceinline__ MixNorms mix_norms(const EmbeddingTable& table, const
 #pragma unroll(kW == 1 || kTokens > 1 ? 1 : 4)
   for (int i = 0; i <= last; ++i) {
     const int d = lane_begin + i * kWarpSize * kW;
-    const bool inside = d < table.dim;  // all lanes stay, for the shuffles
+    const bool inside = d < table.dim;  // all lanes stay for the shuffles
     float sum[kW];
     float here[kTokens];
 #pragma unroll
@@ -209,6 +210,55 @@ __device__ __forceinline__ void write_embedding(const EmbeddingTable& table, Emb
   }
   if (table.vectors) return copy_embedding<E, kWidth<E>>(table, hard, row);
   copy_embedding<E, 1>(table, hard, row);
+}
+
+// ---- hybrid_embedding: one warp per position ----
+
+struct HybridArgs {
+  EmbeddingTable table;
+  const void* token;        // [positions, k], int64 or int32
+  const float* confidence;  // [positions, k]
+  const bool* masked;       // [positions]
+  int64_t positions;
+  int k;
+  bool wide_tokens;  // int64
+};
+
+__device__ __forceinline__ Mix load_mix(const HybridArgs& args, int64_t position) {
+  Mix mix{0, 0.0f, args.k};
+  if (lane_id() >= (args.k == 1 ? kWarpSize : args.k)) return mix;
+  const int64_t place = position * args.k + (args.k == 1 ? 0 : lane_id());
+  mix.token = args.wide_tokens ? static_cast<const int64_t*>(args.token)[place]
+                               : static_cast<const int32_t*>(args.token)[place];
+  mix.probability = args.confidence[place];
+  return mix;
+}
+
+constexpr int kHybridWarps = 4;
+
+template <class E, int kTokens>
+__global__ void __launch_bounds__(kHybridWarps* kWarpSize, 4)
+    hybrid_embedding_kernel(const __grid_constant__ HybridArgs args, void* out) {
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+  const int64_t position = static_cast<int64_t>(blockIdx.x) * warps + warp_id();
+  if (position >= args.positions) return;
+  const Mix mix = load_mix(args, position);
+  const Embedding kind = args.masked[position] ? Embedding::kMask : Embedding::kHybrid;
+  write_embedding<E, kTokens>(args.table, kind, mix, out, position);
+}
+
+// With few positions, blocks of one warp reach more multiprocessors. Chosen by arithmetic, not yet
+// measured.
+inline LaunchShape hybrid_shape(int64_t positions, const Device& device) {
+  return warps_shape(positions, positions <= 4 * device.multiprocessors ? 1 : kHybridWarps);
+}
+
+template <class E>
+auto launch_hybrid_embedding(const HybridArgs& args, void* out, const Device& device,
+                             Stream stream) {
+  const LaunchShape shape = hybrid_shape(args.positions, device);
+  if (args.k == 1) return launch(shape, stream, hybrid_embedding_kernel<E, 1>, args, out);
+  return launch(shape, stream, hybrid_embedding_kernel<E, kMaxTopK>, args, out);
 }
 
 }  // namespace dmax::cuda

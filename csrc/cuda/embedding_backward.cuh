@@ -4,13 +4,12 @@
 //   ds = (t / |s|) (g - u (u.g)),  dt = u.g
 //   d e_k = p_k (ds + dt e_k / |e_k|),  d e_mask = r (ds + dt e_mask / |e_mask|)
 //   d p_k = ds.(e_k - [r > 0] e_mask) + dt (|e_k| - [r > 0] |e_mask|)
-// Three kernels: (1) per position the scalars of these lines and d p; (2) per token the sum over
-// the entries that name it, which lie side by side once the ids are sorted, equal ones in their
-// first order; (3) the mask's row, to which every position adds, in slices of positions whose sums
-// are then added in order.
+// Three parts: (1) for every position the scalars of these lines and d p; (2) for every token the
+// sum over the entries that name it, which lie side by side once the ids are sorted stably; (3) the
+// mask's row, to which every position adds: sums over slices of positions, then their sum in order.
 #pragma once
 
-#include "cuda/hybrid_embedding.cuh"
+#include "cuda/embedding.cuh"
 
 namespace dmax::cuda {
 
@@ -29,8 +28,8 @@ struct HybridBackwardArgs {
 
   // Scratch
   PositionGrad* positions;      // [positions]
-  float* of_token;              // [positions, k]: what e(y_k) itself is multiplied with in its row
-  int64_t* ids;                 // [positions, k], written by (1): y_k, or vocab for no contribution
+  float* of_token;              // [positions, k]: the factor of e(y_k) itself in its own row
+  int64_t* ids;                 // [positions, k], written by (1): y_k, or vocab to be left out
   const int64_t* sorted_ids;    // [positions * k]
   const int64_t* sorted_order;  // [positions * k]: the entry each sorted id came from
   float* mask_sums;             // [slices, dim]
@@ -40,7 +39,7 @@ constexpr int kSlicePositions = 64;
 
 __device__ __forceinline__ float inverse(float norm) { return norm == 0.0f ? 0.0f : 1.0f / norm; }
 
-// ---- (1) per position, one warp ----
+// ---- (1) one warp per position ----
 
 template <class E, int kW, int kTokens>
 __device__ __forceinline__ void position_backward(const HybridBackwardArgs& args,
@@ -52,7 +51,7 @@ __device__ __forceinline__ void position_backward(const HybridBackwardArgs& args
   const bool masked = args.forward.masked[position];
   const bool outside = lane_id() < k && !in_table(table, mix.token);
   const bool broken = __ballot_sync(kFullMask, outside) != 0;
-  if (masked || broken) {  // d e(mask) = g; of a broken position nothing can be said
+  if (masked || broken) {  // masked: d e(mask) = g; broken: a token lies outside the table
     const float none = masked ? 0.0f : NAN;
     if (lane_id() < k) {
       args.grad_confidence[entry] = none;
@@ -64,7 +63,7 @@ __device__ __forceinline__ void position_backward(const HybridBackwardArgs& args
     return;
   }
 
-  // Dot products of g, s and the embeddings
+  // Dot products of g and s with the embeddings
   const MixNorms norms = mix_norms<E, kW, kTokens>(table, mix);
   const E* grad = static_cast<const E*>(args.grad_output) + position * table.dim;
   const E* data = static_cast<const E*>(table.data);
@@ -76,7 +75,7 @@ __device__ __forceinline__ void position_backward(const HybridBackwardArgs& args
   const int steps = (table.dim + kWarpSize * kW - 1) / (kWarpSize * kW);
   for (int i = 0; i < steps; ++i) {
     const int d = (i * kWarpSize + lane_id()) * kW;
-    const bool inside = d < table.dim;  // all lanes stay, for the shuffles
+    const bool inside = d < table.dim;  // all lanes stay for the shuffles
     const int at = inside ? d : 0;
     const float counts = inside ? 1.0f : 0.0f;
     float sum[kW], g[kW], values[kW];
@@ -136,7 +135,7 @@ __device__ __forceinline__ void position_backward(const HybridBackwardArgs& args
     args.grad_confidence[entry] =
         mine - open * ds_mask + dt * (norms.token_norm - open * norms.mask_norm);
     args.of_token[entry] = of_token;
-    args.ids[entry] = is_mask ? table.vocab : mix.token;  // the mask's row is (3)'s
+    args.ids[entry] = is_mask ? table.vocab : mix.token;  // (3) writes the mask's row
   }
   if (lane_id() == 0)
     args.positions[position] = {norms.residual, of_grad, of_mix, norms.residual + mask_p,
@@ -167,14 +166,14 @@ __device__ __forceinline__ void position_ds(const HybridBackwardArgs& args, int6
   load_elements<E, kW>(static_cast<const E*>(args.grad_output) + position * table.dim + d, g);
 #pragma unroll
   for (int e = 0; e < kW; ++e) ds[e] = scale.of_grad * g[e];
-  if (scale.of_mix == 0.0f) return;  // masked, or g at right angles: no tokens are read
+  if (scale.of_mix == 0.0f) return;  // masked, or g is orthogonal to s: no tokens are read
   const Mix mix = load_mix(args.forward, position);
   mix_at<E, kW, kTokens>(table, mix, scale.residual, d, sum, squares, &mask_square);
 #pragma unroll
   for (int e = 0; e < kW; ++e) ds[e] = fmaf(-scale.of_mix, sum[e], ds[e]);
 }
 
-// ---- (2) per token that is named, one warp for each 32 vectors of its row ----
+// ---- (2) one warp per named token and 32 vectors of its row ----
 
 template <class E, int kW, int kTokens>
 __device__ __forceinline__ void token_backward(const HybridBackwardArgs& args, int64_t slot,
@@ -183,7 +182,7 @@ __device__ __forceinline__ void token_backward(const HybridBackwardArgs& args, i
   const int64_t entries = args.forward.positions * args.forward.k;
   const int64_t token = args.sorted_ids[slot];
   if (token >= table.vocab) return;                            // no contribution
-  if (slot > 0 && args.sorted_ids[slot - 1] == token) return;  // its first entry's warp has it
+  if (slot > 0 && args.sorted_ids[slot - 1] == token) return;  // the first entry's warp sums
   const int d = (chunk * kWarpSize + lane_id()) * kW;
   const bool inside = d < table.dim;
   const int at = inside ? d : 0;
@@ -220,7 +219,7 @@ __global__ void __launch_bounds__(kHybridWarps* kWarpSize, 4)
   }
 }
 
-// ---- (3) the mask's row: sums of slices of positions, then their sum ----
+// ---- (3) the mask's row: sums over slices of positions, then their sum ----
 
 template <class E, int kW, int kTokens>
 __device__ __forceinline__ void mask_slice(const HybridBackwardArgs& args, int64_t slice,
@@ -283,35 +282,31 @@ inline int64_t mask_slices(int64_t positions) {
   return (positions + kSlicePositions - 1) / kSlicePositions;
 }
 
-inline LaunchShape warps_shape(int64_t warps) {
-  return {static_cast<unsigned>((warps + kHybridWarps - 1) / kHybridWarps),
-          kHybridWarps * kWarpSize, 0};
-}
-
-// 32 vectors (or elements) of an embedding row each
+// Number of chunks of 32 vectors (or elements) in an embedding row
 template <class E>
 int row_chunks(const EmbeddingTable& table) {
   const int elements = kWarpSize * (table.vectors ? kWidth<E> : 1);
   return (table.dim + elements - 1) / elements;
 }
 
-// (1); then the caller sorts args.ids
+// (1), after which the caller sorts args.ids
 template <class E>
 auto launch_hybrid_backward_positions(const HybridBackwardArgs& args, Stream stream) {
-  const LaunchShape shape = warps_shape(args.forward.positions);
+  const LaunchShape shape = warps_shape(args.forward.positions, kHybridWarps);
   if (args.forward.k == 1)
     return launch(shape, stream, hybrid_backward_positions_kernel<E, 1>, args);
-  return launch(shape, stream, hybrid_backward_positions_kernel<E, kMaxTokens>, args);
+  return launch(shape, stream, hybrid_backward_positions_kernel<E, kMaxTopK>, args);
 }
 
 // (2)
 template <class E>
 auto launch_hybrid_backward_tokens(const HybridBackwardArgs& args, Stream stream) {
   const int chunks = row_chunks<E>(args.forward.table);
-  const LaunchShape shape = warps_shape(args.forward.positions * args.forward.k * chunks);
+  const LaunchShape shape =
+      warps_shape(args.forward.positions * args.forward.k * chunks, kHybridWarps);
   if (args.forward.k == 1)
     return launch(shape, stream, hybrid_backward_tokens_kernel<E, 1>, args, chunks);
-  return launch(shape, stream, hybrid_backward_tokens_kernel<E, kMaxTokens>, args, chunks);
+  return launch(shape, stream, hybrid_backward_tokens_kernel<E, kMaxTopK>, args, chunks);
 }
 
 // (3), first half
@@ -319,17 +314,18 @@ template <class E>
 auto launch_hybrid_backward_mask_slices(const HybridBackwardArgs& args, Stream stream) {
   const int chunks = row_chunks<E>(args.forward.table);
   const int64_t slices = mask_slices(args.forward.positions);
-  const LaunchShape shape = warps_shape(slices * chunks);
+  const LaunchShape shape = warps_shape(slices * chunks, kHybridWarps);
   if (args.forward.k == 1)
     return launch(shape, stream, hybrid_backward_mask_slices_kernel<E, 1>, args, chunks, slices);
-  return launch(shape, stream, hybrid_backward_mask_slices_kernel<E, kMaxTokens>, args, chunks,
+  return launch(shape, stream, hybrid_backward_mask_slices_kernel<E, kMaxTopK>, args, chunks,
                 slices);
 }
 
 // (3), second half
 template <class E>
 auto launch_hybrid_backward_mask_row(const HybridBackwardArgs& args, Stream stream) {
-  const LaunchShape shape = warps_shape((args.forward.table.dim + kWarpSize - 1) / kWarpSize);
+  const LaunchShape shape =
+      warps_shape((args.forward.table.dim + kWarpSize - 1) / kWarpSize, kHybridWarps);
   return launch(shape, stream, hybrid_backward_mask_row_kernel<E>, args,
                 mask_slices(args.forward.positions));
 }

@@ -1,11 +1,12 @@
-// oput_loss: per-token cross-entropy of both passes, its gradient, and both at once in place.
+// oput_loss: per-token cross-entropy of both passes, and its gradient.
 //
 // Per row with target y: loss = (1 - s) (lse - x_y) + s (lse - mean x) + z lse^2. Every difference
 // is taken from the row's maximum, (max - x_y) + log(1 + rest): lse - x_y would lose the digits of
 // logits with a large common offset.
 #pragma once
 
-#include "cuda/row_split.cuh"
+#include "common/loss_options.h"
+#include "cuda/rows.cuh"
 
 namespace dmax::cuda {
 
@@ -13,7 +14,7 @@ struct alignas(16) LossPartial {
   float max;
   float rest;   // as SoftmaxStats::rest
   float below;  // sum of max - x
-  float count;  // of elements, for merging `below`
+  float count;  // number of elements, to merge `below`
 
   static __device__ __forceinline__ LossPartial empty() { return {-INFINITY, 0.0f, 0.0f, 0.0f}; }
   // Symmetric in a and b to the last bit
@@ -35,9 +36,7 @@ struct alignas(16) LossPartial {
   }
 };
 
-constexpr float kLog2E = 1.4426950408889634f;
-
-// kMean: label smoothing asks for the mean
+// kMean: label smoothing needs the mean of the logits
 template <class T, bool kMean>
 __device__ __forceinline__ LossPartial loss_tile(const Tile<T>& tile, const Row<T>& row) {
   LossPartial partial;
@@ -53,27 +52,23 @@ __device__ __forceinline__ LossPartial loss_tile(const Tile<T>& tile, const Row<
   return partial;
 }
 
-struct LossOptions {
-  const void* target;  // [rows], int64 or int32
-  bool wide_target;    // int64
-  int64_t ignore_index;
-  float label_smoothing;
-  float z_loss;
-};
+struct Targets {
+  const void* ids;  // [rows], int64 or int32
+  bool wide;        // int64
 
-__device__ __forceinline__ int64_t target_of(const LossOptions& options, int64_t row) {
-  return options.wide_target ? static_cast<const int64_t*>(options.target)[row]
-                             : static_cast<const int32_t*>(options.target)[row];
-}
+  __device__ __forceinline__ int64_t of(int64_t row) const {
+    return wide ? static_cast<const int64_t*>(ids)[row] : static_cast<const int32_t*>(ids)[row];
+  }
+};
 
 struct RowLoss {
   float loss;
   float logsumexp;
 };
 
-// `x_target` is NaN where the target lies outside the vocabulary
+// `x_target` is NaN if the target lies outside the vocabulary
 __device__ __forceinline__ RowLoss row_loss(const LossPartial& row, float x_target, int vocab,
-                                            const LossOptions& options) {
+                                            const LossOptions<float>& options) {
   if (row.max == INFINITY) return {NAN, NAN};  // as log_softmax
   const float log_sum = log1pf(row.rest);
   const float lse = row.max + log_sum;
@@ -102,7 +97,7 @@ struct GradScale {
 
 __device__ __forceinline__ GradScale grad_scale(float grad, float reference, float sum, float lse,
                                                 int64_t target, int vocab,
-                                                const LossOptions& options) {
+                                                const LossOptions<float>& options) {
   if (target < 0 || target >= vocab) grad = NAN;
   const float s = options.label_smoothing;
   return {reference,
@@ -147,7 +142,7 @@ __device__ __forceinline__ uint4 grad_vector(const GradScale& scale, const uint4
 
 // ---- Forward ----
 
-// One or both passes over the same rows: launch row r of pass r / rows
+// One or both passes over the same rows: index i of a launch is row i % rows of pass i / rows
 template <class T>
 struct LossRows {
   T* logits[2];
@@ -168,7 +163,7 @@ struct LossRows {
 
 struct LossOutput {
   float* loss[2];
-  float* logsumexp[2];  // null where nobody asks
+  float* logsumexp[2];  // null if it is not wanted
 
   __device__ __forceinline__ void store(int pass, int64_t row, const RowLoss& value) const {
     (pass == 0 ? loss[0] : loss[1])[row] = value.loss;
@@ -177,16 +172,21 @@ struct LossOutput {
   }
 };
 
+// Blocks per multiprocessor: 80 registers a thread, or 64
+template <bool kMean>
+constexpr int kLossResident = kMean ? 3 : 4;
+
 template <class T, bool kMean>
-__global__ void __launch_bounds__(kRowThreads, kMean ? 3 : 4)
+__global__ void __launch_bounds__(kRowThreads, kLossResident<kMean>)
     oput_loss_kernel(const __grid_constant__ LossRows<T> rows,
                      const __grid_constant__ RowSplit split,
-                     const __grid_constant__ LossOptions options,
+                     const __grid_constant__ Targets targets,
+                     const __grid_constant__ LossOptions<float> options,
                      const __grid_constant__ LossOutput out) {
   const TileRange range = block_tiles(split);
   const int pass = rows.pass(range.row);
   const int64_t row_index = rows.row_in_pass(range.row);
-  const int64_t target = target_of(options, row_index);
+  const int64_t target = targets.of(row_index);
   if (target == options.ignore_index) {  // no logit is read
     if (range.begin == 0 && threadIdx.x == 0) out.store(pass, row_index, {0.0f, 0.0f});
     return;
@@ -204,17 +204,16 @@ __global__ void __launch_bounds__(kRowThreads, kMean ? 3 : 4)
     out.store(pass, row_index, row_loss(merged, target_logit(row, target), row.vocab, options));
 }
 
-template <class T>
-RowLaunch choose_oput_loss_launch(int64_t rows_of_all_passes, int64_t vocab, const Device& device) {
-  return choose_row_launch(rows_of_all_passes, vocab, kTileSize<T>, sizeof(LossPartial), device);
+inline int loss_resident(const LossOptions<float>& options) {
+  return options.label_smoothing == 0.0f ? kLossResident<false> : kLossResident<true>;
 }
 
 template <class T>
-auto launch_oput_loss(const LossRows<T>& rows, const RowLaunch& chosen, const RowSplit& split,
-                      const LossOptions& options, const LossOutput& out, Stream stream) {
-  if (options.label_smoothing == 0.0f)
-    return launch(chosen.shape, stream, oput_loss_kernel<T, false>, rows, split, options, out);
-  return launch(chosen.shape, stream, oput_loss_kernel<T, true>, rows, split, options, out);
+auto launch_oput_loss(const RowLaunch& run, const LossRows<T>& rows, const Targets& targets,
+                      const LossOptions<float>& options, const LossOutput& out, Stream stream) {
+  const auto kernel =
+      options.label_smoothing == 0.0f ? oput_loss_kernel<T, false> : oput_loss_kernel<T, true>;
+  return launch(run.shape, stream, kernel, rows, run.split, targets, options, out);
 }
 
 // ---- Backward of one pass, from the saved logsumexp ----
@@ -228,7 +227,8 @@ struct LossBackwardInputs {
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, 4)
     oput_loss_backward_kernel(const T* logits, int64_t row_stride, int vocab, int row_blocks,
-                              const __grid_constant__ LossOptions options,
+                              const __grid_constant__ Targets targets,
+                              const __grid_constant__ LossOptions<float> options,
                               const __grid_constant__ LossBackwardInputs inputs, T* grad_logits) {
   const int64_t row_index = blockIdx.x / static_cast<unsigned>(row_blocks);
   const int part = static_cast<int>(blockIdx.x % static_cast<unsigned>(row_blocks));
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   if (t >= (vocab + kTileSize<T> - 1) / kTileSize<T>) return;
   T* out = grad_logits + row_index * vocab;
   const bool out_aligned = aligned_16(out);
-  const int64_t target = target_of(options, row_index);
+  const int64_t target = targets.of(row_index);
   const int first = t * kTileSize<T> + lane_id() * kWidth<T>;
   if (target == options.ignore_index) {
 #pragma unroll
@@ -263,12 +263,12 @@ int backward_blocks_per_row(int64_t vocab) {
 
 template <class T>
 auto launch_oput_loss_backward(const T* logits, int64_t row_stride, int64_t rows, int vocab,
-                               const LossOptions& options, const LossBackwardInputs& inputs,
-                               T* grad_logits, Stream stream) {
+                               const Targets& targets, const LossOptions<float>& options,
+                               const LossBackwardInputs& inputs, T* grad_logits, Stream stream) {
   const int row_blocks = backward_blocks_per_row<T>(vocab);
   const LaunchShape shape{static_cast<unsigned>(rows * row_blocks), kRowThreads, 0};
   return launch(shape, stream, oput_loss_backward_kernel<T>, logits, row_stride, vocab, row_blocks,
-                options, inputs, grad_logits);
+                targets, options, inputs, grad_logits);
 }
 
 }  // namespace dmax::cuda

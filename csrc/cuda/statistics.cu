@@ -1,4 +1,4 @@
-#include "cuda/row_statistics.cuh"
+#include "cuda/statistics.cuh"
 
 #include "checks/rows.h"
 #include "cuda/host.h"
@@ -7,7 +7,7 @@ namespace dmax::cuda {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(Tensor logits, double temperature,
                                                                   int64_t suppress_token) {
-  const int64_t vocab = check_row_statistics(logits, temperature, suppress_token);
+  check_row_statistics(logits, temperature, suppress_token);
   const Call call("row_statistics", logits);
   const Sizes out_sizes = leading_sizes(logits);
   Tensor token = empty_like_device(logits, out_sizes, ScalarType::Long);
@@ -15,20 +15,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(Tensor logits,
   Tensor runner_up = empty_like_device(logits, out_sizes, ScalarType::Float);
   Tensor entropy = empty_like_device(logits, out_sizes, ScalarType::Float);
   Tensor logsumexp = empty_like_device(logits, out_sizes, ScalarType::Float);
-  const RowView view = row_view(logits);
-  if (view.rows == 0) return {token, confidence, runner_up, entropy, logsumexp};
+  const RowView rows = row_view(logits);
+  if (rows.rows == 0) return {token, confidence, runner_up, entropy, logsumexp};
+  const RowStatisticsOutput out{
+      token.mutable_data_ptr<int64_t>(),   confidence.mutable_data_ptr<float>(),
+      runner_up.mutable_data_ptr<float>(), entropy.mutable_data_ptr<float>(),
+      logsumexp.mutable_data_ptr<float>(), 1.0 / temperature};
 
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const RowLaunch chosen = choose_row_statistics_launch<T>(view.rows, view.width, call.device);
-    call.check_blocks(view.rows * chosen.splits);
-    const RowScratch scratch(call, logits, chosen);
-    const RowStatisticsOutput out{
-        token.mutable_data_ptr<int64_t>(),   confidence.mutable_data_ptr<float>(),
-        runner_up.mutable_data_ptr<float>(), entropy.mutable_data_ptr<float>(),
-        logsumexp.mutable_data_ptr<float>(), 1.0 / temperature};
-    call.check(launch_row_statistics(logits_view<T>(view, suppress_token, temperature), chosen,
-                                     scratch.split, out, call.stream));
+    const LogitsView<T> view = logits_view<T>(rows, suppress_token, temperature);
+    launch_rows<T, StatisticsPartial>(
+        call, logits, {rows.rows, rows.width, kStatisticsResident}, [&](const RowLaunch& run) {
+          return launch(run.shape, call.stream, row_statistics_kernel<T>, view, run.split, out);
+        });
   });
   return {token, confidence, runner_up, entropy, logsumexp};
 }

@@ -1,7 +1,8 @@
 // prefix_promote: one warp per row of `block` positions.
 #pragma once
 
-#include "cuda/promotion.cuh"
+#include "common/semantics.h"
+#include "cuda/platform.cuh"
 
 namespace dmax::cuda {
 
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(kPromoteWarps* kWarpSize)
   const bool* masked = args.masked + row * args.masked_stride;
   bool* promoted = args.promoted + row * args.block;
 
-  // 32 positions at a time; found positions stay found
+  // 32 positions at a time; what has been found stays
   int first_masked = args.block;
   int first_failed = args.block;
   for (int begin = 0; begin < args.block; begin += kWarpSize) {
@@ -39,15 +40,6 @@ __global__ void __launch_bounds__(kPromoteWarps* kWarpSize)
     if (failed_lanes != 0) first_failed = min(first_failed, begin + __ffs(failed_lanes) - 1);
     if (i < args.block) promoted[i] = is_promoted(i, is_masked, first_masked, first_failed);
   }
-}
-
-inline LaunchShape choose_prefix_promote_launch(int64_t rows) {
-  return {static_cast<unsigned>((rows + kPromoteWarps - 1) / kPromoteWarps),
-          kPromoteWarps * kWarpSize, 0};
-}
-
-inline auto launch_prefix_promote(const PrefixPromoteArgs& args, Stream stream) {
-  return launch(choose_prefix_promote_launch(args.rows), stream, prefix_promote_kernel, args);
 }
 
 }  // namespace dmax::cuda

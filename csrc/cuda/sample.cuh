@@ -1,14 +1,14 @@
-// The Gumbel-max sample of every row, in one read; for the ops that differ in what they make of it.
+// The Gumbel-max sample of every row, in one read, for a whole vocabulary and for one shard of it.
 //
-// The noise of an element is needed only where it can win. With v uniform and E = -log1p(-v) >= v,
-// an element x beats a score S only if v <= exp(x / T - S), and exp(x / T - max / T) is at hand for
-// the softmax; so most elements cost a Philox word and a comparison, and a vector whose best
-// element is out of reach of the smallest v costs not even that. What remains is scored exactly;
-// leaving out what cannot win changes no bit.
+// An element's noise is needed only if the element can win. With v uniform and
+// E = -log1p(-v) >= v, an element x beats a score S only if v <= exp(x / T - S), and
+// exp(x / T - max / T) is at hand for the softmax. Most elements therefore cost a Philox word and a
+// comparison, and a vector whose best element even the smallest v cannot lift costs no word at all.
+// The elements that remain are scored exactly; leaving out those that cannot win changes no bit.
 #pragma once
 
 #include "cuda/philox.cuh"
-#include "cuda/row_split.cuh"
+#include "cuda/rows.cuh"
 
 namespace dmax::cuda {
 
@@ -33,11 +33,11 @@ __device__ __forceinline__ Sample warp_best(Sample mine) {
 }
 
 struct alignas(16) SamplePartial {
-  SoftmaxStats stats;  // id counts only where max is NaN or +inf: then it is the row's token
+  SoftmaxStats stats;  // id is set only if max is NaN or +inf: then it is the row's token
   Sample sample;
   int32_t unused[2];
 
-  // NaN or +inf: stats.id is their first one
+  // There is a NaN or +inf, and stats.id is the first one
   __device__ __forceinline__ bool broken() const { return !(stats.max < INFINITY); }
   // Nothing but -inf: no mass
   __device__ __forceinline__ bool no_mass() const { return stats.max == -INFINITY; }
@@ -77,27 +77,26 @@ struct SampleKey {
 };
 
 __device__ __forceinline__ Sample score(float x, int id, uint32_t word, float inverse_temperature) {
-  // One rounding, spelled out: the same bits in every kernel
+  // One rounding, spelled out, for the same bits in every kernel
   return {fmaf(x, inverse_temperature, gumbel(word)), x, id};
 }
 
-// How large v may be for an element with exp((x - max) / T) = 1 to reach `best`; a little more, so
-// that no rounding of the comparison leaves out an element that would have won
+// How large v may be for an element with exp((x - max) / T) = 1 to reach `best`; a little larger,
+// so that no rounding of the comparison leaves out an element that would have won
 __device__ __forceinline__ float reach(float max, float best, float inverse_temperature) {
-  constexpr float kLog2E = 1.4426950408889634f;
   const float slack = 1e-3f + 1e-6f * fabsf(best);
   return exp2_approx((max * inverse_temperature - best + slack) * kLog2E);
 }
 
-// The tile's SoftmaxStats::rest, and the best of its samples and `best`; both the same on every
-// lane
+// Returns the tile's SoftmaxStats::rest, and sets `best` to the best of its samples and `best`;
+// both are the same on every lane
 template <class T, FirstId kFirst>
 __device__ __forceinline__ float sample_tile(const Tile<T>& tile, const Row<T>& row,
                                              const VectorMaxima<T>& maxima, float max,
                                              const NoiseStream<kFirst>& noise,
                                              const LogitsView<T>& logits, float inverse_temperature,
                                              Sample* best) {
-  // A first score per lane, its largest element's, to have something to beat
+  // A first score per lane, that of its largest element, to have something to beat
   const int first = lane_argmax(tile, maxima);
   Sample mine = *best;
   if (first < row.vocab) {
@@ -112,7 +111,7 @@ __device__ __forceinline__ float sample_tile(const Tile<T>& tile, const Row<T>& 
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const float vector_weight = exp2_approx((maxima.of[v] - reference) * logits.scale);
-    const bool in_reach = !(vector_weight * within < 0x1p-34f);  // of the smallest v
+    const bool in_reach = !(vector_weight * within < 0x1p-34f);  // below the smallest v
 #pragma unroll
     for (int group = 0; group < kWidth<T> / 4; ++group) {
       float weights[4];
@@ -132,7 +131,7 @@ __device__ __forceinline__ float sample_tile(const Tile<T>& tile, const Row<T>& 
     }
   }
 
-  // Rare: read again, scored exactly
+  // Few are left. They are read again and scored exactly.
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     uint32_t left = half == 0 ? candidates[0] : candidates[1];
@@ -149,9 +148,11 @@ __device__ __forceinline__ float sample_tile(const Tile<T>& tile, const Row<T>& 
   return warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) - 1.0f;
 }
 
-// Finish: what one thread stores for a row: finish(row, partial, scale)
+constexpr int kSampleResident = 2;  // blocks per multiprocessor: 128 registers a thread
+
+// finish(row, partial, scale) stores what the op makes of a row's sample; one thread calls it
 template <class T, FirstId kFirst, class Finish>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, kSampleResident)
     sample_rows_kernel(const __grid_constant__ LogitsView<T> logits,
                        const __grid_constant__ RowSplit split,
                        const __grid_constant__ SampleKey key,
@@ -179,16 +180,46 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   if (lane_id() == 0) finish(range.row, merged, logits.scale);
 }
 
-template <class T>
-RowLaunch choose_sample_launch(int64_t rows, int64_t vocab, const Device& device) {
-  return choose_row_launch(rows, vocab, kTileSize<T>, sizeof(SamplePartial), device);
-}
+struct SampleTokensFinish {
+  int64_t* token;
+  float* probability;
 
-template <class T, FirstId kFirst, class Finish>
-auto launch_sample_rows(const LogitsView<T>& logits, const RowLaunch& chosen, const RowSplit& split,
-                        const SampleKey& key, const Finish& finish, Stream stream) {
-  return launch(chosen.shape, stream, sample_rows_kernel<T, kFirst, Finish>, logits, split, key,
-                finish);
+  __device__ __forceinline__ void operator()(int64_t row, const SamplePartial& partial,
+                                             float scale) const {
+    const bool defined = !partial.broken() && !partial.no_mass();
+    token[row] = partial.token();
+    probability[row] = defined ? partial.weight(scale) / (1.0f + partial.stats.rest) : NAN;
+  }
+};
+
+// One vocabulary shard's part of the race, and of the softmax beside it
+struct SamplePartialFinish {
+  float* maximum;
+  float* sum_exp;
+  int64_t* token;
+  float* score;
+  float* weight;
+  int64_t vocab_start;
+
+  __device__ __forceinline__ void operator()(int64_t row, const SamplePartial& partial,
+                                             float scale) const {
+    const float max = partial.stats.max;
+    const bool defined = !partial.broken() && !partial.no_mass();
+    const float undefined = partial.no_mass() ? 0.0f : NAN;
+    maximum[row] = max;
+    sum_exp[row] = defined ? 1.0f + partial.stats.rest : undefined;
+    token[row] = vocab_start + partial.token();
+    score[row] = defined ? partial.sample.score : max;
+    weight[row] = defined ? partial.weight(scale) : undefined;
+  }
+};
+
+// The kernel of sample_partial. A shard that begins at a multiple of 4 takes the words of one
+// Philox counter for four ids; elsewhere they may lie in two.
+template <class T>
+auto sample_partial_kernel(int64_t vocab_start) {
+  return vocab_start % 4 == 0 ? sample_rows_kernel<T, FirstId::kMultipleOf4, SamplePartialFinish>
+                              : sample_rows_kernel<T, FirstId::kAny, SamplePartialFinish>;
 }
 
 }  // namespace dmax::cuda

@@ -3,20 +3,19 @@
 // Phases, each entered by the last block to finish the one before:
 //   1. every block: its tiles of one position's vocabulary row
 //   2. last block of a position: top-1 (and top-k), and the embedding it will most likely need
-//   3. last block of a batch row: promotion, convergence, state, and the embeddings phase 2 guessed
-//      wrong
-// Nobody waits for anybody, so no number of resident blocks can hang it. A row that had converged
-// is left by every block at once: its logits are not read and its counters not touched.
+//   3. last block of a batch row: promotion, convergence, state, and the embeddings that phase 2
+//      guessed wrong
+// No block waits for another, so the kernel cannot deadlock, however few blocks are resident. Every
+// block leaves a row that had converged at once: it reads no logits and touches no counters.
 #pragma once
 
 #include "common/semantics.h"
-#include "cuda/hybrid_rows.cuh"
-#include "cuda/promotion.cuh"
+#include "cuda/embedding.cuh"
 #include "cuda/top_list.cuh"
 
 namespace dmax::cuda {
 
-// Phase 2's result for a position, on its way to phase 3
+// What phase 2 tells phase 3 about a position
 struct alignas(16) Prediction {
   float confidence;
   int32_t token;
@@ -31,7 +30,7 @@ struct alignas(8) Listed {
 };
 
 struct SpdArgs {
-  // State, each [batch, block] unless said
+  // State, [batch, block] unless stated otherwise
   const bool* editable;
   bool* masked;
   int64_t* token;
@@ -53,7 +52,7 @@ struct SpdArgs {
   unsigned* row_counters;   // [batch]
 };
 
-// Not inlined: two callers, three dtypes, and each case is a few hundred instructions
+// Not inlined: it has two callers and three dtypes, and each case is a few hundred instructions
 template <int kTokens>
 __device__ __noinline__ void write_position(const SpdArgs& args, Embedding kind, int64_t token,
                                             float probability, int64_t position) {
@@ -114,7 +113,7 @@ __device__ __forceinline__ void predict(const LogitsView<T>& logits, const RowSp
     }
   }
 
-  // The authors' loop leaves the embeddings of a stopping step alone, so there phase 3 must decide
+  // The authors' loop leaves the embeddings of its last step alone: there phase 3 has to decide
   int written = -1;
   if (args.semantics != Semantics::kReleased) {
     const int64_t batch_row = index / args.block;
@@ -141,7 +140,7 @@ __device__ __forceinline__ int block_min(int value) {
   return least;
 }
 
-// Lines 5-12 for one batch row, all threads of the block; true where the row has converged
+// Lines 5-12 for one batch row, by all threads of the block; true if the row has converged
 __device__ __forceinline__ bool update_state(const SpdArgs& args, int64_t batch_row) {
   const int64_t base = batch_row * args.block;
   const Thresholds tau = thresholds_of(args, batch_row);
@@ -149,7 +148,7 @@ __device__ __forceinline__ bool update_state(const SpdArgs& args, int64_t batch_
   const bool released = args.semantics == Semantics::kReleased;
   const bool settled = args.semantics == Semantics::kSettled;
 
-  // Where the promoted run ends, and what speaks against convergence
+  // Where the promoted run ends, and what rules out convergence
   int first_masked = args.block;
   int first_failed = args.block;
   bool sure = true;
@@ -163,7 +162,7 @@ __device__ __forceinline__ bool update_state(const SpdArgs& args, int64_t batch_
     }
     if (args.editable[base + i]) {
       sure = sure && passes(p.confidence, tau.accept, released);
-      // Settled: a prediction at a mask position is no decision yet, repeated or not
+      // Settled: a prediction at a masked position is no decision yet, even if it repeats
       same = same && !(settled && masked) && p.token == args.token[base + i];
     }
   }
@@ -186,7 +185,7 @@ __device__ __forceinline__ bool update_state(const SpdArgs& args, int64_t batch_
   }
   const bool converged = confident || consistent;  // a row with nothing to decode is confident
 
-  // The new state; every thread has read the old one of its own positions only
+  // The new state. No barrier comes before it: a thread reads and writes its own positions only.
   for (int i = thread; i < args.block; i += kRowThreads) {
     const Prediction p = load_other_block(args.predictions + base + i);
     const bool editable = args.editable[base + i];
@@ -234,8 +233,10 @@ __device__ __forceinline__ void write_embeddings(const SpdArgs& args, int64_t ba
   }
 }
 
+constexpr int kSpdResident = 3;  // blocks per multiprocessor: 80 registers a thread
+
 template <class T, int kTokens>
-__global__ void __launch_bounds__(kRowThreads, 3)
+__global__ void __launch_bounds__(kRowThreads, kSpdResident)
     spd_step_kernel(const __grid_constant__ LogitsView<T> logits,
                     const __grid_constant__ RowSplit split, const __grid_constant__ SpdArgs args) {
   const TileRange range = block_tiles(split);
@@ -254,7 +255,7 @@ __global__ void __launch_bounds__(kRowThreads, 3)
 
   const bool converged = update_state(args, batch_row);
   if (args.semantics == Semantics::kReleased && converged) {
-    // Untouched, unless there is nothing to decode and this was the only step
+    // Left alone, unless there was nothing to decode and this was the only step
     bool any_editable = false;
     for (int i = static_cast<int>(threadIdx.x); i < args.block; i += kRowThreads)
       any_editable = any_editable || args.editable[batch_row * args.block + i];
@@ -266,30 +267,10 @@ __global__ void __launch_bounds__(kRowThreads, 3)
 // ---- Host side ----
 
 template <class T>
-RowLaunch choose_spd_launch(int64_t batch, int64_t block, int64_t vocab, const Device& device) {
-  return choose_row_launch(batch * block, vocab, kTileSize<T>, sizeof(Top1Partial), device);
-}
-
-struct SpdScratch {
-  size_t predictions, lists, listed;  // bytes
-};
-
-inline SpdScratch spd_scratch(const RowLaunch& launch, int64_t batch, int64_t block, int top_k) {
-  const auto positions = static_cast<size_t>(batch * block);
-  SpdScratch bytes{positions * sizeof(Prediction), 0, 0};
-  if (top_k > 1) {
-    bytes.lists = positions * launch.splits * top_k * sizeof(Rank);
-    bytes.listed = positions * top_k * sizeof(Listed);
-  }
-  return bytes;
-}
-
-template <class T>
-auto launch_spd_step(const LogitsView<T>& logits, const RowLaunch& chosen, const RowSplit& split,
-                     const SpdArgs& args, Stream stream) {
-  if (args.top_k == 1)
-    return launch(chosen.shape, stream, spd_step_kernel<T, 1>, logits, split, args);
-  return launch(chosen.shape, stream, spd_step_kernel<T, kMaxTokens>, logits, split, args);
+auto launch_spd_step(const RowLaunch& run, const LogitsView<T>& logits, const SpdArgs& args,
+                     Stream stream) {
+  const auto kernel = args.top_k == 1 ? spd_step_kernel<T, 1> : spd_step_kernel<T, kMaxTopK>;
+  return launch(run.shape, stream, kernel, logits, run.split, args);
 }
 
 }  // namespace dmax::cuda

@@ -1,11 +1,12 @@
 // oput_loss_and_grad_: the loss of every row, and the row overwritten with its gradient.
 //
-// On sm_90 a cluster of blocks holds the row in its shared memory: each logit is read once and
-// written once. Elsewhere, and for rows that no cluster can hold, one block reads the row twice.
-// Both merge the tiles' statistics in the order of row_split.cuh, so they agree to the last bit.
+// From sm_90 on, a cluster of blocks holds the row in its shared memory: each logit is read once
+// and written once. On older GPUs, and for rows that no cluster can hold, one block reads the row
+// twice. Both merge the tiles' statistics in the order of rows.cuh and therefore agree to the last
+// bit.
 #pragma once
 
-#include "cuda/oput_loss.cuh"
+#include "cuda/loss.cuh"
 
 namespace dmax::cuda {
 
@@ -22,7 +23,7 @@ struct LossGrad {
 template <class T>
 __device__ __forceinline__ GradScale finish_row(const LossPartial& merged, float x_target,
                                                 int64_t target, float grad, int vocab,
-                                                const LossOptions& options, RowLoss* loss) {
+                                                const LossOptions<float>& options, RowLoss* loss) {
   *loss = row_loss(merged, x_target, vocab, options);
   return grad_scale(grad, merged.max, 1.0f + merged.rest, loss->logsumexp, target, vocab, options);
 }
@@ -38,6 +39,8 @@ __device__ __forceinline__ void zero_tiles(T* row, int vocab, int begin, int end
   }
 }
 
+constexpr int kLossAndGradResident = 3;  // blocks per multiprocessor: 80 registers a thread
+
 // ---- One read, one write: a cluster per row ----
 
 // First tile of the slice of `rank`
@@ -45,11 +48,12 @@ __device__ __forceinline__ int slice_begin(int tiles, int cluster, int rank) {
   return static_cast<int>(static_cast<int64_t>(tiles) * rank / cluster);
 }
 
-// Dynamic shared memory: the slice's tiles as they are in memory, then its partial results.
+// Dynamic shared memory holds the slice's tiles as they are in memory, then their partial results
 template <class T, bool kMean>
-__global__ void __launch_bounds__(kRowThreads, 3)
+__global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
     loss_and_grad_cluster_kernel(const __grid_constant__ LossRows<T> rows, int tiles, int cluster,
-                                 int slice_tiles, const __grid_constant__ LossOptions options,
+                                 int slice_tiles, const __grid_constant__ Targets targets,
+                                 const __grid_constant__ LossOptions<float> options,
                                  const __grid_constant__ LossGrad grad,
                                  const __grid_constant__ LossOutput out) {
   const int64_t index = blockIdx.x / static_cast<unsigned>(cluster);
@@ -59,7 +63,7 @@ __global__ void __launch_bounds__(kRowThreads, 3)
   T* data = rows.data(index);
   const int begin = slice_begin(tiles, cluster, rank);
   const int end = slice_begin(tiles, cluster, rank + 1);
-  const int64_t target = target_of(options, row_index);
+  const int64_t target = targets.of(row_index);
   if (target == options.ignore_index) {  // the whole cluster leaves here, before its barriers
     zero_tiles(data, rows.vocab, begin, end);
     if (rank == 0 && threadIdx.x == 0) out.store(pass, row_index, {0.0f, 0.0f});
@@ -72,7 +76,7 @@ __global__ void __launch_bounds__(kRowThreads, 3)
   auto* partials = reinterpret_cast<LossPartial*>(dynamic_shared + slice_tiles * kTileVectors);
   const Row<T> row = make_row<T>(data, rows.vocab);
   __shared__ float x_target;
-  if (threadIdx.x == 0) x_target = target_logit(row, target);  // before anybody overwrites it
+  if (threadIdx.x == 0) x_target = target_logit(row, target);  // before a block overwrites it
   for (int t = begin + warp_id(); t < end; t += kRowWarps) {
     Tile<T> tile;
     load_tile<T, Access::kReadFirst>(tile, row, t, -1);
@@ -122,16 +126,17 @@ __global__ void __launch_bounds__(kRowThreads, 3)
 // ---- Two reads, one write: one block per row ----
 
 template <class T, bool kMean>
-__global__ void __launch_bounds__(kRowThreads, 3)
+__global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
     loss_and_grad_two_pass_kernel(const __grid_constant__ LossRows<T> rows, int tiles,
-                                  const __grid_constant__ LossOptions options,
+                                  const __grid_constant__ Targets targets,
+                                  const __grid_constant__ LossOptions<float> options,
                                   const __grid_constant__ LossGrad grad,
                                   const __grid_constant__ LossOutput out) {
   const int64_t index = blockIdx.x;
   const int pass = rows.pass(index);
   const int64_t row_index = rows.row_in_pass(index);
   T* data = rows.data(index);
-  const int64_t target = target_of(options, row_index);
+  const int64_t target = targets.of(row_index);
   if (target == options.ignore_index) {
     zero_tiles(data, rows.vocab, 0, tiles);
     if (threadIdx.x == 0) out.store(pass, row_index, {0.0f, 0.0f});
@@ -154,7 +159,7 @@ __global__ void __launch_bounds__(kRowThreads, 3)
     const LossPartial merged = merge_row<LossPartial>(whole, index, kLog2E);
     if (lane_id() == 0) {
       of_row = merged;
-      x_target = target_logit(row, target);  // before anybody overwrites it
+      x_target = target_logit(row, target);  // before a warp overwrites it
     }
   }
   __syncthreads();
@@ -183,9 +188,9 @@ struct LossAndGradLaunch {
   LaunchShape shape;
 };
 
-// Chosen by arithmetic, not yet measured: the smallest cluster whose slices let three blocks of 256
-// threads share a multiprocessor's 228 KB, so that one loads while another waits at the cluster's
-// barrier; else the largest cluster, as long as a slice fits a block at all. 8 is the largest
+// Chosen by arithmetic, not yet measured: the smallest cluster whose slices let three blocks share
+// a multiprocessor's 228 KB, so that one loads while another waits at the cluster's barrier; or
+// else the largest cluster, provided that a slice fits into a block at all. 8 is the largest
 // cluster that every sm_90 GPU starts without asking.
 template <class T>
 LossAndGradLaunch choose_loss_and_grad_launch(int64_t rows_of_all_passes, int64_t vocab,
@@ -211,19 +216,19 @@ LossAndGradLaunch choose_loss_and_grad_launch(int64_t rows_of_all_passes, int64_
 }
 
 template <class T>
-auto launch_loss_and_grad(const LossRows<T>& rows, const LossAndGradLaunch& chosen,
-                          const LossOptions& options, const LossGrad& grad, const LossOutput& out,
-                          Stream stream) {
+auto launch_loss_and_grad(const LossAndGradLaunch& chosen, const LossRows<T>& rows,
+                          const Targets& targets, const LossOptions<float>& options,
+                          const LossGrad& grad, const LossOutput& out, Stream stream) {
   const bool mean = options.label_smoothing != 0.0f;
   if (chosen.cluster == 0) {
     const auto kernel =
         mean ? loss_and_grad_two_pass_kernel<T, true> : loss_and_grad_two_pass_kernel<T, false>;
-    return launch(chosen.shape, stream, kernel, rows, chosen.tiles, options, grad, out);
+    return launch(chosen.shape, stream, kernel, rows, chosen.tiles, targets, options, grad, out);
   }
   const auto kernel =
       mean ? loss_and_grad_cluster_kernel<T, true> : loss_and_grad_cluster_kernel<T, false>;
   return launch(chosen.shape, stream, kernel, rows, chosen.tiles, chosen.cluster,
-                chosen.slice_tiles, options, grad, out);
+                chosen.slice_tiles, targets, options, grad, out);
 }
 
 }  // namespace dmax::cuda

@@ -1,4 +1,4 @@
-#include "cuda/oput_loss_and_grad_.cuh"
+#include "cuda/loss_and_grad.cuh"
 
 #include "checks/loss.h"
 #include "cuda/host.h"
@@ -13,10 +13,13 @@ struct Pass {
   OptionalTensor grad;
 };
 
-LossOptions loss_options(const Tensor& target, int64_t ignore_index, double label_smoothing,
-                         double z_loss) {
-  return {target.const_data_ptr(), target.scalar_type() == ScalarType::Long, ignore_index,
-          static_cast<float>(label_smoothing), static_cast<float>(z_loss)};
+// `target` is contiguous
+Targets targets_of(const Tensor& target) {
+  return {target.const_data_ptr(), target.scalar_type() == ScalarType::Long};
+}
+
+LossOptions<float> loss_options(int64_t ignore_index, double label_smoothing, double z_loss) {
+  return {ignore_index, static_cast<float>(label_smoothing), static_cast<float>(z_loss)};
 }
 
 template <class T>
@@ -25,7 +28,7 @@ LossRows<T> loss_rows(const std::vector<Pass>& passes) {
   rows.rows = passes[0].rows.rows;
   rows.vocab = static_cast<int>(passes[0].rows.width);
   for (size_t i = 0; i < passes.size(); ++i) {
-    // oput_loss only reads: its kernel takes the same view as the one that writes in place
+    // oput_loss only reads, but its kernel takes the same view as the one that writes in place
     rows.logits[i] = static_cast<T*>(const_cast<void*>(passes[i].rows.tensor.const_data_ptr()));
     rows.row_stride[i] = passes[i].rows.row_stride;
   }
@@ -62,16 +65,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> oput_loss(OptionalTensor logits_maske
     if (logits) passes.push_back({row_view(*logits), out[i], out[2 + i], {}});
   }
   const Tensor targets = torch::stable::contiguous(target);
-  const LossOptions options = loss_options(targets, ignore_index, label_smoothing, z_loss);
+  const LossOptions options = loss_options(ignore_index, label_smoothing, z_loss);
   const int64_t rows = passes[0].rows.rows * static_cast<int64_t>(passes.size());
   if (rows > 0) {
     dispatch_float(like.scalar_type(), [&](auto element) {
       using T = decltype(element);
-      const RowLaunch chosen = choose_oput_loss_launch<T>(rows, vocab, call.device);
-      call.check_blocks(rows * chosen.splits);
-      const RowScratch scratch(call, like, chosen);
-      call.check(launch_oput_loss(loss_rows<T>(passes), chosen, scratch.split, options,
-                                  loss_output(passes, true), call.stream));
+      const RowWork work{rows, vocab, loss_resident(options)};
+      launch_rows<T, LossPartial>(call, like, work, [&](const RowLaunch& run) {
+        return launch_oput_loss(run, loss_rows<T>(passes), targets_of(targets), options,
+                                loss_output(passes, true), call.stream);
+      });
     });
   }
   return {out[0], out[1], out[2], out[3]};
@@ -88,15 +91,15 @@ Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor
   const Tensor targets = torch::stable::contiguous(target);
   const Tensor grads = torch::stable::contiguous(grad_loss);  // an expanded 1 comes with stride 0
   const Tensor log_sums = torch::stable::contiguous(logsumexp);
-  const LossOptions options = loss_options(targets, ignore_index, label_smoothing, z_loss);
+  const LossOptions options = loss_options(ignore_index, label_smoothing, z_loss);
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     call.check_blocks(view.rows * backward_blocks_per_row<T>(vocab));
-    call.check(
-        launch_oput_loss_backward(static_cast<const T*>(view.tensor.const_data_ptr()),
-                                  view.row_stride, view.rows, static_cast<int>(vocab), options,
-                                  {grads.const_data_ptr<float>(), log_sums.const_data_ptr<float>()},
-                                  static_cast<T*>(grad_logits.mutable_data_ptr()), call.stream));
+    call.check(launch_oput_loss_backward(
+        static_cast<const T*>(view.tensor.const_data_ptr()), view.row_stride, view.rows,
+        static_cast<int>(vocab), targets_of(targets), options,
+        {grads.const_data_ptr<float>(), log_sums.const_data_ptr<float>()},
+        static_cast<T*>(grad_logits.mutable_data_ptr()), call.stream));
   });
   return grad_logits;
 }
@@ -124,7 +127,7 @@ std::tuple<Tensor, Tensor> oput_loss_and_grad_(OptionalTensor logits_masked,
     passes.push_back(pass);
   }
   const Tensor targets = torch::stable::contiguous(target);
-  const LossOptions options = loss_options(targets, ignore_index, label_smoothing, z_loss);
+  const LossOptions options = loss_options(ignore_index, label_smoothing, z_loss);
   LossGrad grads{};
   for (size_t i = 0; i < passes.size(); ++i) {
     if (passes[i].grad) grads.scale[i] = passes[i].grad->const_data_ptr<float>();
@@ -137,8 +140,8 @@ std::tuple<Tensor, Tensor> oput_loss_and_grad_(OptionalTensor logits_masked,
       const LossAndGradLaunch chosen = choose_loss_and_grad_launch<T>(rows, vocab, call.device);
       DMAX_CHECK(static_cast<int>(chosen.shape.shared_bytes) <= call.device.max_shared_per_block,
                  op, ": V is too large for one block's shared memory, got ", vocab);
-      call.check(launch_loss_and_grad(loss_rows<T>(passes), chosen, options, grads,
-                                      loss_output(passes, false), call.stream));
+      call.check(launch_loss_and_grad(chosen, loss_rows<T>(passes), targets_of(targets), options,
+                                      grads, loss_output(passes, false), call.stream));
     });
   }
   return {losses[0], losses[1]};
