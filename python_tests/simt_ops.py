@@ -15,7 +15,7 @@ from simt_build import load
 from torch import Tensor
 
 from dmax_kernels.ops import RowStatistics
-from dmax_kernels.ops.spd_step_ import SEMANTICS
+from dmax_kernels.ops.spd_step import SEMANTICS
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dmax_kernels.decoding.rule import Rule
 from dmax_kernels.decoding.state import LiveBlocks
-from dmax_kernels.reference.row_statistics import RowStatistics
+from dmax_kernels.reference.statistics import RowStatistics
 
 if TYPE_CHECKING:
     from dmax_kernels.decoding.settings import Settings

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmax_kernels.reference.sample_tokens import MASK32, philox4x32
+from dmax_kernels.reference.sample import MASK32, philox4x32
 
 
 def threshold_promote(confidence: Tensor, masked: Tensor, threshold: float | Tensor) -> Tensor:

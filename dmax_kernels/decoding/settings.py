@@ -15,7 +15,7 @@ from dmax_kernels._numbers import as_integer, as_number, shown
 from dmax_kernels.decoding.named_rules import RULES
 from dmax_kernels.decoding.rule import Rule
 from dmax_kernels.models.end_tokens import end_token_ids
-from dmax_kernels.ops.spd_step_ import SEMANTICS
+from dmax_kernels.ops.spd_step import SEMANTICS
 
 CONVERGENCE = ("both", "consistency", "confidence")
 OPS = {"fused": "dmax_kernels", "reference": "dmax_kernels.reference"}

@@ -17,7 +17,7 @@ from dmax_kernels._numbers import as_integer, as_number, shown
 from dmax_kernels.decoding import promote
 from dmax_kernels.decoding.composed import ComposedRule, DistributionRule, Top1Rule
 from dmax_kernels.decoding.state import LiveBlocks
-from dmax_kernels.reference.row_statistics import RowStatistics
+from dmax_kernels.reference.statistics import RowStatistics
 
 if TYPE_CHECKING:
     from dmax_kernels.decoding.settings import Settings
