@@ -12,10 +12,15 @@ from dmax_kernels.training.config import TrainConfig
 from dmax_kernels.training.corrupt import block_mask, uniform_mask
 from dmax_kernels.training.data import IGNORE, Example, collate
 from dmax_kernels.training.layout import Layout, attention_mask
-from dmax_kernels.training.model import DenoisingModel, MasterWeights, build_net
+from dmax_kernels.training.model import DenoisingModel, build_net
 from dmax_kernels.training.ops import select_ops
-from dmax_kernels.training.optim import Muon, build_optimizers, orthogonalize
-from dmax_kernels.training.schedule import learning_rate_factor
+from dmax_kernels.training.optim import (
+    MasterWeights,
+    Muon,
+    build_optimizers,
+    learning_rate_factor,
+    orthogonalize,
+)
 from dmax_kernels.training.step import draw, flat_index, micro_batch_losses, rollout
 
 CPU = torch.device("cpu")

@@ -14,22 +14,25 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from dmax_kernels.training.checkpoints import Checkpoints, load_state, read_run
 from dmax_kernels.training.config import TrainConfig, check_same_run
 from dmax_kernels.training.data import Batch, Example, Stream, collate
-from dmax_kernels.training.metrics import Metrics, peak_memory
-from dmax_kernels.training.model import (
-    DenoisingModel,
+from dmax_kernels.training.model import DenoisingModel, build_net, decoder_layers
+from dmax_kernels.training.ops import select_ops
+from dmax_kernels.training.optim import (
     MasterWeights,
     OwnWeights,
-    build_net,
-    decoder_layers,
+    build_optimizers,
+    learning_rate_factor,
 )
-from dmax_kernels.training.ops import select_ops
-from dmax_kernels.training.optim import build_optimizers
+from dmax_kernels.training.outputs import (
+    Checkpoints,
+    Metrics,
+    load_state,
+    peak_memory,
+    read_run,
+    training_state,
+)
 from dmax_kernels.training.parallel import Processes, shard, whole_weights
-from dmax_kernels.training.schedule import learning_rate_factor
-from dmax_kernels.training.state import training_state
 from dmax_kernels.training.step import draw, micro_batch_losses
 
 

@@ -1,12 +1,15 @@
-"""AdamW, or Muon for the hidden matrices with AdamW for the embedding and the head."""
+"""The weights that the optimizer steps, AdamW and Muon, and the learning rates over a run."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from dmax_kernels.training.config import TrainConfig
+from dmax_kernels.training.model import DenoisingModel
 
 # Quintic whose iterates push singular values towards 1 (K. Jordan et al., "Muon", 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -73,3 +76,63 @@ def build_optimizers(
         others, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
     return [Muon(hidden, lr=config.muon_learning_rate), adamw] if hidden else [adamw]
+
+
+def learning_rate_factor(config: TrainConfig, step: int) -> float:
+    """Factor on the peak rates at `step`, counted from 0; `config.steps` must be set.
+
+    With W warm-up steps and S in all: min(1, (step + 1) / W) while it rises. Then, by the schedule,
+    (1 + cos(pi (step - W) / (S - W))) / 2, or (S - step) / (S - decay_from S) but at most 1, or 1.
+    """
+    steps, warmup = config.steps, config.warmup_steps
+    rising = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    if config.schedule == "linear":
+        falling = steps * (1 - config.decay_from)
+        return min(rising, (steps - step) / falling) if falling else rising
+    if config.schedule == "cosine" and step >= warmup:
+        return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+    return rising
+
+
+def trained_parameters(net: DenoisingModel) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in net.model.named_parameters() if p.requires_grad}
+
+
+class MasterWeights:
+    """float32 weights that the optimizer steps, for a model that computes in bfloat16.
+
+    bfloat16 has 8 bits of precision: a step of 2e-6 would round away in the weights themselves.
+    Gradients are added up in float32 over micro batches.
+    """
+
+    def __init__(self, net: DenoisingModel) -> None:
+        parameters = trained_parameters(net)
+        self.named = {name: nn.Parameter(p.detach().clone()) for name, p in parameters.items()}
+        net.model.to(torch.bfloat16)
+        self.model = trained_parameters(net)
+
+    def take_gradients(self) -> None:
+        for name, parameter in self.model.items():
+            if parameter.grad is not None:
+                master = self.named[name]
+                gradient = parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                parameter.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        for name, parameter in self.model.items():
+            parameter.copy_(self.named[name])
+
+
+class OwnWeights:
+    """The model's own parameters are the ones that the optimizer steps."""
+
+    def __init__(self, net: DenoisingModel) -> None:
+        self.named = trained_parameters(net)
+
+    def take_gradients(self) -> None:
+        pass
+
+    def publish(self) -> None:
+        pass

@@ -13,7 +13,7 @@ from dmax_kernels.files import check_input
 from dmax_kernels.models.checkpoint import checkpoint_folder, write_like
 from dmax_kernels.models.end_tokens import write_end_token_ids
 from dmax_kernels.models.pretrained import load_pretrained
-from dmax_kernels.training.checkpoints import Checkpoints
+from dmax_kernels.training.outputs import Checkpoints
 from dmax_kernels.training.config import TrainConfig
 from dmax_kernels.training.data import Examples, epochs
 from dmax_kernels.training.loop import fit
