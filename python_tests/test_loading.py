@@ -19,8 +19,8 @@ from dmax_kernels.models.pretrained import load_pretrained
 from dmax_kernels.models.prompt_ids import prompt_ids
 from dmax_kernels.ring_walk.export import build_tokenizer
 from dmax_kernels.training.config import TrainConfig
-from dmax_kernels.training.records import conversation
-from dmax_kernels.training.records import encode as encode_for_training
+from dmax_kernels.training.data import conversation
+from dmax_kernels.training.data import encode as encode_for_training
 from dmax_kernels.training.run import load_model
 
 # A table of sines and a plain tensor, neither of them in the checkpoint nor LLaDA2's by name

@@ -8,16 +8,20 @@ from types import ModuleType
 
 import pytest
 
+from dmax_kernels.files import read_jsonl
 from dmax_kernels.ring_walk import task
 from dmax_kernels.ring_walk.data import batches, repeated_examples, ring_walk_examples
 from dmax_kernels.ring_walk.export import build_tokenizer
-from dmax_kernels.training.data import IGNORE, Example, Examples, collate, epochs
-from dmax_kernels.training.records import (
+from dmax_kernels.training.data import (
+    IGNORE,
+    Example,
+    Examples,
+    collate,
     conversation,
     encode,
+    epochs,
     read_dataset,
     read_examples,
-    read_jsonl,
 )
 
 EOS = task.EOS_ID

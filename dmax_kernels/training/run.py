@@ -9,16 +9,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dmax_kernels.files import check_input
+from dmax_kernels.files import check_input, read_jsonl
 from dmax_kernels.models.checkpoint import checkpoint_folder, write_like
 from dmax_kernels.models.end_tokens import write_end_token_ids
 from dmax_kernels.models.pretrained import load_pretrained
 from dmax_kernels.training.outputs import Checkpoints
 from dmax_kernels.training.config import TrainConfig
-from dmax_kernels.training.data import Examples, epochs
+from dmax_kernels.training.data import Examples, Records, epochs, read_dataset, read_examples
 from dmax_kernels.training.loop import fit
 from dmax_kernels.training.parallel import Processes, processes
-from dmax_kernels.training.records import Records, read_dataset, read_examples, read_jsonl
 
 
 def run_training(given: dict[str, Any], output: Path) -> list[dict[str, Any]]:
