@@ -20,18 +20,17 @@ from torch.optim import AdamW, Optimizer
 from dmax_kernels.files import replace_folder, save_json, write_atomically
 from dmax_kernels.training.parallel import Processes
 
-STATE = "training_state"  # folder inside a checkpoint: shards of tensors, and run.json
+STATE = "training_state"  # the folder in a checkpoint that holds tensor shards and run.json
 
 
 class CheckpointNotWritten(OSError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written; earlier ones are untouched."""
 
 
 class Checkpoints:
-    """The folders `step-00000100`, ... of a run. A folder of that name is complete.
+    """The folders `step-00000100`, ... of a run: Hugging Face folders with a resume state inside.
 
-    Each is a Hugging Face folder (config, safetensors, tokenizer) that also holds what a run
-    resumes from.
+    A folder of such a name is complete: it is written under a different name and then renamed.
     """
 
     def __init__(self, folder: Path, keep: int, group: Processes) -> None:
@@ -39,11 +38,11 @@ class Checkpoints:
         self.keep = keep
         self.group = group
         if group.is_first:
-            for left in folder.glob(".step-*.tmp"):  # of a process that was killed
-                shutil.rmtree(left)
+            for unfinished in folder.glob(".step-*.tmp"):  # a process was killed
+                shutil.rmtree(unfinished)
 
     def all(self) -> list[Path]:
-        """Oldest first. A folder of the user's own, as "step-00000100-best", is none of them."""
+        """Oldest first, without folders of the user's own, such as "step-00000100-best"."""
         return sorted(self.folder.glob("step-" + "[0-9]" * 8))
 
     def newest(self) -> Path | None:
@@ -59,11 +58,11 @@ class Checkpoints:
         """Writes a checkpoint and deletes the oldest beyond `keep`. Every process calls it.
 
         Args:
-            run: what else to resume from, as JSON.
+            run: what else a run resumes from, as JSON values.
             write_model: writes the model's own files into a folder; called by every process.
 
         Raises:
-            CheckpointNotWritten: on every process, whichever of them failed.
+            CheckpointNotWritten: on every process, no matter which of them failed.
         """
         path, temporary = self.folder / f"step-{step:08d}", self.folder / f".step-{step:08d}.tmp"
 
@@ -79,7 +78,8 @@ class Checkpoints:
         def rename() -> None:
             if self.group.is_first:
                 save_json(temporary / STATE / "run.json", run)
-                replace_folder(temporary, path)  # one is there if the run went on from an older one
+                # `path` exists if the run was resumed from an older checkpoint
+                replace_folder(temporary, path)
 
         for action in (make_folder, lambda: write_model(temporary), write_state, rename):
             problem = self.attempt(action)
@@ -96,9 +96,9 @@ class Checkpoints:
         return path
 
     def attempt(self, action: Callable[[], None]) -> str | None:
-        """What went wrong, on this process or another: after it, all go the same way.
+        """What went wrong, on this process or on another: all of them learn of it and stop.
 
-        A process alone in its error would leave the others waiting in their next collective.
+        A process that stopped alone would leave the others waiting in their next collective.
         """
         problem = None
         try:
@@ -125,12 +125,12 @@ def load_state(checkpoint: Path, state: dict[str, Tensor]) -> None:
 
 
 def quiet() -> warnings.catch_warnings:
-    """One process needs no process group, which the library warns about at each call."""
+    """Silences the warning, at each call, that a single process has no process group."""
     return warnings.catch_warnings(action="ignore", category=UserWarning)
 
 
 def reason(error: BaseException) -> str:
-    """One line: an exception that carries those of several processes says the first."""
+    """One line; of an exception that carries those of several processes, the first."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -139,7 +139,12 @@ def reason(error: BaseException) -> str:
 def training_state(
     parameters: Mapping[str, nn.Parameter], optimizers: list[Optimizer]
 ) -> dict[str, Tensor]:
-    """References to every tensor that a step changes: to be written, or to be read into."""
+    """References to every tensor that a step changes: the weights and the optimizers' moments.
+
+    A checkpoint is written from them and read into them. Generators have no state to keep, because
+    every step seeds them from its own number. Sharded tensors (DTensor) stay sharded: each process
+    writes its own part, and a run may be resumed with a different number of processes.
+    """
     state = {f"weight.{name}": parameter.detach() for name, parameter in parameters.items()}
     names = {id(parameter): name for name, parameter in parameters.items()}
     for optimizer in optimizers:
@@ -151,7 +156,7 @@ def training_state(
 
 
 def moments(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """The optimizer's state of a parameter, with zeros made where no step has made it yet."""
+    """The optimizer's state of a parameter; zeros are made before the first step makes it."""
     state = optimizer.state[parameter]
     if not state:
         if isinstance(optimizer, AdamW):
@@ -164,11 +169,11 @@ def moments(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     return state
 
 
-PASSES = ("loss_masked", "loss_predicted")
+LOSS_NAMES = ("loss_masked", "loss_predicted")
 
 
 class Metrics:
-    """`metrics.jsonl`: one object per step, appended. A resumed run drops what came after it."""
+    """`metrics.jsonl`: one object per step. A resumed run drops the steps that it repeats."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self.path, self.picture = folder / "metrics.jsonl", folder / "loss.png"
@@ -177,7 +182,7 @@ class Metrics:
             for line in self.path.read_text().splitlines():
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError:  # cut short when the run was killed
+                except json.JSONDecodeError:  # the line was cut short when the run was killed
                     break
                 if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                     raise ValueError(
@@ -190,21 +195,21 @@ class Metrics:
         write_atomically(self.path, lambda file: file.write_text(text))
 
     def add(self, row: dict[str, Any]) -> None:
-        # JSON has no NaN
+        # JSON has neither NaN nor infinity
         row = {k: repr(v) if isinstance(v, float) and v - v != 0 else v for k, v in row.items()}
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def draw(self) -> None:
-        """`loss.png`: the loss of each pass per token, over the steps."""
+        """`loss.png`: the loss per token of each pass, over the steps."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        for name, label in zip(PASSES, ("masked pass", "predicted pass"), strict=True):
+        for name, label in zip(LOSS_NAMES, ("masked pass", "predicted pass"), strict=True):
             points = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
             if points:
                 steps, losses = zip(*points, strict=True)
@@ -217,7 +222,7 @@ class Metrics:
 
 
 def smooth(values: tuple[float, ...], weight: float = 0.95) -> list[float]:
-    """Exponential mean, corrected for its start."""
+    """The exponential moving average, corrected for its start at 0."""
     mean, total, out = 0.0, 0.0, []
     for value in values:
         mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
@@ -226,7 +231,7 @@ def smooth(values: tuple[float, ...], weight: float = 0.95) -> list[float]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or of this process."""
+    """The most bytes that were in use, by the GPU's allocator or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
