@@ -133,8 +133,8 @@ def test_a_resumed_run_is_the_same_bit_for_bit(folder, whole, tmp_path, capsys):
 def test_a_run_is_not_resumed_as_another(folder, whole, tmp_path, capsys):
     other = write_walks(tmp_path / "other.jsonl", count=5)
     cases = [
-        (["--learning-rate", "0.5"], "of a run with learning_rate = 0.5, got 0.01"),
-        (["--data", str(other)], "of a run with data = 5 examples"),
+        (["--learning-rate", "0.5"], "belong to a run with learning_rate = 0.5, got 0.01"),
+        (["--data", str(other)], "belong to a run with data = 5 examples"),
     ]
     for more, message in cases:
         assert main(arguments(folder, whole, *more)) == 1
@@ -339,24 +339,27 @@ def test_a_configuration_file_is_overridden_by_the_command_line(folder, tmp_path
 def test_a_mistake_is_told_in_one_line(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "bad.jsonl").write_text('{"prompt": 1}\n')
-    given = ["--model", str(folder / "model"), "--data", str(folder / "walks.jsonl")]
+    base = ["--model", str(folder / "model"), "--data", str(folder / "walks.jsonl")]
     cases = [
         ([], "--model must be given"),
-        (["--model", str(folder / "model")], "--data or --dataset must be given"),
-        ([*given, "--dataset", "walks"], "--data or --dataset must be given, one of them"),
-        (["--model", "none", *given[2:]], "OWNER/NAME on the Hugging Face hub, got 'none'"),
-        ([*given[:3], "none.jsonl"], "got no file none.jsonl"),
-        ([*given[:3], str(tmp_path / "bad.jsonl")], "bad.jsonl:1: needs"),
-        ([*given, "--threads", "0"], "--threads must be at least 1, got 0"),
-        ([*given, "--stop-after", "0"], "--stop-after must be at least 1, got 0"),
-        ([*given, "--batch-size", "0"], "batch_size must be at least 1, got 0"),
-        ([*given, "--mask-ratio", "0.9", "0.1"], "mask_ratio must be 0 <= LOW <= HIGH <= 1"),
-        ([*given, "--objective", "mdlm", "--passes", "alternating"], "passes must be joint"),
-        ([*given, "--batch-size", "3", "--micro-batch-size", "2"], "batch_size must be a multiple"),
-        ([*given, "--attention", "flex"], "attention must be sdpa on a CPU"),
-        ([*given, "--mask-token-id", "46"], "mask_token_id must be in [0, 46), got 46"),
-        ([*given, "--max-length", "3"], "at least one usable record, got 12 too long"),
-        ([*given, "--output", str(tmp_path / "file")], "--output must be a folder, got the file"),
+        (
+            ["--model", str(folder / "model")],
+            "--dataset must be given, got neither",
+        ),
+        ([*base, "--dataset", "walks"], "--dataset must be given, got both"),
+        (["--model", "none", *base[2:]], "OWNER/NAME on the Hugging Face hub, got 'none'"),
+        ([*base[:3], "none.jsonl"], "got no file none.jsonl"),
+        ([*base[:3], str(tmp_path / "bad.jsonl")], "bad.jsonl:1: needs"),
+        ([*base, "--threads", "0"], "--threads must be at least 1, got 0"),
+        ([*base, "--stop-after", "0"], "--stop-after must be at least 1, got 0"),
+        ([*base, "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        ([*base, "--mask-ratio", "0.9", "0.1"], "mask_ratio must be 0 <= LOW <= HIGH <= 1"),
+        ([*base, "--objective", "mdlm", "--passes", "alternating"], "passes must be joint"),
+        ([*base, "--batch-size", "3", "--micro-batch-size", "2"], "batch_size must be a multiple"),
+        ([*base, "--attention", "flex"], "attention must be sdpa on a CPU"),
+        ([*base, "--mask-token-id", "46"], "mask_token_id must be in [0, 46), got 46"),
+        ([*base, "--max-length", "3"], "at least one usable record, got 12 too long"),
+        ([*base, "--output", str(tmp_path / "file")], "--output must be a folder, got the file"),
         (
             ["--config", "ring_walk", "--steps", "3"],
             "takes --output, --ops and --threads, got --",
@@ -364,9 +367,7 @@ def test_a_mistake_is_told_in_one_line(folder, tmp_path, capsys):
         (["--config", str(tmp_path / "none")], "must be ring_walk or a JSON file, got no file"),
     ]
     if not torch.cuda.is_available():
-        cases.append(
-            ([*given, "--device", "cuda"], "--device must be cpu where torch finds no GPU")
-        )
+        cases.append(([*base, "--device", "cuda"], "--device must be cpu where torch finds no GPU"))
     for more, message in cases:
         output = [] if "--output" in more else ["--output", str(tmp_path / "run")]
         assert main(["train", *more, *output]) == 1, more
@@ -392,4 +393,4 @@ def test_an_interrupted_command_says_how_to_go_on(folder, tmp_path, monkeypatch,
 
     monkeypatch.setattr(loop.Trainer, "step", interrupted)
     assert main(arguments(folder, tmp_path)) == 130
-    assert f"interrupted; the same command goes on from {tmp_path}" in capsys.readouterr().err
+    assert f"interrupted; the same command continues from {tmp_path}" in capsys.readouterr().err

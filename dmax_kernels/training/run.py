@@ -44,9 +44,10 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         if self.model is None:
-            raise ValueError("--model must be given: a folder of a Hugging Face checkpoint")
+            raise ValueError("--model must be given: the folder or the name of a checkpoint")
         if (self.data is None) == (self.dataset is None):
-            raise ValueError("--data or --dataset must be given, one of them")
+            got = "neither" if self.data is None else "both"
+            raise ValueError(f"exactly one of --data and --dataset must be given, got {got}")
         if self.stop_after is not None and self.stop_after < 1:
             raise ValueError(f"--stop-after must be at least 1, got {self.stop_after}")
         for path in self.data or ():
