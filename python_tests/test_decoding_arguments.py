@@ -23,7 +23,7 @@ from dmax_kernels.decoding import (
     spd_generate,
 )
 from dmax_kernels.training.config import TrainConfig
-from dmax_kernels.training.corrupt import block_mask, uniform_mask
+from dmax_kernels.training.oput import block_mask, uniform_mask
 
 K = 8
 

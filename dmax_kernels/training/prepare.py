@@ -1,29 +1,61 @@
-"""What training takes for granted of a model, asked of the model itself before the first step.
+"""A model made ready for training, after it was tested for what training takes for granted.
 
-Nothing here goes by names of architectures. A mask that is ignored or a layer beside the head
-raises no error, and the loss still falls: the run would teach the model something else.
+The tests run the model itself on a few tokens and do not go by names of architectures. A mask that
+is ignored, or a layer beside the head, raises no error, and the loss still falls: without the tests
+the run would teach the model something else.
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from dmax_kernels.training.config import TrainConfig
 from dmax_kernels.training.layout import Layout, attention_mask
-
-if TYPE_CHECKING:
-    from dmax_kernels.training.model import DenoisingModel
+from dmax_kernels.training.model import DenoisingModel, decoder_layers
 
 PROBED = Layout(length=6, start=2, block_length=2, num_noisy=2)  # 12 tokens
 RAISED = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, NotImplementedError)
 
 
+def build_net(model: Any, config: TrainConfig, device: torch.device) -> DenoisingModel:
+    """`model` on `device`, ready to train, with float32 weights.
+
+    Raises:
+        ValueError: a model whose loss or packed forward pass would not be its own.
+    """
+    if getattr(model.config, "mask_token_id", None) is None:
+        raise ValueError("the model has no mask token (config.mask_token_id): give --mask-token-id")
+    net = DenoisingModel(model.float(), loss_from=config.loss_from).to(device).eval()
+    if (net.attention == "flex" or config.attention == "flex") and device.type == "cpu":
+        raise ValueError(
+            "attention must be sdpa on a CPU (FlexAttention has no backward pass there), got flex"
+        )
+    if config.attention == "flex" and net.attention != "flex":
+        raise ValueError(
+            'attention "flex" needs a model with attn_implementation "flex_attention", got '
+            f"{model.config._attn_implementation}"
+        )
+    if config.loss_from == "hidden":
+        check_head(net)
+    check_attention(net)
+    if config.loss_from == "hidden":
+        net.head_scale = head_scale(net)
+    net.autocast = config.precision == "bf16-autocast"
+    if config.gradient_checkpointing:
+        for layer in decoder_layers(model):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return net.train()
+
+
 def random_tokens(net: DenoisingModel) -> Tensor:
-    """int64 [T + 1, T]: row i is the first row but for another token at place i - 1."""
+    """int64 [T + 1, T]: row i is row 0 with a different token at position i - 1."""
     vocabulary = net.model.get_input_embeddings().weight.shape[0]
     tokens = PROBED.position_ids.shape[1]
     generator = torch.Generator().manual_seed(0)
@@ -38,18 +70,18 @@ def random_tokens(net: DenoisingModel) -> Tensor:
 def check_attention(net: DenoisingModel) -> None:
     """Refuses a model that does not follow the layout's mask and positions alone.
 
-    A token that a position must not see is changed: the position's state must stay. The sequence is
-    turned round, with its mask and positions: the states must be those of before, in the new order.
-    So eager attention that reads the mask as other numbers, a causal mask or a recurrence of the
-    model's own, and positions that are counted instead of read all come out.
+    First, each token is changed: the states of positions that must not see it must stay the same.
+    Second, the sequence is reversed together with its mask and positions: the states must come out
+    reversed and otherwise the same. This finds eager attention that misreads the mask's numbers, a
+    causal mask or a recurrence of the model's own, and positions that are counted, not read.
     """
     tokens, positions, mask = random_tokens(net), PROBED.position_ids, net.mask(PROBED)
     places = positions.shape[1]
     back = torch.arange(places - 1, -1, -1, device=net.device)
     try:
         states = net.states(tokens, positions, mask, places).float()
-        turned = net.states(
-            tokens[:1, back], positions.flip(1), turn_round(mask, back), places
+        reversed_states = net.states(
+            tokens[:1, back], positions.flip(1), reversed_mask(mask, back), places
         ).float()
     except torch.OutOfMemoryError:
         raise
@@ -61,12 +93,13 @@ def check_attention(net: DenoisingModel) -> None:
     vocabulary = net.model.get_input_embeddings().weight.shape[0]
     if net.loss_from == "logits" and states.shape[-1] != vocabulary:
         raise ValueError(vocabulary_message(vocabulary, states.shape[-1]))
-    seen = attention_mask(PROBED, "sdpa", net.device)[0, 0].t()  # [changed place, looking place]
+    mask = attention_mask(PROBED, "sdpa", net.device)[0, 0]
+    seen = mask.t()  # [changed position, looking position]
     change = (states[1:] - states[0]).abs().amax(-1)
     others = ~torch.eye(places, dtype=torch.bool, device=net.device)
-    # What attention moves is the measure; the second term is for models that it does not move yet
+    # Relative to what attention moves; the second term is for attention that moves nothing yet
     bound = 1e-2 * change[seen & others].max() + 1e-4 * states.abs().max()
-    leak, moved = change[~seen].max(), (turned[0, back] - states[0]).abs().max()
+    leak, moved = change[~seen].max(), (reversed_states[0, back] - states[0]).abs().max()
     if leak > bound:
         raise ValueError(
             "a position's state must not depend on tokens that the attention mask hides from it, "
@@ -81,21 +114,22 @@ def check_attention(net: DenoisingModel) -> None:
         )
 
 
-def turn_round(mask: Any, back: Tensor) -> Any:
+def reversed_mask(mask: Any, back: Tensor) -> Any:
+    """The mask of the sequence in the order `back`, which is the reverse one."""
     if isinstance(mask, Tensor):
         return mask[..., back, :][..., back]
     from torch.nn.attention.flex_attention import create_block_mask
 
     visible, tokens = mask.mask_mod, len(back)
 
-    def turned(row: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
+    def visible_reversed(row: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
         return visible(row, head, tokens - 1 - query, tokens - 1 - key)
 
-    return create_block_mask(turned, None, None, tokens, tokens, device=back.device)
+    return create_block_mask(visible_reversed, None, None, tokens, tokens, device=back.device)
 
 
 def check_head(net: DenoisingModel) -> None:
-    """Refuses a head that is not one weight behind a backbone, as far as its parts tell."""
+    """Refuses a model whose parts show that it is not a backbone and then one weight."""
     backbone, head = net.backbone, net.model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     if backbone is net.model or not isinstance(weight, Tensor) or weight.dim() != 2:
@@ -105,14 +139,14 @@ def check_head(net: DenoisingModel) -> None:
         raise ValueError(vocabulary_message(vocabulary, weight.shape[0]))
     known = {id(p) for p in (*backbone.parameters(), weight, getattr(head, "bias", None))}
     for name, parameter in net.model.named_parameters():
-        # An adapter starts at zero: the logits do not show it yet
+        # Logits do not show an adapter of the head yet: it starts at zero
         if parameter.requires_grad and id(parameter) not in known:
             raise ValueError(head_message(f"{name}, which is trained too"))
 
 
 @torch.no_grad()
 def head_scale(net: DenoisingModel) -> float:
-    """s, where the model's logits are s (hidden W^T + b) with the head's weight W and bias b."""
+    """The s in logits = s (hidden W^T + b), with the head's weight W and bias b."""
     backbone, head = net.backbone, net.model.get_output_embeddings()
     weight, bias = head.weight, getattr(head, "bias", None)
     inputs = {
@@ -121,12 +155,12 @@ def head_scale(net: DenoisingModel) -> float:
         "attention_mask": net.mask(PROBED),
         "use_cache": False,
     }
-    blank = not weight.any()  # a head that is still to be learnt
+    blank = not weight.any()  # a new model's head
     if blank:
         weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
     try:
         states = backbone(**inputs).last_hidden_state.float()
-        # Logits up to 100 apart from the bias, where a softcap shows
+        # Scaled to logits of up to 100 before the bias, at which a softcap shows
         states = states * (100 / F.linear(states, weight).abs().max())
         plain = F.linear(states, weight, bias).double()
         replaced = []
@@ -156,7 +190,7 @@ def head_scale(net: DenoisingModel) -> float:
                 f"{type(net.model).__name__}'s, which differ by {error:.1%} of the largest"
             )
         )
-    # Configs hold 1, 8, 0.0625: leave out the rounding of the sums above
+    # Configs hold numbers such as 1, 8 and 0.0625: remove the rounding of the sums above
     simple = float(Fraction(scale).limit_denominator(100))
     return simple if abs(simple - scale) < 1e-6 * abs(scale) else scale
 
@@ -164,7 +198,7 @@ def head_scale(net: DenoisingModel) -> float:
 def head_message(got: str) -> str:
     return (
         "the logits must be the hidden states times the head's weight plus its bias, times a "
-        f"constant, got {got}; give --loss-from logits, which stores them as the model makes them"
+        f"constant, got {got}; give --loss-from logits, which stores and uses the model's own"
     )
 
 
