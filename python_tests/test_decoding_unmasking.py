@@ -11,8 +11,8 @@ import torch
 from decoding_models import MASK, RandomModel, ScriptedModel, random_prompts
 
 from dmax_kernels.decoding import RULES, spd_generate
-from dmax_kernels.decoding.arness import arness
 from dmax_kernels.decoding.composed import ComposedRule
+from dmax_kernels.decoding.extra import arness
 from dmax_kernels.decoding.named_rules import ABLATIONS
 from dmax_kernels.decoding.unmasking import (
     Autoregressive,

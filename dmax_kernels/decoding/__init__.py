@@ -13,10 +13,8 @@ ablations of it, and every rule by name), `unmasking.py` (one class per other de
 of parallel reasoning slots), `arness.py` (how left-to-right a decoding was).
 """
 
-from dmax_kernels.decoding.arness import arness, commit_order, global_arness, local_arness
 from dmax_kernels.decoding.composed import ComposedRule, DistributionRule, Top1Rule
 from dmax_kernels.decoding.named_rules import RULES
-from dmax_kernels.decoding.nap import Canvas, nap_generate
 from dmax_kernels.decoding.output import GenerationOutput, Statistics
 from dmax_kernels.decoding.requests import CommittedBlock
 from dmax_kernels.decoding.rule import Rule
@@ -39,7 +37,6 @@ __all__ = [
     "RULES",
     "Autoregressive",
     "BlockState",
-    "Canvas",
     "CommittedBlock",
     "ComposedRule",
     "DistributionRule",
@@ -57,10 +54,5 @@ __all__ = [
     "TopN",
     "Trace",
     "Uniform",
-    "arness",
-    "commit_order",
-    "global_arness",
-    "local_arness",
-    "nap_generate",
     "spd_generate",
 ]
