@@ -190,7 +190,7 @@ def test_a_name_is_the_rule_with_its_defaults(name):
     ("make", "message"),
     [
         (lambda: Factor(0), "Factor: factor must be a number, positive, got 0"),
-        (lambda: Factor("1"), "Factor: factor must be a number, positive, got 1"),
+        (lambda: Factor("1"), "Factor: factor must be a number, positive, got '1'"),
         (lambda: Hierarchical(1.5), "Hierarchical: low_threshold must be a number, in [0, 1]"),
         (lambda: EntropyBound(-0.1), "EntropyBound: entropy_bound must be a number, at least 0"),
         (lambda: EntropyBound(math.nan), "must be a number, at least 0, got nan"),
