@@ -11,7 +11,7 @@ _library = torch.library.Library("dmax", "IMPL")
 
 
 def register_fake(name: str) -> Callable:
-    """Shapes and dtypes without data, for torch.compile and meta tensors. Checks ask for data."""
+    """Shapes and dtypes without data, for torch.compile and meta tensors; checks pass there."""
     torch.library.register_fake(f"dmax::_check_{name}")(lambda *args, **options: None)
     return torch.library.register_fake(f"dmax::{name}")
 

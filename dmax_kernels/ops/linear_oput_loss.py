@@ -124,8 +124,8 @@ def _setup_context(ctx, inputs, options, output):
 
 def _backward(ctx, grad_masked, grad_predicted, *_):
     *inputs, bias, logsumexp_masked, logsumexp_predicted = ctx.saved_tensors
-    masked, predicted, weight, _, *biased = ctx.needs_input_grad  # ends before a default bias
-    needed = (masked, predicted, weight, any(biased))
+    masked, predicted, weight, _, biased = ctx.needs_input_grad[:5]
+    needed = (masked, predicted, weight, biased)
     grads = torch.ops.dmax.linear_oput_loss_backward(
         grad_masked,
         grad_predicted,
