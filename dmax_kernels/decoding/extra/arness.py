@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from dmax_kernels._numbers import as_integer, shown
+from dmax_kernels._checks import read_integer
 from dmax_kernels.decoding.trace import Trace
 
 SCOPES = ("global", "local")
@@ -115,9 +115,7 @@ def arness(
 
 def check_order(function: str, order: Sequence[int], k: int) -> int:
     """k as a Python int, if it and the order are right."""
-    window = as_integer(k)
-    if window is None or window < 1:
-        raise ValueError(f"{function}: k must be a positive integer, got {shown(k)}")
+    window = read_integer(f"{function}: k", k, "a positive integer")
     if len(set(order)) != len(order):
         raise ValueError(f"{function}: order must name each position once, got {list(order)}")
     return window

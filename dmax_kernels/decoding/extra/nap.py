@@ -9,25 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmax_kernels._numbers import as_integer, shown
-from dmax_kernels.decoding.composed import Top1Rule
-from dmax_kernels.decoding.embedding import embedding_device
+from dmax_kernels._checks import read_integer
+from dmax_kernels.decoding.config import RunConfig
+from dmax_kernels.decoding.embedding import check_model, embedding_device
 from dmax_kernels.decoding.output import GenerationOutput
-from dmax_kernels.decoding.promote import parallel_forced_promote
 from dmax_kernels.decoding.prompts import Prompts, Rows, read_prompts, unwrap
-from dmax_kernels.decoding.settings import check_model, read_integer
+from dmax_kernels.decoding.rules import FixedCount, best_of_groups
 from dmax_kernels.decoding.spd import spd_generate
 from dmax_kernels.decoding.state import LiveBlocks
-from dmax_kernels.decoding.unmasking import set_count
-
-if TYPE_CHECKING:
-    from dmax_kernels.decoding.settings import Settings
+from dmax_kernels.decoding.step import Seen
 
 HEADER = -1
 
@@ -68,12 +64,9 @@ class Canvas:
         token: list[int] = []
         slot: list[int] = []
         parts = [*zip(headers, slot_lengths, strict=True), (summary_header, summary_length)]
-        for number, (header, given) in enumerate(parts):
-            length = as_integer(given)
-            if length is None or length < 1:
-                raise ValueError(
-                    f"Canvas: the length of a slot must be a positive integer, got {shown(given)}"
-                )
+        for number, (header, slot_length) in enumerate(parts):
+            what = "Canvas: the length of a slot"
+            length = read_integer(what, slot_length, "a positive integer")
             token += [*header, *[0] * length]
             slot += [HEADER] * len(header) + [number] * length
         return cls(
@@ -99,23 +92,20 @@ class Canvas:
         ]
 
 
-@dataclass(frozen=True, eq=False)
-class CanvasRule(Top1Rule):
-    """Every reasoning slot advances at every step; the summary follows when they are done."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CanvasRule(FixedCount):
+    """Every reasoning slot advances at every step; the summary follows when they are done.
+
+    tokens_per_step: of each slot.
+    """
 
     canvas: Canvas
-    tokens_per_step: int = 1  # of each slot
 
-    def __post_init__(self) -> None:
-        set_count(self, "tokens_per_step")
-
-    def begin_(
-        self, state: LiveBlocks, rows: Tensor, embedding: Tensor, settings: Settings
-    ) -> None:
+    def begin_(self, state: LiveBlocks, rows: Tensor, embedding: Tensor, config: RunConfig) -> None:
         """Write the headers behind the prompt's tail, and padding behind the canvas."""
         index, inside = self._on_canvas(state.editable, 0)
         slot = torch.where(inside, self.canvas.slot[index], HEADER)
-        fixed = torch.where(inside, self.canvas.token[index], settings.pad_token_id)
+        fixed = torch.where(inside, self.canvas.token[index], config.pad_token_id)
         begins = rows.unsqueeze(-1) & state.editable & (slot == HEADER)
         state.editable.logical_and_(~begins)
         state.masked.logical_and_(~begins)
@@ -124,17 +114,11 @@ class CanvasRule(Top1Rule):
         embeds = F.embedding(state.token, embedding)
         state.inputs_embeds.copy_(torch.where(begins.unsqueeze(-1), embeds, state.inputs_embeds))
 
-    def promote(
-        self, token: Tensor, confidence: Tensor, state: LiveBlocks, settings: Settings
-    ) -> Tensor:
-        index, _ = self._on_canvas(state.editable, self.canvas.offset)
-        return parallel_forced_promote(
-            confidence,
-            state.masked,
-            self.canvas.slot[index],
-            self.tokens_per_step,
-            self.canvas.num_slots,
-        )
+    def promote(self, seen: Seen) -> Tensor:
+        index, _ = self._on_canvas(seen.editable, self.canvas.offset)
+        slot = self.canvas.slot[index]
+        candidates = summary_last(seen.masked, slot, self.canvas.num_slots)
+        return best_of_groups(seen.confidence, candidates, self.tokens_per_step, slot)
 
     def _on_canvas(self, editable: Tensor, offset: int) -> tuple[Tensor, Tensor]:
         """Canvas index of each position of a block [B, K], and whether it lies on the canvas.
@@ -148,6 +132,13 @@ class CanvasRule(Top1Rule):
         return index.clamp(0, self.canvas.length - 1), inside
 
 
+def summary_last(masked: Tensor, slot: Tensor, summary: int) -> Tensor:
+    """masked [..., K], without the positions of the slot `summary` while another slot has one."""
+    is_summary = slot == summary
+    reasoning = (masked & ~is_summary).any(dim=-1, keepdim=True)
+    return masked & ~(is_summary & reasoning)
+
+
 def nap_generate(
     model: Any,
     input_ids: Prompts,
@@ -157,7 +148,7 @@ def nap_generate(
     block_length: int | None = None,
     attention_mask: Rows | None = None,
     use_cache: bool = False,
-    **arguments: Any,
+    **options: Any,
 ) -> GenerationOutput:
     """Decode a canvas behind each prompt, all of its reasoning slots at once.
 
@@ -176,7 +167,7 @@ def nap_generate(
             length it was trained with: then the canvas has to fit behind the prompt's tail.
         attention_mask: as for `spd_generate`.
         use_cache: keep keys and values of the prompt's whole blocks.
-        arguments: passed on to `spd_generate` (ops, trace, mask_token_id, ...).
+        options: passed on to `spd_generate` (ops, trace, mask_token_id, ...).
 
     Returns:
         As `spd_generate`, with max_new_tokens the canvas's length; `canvas.read` takes the slots
@@ -185,13 +176,14 @@ def nap_generate(
     Raises:
         ValueError: a canvas that does not fit into a block, and whatever `spd_generate` rejects.
     """
-    ids, attention_mask = unwrap(input_ids, attention_mask)
-    lengths = sorted({len(prompt) for prompt in read_prompts(ids, attention_mask)})
+    prompts = read_prompts(*unwrap(input_ids, attention_mask))
+    lengths = sorted({len(prompt) for prompt in prompts})
     if len(lengths) > 1:
         raise ValueError(f"nap_generate: input_ids must be prompts of one length, got {lengths}")
     if block_length is None:
         block_length = lengths[0] + canvas.length
-    block_length = read_integer("block_length", block_length, "a positive integer or None")
+    need = "a positive integer or None"
+    block_length = read_integer("nap_generate: block_length", block_length, need)
     tail = lengths[0] % block_length
     if tail + canvas.length > block_length:
         raise ValueError(
@@ -202,12 +194,12 @@ def nap_generate(
     device = embedding_device(model)
     return spd_generate(
         model,
-        ids,
+        input_ids,
         attention_mask=attention_mask,
         block_length=block_length,
         max_new_tokens=canvas.length,
-        rule=CanvasRule(canvas.to(device), tokens_per_step),
+        rule=CanvasRule(canvas=canvas.to(device), tokens_per_step=tokens_per_step),
         eos_token_id=(),
         use_cache=use_cache,
-        **arguments,
+        **options,
     )
