@@ -181,11 +181,11 @@ class Snap(Rule):
     def __init__(self):
         self.begun = []
 
-    def begin_(self, state, rows, embedding, settings):
+    def begin_(self, state, rows, embedding, config):
         self.begun += zip(state.row[rows].tolist(), state.start[rows].tolist(), strict=True)
 
-    def update_(self, logits, embedding, state, settings):
-        y, c = settings.ops.top1_confidence(logits, suppress_token=settings.suppress_token)
+    def update_(self, logits, embedding, state, config):
+        y, c = config.functions.top1_confidence(logits, suppress_token=config.suppress_token)
         live = state.editable & ~state.converged[:, None]
         state.token.copy_(torch.where(live, y, state.token))
         state.confidence.copy_(torch.where(live, c, state.confidence))

@@ -4,8 +4,7 @@ import pytest
 import torch
 from decoding_models import MASK, RandomModel, random_prompts
 
-from dmax_kernels.decoding.arness import arness, commit_order
-from dmax_kernels.decoding.nap import Canvas, nap_generate
+from dmax_kernels.decoding.extra import Canvas, arness, commit_order, nap_generate
 from dmax_kernels.models.checkpoint import load_checkpoint
 
 # Two paths of 4 and 6 tokens behind headers of 2 and 1, a summary of 3 behind a header of 2

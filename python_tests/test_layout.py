@@ -6,6 +6,7 @@ of dmax_kernels/ops in which an op's fake kernel stands.
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import dmax_kernels
@@ -16,20 +17,23 @@ from dmax_kernels.ops._register import FAMILY_OF
 ROOT = Path(__file__).parent.parent
 FAMILIES = sorted(set(FAMILY_OF.values()))
 PUBLIC = sorted(op for op in FAMILY_OF if op in dmax_kernels.__all__)
-# The files of every family
+# The files of every family; a matrix product, hence linear, has no CUDA C++
 DOORS = ("dmax_kernels/ops/{}.py", "dmax_kernels/reference/{}.py", "dmax_kernels/triton/{}.py")
+CUDA_DOORS = ("csrc/cuda/{}.cu", "csrc/cuda/{}.cuh")
 HELPERS = {
     "dmax_kernels/ops": {"_register"},
     "dmax_kernels/reference": set(),
     # Shared by families; the two halves of linear, and its way by chunks of the vocabulary
     "dmax_kernels/triton": {"launch", "philox", "stats", "linear_rows", "linear_loss"}
     | {"linear_chunks"},
+    "csrc/cuda": {"host"},
 }
 # Ops that are tried and measured together with the op that makes their input
 MEASURED_AS = {"top1_merge": "top1_partial", "sample_merge": "sample_partial"}
 MOST_LINES = {"csrc": 350, "dmax_kernels": 350, "bench": 350, "release": 350, "python_tests": 450}
 LONGER = {
     "csrc/cpu/simd.h": "the vector types of all instruction sets, side by side",
+    "dmax_kernels/decoding/rules.py": "every rule's formula, one beside the other",
     "csrc/simt/executor.cpp": "one machine, whose parts share all of its state",
 }
 
@@ -40,6 +44,7 @@ def text_of(path):
 
 def test_every_family_has_its_files():
     paths = [door.format(family) for family in FAMILIES for door in DOORS]
+    paths += [door.format(f) for f in FAMILIES if f != "linear" for door in CUDA_DOORS]
     missing = [path for path in paths if not (ROOT / path).is_file()]
     assert not missing, f"add {missing}: each family of ops has one file in each of these folders"
     for family in FAMILIES:
@@ -49,7 +54,8 @@ def test_every_family_has_its_files():
 
 def test_no_file_without_a_family():
     for folder, helpers in HELPERS.items():
-        names = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+        pattern = "*.cu" if folder == "csrc/cuda" else "*.py"
+        names = {path.stem for path in (ROOT / folder).glob(pattern)} - {"__init__"}
         strangers = names - set(FAMILIES) - helpers
         assert not strangers, f"move {strangers} of {folder} into a family, or name it in HELPERS"
 
@@ -101,15 +107,14 @@ def test_public_functions_state_their_contract():
             assert section in doc, f"write a section {section!r} in the docstring of {op}"
 
 
-def test_every_op_has_its_cpp_files():
-    """csrc/cpu/<op>.cpp; csrc/cuda/<op>.cu and .cuh, but products of matrices are Triton's."""
-    ops = re.search(r"set\(DMAX_OPS\s+(.*?)\)", text_of("CMakeLists.txt"), re.DOTALL)[1].split()
-    paths = [f"csrc/cpu/{op}.cpp" for op in ops]
-    for op in ops:
-        if not op.startswith("linear_"):
-            paths += [f"csrc/cuda/{op}.cu", f"csrc/cuda/{op}.cuh"]
-    missing = [path for path in paths if not (ROOT / path).is_file()]
-    assert not missing, f"add {missing}, or take the op out of DMAX_OPS in CMakeLists.txt"
+def test_every_op_is_registered_once():
+    """The CPU library has every op; the CUDA library all but the products, which are Triton's."""
+    on_gpu = {op for op in FAMILY_OF if not op.startswith("linear_")}
+    for folder, suffix, ops in (("cpu", ".cpp", set(FAMILY_OF)), ("cuda", ".cu", on_gpu)):
+        sources = [path.read_text() for path in (ROOT / "csrc" / folder).glob(f"*{suffix}")]
+        counts = Counter(re.findall(r'm\.impl\(\s*"(\w+)"', "".join(sources)))
+        wrong = sorted(op for op in ops | set(counts) if counts[op] != (op in ops))
+        assert not wrong, f"register {wrong} once each, by m.impl in csrc/{folder}/*{suffix}"
 
 
 def test_device_code_knows_no_torch():

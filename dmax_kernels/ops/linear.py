@@ -11,8 +11,6 @@ from dmax_kernels.ops._register import (
 )
 from dmax_kernels.reduction import autocast_operands, reduce_loss
 
-__all__ = ["linear_oput_loss", "linear_sample_tokens", "linear_top1_confidence"]
-
 
 def linear_top1_confidence(
     hidden: Tensor,
@@ -215,8 +213,8 @@ def _setup_context(ctx, inputs, options, output):
 
 def _backward(ctx, grad_masked, grad_predicted, *_):
     *inputs, bias, logsumexp_masked, logsumexp_predicted = ctx.saved_tensors
-    masked, predicted, weight, _, *biased = ctx.needs_input_grad  # ends before a default bias
-    needed = (masked, predicted, weight, any(biased))
+    masked, predicted, weight, _, biased = ctx.needs_input_grad[:5]
+    needed = (masked, predicted, weight, biased)
     grads = torch.ops.dmax.linear_oput_loss_backward(
         grad_masked,
         grad_predicted,
