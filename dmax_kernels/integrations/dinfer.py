@@ -2,7 +2,7 @@
 
     decoder = spd_decoder()(temperature=0, threshold=0.5, mask_id=156895, eos_id=156892)
 
-in the place of `ThresholdParallelDecoder(...)`. B rows, T tokens, K block length, V vocabulary,
+replaces `ThresholdParallelDecoder(...)`. B rows, T tokens, K block length, V vocabulary,
 D hidden size.
 """
 
@@ -27,8 +27,8 @@ def spd_decoder(
     """A subclass of dInfer's `ThresholdParallelDecoder` whose `decode_uniform` is `spd_step_`.
 
     Args:
-        semantics: "released" commits the same token ids as the class it replaces: a stop of the
-            whole batch at once, masks left behind when a block stops with its threshold above
+        semantics: "released" commits the same token ids as the class it replaces: a the whole
+            batch stops at once, masks left behind when a block stops with its threshold above
             tau_acc. With "settled" and "paper" (:func:`dmax_kernels.spd_step_`) each row stops by
             itself, whatever its batch mates do, and no mask is left behind.
         tau_acc: a block is accepted when all its confidences reach this.
@@ -153,7 +153,7 @@ def batch_stop(state: BlockState, token: Tensor, before: Tensor, tau_acc: float)
 def refresh_stopped_rows_(
     state: BlockState, logits: Tensor, embedding: Tensor, mask_id: int, top_k: int
 ) -> None:
-    """dInfer goes on with a row that passes its own test while batch mates do not."""
+    """dInfer goes on with a row that passes its own test while other rows do not."""
     tokens, confidences = state.token, state.confidence
     if top_k > 1:
         tokens, confidences = dmax_kernels.topk_confidence(logits, top_k)
