@@ -153,7 +153,7 @@ def failing(layer):
     [
         (
             place_dependent,
-            "the same vector at every place, .* got Wrapped, which gave tokens 0 and",
+            "one vector at every position, .* got Wrapped, which gave tokens 0 and",
         ),
         (
             lambda layer: Wrapped(layer, lambda i, rows: rows.double()),

@@ -36,13 +36,13 @@ def oput_loss(
     """:func:`dmax_kernels.oput_loss` of the whole vocabulary (Eqs. 5-6).
 
     One all-gather of 24 bytes per row and pass (32 with label smoothing): maximum, sum of
-    exponentials and the target's logit, merged in float64. The backward pass has no collective:
-    a rank computes its columns' gradient from the global logsumexp; smoothing spreads over the
-    whole vocabulary, not over the shard. The loss is replicated, and so its gradient must be:
-    call ``backward`` on every rank.
+    exponentials and the target's logit, merged in float64. The backward pass has no collective: a
+    rank computes its columns' gradient from the global logsumexp. Label smoothing spreads over the
+    whole vocabulary, not over the shard. The loss is replicated, and its gradient must be too: call
+    ``backward`` on every rank.
 
-    Losses are within 2e-6 of the unsharded op's relatively, next to 0 within 2e-7. Unlike there,
-    ignored rows are read (and left out).
+    Losses differ from the unsharded op's by at most 2e-6 relative, and near 0 by at most 2e-7.
+    Unlike the unsharded op, this one reads ignored rows (and then leaves them out).
 
     Args:
         logits_masked, logits_predicted: this rank's columns [..., V_shard], one shape and dtype, or
@@ -96,7 +96,9 @@ def _read_passes(
     if not shards:
         raise ValueError(f"{op}: logits_masked or logits_predicted must be given, got neither")
     if shards[0] != shards[-1]:
-        raise ValueError(f"{op}: both passes must be sharded alike, got {shards[0]}, {shards[1]}")
+        raise ValueError(
+            f"{op}: both passes must have the same shards, got {shards[0]}, {shards[1]}"
+        )
     return tuple(passes), shards[0]
 
 
@@ -163,10 +165,10 @@ def linear_oput_loss(
 ) -> Tensor | tuple[Tensor | None, Tensor | None]:
     """:func:`dmax_kernels.linear_oput_loss` with the LM head's rows sharded (Eqs. 5-6).
 
-    Under autocast, hidden states, weight and bias are cast as there. The float32 logits of both
-    passes live some 64 MB at a time, and are computed again for the
-    gradient. One all-gather forward; backward one all-reduce of the float32 gradient of the hidden
-    states, which are replicated: every rank returns the whole of it.
+    Under autocast, hidden states, weight and bias are cast as in the unsharded op. About 64 MB of
+    float32 logits exist at a time, and they are computed again for the gradient. The forward pass
+    takes one all-gather. The backward pass takes one all-reduce of the float32 gradient of the
+    hidden states: these are replicated, and every rank returns their whole gradient.
 
     Args:
         hidden_masked, hidden_predicted: [..., D], one shape and dtype, the same on every rank;
@@ -174,7 +176,8 @@ def linear_oput_loss(
         weight: this rank's rows [V_shard, D], or a DTensor sharded on dimension 0.
         bias: this rank's [V_shard], or None.
         target, group, shard_sizes, vocab_size, ignore_index: as in :func:`oput_loss`.
-        label_smoothing, z_loss, token_weight, pass_weights, reduction, num_tokens: as there.
+        label_smoothing, z_loss, token_weight, pass_weights, reduction, num_tokens: as in
+            :func:`oput_loss`.
 
     Returns:
         As :func:`oput_loss`; differentiable in both hidden states, weight and bias. Gradients are
@@ -218,7 +221,7 @@ def linear_oput_loss(
             num_tokens=num_tokens,
         )
     parts = LossParts(op, head.shard, label_smoothing=label_smoothing, z_loss=z_loss)
-    # Both passes are rows of one batch, so that a block of the weight serves them together
+    # Both passes are rows of one batch, so that each block of the weight is read once for both
     targets = Targets.of(
         op, torch.stack([target] * len(given)), ignore_index, head.shard.vocab_size
     )
@@ -275,7 +278,7 @@ class _ShardedLinearLoss(torch.autograd.Function):
             )
             if bias is not None:
                 grad_bias.narrow(0, *block).copy_(grad_logits.sum(dim=0))
-            # As a 16-bit head would receive it; the products are summed in float32
+            # Rounded as a 16-bit head would receive it; the products are summed in float32
             grad_logits = grad_logits.to(hidden.dtype)
             grad_hidden += float32_product(grad_logits, weight.narrow(0, *block))
             grad_weight.narrow(0, *block).copy_(float32_product(grad_logits.t(), hidden))
