@@ -265,12 +265,13 @@ def traced_runs(
 
 
 def summary(output: GenerationOutput) -> str:
-    s = output.statistics
-    graph = f", {s.captured_steps} CUDA graphs" if s.captured_steps else ""
-    if s.capture_refusal:
-        graph = f", no CUDA graph ({s.capture_refusal})"
+    counts = output.statistics
+    graph = f", {counts.captured_steps} CUDA graphs" if counts.captured_steps else ""
+    if counts.capture_refusal:
+        graph = f", no CUDA graph ({counts.capture_refusal})"
     return (
-        f"{s.tokens} tokens in {s.row_forwards} denoising passes = {s.tokens_per_forward:.2f} per "
-        f"forward; {s.tokens_per_second:.1f} tokens/s ({s.prefill_seconds:.2f} s prefill, "
-        f"{s.decode_seconds:.2f} s decoding, {s.forwards} batch passes{graph})"
+        f"{counts.tokens} tokens in {counts.row_forwards} denoising passes = "
+        f"{counts.tokens_per_forward:.2f} per forward; {counts.tokens_per_second:.1f} tokens/s "
+        f"({counts.prefill_seconds:.2f} s prefill, {counts.decode_seconds:.2f} s decoding, "
+        f"{counts.forwards} batch passes{graph})"
     )

@@ -146,16 +146,16 @@ def gather_shard_sizes(
     dim %= tensor.dim()
     others = [size for d, size in enumerate(tensor.shape) if d != dim]
     mine = (tensor.shape[dim], (str(tensor.dtype).removeprefix("torch."), others))
-    found = [mine] * num_ranks
+    by_rank = [mine] * num_ranks
     if num_ranks > 1:
-        dist.all_gather_object(found, mine, group)
-    kinds = [kind for _, kind in found]
+        dist.all_gather_object(by_rank, mine, group)
+    kinds = [kind for _, kind in by_rank]
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(
             f"{op}: the ranks' tensors must have the same dtype and sizes except the vocabulary's, "
             f"got {', '.join(f'{dtype} {sizes}' for dtype, sizes in kinds)}"
         )
-    return tuple(size for size, _ in found)
+    return tuple(size for size, _ in by_rank)
 
 
 def visible(tensor: Tensor, shard: VocabShard, dim: int) -> Tensor:

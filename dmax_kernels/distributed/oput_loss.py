@@ -106,12 +106,12 @@ class _ShardedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_masked, logits_predicted, targets: Targets, parts: LossParts):
         passes = (logits_masked, logits_predicted)
-        given = [x for x in passes if x is not None]
+        logits = [x for x in passes if x is not None]
         fields = torch.stack(
-            [parts.fields(_visible_rows(x, parts.shard), targets.ids, 0) for x in given]
+            [parts.fields(_visible_rows(x, parts.shard), targets.ids, 0) for x in logits]
         )
-        (gathered,) = gather(parts.op, parts.shard, given[0].dtype, (fields,))
-        merged = [parts.merge(gathered[:, i], targets) for i in range(len(given))]
+        (gathered,) = gather(parts.op, parts.shard, logits[0].dtype, (fields,))
+        merged = [parts.merge(gathered[:, i], targets) for i in range(len(logits))]
         ctx.targets, ctx.parts = targets, parts
         ctx.save_for_backward(*passes, *(each for _, *kept in merged for each in kept))
         losses = iter(loss.view(targets.shape) for loss, *_ in merged)
@@ -190,21 +190,21 @@ def linear_oput_loss(
     hidden_masked, hidden_predicted, weight, bias = autocast_operands(
         hidden_masked, hidden_predicted, weight, bias
     )
-    given = [x for x in (hidden_masked, hidden_predicted) if x is not None]
-    if not given:
+    hiddens = [x for x in (hidden_masked, hidden_predicted) if x is not None]
+    if not hiddens:
         raise ValueError(f"{op}: hidden_masked or hidden_predicted must be given, got neither")
-    if given[0].shape != given[-1].shape or given[0].dtype != given[-1].dtype:
+    if hiddens[0].shape != hiddens[-1].shape or hiddens[0].dtype != hiddens[-1].dtype:
         raise ValueError(
             f"{op}: hidden_predicted must have hidden_masked's shape and dtype, "
-            f"{list(given[0].shape)} {given[0].dtype}, got {list(given[-1].shape)} "
-            f"{given[-1].dtype}"
+            f"{list(hiddens[0].shape)} {hiddens[0].dtype}, got {list(hiddens[-1].shape)} "
+            f"{hiddens[-1].dtype}"
         )
-    if given[0].shape[:-1] != target.shape:
+    if hiddens[0].shape[:-1] != target.shape:
         raise ValueError(
-            f"{op}: target must have shape {list(given[0].shape[:-1])} (one token per row of "
+            f"{op}: target must have shape {list(hiddens[0].shape[:-1])} (one token per row of "
             f"hidden), got {list(target.shape)}"
         )
-    head = read_head(op, given[0], weight, bias, group, shard_sizes, vocab_size)
+    head = read_head(op, hiddens[0], weight, bias, group, shard_sizes, vocab_size)
     if head.shard.num_ranks == 1:
         return ops.linear_oput_loss(
             hidden_masked,
@@ -223,11 +223,11 @@ def linear_oput_loss(
     parts = LossParts(op, head.shard, label_smoothing=label_smoothing, z_loss=z_loss)
     # Both passes are rows of one batch, so that each block of the weight is read once for both
     targets = Targets.of(
-        op, torch.stack([target] * len(given)), ignore_index, head.shard.vocab_size
+        op, torch.stack([target] * len(hiddens)), ignore_index, head.shard.vocab_size
     )
-    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in given])
+    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in hiddens])
     by_pass = _ShardedLinearLoss.apply(rows, head.weight, head.bias, head.shard, targets, parts)
-    losses = iter(by_pass.view(len(given), *target.shape))
+    losses = iter(by_pass.view(len(hiddens), *target.shape))
     return reduce_loss(
         op,
         tuple(None if x is None else next(losses) for x in (hidden_masked, hidden_predicted)),

@@ -29,18 +29,18 @@ def engine_objects(engine: str, module: str, *names: str) -> tuple[Any, ...]:
         ImportError: one sentence, if the engine is absent or this version of it lacks a name.
     """
     try:
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{engine}: module {module} must be importable, got: {error}") from error
     for name in names:
         try:
-            attrgetter(name)(found)
+            attrgetter(name)(imported)
         except AttributeError:
             raise ImportError(
                 f"{engine}: {module} must have {name}, which this version lacks "
                 "(docs/integrations.md lists the versions that were read)"
             ) from None
-    return tuple(attrgetter(name)(found) for name in names)
+    return tuple(attrgetter(name)(imported) for name in names)
 
 
 def lookup_weight(adapter: str, layer: Any) -> Tensor:

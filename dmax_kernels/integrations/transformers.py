@@ -36,7 +36,7 @@ def enable(model: Any, *, sampling: str = "fused") -> None:
 
     Raises:
         ImportError: transformers is absent or has no DiffusionGemma.
-        TypeError: another kind of model.
+        TypeError: a different kind of model.
         ValueError: unknown sampling.
     """
     if sampling not in SAMPLING:

@@ -7,7 +7,7 @@ A problem is a start in 0..9 and n moves labelled s1..sn (u1, d1, u2, d2 = +1, -
 
 A step is `label CONNECTIVE place move VERB place SEPARATOR`, and the end is `FINAL place <eos>`.
 The phrases are drawn at random and differ in length: which word stands at a position depends on
-every phrase before it, so that independent guesses in parallel misalign. That is the failure which
+every phrase before it, and independent guesses in parallel misalign. That is the failure that
 OPUT and SPD are meant to repair.
 
 Problems are split by a hash of (start, moves): a held-out walk never occurs in training, whatever
@@ -68,7 +68,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Grade:
-    """`answer`: the last place named is right. `strict`: so is the whole derivation."""
+    """`answer`: the last place named is right. `strict`: the whole derivation is right too."""
 
     answer: bool
     strict: bool
