@@ -6,7 +6,7 @@ from decoding_models import EOS, ExactModel, random_prompts
 
 from dmax_kernels.decoding import RULES, Rule, spd_generate
 from dmax_kernels.decoding.graph import StepRunner
-from dmax_kernels.ops.spd_step_ import SEMANTICS
+from dmax_kernels.ops.spd_step import SEMANTICS
 
 K = 8
 # In blocks of 8: no whole block; whole blocks alone; with tails; one far longer than the others

@@ -22,7 +22,7 @@ from dmax_kernels._checks import (
 from dmax_kernels._numbers import as_integer, shown
 from dmax_kernels.decoding.embedding import check_model
 from dmax_kernels.models.end_tokens import end_token_ids
-from dmax_kernels.ops.spd_step_ import SEMANTICS
+from dmax_kernels.ops.spd_step import SEMANTICS
 
 CONVERGENCE = ("both", "consistency", "confidence")
 OPS = {"fused": "dmax_kernels", "reference": "dmax_kernels.reference"}

@@ -26,7 +26,7 @@ from dmax_kernels._checks import one_of, read_integer, read_number, require
 from dmax_kernels.decoding.config import DecodeConfig, RunConfig
 from dmax_kernels.decoding.state import LiveBlocks
 from dmax_kernels.decoding.step import ComposedRule, Rule, Seen
-from dmax_kernels.reference.sample_tokens import MASK32, philox4x32
+from dmax_kernels.reference.sample import MASK32, philox4x32
 
 
 class SoftParallel(Rule):
