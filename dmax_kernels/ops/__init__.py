@@ -1,22 +1,30 @@
 """One file per family of ops: the public functions with their maths, fake kernels and gradients."""
 
-from dmax_kernels.ops import embedding, linear, loss, promote, sample, spd_step, statistics, top1
-from dmax_kernels.ops.embedding import *
-from dmax_kernels.ops.linear import *
-from dmax_kernels.ops.loss import *
-from dmax_kernels.ops.promote import *
-from dmax_kernels.ops.sample import *
-from dmax_kernels.ops.spd_step import *
-from dmax_kernels.ops.statistics import *
-from dmax_kernels.ops.top1 import *
+from dmax_kernels.ops.embedding import hybrid_embedding
+from dmax_kernels.ops.linear import linear_oput_loss, linear_sample_tokens, linear_top1_confidence
+from dmax_kernels.ops.loss import oput_loss, oput_loss_and_grad_
+from dmax_kernels.ops.promote import prefix_promote
+from dmax_kernels.ops.sample import sample_merge, sample_partial, sample_tokens
+from dmax_kernels.ops.spd_step import spd_step_
+from dmax_kernels.ops.statistics import RowStatistics, row_statistics
+from dmax_kernels.ops.top1 import top1_confidence, top1_merge, top1_partial, topk_confidence
 
 __all__ = [
-    *embedding.__all__,
-    *linear.__all__,
-    *loss.__all__,
-    *promote.__all__,
-    *sample.__all__,
-    *spd_step.__all__,
-    *statistics.__all__,
-    *top1.__all__,
+    "RowStatistics",
+    "hybrid_embedding",
+    "linear_oput_loss",
+    "linear_sample_tokens",
+    "linear_top1_confidence",
+    "oput_loss",
+    "oput_loss_and_grad_",
+    "prefix_promote",
+    "row_statistics",
+    "sample_merge",
+    "sample_partial",
+    "sample_tokens",
+    "spd_step_",
+    "top1_confidence",
+    "top1_merge",
+    "top1_partial",
+    "topk_confidence",
 ]

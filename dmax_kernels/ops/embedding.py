@@ -9,8 +9,6 @@ from dmax_kernels.ops._register import (
     register_not_differentiable,
 )
 
-__all__ = ["hybrid_embedding"]
-
 
 def hybrid_embedding(
     embedding: Tensor, token: Tensor, confidence: Tensor, masked: Tensor, mask_token_id: int

@@ -11,8 +11,6 @@ from dmax_kernels.ops._register import (
 )
 from dmax_kernels.reduction import autocast_operands, reduce_loss
 
-__all__ = ["linear_oput_loss", "linear_sample_tokens", "linear_top1_confidence"]
-
 
 def linear_top1_confidence(
     hidden: Tensor,

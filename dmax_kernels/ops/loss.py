@@ -11,8 +11,6 @@ from dmax_kernels.ops._register import (
 )
 from dmax_kernels.reduction import reduce_loss
 
-__all__ = ["oput_loss", "oput_loss_and_grad_"]
-
 
 def oput_loss(
     logits_masked: Tensor | None,

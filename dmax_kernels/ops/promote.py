@@ -5,8 +5,6 @@ from torch import Tensor
 
 from dmax_kernels.ops._register import register_fake, register_not_differentiable
 
-__all__ = ["prefix_promote"]
-
 
 def prefix_promote(
     confidence: Tensor, masked: Tensor, threshold: float, *, inclusive: bool = False

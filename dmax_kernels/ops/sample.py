@@ -5,8 +5,6 @@ from torch import Tensor
 
 from dmax_kernels.ops._register import empty_per_row, register_fake, register_not_differentiable
 
-__all__ = ["sample_merge", "sample_partial", "sample_tokens"]
-
 
 def sample_tokens(
     logits: Tensor, seed: Tensor, *, temperature: float = 1.0, suppress_token: int = -1

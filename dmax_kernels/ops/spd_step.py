@@ -5,8 +5,6 @@ from torch import Tensor
 
 from dmax_kernels.ops._register import register_fake, register_in_place
 
-__all__ = ["spd_step_"]
-
 # The schema passes an index into these; csrc/common/semantics.h has the same order
 SEMANTICS = ("settled", "paper", "released")
 

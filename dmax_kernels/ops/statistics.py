@@ -7,8 +7,6 @@ from torch import Tensor
 
 from dmax_kernels.ops._register import empty_per_row, register_fake, register_not_differentiable
 
-__all__ = ["RowStatistics", "row_statistics"]
-
 
 class RowStatistics(NamedTuple):
     """What :func:`row_statistics` returns, all of the logits' shape without V."""

@@ -5,8 +5,6 @@ from torch import Tensor
 
 from dmax_kernels.ops._register import empty_per_row, register_fake, register_not_differentiable
 
-__all__ = ["top1_confidence", "top1_merge", "top1_partial", "topk_confidence"]
-
 
 def top1_confidence(
     logits: Tensor, *, temperature: float = 1.0, suppress_token: int = -1

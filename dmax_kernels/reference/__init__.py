@@ -5,32 +5,35 @@ fusion, no tricks, any device. Nothing in the package falls back to them silentl
 them when asked with ``ops="reference"``.
 """
 
-from dmax_kernels.reference import (
-    embedding,
-    linear,
-    loss,
-    promote,
-    sample,
-    spd_step,
-    statistics,
-    top1,
+from dmax_kernels.reference.embedding import hybrid_embedding
+from dmax_kernels.reference.linear import (
+    linear_oput_loss,
+    linear_sample_tokens,
+    linear_top1_confidence,
 )
-from dmax_kernels.reference.embedding import *
-from dmax_kernels.reference.linear import *
-from dmax_kernels.reference.loss import *
-from dmax_kernels.reference.promote import *
-from dmax_kernels.reference.sample import *
-from dmax_kernels.reference.spd_step import *
-from dmax_kernels.reference.statistics import *
-from dmax_kernels.reference.top1 import *
+from dmax_kernels.reference.loss import oput_loss, oput_loss_and_grad_
+from dmax_kernels.reference.promote import prefix_promote
+from dmax_kernels.reference.sample import sample_merge, sample_partial, sample_tokens
+from dmax_kernels.reference.spd_step import spd_step_
+from dmax_kernels.reference.statistics import RowStatistics, row_statistics
+from dmax_kernels.reference.top1 import top1_confidence, top1_merge, top1_partial, topk_confidence
 
 __all__ = [
-    *embedding.__all__,
-    *linear.__all__,
-    *loss.__all__,
-    *promote.__all__,
-    *sample.__all__,
-    *spd_step.__all__,
-    *statistics.__all__,
-    *top1.__all__,
+    "RowStatistics",
+    "hybrid_embedding",
+    "linear_oput_loss",
+    "linear_sample_tokens",
+    "linear_top1_confidence",
+    "oput_loss",
+    "oput_loss_and_grad_",
+    "prefix_promote",
+    "row_statistics",
+    "sample_merge",
+    "sample_partial",
+    "sample_tokens",
+    "spd_step_",
+    "top1_confidence",
+    "top1_merge",
+    "top1_partial",
+    "topk_confidence",
 ]

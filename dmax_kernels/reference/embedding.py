@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-__all__ = ["hybrid_embedding"]
-
 
 def hybrid_embedding(
     embedding: Tensor, token: Tensor, confidence: Tensor, masked: Tensor, mask_token_id: int

@@ -8,8 +8,6 @@ from dmax_kernels.reference.loss import token_loss
 from dmax_kernels.reference.sample import sample_tokens
 from dmax_kernels.reference.top1 import top1_confidence
 
-__all__ = ["linear_oput_loss", "linear_sample_tokens", "linear_top1_confidence"]
-
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """float32 logits: products and sums in float32, not rounded to the inputs' dtype."""

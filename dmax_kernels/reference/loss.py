@@ -5,8 +5,6 @@ from torch import Tensor
 
 from dmax_kernels.reduction import reduce_loss
 
-__all__ = ["oput_loss", "oput_loss_and_grad_"]
-
 
 def combined_loss(
     nll: Tensor, logsumexp: Tensor, mean_logit: Tensor | None, label_smoothing: float, z_loss: float

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-__all__ = ["prefix_promote"]
-
 
 def prefix_promote(
     confidence: Tensor, masked: Tensor, threshold: float | Tensor, *, inclusive: bool = False

@@ -13,9 +13,6 @@ from dmax_kernels.reference.top1 import (
     winning_token,
 )
 
-__all__ = ["sample_merge", "sample_partial", "sample_tokens"]
-
-
 MASK32 = 0xFFFFFFFF
 PHILOX_MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 PHILOX_KEY_STEP = (0x9E3779B9, 0xBB67AE85)

@@ -8,8 +8,6 @@ from dmax_kernels.reference.embedding import hybrid_embedding
 from dmax_kernels.reference.promote import prefix_promote
 from dmax_kernels.reference.top1 import top1_confidence, topk_confidence
 
-__all__ = ["spd_step_"]
-
 
 def spd_step_(
     logits: Tensor,

@@ -6,8 +6,6 @@ from torch import Tensor
 from dmax_kernels.ops.statistics import RowStatistics
 from dmax_kernels.reference.top1 import softmax_of, visible_logits
 
-__all__ = ["RowStatistics", "row_statistics"]
-
 
 def row_statistics(
     logits: Tensor, *, temperature: float = 1.0, suppress_token: int = -1

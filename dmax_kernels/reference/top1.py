@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-__all__ = ["top1_confidence", "top1_merge", "top1_partial", "topk_confidence"]
-
 
 def visible_logits(logits: Tensor, suppress_token: int) -> Tensor:
     """float32 logits with the suppressed token's column at -inf (never chosen, no mass)."""
