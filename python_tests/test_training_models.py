@@ -8,13 +8,14 @@ from training_models import BLOCK, generator
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import dmax_kernels
+from dmax_kernels.models.attention_window import attention_window
 from dmax_kernels.training.config import TrainConfig
 from dmax_kernels.training.data import Example, collate
 from dmax_kernels.training.layout import Layout
 from dmax_kernels.training.loop import build_objective
 from dmax_kernels.training.oput import Objective, block_mask, uniform_mask
 from dmax_kernels.training.prepare import build_net
-from dmax_kernels.training.run import attention_window, check_window
+from dmax_kernels.training.run import check_window
 
 CPU = torch.device("cpu")
 VOCABULARY, MASK = 96, 95

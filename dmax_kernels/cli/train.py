@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from dmax_kernels.cli.options import add_option
 from dmax_kernels.files import read_json
 from dmax_kernels.training.config import TrainConfig
 
@@ -112,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for title, names in SECTIONS.items():
         group = parser.add_argument_group(title)
         for name in names:
-            add_option(group, options[name])
+            add_option(group, options[name], options[name].default)
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU"
@@ -129,23 +130,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop after this many steps in all, with a checkpoint; the same command without this "
         "option continues",
     )
-
-
-def add_option(group: argparse._ArgumentGroup, item: Any) -> None:
-    flag = "--" + item.name.replace("_", "-")
-    text = item.metadata["help"].replace("%", "%%")
-    if item.default is not None and item.default is not False:
-        pair = isinstance(item.default, tuple)
-        text += f" (default: {' '.join(map(str, item.default)) if pair else item.default})"
-    if item.type == "bool":
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-    elif item.type.startswith("tuple"):
-        group.add_argument(flag, nargs=2, type=float, metavar=("A", "B"), help=text)
-    else:
-        kind = {"int": int, "float": float, "str": str}[item.type.split()[0]]
-        choices = item.metadata["choices"]
-        metavar = None if choices else "N"
-        group.add_argument(flag, type=kind, choices=choices, metavar=metavar, help=text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,8 +1,7 @@
 """The table [V, D] of what the model's input embedding makes of each token id.
 
-The loop looks rows up by itself and the step mixes them. The model has a module for that, and its
-forward may do more than look up rows of `weight`: scale them (Gemma 3), add an adapter's part
-(LoRA), or first bring an offloaded weight in.
+The loop looks rows up and the step mixes them. The model's own module may do more than look up rows
+of `weight`: scale them (Gemma 3), add an adapter's part (LoRA), or first load an offloaded weight.
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ def is_lookup(module: Any) -> bool:
 
 
 def check_model(model: Any) -> int:
-    """The size of the vocabulary, of a model that the step after the forward pass can read."""
+    """The size of the vocabulary, if the step after the forward pass can read this model."""
     weight: Any = getattr(model.get_input_embeddings(), "weight", None)
     got = "no weight"
     if weight is not None:
         got = f"{type(weight).__name__} of {weight.dtype}, {list(weight.shape)}"
-    # A quantised head is fine: the model's own forward makes logits of it. The embedding is read
-    # by the step itself, whose hybrid embeddings mix its rows.
+    # A quantised head is fine, because the model's own forward applies it. The embedding's rows
+    # are read and mixed by the step itself.
     require(
         weight is not None and weight.dim() == 2 and weight.dtype in FLOATS,
         "spd_generate: the model's input embedding",
         "a float32, bfloat16 or float16 table [V, D]; load it without quantising the embedding",
         got,
     )
-    # LLaDA2's remote code reads a 4-D mask as 1 = attend in eager attention, as added in sdpa's
+    # LLaDA2's eager attention reads a 4-D mask as 1 = attend; its sdpa attention adds the mask
     attention = getattr(model.config, "_attn_implementation", None)
     if getattr(model.config, "model_type", "").startswith("llada2"):
         require(
@@ -58,10 +57,10 @@ def check_model(model: Any) -> int:
 
 
 def embedding_table(model: Any, mask_token_id: int) -> Tensor:
-    """[V, D], detached: the weight where the module only looks up, else what its forward gives.
+    """[V, D], detached: the weight if the module only looks up, else what its forward gives.
 
     The second takes one pass over the vocabulary and, while the run lasts, as much memory as the
-    weight; where the forward turns out to look up no more than the weight, the copy is dropped.
+    weight. If the forward turns out to be a plain lookup after all, the copy is dropped.
 
     Raises:
         ValueError: the forward fails, or does not give each token id one vector of its own.
@@ -84,21 +83,21 @@ def embedding_table(model: Any, mask_token_id: int) -> Tensor:
     )
     if type(weight) is Tensor and weight.device == table.device and torch.equal(weight, table):
         return weight
-    # Other places and other neighbours than in the pass above: a table is right only without either
+    # Ids at other positions beside other ids: their vectors must not depend on either
     probe = torch.tensor([mask_token_id, 0, mask_token_id])
     again, rows = run(module, probe), table[probe.to(table.device)]
     limit = TOLERANCE * rows.abs().amax(dim=-1, keepdim=True)
     require(
         bool(((again - rows).abs() <= limit).all()),
         "spd_generate: the model's input embedding",
-        "a module that gives a token id the same vector at every place, without dropout or noise",
+        "a module that gives a token id one vector at every position, without dropout or noise",
         f"{type(module).__name__}, which gave tokens 0 and {mask_token_id} two vectors each",
     )
     return table
 
 
 def embedding_device(model: Any) -> torch.device:
-    """Where the table of `embedding_table` lies."""
+    """The device of the table that `embedding_table` makes."""
     module = model.get_input_embeddings()
     return module.weight.device if is_lookup(module) else run(module, torch.zeros(1).long()).device
 

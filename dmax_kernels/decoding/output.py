@@ -19,13 +19,13 @@ class Statistics:
     """Counts and times of one call, over all of its rows."""
 
     tokens: int  # up to and including each row's eos
-    forwards: int  # batch passes after the prefill
-    refreshing_forwards: int  # those of them that also forwarded committed blocks
+    forwards: int  # passes of the batch after the prefill
+    refreshing_forwards: int  # of these, passes that also forwarded committed blocks
     row_forwards: int  # denoising passes of rows: the sum over rows of num_forwards
     prefill_seconds: float
     decode_seconds: float
     captured_steps: int  # CUDA graphs made
-    capture_refusal: str | None  # why the step runs without a CUDA graph, where one was tried
+    capture_refusal: str | None  # why the step runs without a CUDA graph, if one was tried
 
     @property
     def tokens_per_forward(self) -> float:
@@ -46,10 +46,10 @@ class Statistics:
 class GenerationOutput:
     """What `spd_generate` returns. N is the number of blocks that the longest row took.
 
-    `num_forwards` counts the denoising passes a row took part in. Nothing else is hidden in it: the
-    prompt's prefill is one more pass for the whole batch, and refreshing the KV cache costs no pass
-    of its own (a block's first pass carries the block before it). An engine that refreshes with a
-    separate pass adds `num_refreshes`.
+    `num_forwards` counts the denoising passes that a row took part in. The prompt's prefill is one
+    more pass for the whole batch. Refreshing the KV cache costs no pass of its own, because a
+    block's first pass carries the block before it; an engine that refreshes with a separate pass
+    adds `num_refreshes`.
     """
 
     sequences: Tensor  # int64 [B, T + max_new_tokens]: prompt, padded on the left to T; answer;

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dmax_kernels._checks import require
 from dmax_kernels.decoding.config import RunConfig
+from dmax_kernels.models.attention_window import attention_window
 
 Rows = Tensor | Sequence[Tensor | Sequence[int]]
 Prompts = Rows | Mapping[str, Any]
@@ -95,43 +96,21 @@ def check_prompts(
     longest = max(map(len, prompts))
     block = config.block_length
     length = -(-(longest + config.max_new_tokens) // block) * block
-    room = (
+    needs = (
         f"spd_generate: a prompt of {longest} tokens and max_new_tokens={config.max_new_tokens} "
         f"need {length} positions in whole blocks of {block}, but"
     )
     context = getattr(model_config, "max_position_embeddings", None)
     if context is not None and length > context:
         raise ValueError(
-            f"{room} the model's context is {context} (config.max_position_embeddings)"
+            f"{needs} the model's context is {context} (config.max_position_embeddings)"
         )
-    window = sliding_window(model_config)
+    window = attention_window(model_config)
     if window is not None and length > window:
         raise ValueError(
-            f"{room} some of the model's layers attend to a sliding window of {window}, which the "
-            "mask of block-wise decoding would replace by full attention"
+            f"{needs} some of the model's layers attend to a window of {window} positions, which "
+            "the mask of block-wise decoding does not have"
         )
-
-
-def sliding_window(model_config: Any) -> int | None:
-    """How many positions the layers see that do not see all; None if all layers see all.
-
-    transformers builds windows into the masks that it makes itself. A 4-D mask, which the loop
-    passes, is taken as it is.
-    """
-    inner = getattr(model_config, "get_text_config", None)
-    text = model_config if inner is None else inner()
-    layers = getattr(text, "layer_types", None)
-    if getattr(text, "use_sliding_window", True) is False:
-        return None  # Qwen's and LLaDA2's configs name a window that they do not use
-    sizes = []
-    for kind, name in (
-        ("sliding_attention", "sliding_window"),
-        ("chunked_attention", "attention_chunk_size"),
-    ):
-        size = getattr(text, name, None)
-        if isinstance(size, int) and size > 0 and (layers is None or kind in layers):
-            sizes.append(size)
-    return min(sizes, default=None)
 
 
 def row_thresholds(

@@ -4,7 +4,7 @@
 `step.ComposedRule`. All formulas keep four promises:
 
 - only masked positions are promoted, and at least one wherever any is masked (the progress rule);
-- no row reads another one, so that its result is the same alone and in any batch;
+- no row reads another one: its result is the same alone and in any batch;
 - ties go to the leftmost position;
 - a position whose statistics are NaN is promoted by the progress rule alone, when nothing better
   is masked: the leftmost of them (by the left-to-right rule, when it stands leftmost).

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from dmax_kernels._checks import option, require
 from dmax_kernels._numbers import as_integer, as_number, shown
 
 # For each type of number, how a field is read and what it must be
@@ -13,10 +14,6 @@ KINDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "int": (as_integer, "an integer"),
     "float": (as_number, "a number"),
 }
-
-
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -151,11 +148,6 @@ FREE_TO_CHANGE = frozenset(
         *("save_every", "keep"),
     }
 )
-
-
-def require(condition: bool, name: str, need: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {need}, got {got}")
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: object) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dmax_kernels.files import check_input, read_jsonl
+from dmax_kernels.models.attention_window import attention_window
 from dmax_kernels.models.checkpoint import checkpoint_folder, write_like
 from dmax_kernels.models.end_tokens import write_end_token_ids
 from dmax_kernels.models.pretrained import Loaded, load_pretrained
@@ -186,26 +187,6 @@ def check_window(model_config: Any, longest_row: int) -> None:
             f"training rows must fit in the model's attention window of {window} positions, which "
             f"the training mask does not have, got one of {longest_row}: lower --max-length"
         )
-
-
-def attention_window(model_config: Any) -> int | None:
-    """The fewest positions that any layer attends to; None if every layer attends to all."""
-    if hasattr(model_config, "get_text_config"):
-        model_config = model_config.get_text_config()
-    layer_types = getattr(model_config, "layer_types", None)
-    windows = []
-    for option, layer_type in (
-        ("sliding_window", "sliding_attention"),
-        ("attention_chunk_size", "chunked_attention"),
-    ):
-        window = getattr(model_config, option, None)
-        # Qwen2's config of transformers 4.51 has a sliding_window that this turns off
-        if option == "sliding_window" and not getattr(model_config, "use_sliding_window", True):
-            continue
-        # Configs without layer_types (Mistral, Phi3) mean every layer
-        if window is not None and (layer_types is None or layer_type in layer_types):
-            windows.append(window)
-    return min(windows, default=None)
 
 
 def steps_of_epochs(config: TrainConfig, num_examples: int) -> int:

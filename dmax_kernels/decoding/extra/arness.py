@@ -44,7 +44,7 @@ def global_arness(order: Sequence[int], k: int = 1) -> float:
 
 
 def local_arness(order: Sequence[int], k: int = 1) -> float:
-    """Share of commits that continue a run: each of the last k + 1 right behind the one before.
+    """Share of commits that continue a run: each of the last k + 1 directly after the one before.
 
     Over c = k + 1 ... L, with p as in `global_arness`::
 
@@ -63,15 +63,15 @@ def local_arness(order: Sequence[int], k: int = 1) -> float:
 def commit_order(row: Mapping[str, Any], end: int | None = None) -> list[int]:
     """Positions of one row of `Trace.to_dict()["rows"]` in the order in which they left the mask.
 
-    Several that leave it in one step count from left to right: with the paper's single commit per
-    step, nothing says which of them was first, and this is the order whose Global-ARness of a
-    left-to-right decoder stays 1 however many tokens it takes at once. So the measure is about
-    order alone; how parallel a decoding is, tokens per forward pass says. A later revision of a
-    token is no commit.
+    Positions that leave it in the same step count from left to right. The paper, which commits one
+    token per step, does not say which of them is first; in this order the Global-ARness of a
+    left-to-right decoder is 1 however many tokens it takes at once. The measure is then about order
+    alone, and tokens per forward pass says how parallel a decoding is. A later revision of a token
+    is not a commit.
 
     Args:
         row: as `Trace.to_dict` writes it.
-        end: leave out the positions from this one on (say, behind the end of sequence).
+        end: leave out this position and later ones (say, those after the end of sequence).
     """
     return [
         block["start"] + j
@@ -95,11 +95,11 @@ def arness(
         trace: a `Trace`, or what its `to_dict` returned.
         k: the window, at least 1.
         scope: "global" (Eq. 3) or "local".
-        ends: for each row the position to stop at: its prompt's length plus `num_tokens`, where
-            what stands behind the end of sequence is not to count. Default: all positions.
+        ends: for each row the position to stop at: its prompt's length plus `num_tokens`, if
+            tokens after the end of sequence should not count. Default: all positions.
 
     Raises:
-        ValueError: another scope, k below 1, or `ends` of another length than the rows.
+        ValueError: an unknown scope, k below 1, or not one end for each row.
     """
     if scope not in SCOPES:
         raise ValueError(f"arness: scope must be 'global' or 'local', got {scope!r}")

@@ -1,8 +1,8 @@
 """NAP's parallel-forced decoding of a canvas (arXiv 2602.23225, section 5.3, Eq. 5).
 
-A canvas Y = [B_1, R_1, B_2, R_2, ..., B_m, R_m, B_S, S] has m reasoning slots R_j behind fixed
-headers B_j, and a summary S. All of it lies in one block, where every position sees every other:
-slots that do not read each other's finished tokens first are what makes the paths independent.
+A canvas Y = [B_1, R_1, B_2, R_2, ..., B_m, R_m, B_S, S] has m reasoning slots R_j after fixed
+headers B_j, and a summary S. All of it lies in one block, where every position sees every other.
+The paths are independent because no slot reads the finished tokens of another one first.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Canvas:
             summary_length: how many tokens the summary has.
 
         Raises:
-            ValueError: no path, a length below 1, or another number of lengths than headers.
+            ValueError: no path, a length below 1, or different numbers of lengths and headers.
         """
         if len(headers) == 0 or len(headers) != len(slot_lengths):
             raise ValueError(
@@ -84,7 +84,7 @@ class Canvas:
         return replace(self, token=self.token.to(device), slot=self.slot.to(device))
 
     def read(self, sequences: Tensor) -> list[list[list[int]]]:
-        """Of each row of decoded sequences [B, T + L] its slots' token ids, the summary's last."""
+        """The token ids of each slot, the summary's last, for each row of sequences [B, T + L]."""
         slot = self.slot.to(sequences.device)
         return [
             [row[slot == number].tolist() for number in range(self.num_slots + 1)]
@@ -102,7 +102,7 @@ class CanvasRule(FixedCount):
     canvas: Canvas
 
     def begin_(self, state: LiveBlocks, rows: Tensor, embedding: Tensor, config: RunConfig) -> None:
-        """Write the headers behind the prompt's tail, and padding behind the canvas."""
+        """Write the headers after the prompt's tail, and padding after the canvas."""
         index, inside = self._on_canvas(state.editable, 0)
         slot = torch.where(inside, self.canvas.slot[index], HEADER)
         fixed = torch.where(inside, self.canvas.token[index], config.pad_token_id)
@@ -150,12 +150,12 @@ def nap_generate(
     use_cache: bool = False,
     **options: Any,
 ) -> GenerationOutput:
-    """Decode a canvas behind each prompt, all of its reasoning slots at once.
+    """Decode a canvas after each prompt, all of its reasoning slots at once.
 
     At every step each reasoning slot that has masks left commits its `tokens_per_step` most
     confident positions, as NAP's macro-parallel, micro-confidence schedule asks; the summary begins
-    when the last of them is full. A token once committed stays. The smallest budget of a step is
-    one token per slot: the paper's table of one token per step in all has no counterpart here.
+    when the last of them is full. A committed token stays. The smallest budget of a step is one
+    token per slot, unlike the paper's table, whose smallest is one token in all.
 
     Args:
         model: as for `spd_generate`.
@@ -164,7 +164,7 @@ def nap_generate(
         tokens_per_step: of each slot.
         block_length: the positions that see each other. Default: prompt and canvas are one block,
             as in the fully bidirectional models of the paper. For a block-diffusion model the
-            length it was trained with: then the canvas has to fit behind the prompt's tail.
+            length it was trained with; the canvas then has to fit after the prompt's tail.
         attention_mask: as for `spd_generate`.
         use_cache: keep keys and values of the prompt's whole blocks.
         options: passed on to `spd_generate` (ops, trace, mask_token_id, ...).
@@ -187,7 +187,7 @@ def nap_generate(
     tail = lengths[0] % block_length
     if tail + canvas.length > block_length:
         raise ValueError(
-            f"nap_generate: canvas must fit into a block of {block_length} behind {tail} tokens of "
+            f"nap_generate: canvas must fit into a block of {block_length} after {tail} tokens of "
             f"the prompt, got {canvas.length} positions"
         )
     check_model(model)
