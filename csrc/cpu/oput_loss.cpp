@@ -13,7 +13,7 @@ namespace {
 template <class T>
 double row_loss(const TileKernels<T>& kernels, const T* row, int64_t vocab, int64_t target,
                 const RowStats& stats, const LossOptions& options) {
-  return loss_of_row(stats.maximum, std::log1p(stats.rest), kernels.value(row + target), options,
+  return loss_of_row(stats.maximum, stats.log_rest(), kernels.value(row + target), options,
                      [&] { return -kernels.sum(row, vocab, stats.maximum) / vocab; });
 }
 

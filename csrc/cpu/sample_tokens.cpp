@@ -27,13 +27,11 @@ std::tuple<Tensor, Tensor> sample_tokens(Tensor logits, Tensor seed, double temp
     scan_rows<T>(view.rows, scan, row_of, [&](int64_t row, const RowStats& stats) {
       token_out[row] = stats.token;
       probability_out[row] = stats.confidence();
-      if (greedy || std::isnan(stats.rest)) return;
+      if (greedy || !stats.defined()) return;
       const NoiseKey key = noise_key(seeds, is_seed_per_row(seed), row);
       const int64_t sampled = sample_row(kernels, row_of(row), scan, stats, key).id;
-      const double logit = kernels.value(row_of(row) + sampled);
       token_out[row] = sampled;
-      probability_out[row] = static_cast<float>(
-          std::exp((logit - stats.maximum) / scan.temperature) / (1.0 + stats.rest));
+      probability_out[row] = stats.probability(kernels.value(row_of(row) + sampled), temperature);
     });
   });
   return {token, probability};

@@ -301,9 +301,50 @@ void store_scaled(T* y, const float* x, float factor, int64_t n) {
 }
 
 template <class T>
+void widen(float* y, const T* x, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i));
+  for (; i < n; ++i) y[i] = load_one(x + i);
+}
+
+template <class T>
+void row_products(const T* x, int64_t x_stride, int64_t tokens, const float* a, int64_t num_rows,
+                  int64_t dim, float* products, int64_t stride) {
+  // Eight chains of sums in native registers: enough to hide the latency of an addition. A token's
+  // sum never meets another's, so its bits depend on its own row alone.
+  constexpr int kTokens = 8 / kParts;
+  for (int64_t t = 0; t < tokens; t += kTokens) {
+    const T* token[kTokens];
+    for (int j = 0; j < kTokens; ++j) {
+      token[j] = x + (t + j < tokens ? t + j : tokens - 1) * x_stride;
+    }
+    for (int64_t row = 0; row < num_rows; ++row) {
+      const float* values = a + row * dim;
+      VecF sum[kTokens];
+      for (int j = 0; j < kTokens; ++j) sum[j] = splat(0.0f);
+      int64_t k = 0;
+      for (; k + kLanes <= dim; k += kLanes) {
+        const VecF factor = load(values + k);
+        for (int j = 0; j < kTokens; ++j) sum[j] = sum[j] + load(token[j] + k) * factor;
+      }
+      if (k < dim) {
+        const int count = static_cast<int>(dim - k);
+        const VecF factor = load_tail(values + k, count, 0.0f);
+        for (int j = 0; j < kTokens; ++j) {
+          sum[j] = sum[j] + load_tail(token[j] + k, count, 0.0f) * factor;
+        }
+      }
+      float* out = products + row * stride + t;
+      for (int j = 0; j < kTokens && t + j < tokens; ++j) out[j] = reduce_add(sum[j]);
+    }
+  }
+}
+
+template <class T>
 constexpr TileKernels<T> kernels() {
-  return {value<T>, maximum<T>,      find<T>,   find_above<T>, sum_exp<T>,    entropy_sums<T>,
-          sum<T>,   softmax_grad<T>, sample<T>, dot<T>,        add_scaled<T>, store_scaled<T>};
+  return {value<T>, maximum<T>,      find<T>,        find_above<T>, sum_exp<T>,
+          entropy_sums<T>, sum<T>,   softmax_grad<T>, sample<T>,     dot<T>,
+          add_scaled<T>,   store_scaled<T>, widen<T>, row_products<T>};
 }
 
 }  // namespace
