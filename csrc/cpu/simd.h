@@ -166,13 +166,20 @@ DMAX_INLINE void store_words(uint16_t* p, VecU x) {
   }
 }
 
+// Part by part: a copy of all 64 bytes at once goes through the stack where a register holds fewer
 DMAX_INLINE VecF load(const float* p) {
   VecF x;
-  __builtin_memcpy(&x, p, sizeof(x));
+  for (int i = 0; i < kParts; ++i) {
+    __builtin_memcpy(&x.part[i], p + i * kNativeLanes, kNativeBytes);
+  }
   return x;
 }
 
-DMAX_INLINE void store(float* p, VecF x) { __builtin_memcpy(p, &x, sizeof(x)); }
+DMAX_INLINE void store(float* p, VecF x) {
+  for (int i = 0; i < kParts; ++i) {
+    __builtin_memcpy(p + i * kNativeLanes, &x.part[i], kNativeBytes);
+  }
+}
 
 DMAX_INLINE VecF load(const BFloat16* p) {
 #if defined(__AVX512F__)  // gcc 12 widens in two halves
@@ -278,64 +285,90 @@ DMAX_INLINE void store_tail(T* p, int count, VecF x) {
 // ---- reductions and functions ----
 
 // b where either is NaN. gcc 12 makes two instructions of the comparison, hence the intrinsics.
-DMAX_INLINE VecF max(VecF a, VecF b) {
+DMAX_INLINE VecF::Native max_part(VecF::Native a, VecF::Native b) {
 #if defined(__AVX512F__)
-  a.part[0] = (VecF::Native)_mm512_maskz_max_ps(0xffff, (__m512)a.part[0], (__m512)b.part[0]);
-  return a;
+  return (VecF::Native)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
 #elif defined(__AVX2__)
-  for (int i = 0; i < kParts; ++i) {
-    a.part[i] = (VecF::Native)_mm256_max_ps((__m256)a.part[i], (__m256)b.part[i]);
-  }
-  return a;
+  return (VecF::Native)_mm256_max_ps((__m256)a, (__m256)b);
 #else
-  return select(a > b, a, b);
+  return a > b ? a : b;
+#endif
+}
+
+DMAX_INLINE VecF max(VecF a, VecF b) {
+  for (int i = 0; i < kParts; ++i) a.part[i] = max_part(a.part[i], b.part[i]);
+  return a;
+}
+
+// The lanes where either is NaN
+DMAX_INLINE VecI unordered(VecF a, VecF b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  VecI lanes;
+  for (int i = 0; i < kParts; ++i) {
+    lanes.part[i] =
+        (VecI::Native)_mm256_cmp_ps((__m256)a.part[i], (__m256)b.part[i], _CMP_UNORD_Q);
+  }
+  return lanes;
+#else
+  return (a != a) | (b != b);
 #endif
 }
 
 DMAX_INLINE VecF min(VecF a, VecF b) { return select(a < b, a, b); }
 
+// Quarters of the sixteen lanes: plain vectors of four, whatever the instruction set
+struct Quarters {
+  typedef float Four __attribute__((vector_size(16)));
+  Four part[4];
+  DMAX_INLINE explicit Quarters(VecF x) { __builtin_memcpy(part, &x, sizeof(x)); }
+};
+
 // A fixed tree, so that a sum's bits depend on the values alone
 DMAX_INLINE float reduce_add(VecF x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int half = kLanes / 2; half >= 1; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  const Quarters q(x);
+  const Quarters::Four sum = (q.part[0] + q.part[2]) + (q.part[1] + q.part[3]);
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
 DMAX_INLINE float reduce_max(VecF x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  float best = lanes[0];
-  for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
-  return best;
+  const Quarters q(x);
+  const auto larger = [](Quarters::Four a, Quarters::Four b) { return a > b ? a : b; };
+  const Quarters::Four most = larger(larger(q.part[0], q.part[1]), larger(q.part[2], q.part[3]));
+  const float even = most[0] > most[2] ? most[0] : most[2];
+  const float odd = most[1] > most[3] ? most[1] : most[3];
+  return even > odd ? even : odd;
 }
 
 DMAX_INLINE bool any(VecI lanes) {
   VecI::Native found = lanes.part[0];
   for (int i = 1; i < kParts; ++i) found |= lanes.part[i];
-  int32_t bits = 0;
-  for (int i = 0; i < kNativeLanes; ++i) bits |= found[i];
-  return bits != 0;
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)found, (__m512i)found) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)found, (__m256i)found);
+#else
+  typedef int64_t Two __attribute__((vector_size(16)));
+  return (((Two)found)[0] | ((Two)found)[1]) != 0;
+#endif
 }
 
-// 2^x for x <= 0, relative error below 1.2e-7; below 2^-126 it stays at 2^-126, which is 0 beside
-// the 1 that every sum here contains
-DMAX_INLINE VecF exp2(VecF x) {
-  x = max(x, splat(-126.0f));
-  // Adding and taking away 1.5 * 2^23 rounds to the nearest integer
-  const VecF shifted = x + 12582912.0f;
-  const VecF f = x - (shifted - 12582912.0f);  // in [-0.5, 0.5]
-  VecF p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
+// 2^x for x <= 0, relative error below 1.8e-7; below 2^-126 it stays at 2^-126, which is 0 beside
+// the 1 that every sum here contains. Eleven instructions.
+DMAX_INLINE VecF::Native exp2_part(VecF::Native x) {
+  x = max_part(x, -126.0f - VecF::Native{});
+  // Adding and taking away 1.5 * 2^23 rounds to the nearest integer. Kept from the compiler's eyes,
+  // which would spend a second register on its negative.
+  VecF::Native rounder = 12582912.0f - VecF::Native{};
+  asm("" : "+x"(rounder));
+  const VecF::Native shifted = x + rounder;
+  const VecF::Native f = x - (shifted - rounder);  // in [-0.5, 0.5]
+  VecF::Native p = f * 1.326472731e-3f + 9.671512991e-3f;
+  p = p * f + 5.550733581e-2f;
+  p = p * f + 2.402224243e-1f;
+  p = p * f + 6.931470037e-1f;
   p = p * f + 1.0f;
   // The integer sits in the low bits of the shifted sum
-  const VecU exponent = shift_left(bits_as<uint32_t>(shifted), 23);
-  return bits_as<float>(bits_as<uint32_t>(p) + exponent);
+  return (VecF::Native)((VecU::Native)p + ((VecU::Native)shifted << 23));
 }
 
 // ln(x) for normal x > 0, relative error below 2e-7
