@@ -75,9 +75,12 @@ def reduce_loss(
         return total
     if num_tokens is None:
         num_tokens = (target != ignore_index).sum()
+    divisor: Tensor | float
     if isinstance(num_tokens, Tensor):
-        empty, divisor = num_tokens == 0, torch.where(num_tokens == 0, 1, num_tokens)
+        empty = num_tokens == 0
+        divisor = torch.where(empty, 1, num_tokens)
     else:
-        empty, divisor = total.new_full((), num_tokens == 0, dtype=torch.bool), num_tokens or 1
+        empty = total.new_full((), num_tokens == 0, dtype=torch.bool)
+        divisor = num_tokens or 1
     # The divisor is replaced as well: 0 / 0 would leave NaN in the gradient
     return (total / divisor).masked_fill(empty.to(total.device), 0.0)

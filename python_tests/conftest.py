@@ -4,6 +4,7 @@ Every draw is seeded, and the last lines say what ran: versions, instruction set
 """
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import random
@@ -15,7 +16,6 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(2, (os.cpu_count() or 1) // workers)))
 
-import hypothesis
 import pytest
 import torch
 
@@ -24,10 +24,12 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before any test module
 
 
-# The same examples in each run; `make fuzz` looks for new ones
-hypothesis.settings.register_profile("same", derandomize=True)
-if "DMAX_FUZZ_EXAMPLES" not in os.environ:
-    hypothesis.settings.load_profile("same")
+# The same examples in each run; `make fuzz` looks for new ones. `make gpu` may have no hypothesis.
+if importlib.util.find_spec("hypothesis") and "DMAX_FUZZ_EXAMPLES" not in os.environ:
+    from hypothesis import settings
+
+    settings.register_profile("same", derandomize=True)
+    settings.load_profile("same")
 
 
 def seed():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmax_kernels.decoding.arness import arness, commit_order, global_arness, local_arness
+from dmax_kernels.decoding.extra import arness, commit_order, global_arness, local_arness
 
 orders = st.integers(0, 12).flatmap(lambda n: st.permutations(range(3, 3 + n)))
 

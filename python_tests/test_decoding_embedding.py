@@ -5,8 +5,9 @@ import torch
 from decoding_models import MASK, VOCABULARY, RandomModel, random_prompts
 from torch import nn
 
-from dmax_kernels.decoding import Canvas, nap_generate, spd_generate
+from dmax_kernels.decoding import spd_generate
 from dmax_kernels.decoding.embedding import embedding_table
+from dmax_kernels.decoding.extra import Canvas, nap_generate
 from dmax_kernels.integrations import lookup_weight
 
 HIDDEN = 16

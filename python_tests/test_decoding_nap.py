@@ -4,8 +4,7 @@ import pytest
 import torch
 from decoding_models import MASK, RandomModel, random_prompts
 
-from dmax_kernels.decoding.arness import arness, commit_order
-from dmax_kernels.decoding.nap import Canvas, nap_generate
+from dmax_kernels.decoding.extra import Canvas, arness, commit_order, nap_generate
 from dmax_kernels.models.checkpoint import load_checkpoint
 
 # Two paths of 4 and 6 tokens behind headers of 2 and 1, a summary of 3 behind a header of 2
@@ -135,13 +134,22 @@ def test_a_block_diffusion_model_takes_a_canvas_that_fits_its_block(use_cache):
     [
         (lambda: Canvas.build([], [], [], 3), "slot_lengths must be one length for each of at"),
         (lambda: Canvas.build([[1]], [2, 3], [], 3), "at least 1 header, got 2 for 1"),
-        (lambda: Canvas.build([[1]], [0], [], 3), "length of a slot must be positive, got 0"),
-        (lambda: Canvas.build([[1]], [2], [], 0), "length of a slot must be positive, got 0"),
+        (
+            lambda: Canvas.build([[1]], [0], [], 3),
+            "length of a slot must be a positive integer, got 0",
+        ),
+        (
+            lambda: Canvas.build([[1]], [2], [], 0),
+            "length of a slot must be a positive integer, got 0",
+        ),
         (
             lambda: nap_generate(RandomModel(), random_prompts(1, 9), CANVAS, block_length=16),
             "canvas must fit into a block of 16 behind 9 tokens of the prompt, got 18 positions",
         ),
-        (lambda: nap_generate(RandomModel(), [[1, 2]], CANVAS), "must be a 2-D tensor"),
+        (
+            lambda: nap_generate(RandomModel(), [[3, 2], [3]], CANVAS),
+            r"input_ids must be prompts of one length, got \[1, 2\]",
+        ),
         (
             lambda: nap_generate(RandomModel(), random_prompts(1, 9), CANVAS, tokens_per_step=0),
             "tokens_per_step must be a positive integer, got 0",

@@ -19,7 +19,7 @@ from dmax_kernels.decoding import spd_generate
 from dmax_kernels.models.checkpoint import checkpoint_folder
 from dmax_kernels.models.pretrained import KNOWN, load_pretrained, model_defaults
 from dmax_kernels.models.remote_code import repair_loaded_model, unscaled_rotary_frequencies
-from dmax_kernels.ops.spd_step_ import SEMANTICS
+from dmax_kernels.ops.spd_step import SEMANTICS
 from dmax_kernels.ring_walk import task
 
 PROMPTS = ["w5 w6", "w7 w8 w9 w10", " ".join(f"w{i}" for i in range(3, 73))]

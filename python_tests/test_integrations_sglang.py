@@ -183,15 +183,19 @@ def test_spd(table, seed):
         assert torch.equal(alone[0], ids[row])
 
 
-@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
-def test_spd_commits_the_best_token_beside_the_mask(table, default):
-    """Of every row: the mask token is top-1 throughout, and is never a decoded token."""
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def default_dtype(request):
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_spd_commits_the_best_token_beside_the_mask(table, default_dtype):
+    """The mask token is top-1 throughout, and is never a decoded token."""
     requests = Requests(1)
     requests.base[:, requests.mask_id] = 50
     steps = [requests.base] * 8
-    torch.set_default_dtype(default)
     ids, _ = decode_spd(table, requests, slice(None), steps)
-    torch.set_default_dtype(torch.float32)
     masked = requests.ids == requests.mask_id
     best = requests.base[:, : requests.mask_id].argmax(dim=-1).view(3, 6)
     assert torch.equal(ids, torch.where(masked, best, requests.ids))

@@ -35,11 +35,18 @@ def test_every_op_is_measured():
     assert {SHARED.get(op, op) for op in OPS} <= measured
 
 
-def test_cuda_ops_have_a_host_and_a_device_side():
-    """csrc/cuda/<op>.cu and <op>.cuh; the ops with a matrix product are Triton's."""
+def test_cuda_families_have_a_host_and_a_device_side():
+    """csrc/cuda/<family>.cu and <family>.cuh; between them they register every op but the linear
+    ones, which are Triton's, once."""
+    cmake = (ROOT / "csrc/cuda/CMakeLists.txt").read_text()
+    families = re.search(r"set\(DMAX_CUDA_FAMILIES\s+(.*?)\)", cmake, re.DOTALL)[1].split()
     host = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")} - {"host"}
-    assert host == {op for op in OPS if not op.startswith("linear_")}
-    assert all((ROOT / f"csrc/cuda/{op}.cuh").is_file() for op in host)
+    assert host == set(families)
+    assert all((ROOT / f"csrc/cuda/{family}.cuh").is_file() for family in families)
+    sources = [(ROOT / f"csrc/cuda/{family}.cu").read_text() for family in families]
+    registered = re.findall(r'm\.impl\(\s*"(\w+)"', "".join(sources))
+    schemas = re.findall(r'"(\w+)\(', (ROOT / "csrc/schemas.cpp").read_text())
+    assert sorted(registered) == sorted(s for s in schemas if not s.startswith("linear_"))
 
 
 def test_no_op_file_without_an_op():

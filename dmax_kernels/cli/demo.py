@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dmax_kernels.bench import WORKLOADS, Inputs
 from dmax_kernels.bench.timer import compare
 from dmax_kernels.bench.workload import BLOCK, VOCAB
-from dmax_kernels.decoding.settings import OPS
+from dmax_kernels.decoding.config import OPS
 from dmax_kernels.files import check_output, save_json
 from dmax_kernels.models.checkpoint import load_checkpoint
 from dmax_kernels.ring_walk import evaluate, page, picture, tables, task

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmax_kernels.decoding.settings import FLOATS, one_of, require
+from dmax_kernels._checks import one_of, require
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = 2**-6  # of a row's largest value: how differently two batch sizes may round in bfloat16
 
 
@@ -28,6 +29,32 @@ def is_lookup(module: Any) -> bool:
         and "forward" not in vars(module)  # accelerate puts its own on the instance
         and not any(getattr(module, name) for name in hooks)
     )
+
+
+def check_model(model: Any) -> int:
+    """The size of the vocabulary, of a model that the step after the forward pass can read."""
+    weight: Any = getattr(model.get_input_embeddings(), "weight", None)
+    got = "no weight"
+    if weight is not None:
+        got = f"{type(weight).__name__} of {weight.dtype}, {list(weight.shape)}"
+    # A quantised head is fine: the model's own forward makes logits of it. The embedding is read
+    # by the step itself, whose hybrid embeddings mix its rows.
+    require(
+        weight is not None and weight.dim() == 2 and weight.dtype in FLOATS,
+        "spd_generate: the model's input embedding",
+        "a float32, bfloat16 or float16 table [V, D]; load it without quantising the embedding",
+        got,
+    )
+    # LLaDA2's remote code reads a 4-D mask as 1 = attend in eager attention, as added in sdpa's
+    attention = getattr(model.config, "_attn_implementation", None)
+    if getattr(model.config, "model_type", "").startswith("llada2"):
+        require(
+            attention == "sdpa",
+            "spd_generate: the model's attention",
+            "'sdpa' (from_pretrained(..., attn_implementation='sdpa')), which adds its 4-D mask",
+            repr(attention),
+        )
+    return weight.shape[0]
 
 
 def embedding_table(model: Any, mask_token_id: int) -> Tensor:
@@ -51,7 +78,7 @@ def embedding_table(model: Any, mask_token_id: int) -> Tensor:
         and table.dtype in FLOATS
         and table.dim() == 2
         and len(table) == vocabulary,
-        "the model's input embedding",
+        "spd_generate: the model's input embedding",
         f"a module that gives each of {vocabulary} token ids one vector, {one_of(FLOATS)}",
         f"{type(table).__name__} on {table.device} of {table.dtype}, {list(table.shape)}",
     )
@@ -63,7 +90,7 @@ def embedding_table(model: Any, mask_token_id: int) -> Tensor:
     limit = TOLERANCE * rows.abs().amax(dim=-1, keepdim=True)
     require(
         bool(((again - rows).abs() <= limit).all()),
-        "the model's input embedding",
+        "spd_generate: the model's input embedding",
         "a module that gives a token id the same vector at every place, without dropout or noise",
         f"{type(module).__name__}, which gave tokens 0 and {mask_token_id} two vectors each",
     )

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmax_kernels.decoding.settings import FLOATS, one_of, require
+from dmax_kernels._checks import one_of, require
+from dmax_kernels.decoding.embedding import FLOATS
 from dmax_kernels.decoding.state import LiveBlocks
 
 PREFILL_CHUNK = 2048  # positions: bounds the [b, 1, Q, S] mask of a long prompt
@@ -148,10 +149,12 @@ class BlockForward:
 
     def _checked(self, logits: Tensor) -> Tensor:
         vocabulary = self.embedding.shape[0]
-        require(logits.dtype in FLOATS, "the model's logits", one_of(FLOATS), logits.dtype)
+        require(
+            logits.dtype in FLOATS, "spd_generate: the model's logits", one_of(FLOATS), logits.dtype
+        )
         require(
             logits.shape[-1] == vocabulary,
-            "the model's logits",
+            "spd_generate: the model's logits",
             f"over the {vocabulary} tokens of its input embedding",
             f"{logits.shape[-1]} (resize the embedding or the head)",
         )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dmax_kernels.decoding.requests import Request
+from dmax_kernels.decoding.batch import PromotionLog, Request
+from dmax_kernels.decoding.config import RunConfig
 from dmax_kernels.decoding.trace import Trace
 
 
@@ -79,32 +80,28 @@ class GenerationOutput:
 def assemble(
     prompts: list[Tensor],
     requests: list[Request],
-    max_new_tokens: int,
-    pad_token_id: int,
-    use_cache: bool,
-    promotions: dict[int, list[int]],
+    promotions: PromotionLog,
     statistics: Statistics,
     trace: Trace | None,
+    config: RunConfig,
     device: torch.device,
 ) -> GenerationOutput:
-    rows = [
-        torch.cat([prompt, torch.tensor(request.answer, dtype=torch.int64)])
-        for prompt, request in zip(prompts, requests, strict=True)
-    ]
     longest = max(map(len, prompts))
-    sequences = torch.full((len(rows), longest + max_new_tokens), pad_token_id)
-    for sequence, prompt, row in zip(sequences, prompts, rows, strict=True):
-        begin = longest - len(prompt)
-        sequence[begin : begin + len(row)] = row
+    length = longest + config.max_new_tokens
+    sequences = torch.full((len(prompts), length), config.pad_token_id)
+    for sequence, prompt, request in zip(sequences, prompts, requests, strict=True):
+        answer_end = longest + len(request.answer)
+        sequence[longest - len(prompt) : longest] = prompt
+        sequence[longest:answer_end] = torch.tensor(request.answer)
     forwards = pad_sequence([torch.tensor(each.block_forwards) for each in requests], True)
     blocks = (forwards > 0).sum(dim=1)
     return GenerationOutput(
         sequences=sequences.to(device),
         num_tokens=torch.tensor([len(each.answer) for each in requests], device=device),
         block_forwards=forwards.to(device),
-        num_refreshes=((blocks - 1) * int(use_cache)).to(device),
-        promotions=[promotions[row] for row in range(len(rows))],
+        num_refreshes=((blocks - 1) * int(config.use_cache)).to(device),
+        promotions=[promotions.promotions[row] for row in range(len(prompts))],
         statistics=statistics,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=config.max_new_tokens,
         trace=trace,
     )

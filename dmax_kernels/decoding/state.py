@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+State = TypeVar("State", bound="BlockState")
 
 
 @dataclass
@@ -32,13 +31,13 @@ class BlockState:
 
     @classmethod
     def fully_masked(
-        cls,
+        cls: type[State],
         token: Tensor,
         prompt_tail: int | Tensor,
         embedding: Tensor,
         mask_token_id: int,
         **further: Tensor,
-    ) -> Self:
+    ) -> State:
         """The state before the first step: all masks, but for a prompt's tail.
 
         token: [B, K], of which only the tail is read; prompt_tail: its length, or one per row [B];

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dmax_kernels import ops
 from dmax_kernels.distributed.layout import VocabShard, at_least_one_column
+from dmax_kernels.reference.loss import combined_loss
 
 _IGNORED = -1  # as a target on a shard; ids there begin at 0
 
@@ -78,12 +79,11 @@ class LossParts:
         log_sum = log_sum.masked_fill(undefined, torch.nan)
         # The difference first: a common offset of the logits cancels exactly
         nll = (best - at_target) + log_sum
-        loss, logsumexp = nll, best + log_sum
+        logsumexp = best + log_sum
+        mean_logit = None
         if self.label_smoothing:
-            smooth = logsumexp - fields[:, 3].sum(dim=0) / self.shard.vocab_size
-            loss = (1 - self.label_smoothing) * nll + self.label_smoothing * smooth
-        if self.z_loss:
-            loss = loss + self.z_loss * logsumexp.square()
+            mean_logit = fields[:, 3].sum(dim=0) / self.shard.vocab_size
+        loss = combined_loss(nll, logsumexp, mean_logit, self.label_smoothing, self.z_loss)
         loss = torch.where(targets.kept, loss, 0.0)
         return loss.float(), logsumexp.float(), nll.float()
 

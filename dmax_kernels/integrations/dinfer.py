@@ -16,7 +16,7 @@ from torch import Tensor
 import dmax_kernels
 from dmax_kernels.decoding.state import BlockState
 from dmax_kernels.integrations import engine_objects, lookup_weight
-from dmax_kernels.ops.spd_step_ import SEMANTICS
+from dmax_kernels.ops.spd_step import SEMANTICS
 
 TAU_ACC = 0.9  # fixed inside dInfer's decode_uniform
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from dmax_kernels.decoding import GenerationOutput, spd_generate
-from dmax_kernels.decoding.arness import arness
-from dmax_kernels.decoding.rule import Rule
+from dmax_kernels.decoding import GenerationOutput, Rule, spd_generate
+from dmax_kernels.decoding.extra import arness
 from dmax_kernels.models.checkpoint import SHIPPED, load_checkpoint
 from dmax_kernels.ring_walk import task
 

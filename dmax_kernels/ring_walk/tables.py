@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dmax_kernels.decoding.rule import Rule
-from dmax_kernels.decoding.unmasking import EntropyBound, Factor, TopN
+from dmax_kernels.decoding import EntropyBound, Factor, Rule, TopN
 from dmax_kernels.ring_walk.evaluate import TAUS, Cell, Result, ablation_rows
 
 MODEL_NAMES = {"base": "base", "oput": "OPUT", "control": "control"}

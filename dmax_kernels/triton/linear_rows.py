@@ -50,6 +50,11 @@ class LinearTiles(NamedTuple):
     tiles_per_program: int
 
 
+def precision_of(dtype: torch.dtype) -> str:
+    """tl.dot's; it has no meaning for 16-bit inputs, whose products are exact."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
 def compiles_for_hopper() -> bool:
     if triton.knobs.runtime.interpret:
         return False
@@ -90,7 +95,7 @@ def logits_tile(
     hidden_rows, weight, weight_stride, bias, first, vocab, dim, suppress_token,
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """Ids [N] and logits [M, N] of one vocabulary tile, -inf at the suppressed id and past the end.
 
     Tokens past the end are computed from the last token's weights, which costs no masks.
@@ -135,7 +140,7 @@ def linear_statistics_kernel(
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, SAMPLE: tl.constexpr,
     SEED_PER_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     group = tl.program_id(1)
     safe_row = tl.minimum(row, num_rows - 1).to(tl.int64)
@@ -163,7 +168,7 @@ def linear_statistics_kernel(
         ids, x = logits_tile(
             hidden_rows, weight, weight_stride, bias, tile * BLOCK_N, vocab, dim, suppress_token,
             PRECISION, EVEN_K, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        )
 
         # The tile's maximum, and the sum relative to the larger of both maxima
         tile_max = tl.max(x, axis=1)
@@ -229,24 +234,24 @@ def fused_statistics(
     hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
     seed: Tensor | None, first_row: int, tiles: LinearTiles, partials: tuple[Tensor | None, ...],
     num_groups: int,
-) -> None:  # fmt: skip
+) -> None:
     dtype, dim, sampling = hidden.tensor.dtype, hidden.width, seed is not None
     linear_statistics_kernel[(-(-hidden.count // tiles.block_m), num_groups)](
         hidden.tensor, hidden.stride, weight.tensor, weight.stride, bias,
         hidden.count, weight.count, dim, suppress_token, softmax_scale(temperature),
         seed, first_row, 1.0 / temperature, *partials, num_groups, tiles.tiles_per_program,
-        PRECISION="ieee" if dtype == torch.float32 else "tf32",
+        PRECISION=precision_of(dtype),
         EVEN_K=dim % tiles.block_k == 0, HAS_BIAS=bias is not None,
         SAMPLE=sampling, SEED_PER_ROW=sampling and seed.dim() == 2,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
+    )
 
 
 def linear_statistics(
     hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
     seed: Tensor | None = None,
-) -> Iterator[tuple[slice, LinearPartials]]:  # fmt: skip
+) -> Iterator[tuple[slice, LinearPartials]]:
     """The partial results of some rows at a time; ``seed`` [2] or [rows, 2] asks for samples."""
     device, dtype = hidden.tensor.device, hidden.tensor.dtype
     sampling, seed_per_row = seed is not None, seed is not None and seed.dim() == 2
@@ -266,7 +271,7 @@ def linear_statistics(
         arguments = (
             rows, weight, bias, temperature, suppress_token, seed[some] if seed_per_row else seed,
             first,
-        )  # fmt: skip
+        )
         if chunked:
             chunk_statistics(*arguments, partials)
         else:

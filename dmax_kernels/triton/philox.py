@@ -23,7 +23,7 @@ def philox_words(seed, row, offset, group):
     return tl.philox(
         seed, group, zero + row.to(tl.int32), zero + offset.to(tl.int32),
         zero + (offset >> 32).to(tl.int32),
-    )  # fmt: skip
+    )
 
 
 @triton.jit

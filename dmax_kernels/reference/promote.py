@@ -1,0 +1,16 @@
+"""Algorithm 1, lines 5-8: which masked positions become token positions."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["prefix_promote"]
+
+
+def prefix_promote(
+    confidence: Tensor, masked: Tensor, threshold: float | Tensor, *, inclusive: bool = False
+) -> Tensor:
+    passes = confidence >= threshold if inclusive else confidence > threshold  # NaN passes neither
+    failed_before = (masked & ~passes).cumsum(dim=-1) > 0
+    prefix = masked & ~failed_before
+    leftmost = masked & (masked.cumsum(dim=-1) == 1)
+    return torch.where(prefix.any(dim=-1, keepdim=True), prefix, leftmost)
