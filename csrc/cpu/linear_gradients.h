@@ -1,4 +1,5 @@
-// Gradients of linear_oput_loss by PyTorch's float32 product, one block of the vocabulary at a time.
+// Gradients of linear_oput_loss by PyTorch's float32 product, one block of the vocabulary at a
+// time.
 //
 // Within a block: the logits once more, their gradients in place, and from these the products for
 // the hidden states, the weight and the bias. The block's part of the weight's gradient is finished
@@ -6,7 +7,7 @@
 #pragma once
 
 #include "cpu/linear_logits.h"
-#include "cpu/stacked_rows.h"
+#include "cpu/stacked_passes.h"
 
 namespace dmax::cpu {
 

@@ -1,5 +1,5 @@
-// Gradients of linear_oput_loss where the CPU multiplies bfloat16 as it is stored: the same steps as
-// in linear_gradients.h.
+// Gradients of linear_oput_loss where the CPU multiplies bfloat16 as it is stored: the same steps
+// as in linear_gradients.h.
 //
 // The gradient of a logit is rounded to bfloat16 before the two products that use it, as the GPU
 // implementations and eager PyTorch do: a gradient's error grows by at most 2^-8 of the sum of its
@@ -33,8 +33,7 @@ class AmxGradients {
     for (int64_t row = 0; row < rows_; row += kPart) {
       const int64_t m = std::min(kPart, rows_ - row);
       packed_hidden_.emplace_back(products_.packed_bytes(m, dim_));
-      products_.pack_rows(view.from_row(row), m, dim_,
-                          packed_hidden_.back().data);
+      products_.pack_rows(view.from_row(row), m, dim_, packed_hidden_.back().data);
     }
     if (grads.needs_weight()) {
       hidden_columns_ = torch::stable::contiguous(torch::stable::transpose(hidden_, 0, 1));

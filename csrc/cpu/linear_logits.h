@@ -19,9 +19,9 @@
 #include <vector>
 
 #include "common/dispatch.h"
-#include "cpu/amx_products.h"
 #include "cpu/parallel.h"
-#include "cpu/tile_kernels.h"
+#include "cpu/simd/amx_products.h"
+#include "cpu/simd/tile_kernels.h"
 
 namespace dmax::cpu {
 
@@ -54,8 +54,8 @@ inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose
 
 // out = a b + (accumulate ? out : 0) in float32, past the dispatcher and so past autocast
 inline void multiply_into(const Tensor& a, const Tensor& b, bool accumulate, const Tensor& out) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), accumulate ? 1.0 : 0.0, 1.0));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(),
+                                                         accumulate ? 1.0 : 0.0, 1.0));
 }
 
 // `rows` rows in float32: those of x themselves where they are, else a copy in `buffer`
@@ -150,10 +150,9 @@ class LinearLogits {
         return;
       case Way::kLibrary: {
         const MatrixView<float> wide = widened(tokens, n, dim_, scratch.data);
-        multiply_into(
-            borrowed_matrix(rows_.data, count_, dim_, dim_, 1),
-            borrowed_matrix(wide.data, dim_, n, wide.column_stride, wide.row_stride), false,
-            borrowed_matrix(logits, count_, n, kLinearTokens, 1));
+        multiply_into(borrowed_matrix(rows_.data, count_, dim_, dim_, 1),
+                      borrowed_matrix(wide.data, dim_, n, wide.column_stride, wide.row_stride),
+                      false, borrowed_matrix(logits, count_, n, kLinearTokens, 1));
       }
     }
   }

@@ -1,14 +1,14 @@
 // Cross-entropy of both passes from the hidden states, and the gradients of hidden states and head.
 //
-// Rows of both passes are stacked, ignored ones left out, so that a block of the weight is read (and
-// widened) once for both. Logits exist one block at a time. The backward pass computes each block of
-// them again, which costs one product in four and saves rows x V numbers.
+// Rows of both passes are stacked, ignored ones left out, so that a block of the weight is read
+// (and widened) once for both. Logits exist one block at a time. The backward pass computes each
+// block of them again, which costs one product in four and saves rows x V numbers.
 #include <array>
 
+#include "cpu/cross_entropy.h"
 #include "cpu/linear_gradients.h"
 #include "cpu/linear_gradients_amx.h"
 #include "cpu/linear_stream.h"
-#include "cpu/loss_rows.h"
 #include "cpu/row_stats.h"
 
 namespace dmax::cpu {
@@ -64,7 +64,8 @@ class LogitGradients {
         vocab_(vocab),
         options_(options) {
     for (int pass = 0; pass < kPasses; ++pass) {
-      grad_losses_[pass] = torch::stable::contiguous(grad_losses[pass]);  // an expanded 1 has stride 0
+      grad_losses_[pass] =
+          torch::stable::contiguous(grad_losses[pass]);  // an expanded 1 has stride 0
       log_sums_[pass] = torch::stable::contiguous(log_sums[pass]);
     }
   }
@@ -166,10 +167,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
     double z_loss, bool needs_masked, bool needs_predicted, bool needs_weight, bool needs_bias) {
   constexpr const char* op = "linear_oput_loss_backward";
   const int64_t vocab =
-      check_linear_oput_loss_backward(
-          grad_masked, grad_predicted, hidden_masked, hidden_predicted, weight, target,
-          logsumexp_masked, logsumexp_predicted, bias, ignore_index, label_smoothing, z_loss,
-          needs_masked, needs_predicted, needs_weight, needs_bias)
+      check_linear_oput_loss_backward(grad_masked, grad_predicted, hidden_masked, hidden_predicted,
+                                      weight, target, logsumexp_masked, logsumexp_predicted, bias,
+                                      ignore_index, label_smoothing, z_loss, needs_masked,
+                                      needs_predicted, needs_weight, needs_bias)
           .vocab;
   const Tensor ids = checked_targets(op, target, vocab, ignore_index);
   const StackedRows stacked = stacked_rows(hidden_masked, hidden_predicted, ids, ignore_index);
@@ -185,9 +186,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
   } else {
     fill_gradients<LibraryGradients>(stacked, weight, row_gradient, grads);
   }
-  const auto hidden_grads = scattered_gradients(stacked, {hidden_masked, hidden_predicted},
-                                                {needs_masked, needs_predicted}, weight,
-                                                grads.hidden);
+  const auto hidden_grads =
+      scattered_gradients(stacked, {hidden_masked, hidden_predicted},
+                          {needs_masked, needs_predicted}, weight, grads.hidden);
   return {hidden_grads[0], hidden_grads[1], grads.weight, grads.bias};
 }
 

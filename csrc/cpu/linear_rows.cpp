@@ -1,7 +1,7 @@
 // linear_top1_confidence and linear_sample_tokens: a token per row, from the hidden states.
+#include "cpu/gumbel_race.h"
 #include "cpu/linear_stream.h"
 #include "cpu/row_stats.h"
-#include "cpu/sample_rows.h"
 
 namespace dmax::cpu {
 

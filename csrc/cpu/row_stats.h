@@ -6,11 +6,11 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/tile_kernels.h"
+#include "common/softmax_stats.h"
+#include "cpu/simd/tile_kernels.h"
 
 namespace dmax::cpu {
 
-constexpr double kLog2E = 1.4426950408889634;
 // exp(-30) from each of 262,144 tokens adds less than 3e-8 in all
 constexpr double kNegligibleDepth = 30.0;
 
@@ -39,7 +39,7 @@ struct RowStats {
   void add(const TileKernels<float>& kernels, const float* x, int64_t n, int64_t first_id,
            double temperature) {
     if (std::isnan(maximum)) return;  // the first NaN has been found
-    const float scale = static_cast<float>(kLog2E / temperature);
+    const float scale = softmax_scale(temperature);
     const float largest = kernels.maximum(x, n);
     if (largest > maximum || std::isnan(largest)) {
       const int64_t place = kernels.find(x, n, largest);

@@ -1,5 +1,5 @@
 // The choice of instruction set, once per process.
-#include "cpu/tile_kernels.h"
+#include "cpu/simd/tile_kernels.h"
 
 #include <cstdlib>
 #include <string>
@@ -10,7 +10,7 @@
 #include <unistd.h>
 #endif
 
-#include "cpu/amx_products.h"
+#include "cpu/simd/amx_products.h"
 
 namespace dmax::cpu {
 

@@ -8,8 +8,8 @@
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
-#include "cpu/loss_rows.h"
-#include "cpu/tile_kernels.h"
+#include "cpu/cross_entropy.h"
+#include "cpu/simd/tile_kernels.h"
 
 namespace dmax::cpu {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "checks/rows.h"
-#include "cpu/vocab_stats.h"
+#include "cpu/vocab_scan.h"
 
 namespace dmax::cpu {
 

@@ -2,7 +2,7 @@
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
-#include "cpu/vocab_stats.h"
+#include "cpu/vocab_scan.h"
 
 namespace dmax::cpu {
 namespace {

@@ -14,7 +14,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/row_stats.h"
-#include "cpu/tile_kernels.h"
+#include "cpu/simd/tile_kernels.h"
 
 namespace dmax::cpu {
 
@@ -25,7 +25,7 @@ struct VocabScan {
   double temperature = 1.0;
 
   int64_t num_tiles() const { return (vocab + kTile - 1) / kTile; }
-  float scale() const { return static_cast<float>(kLog2E / temperature); }
+  float scale() const { return softmax_scale(temperature); }
 };
 
 // f(begin, end) over the tile without the places `a` and `b` (-1 or outside: no such place)
@@ -131,16 +131,27 @@ typename Kind::Row scan_row(const TileKernels<T>& kernels, const T* row, const V
   return stats;
 }
 
+// Logits that a thread should have at least: about a third of a millisecond of work. A thread that
+// another process keeps from running holds up the whole call, for milliseconds.
+constexpr int64_t kLogitsPerThread = 1 << 19;
+
+// f(begin, end) over rows of logits, each thread given whole rows
+template <class F>
+void parallel_for_rows(int64_t count, int64_t vocab, const F& f) {
+  parallel_for(count, (kLogitsPerThread + vocab - 1) / vocab, f);
+}
+
 // Statistics of rows row_of(0..count): stats_of(i, stats) receives each once.
 //
-// With rows enough for every thread, a thread takes whole rows; with few, all threads share the
-// tiles of every row. Both add the same tiles in the same order.
+// With rows enough for every thread, a thread takes whole rows; with few and long ones, all threads
+// share the tiles of every row. Both add the same tiles in the same order.
 template <class T, class Kind = Top1, class RowOf, class StatsOf>
 void scan_rows(int64_t count, const VocabScan& scan, const RowOf& row_of, const StatsOf& stats_of) {
   const TileKernels<T>& kernels = tile_kernels<T>();
   const int64_t num_tiles = scan.num_tiles();
-  if (count >= 2 * num_threads() || num_threads() == 1) {
-    parallel_for(count, 1, [&](int64_t begin, int64_t end) {
+  const bool worth_sharing = count * scan.vocab >= 2 * kLogitsPerThread;
+  if (count >= 2 * num_threads() || num_threads() == 1 || !worth_sharing) {
+    parallel_for_rows(count, scan.vocab, [&](int64_t begin, int64_t end) {
       std::vector<float> tile_maxima(num_tiles);
       for (int64_t i = begin; i < end; ++i) {
         stats_of(i, scan_row<T, Kind>(kernels, row_of(i), scan, tile_maxima.data()));
@@ -148,8 +159,7 @@ void scan_rows(int64_t count, const VocabScan& scan, const RowOf& row_of, const 
     });
     return;
   }
-  constexpr int64_t kGrain =
-      4;  // tiles: below about 8,192 logits a thread costs more than it saves
+  constexpr int64_t kGrain = kLogitsPerThread / kTile;
   std::vector<float> tile_maxima(count * num_tiles);
   std::vector<typename Kind::Tile> sums(count * num_tiles);
   std::vector<typename Kind::Row> stats(count);
@@ -169,8 +179,9 @@ void scan_rows(int64_t count, const VocabScan& scan, const RowOf& row_of, const 
     }
   });
   for (int64_t row = 0; row < count; ++row) {
-    for (int64_t tile = 0; tile < num_tiles; ++tile)
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
       Kind::add(&stats[row], sums[row * num_tiles + tile]);
+    }
     stats_of(row, stats[row]);
   }
 }

@@ -3,9 +3,9 @@
 // One instruction multiplies 16 tokens x 32 columns by 32 columns x 16 rows and adds into float32.
 // The first operand is the weight as it lies in memory; the hidden rows are packed in pairs of
 // columns, once. Subnormal numbers count as 0 here: no logit's float32 sum notices.
-#include "cpu/amx_products.h"
-#include "cpu/simd.h"
-#include "cpu/transpose.h"
+#include "cpu/simd/amx_products.h"
+#include "cpu/simd/simd.h"
+#include "cpu/simd/transpose.h"
 
 namespace dmax::cpu::DMAX_ISA {
 

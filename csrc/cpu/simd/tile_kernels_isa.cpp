@@ -1,12 +1,13 @@
 // The loops of tile_kernels.h; compiled once per instruction set (DMAX_ISA).
-#include "cpu/simd.h"
-#include "cpu/tile_kernels.h"
+#include "common/constants.h"
+#include "cpu/simd/noise.h"
+#include "cpu/simd/tile_kernels.h"
+#include "cpu/simd/vector_math.h"
 
 namespace dmax::cpu::DMAX_ISA {
 
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
 constexpr float kInfinity = __builtin_inff();
 
 // f(vector, place) over x[0, n), the last vector filled up with `filler`
@@ -131,8 +132,8 @@ int64_t find_above(const T* x, int64_t n, float threshold) {
 }
 
 // One loop for both, so that the sum of exponentials has the same bits with and without the other.
-// Native vectors go one by one through all of it, and few sums are kept: constants, sums and what is
-// at work fit AVX2's sixteen registers (a test reads the object code).
+// Native vectors go one by one through all of it, and few sums are kept: constants, sums and what
+// is at work fit AVX2's sixteen registers (a test reads the object code).
 template <bool kWithExponents, class T>
 DMAX_INLINE EntropySums exp_sums(const T* x, int64_t n, float maximum, float scale) {
   constexpr int64_t kBlock = 512;  // elements in one float32 sum per lane: 32 additions
@@ -205,35 +206,6 @@ void softmax_grad(const T* x, T* y, int64_t n, float maximum, float factor, floa
   if (i < n) {
     const int count = static_cast<int>(n - i);
     store_tail(y + i, count, gradient(load_tail(x + i, count, maximum)));
-  }
-}
-
-// Exp(1) noise of ids 64 * chunk .. 64 * chunk + 63
-void exponential_noise(uint32_t chunk, const NoiseKey& key, float* noise) {
-  VecU c[4] = {bits_as<uint32_t>(lane_index()) + chunk * 16u, splat(key.row),
-               splat(static_cast<uint32_t>(key.offset)),
-               splat(static_cast<uint32_t>(key.offset >> 32))};
-  uint32_t k0 = static_cast<uint32_t>(key.seed);
-  uint32_t k1 = static_cast<uint32_t>(key.seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    VecU high0, low0, high1, low1;
-    multiply_wide(c[0], 0xD2511F53u, &high0, &low0);
-    multiply_wide(c[2], 0xCD9E8D57u, &high1, &low1);
-    c[0] = high1 ^ c[1] ^ k0;
-    c[1] = low1;
-    c[2] = high0 ^ c[3] ^ k1;
-    c[3] = low0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  for (int j = 0; j < 4; ++j) {
-    const VecF v = min((convert<float>(c[j]) + 0.5f) * 2.3283064365386963e-10f,  // 2^-32
-                       splat(1.0f - 5.9604644775390625e-8f));
-    // -log1p(-v) = -log(u) + (v - (1 - u)) / u with u = 1 - v rounded: exact down to tiny v
-    const VecF one = splat(1.0f);
-    const VecF u = one - v;
-    const VecF e = (v - (one - u)) / u - log(u);
-    for (int g = 0; g < kLanes; ++g) noise[4 * g + j] = e[g];
   }
 }
 
@@ -349,9 +321,9 @@ void row_products(const T* x, int64_t x_stride, int64_t tokens, const float* a, 
 
 template <class T>
 constexpr TileKernels<T> kernels() {
-  return {value<T>, maximum<T>,      find<T>,        find_above<T>, sum_exp<T>,
-          entropy_sums<T>, sum<T>,   softmax_grad<T>, sample<T>,     dot<T>,
-          add_scaled<T>,   store_scaled<T>, widen<T>, row_products<T>};
+  return {value<T>,        maximum<T>,      find<T>,         find_above<T>,  sum_exp<T>,
+          entropy_sums<T>, sum<T>,          softmax_grad<T>, sample<T>,      dot<T>,
+          add_scaled<T>,   store_scaled<T>, widen<T>,        row_products<T>};
 }
 
 }  // namespace

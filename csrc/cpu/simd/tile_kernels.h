@@ -1,7 +1,7 @@
 // The loops over adjacent elements, in the best instruction set of the CPU we run on.
 //
-// Row kernels (csrc/cpu/<op>.cpp) cut the vocabulary into tiles of kTile elements and call these;
-// the table is looked up once per op call. All arithmetic is float32.
+// Row kernels (csrc/cpu/<family>.cpp) cut the vocabulary into tiles of kTile elements and call
+// these; the table is looked up once per op call. All arithmetic is float32.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace dmax::cpu {
 // 2,048 elements are 8 KiB of float32: a tile stays in L1 between two loops over it.
 constexpr int64_t kTile = 2048;
 
-// Counter-based noise of one row (Philox4x32-10; see dmax_kernels/reference/sample_tokens.py)
+// Counter-based noise of one row (Philox4x32-10; see dmax_kernels/reference/sample.py)
 struct NoiseKey {
   uint64_t seed;
   uint64_t offset;
