@@ -1,5 +1,5 @@
 // The choice of instruction set, once per process.
-#include "cpu/tile_kernels.h"
+#include "cpu/simd/tile_kernels.h"
 
 #include <cstdlib>
 #include <string>
@@ -10,18 +10,15 @@
 #include <unistd.h>
 #endif
 
-#include "cpu/product_kernels.h"
+#include "cpu/simd/amx_products.h"
 
 namespace dmax::cpu {
 
-#define DMAX_DECLARE_ISA(isa)                              \
-  namespace isa {                                          \
-  extern const TileKernels<float> kFloat32Kernels;         \
-  extern const TileKernels<BFloat16> kBFloat16Kernels;     \
-  extern const TileKernels<Float16> kFloat16Kernels;       \
-  extern const ProductKernels<float> kFloat32Products;     \
-  extern const ProductKernels<BFloat16> kBFloat16Products; \
-  extern const ProductKernels<Float16> kFloat16Products;   \
+#define DMAX_DECLARE_ISA(isa)                          \
+  namespace isa {                                      \
+  extern const TileKernels<float> kFloat32Kernels;     \
+  extern const TileKernels<BFloat16> kBFloat16Kernels; \
+  extern const TileKernels<Float16> kFloat16Kernels;   \
   }
 
 DMAX_DECLARE_ISA(portable)
@@ -33,7 +30,7 @@ DMAX_DECLARE_ISA(avx512)
 #endif
 #if defined(DMAX_HAVE_AMX)
 namespace amx {
-extern const ProductKernels<BFloat16> kBFloat16Products;
+extern const AmxProducts kProducts;
 }
 #endif
 
@@ -126,20 +123,11 @@ const TileKernels<Float16>& tile_kernels<Float16>() {
   return DMAX_SELECT(kFloat16Kernels);
 }
 
-template <>
-const ProductKernels<float>& product_kernels<float>() {
-  return DMAX_SELECT(kFloat32Products);
-}
-template <>
-const ProductKernels<BFloat16>& product_kernels<BFloat16>() {
+const AmxProducts* amx_products() {
 #if defined(DMAX_HAVE_AMX)
-  if (chosen() == InstructionSet::kAmx) return amx::kBFloat16Products;
+  if (chosen() == InstructionSet::kAmx) return &amx::kProducts;
 #endif
-  return DMAX_SELECT(kBFloat16Products);
-}
-template <>
-const ProductKernels<Float16>& product_kernels<Float16>() {
-  return DMAX_SELECT(kFloat16Products);
+  return nullptr;
 }
 
 }  // namespace dmax::cpu

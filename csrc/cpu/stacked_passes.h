@@ -8,8 +8,8 @@
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
-#include "cpu/loss_rows.h"
-#include "cpu/tile_kernels.h"
+#include "cpu/cross_entropy.h"
+#include "cpu/simd/tile_kernels.h"
 
 namespace dmax::cpu {
 
@@ -63,13 +63,14 @@ inline void gather_rows(const StackedRows& stacked, int64_t from, int64_t count,
 }
 
 // All stacked rows in float32
-inline Tensor widened_rows(const StackedRows& stacked, const Tensor& like, int64_t dim) {
-  Tensor wide = torch::stable::new_zeros(like, {stacked.size(), dim}, ScalarType::Float);
+inline Tensor widened_rows(const StackedRows& stacked, const Tensor& weight) {
+  const int64_t dim = weight.size(1);
+  Tensor wide = empty_like_device(weight, {stacked.size(), dim}, ScalarType::Float);
   float* data = wide.mutable_data_ptr<float>();
-  dispatch_float(like.scalar_type(), [&](auto element) {
+  dispatch_float(weight.scalar_type(), [&](auto element) {
     using T = decltype(element);
     for (int64_t i = 0; i < stacked.size(); ++i) {
-      tile_kernels<T>().add_scaled(data + i * dim, stacked.row<T>(i), 1.0f, dim);
+      tile_kernels<T>().widen(data + i * dim, stacked.row<T>(i), dim);
     }
   });
   return wide;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "checks/rows.h"
-#include "cpu/vocab_stats.h"
+#include "cpu/vocab_scan.h"
 
 namespace dmax::cpu {
 
@@ -53,12 +53,8 @@ TopK top_k_of_row(const TileKernels<T>& kernels, const T* row, const VocabScan& 
 inline void top_k_confidences(const TopK& best, const RowStats& stats, const VocabScan& scan,
                               int64_t k, int64_t* tokens, float* confidences) {
   for (int64_t j = 0; j < k; ++j) {
-    const double difference = static_cast<double>(best.logit[j]) - stats.maximum;
     tokens[j] = best.token[j];
-    confidences[j] =
-        std::isnan(stats.rest)
-            ? std::numeric_limits<float>::quiet_NaN()
-            : static_cast<float>(std::exp(difference / scan.temperature) / (1.0 + stats.rest));
+    confidences[j] = stats.probability(best.logit[j], scan.temperature);
   }
 }
 

@@ -4,7 +4,7 @@
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
-#include "cpu/hybrid_rows.h"
+#include "cpu/mixture.h"
 #include "cpu/parallel.h"
 
 namespace dmax::cpu {

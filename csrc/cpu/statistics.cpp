@@ -2,7 +2,7 @@
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
-#include "cpu/vocab_stats.h"
+#include "cpu/vocab_scan.h"
 
 namespace dmax::cpu {
 namespace {
@@ -27,7 +27,7 @@ struct Entropy {
                             const float* tile_maxima) {
     EntropyStats stats{find_top1(kernels, row, scan, tile_maxima),
                        -std::numeric_limits<float>::infinity(), 0, 0};
-    if (std::isnan(stats.rest)) return stats;
+    if (!stats.defined()) return stats;
     const int64_t best_tile = stats.token / kTile;
     for (int64_t tile = 0; tile < scan.num_tiles(); ++tile) {
       if (tile != best_tile) stats.runner_up = std::max(stats.runner_up, tile_maxima[tile]);
@@ -74,7 +74,7 @@ struct Results {
 
 Results results_of(const EntropyStats& stats, double temperature) {
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-  if (std::isnan(stats.rest)) return {kNan, kNan, stats.maximum};
+  if (!stats.defined()) return {kNan, kNan, stats.maximum};
   const double difference = static_cast<double>(stats.runner_up) - stats.maximum;
   const double runner_up = std::exp(difference / temperature) / (1.0 + stats.rest);
   const double rest = stats.rest + stats.far;

@@ -3,9 +3,9 @@
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
-#include "cpu/hybrid_rows.h"
+#include "cpu/mixture.h"
 #include "cpu/promotion.h"
-#include "cpu/topk_rows.h"
+#include "cpu/top_list.h"
 
 namespace dmax::cpu {
 

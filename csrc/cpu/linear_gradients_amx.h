@@ -1,4 +1,5 @@
-// Gradients of linear_oput_loss where the CPU multiplies bfloat16 as it is stored.
+// Gradients of linear_oput_loss where the CPU multiplies bfloat16 as it is stored: the same steps
+// as in linear_gradients.h.
 //
 // The gradient of a logit is rounded to bfloat16 before the two products that use it, as the GPU
 // implementations and eager PyTorch do: a gradient's error grows by at most 2^-8 of the sum of its
@@ -7,24 +8,18 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
-#include "cpu/linear_rows.h"
-#include "cpu/stacked_rows.h"
+#include "cpu/linear_gradients.h"
 
 namespace dmax::cpu {
 
-// What is asked for: an empty tensor is not
-struct LinearLossGradients {
-  Tensor hidden;  // of the stacked rows, float32
-  Tensor weight;
-  Tensor bias;
-};
-
-class AmxLossGradients {
+class AmxGradients {
  public:
-  AmxLossGradients(const StackedRows& stacked, const Tensor& weight, LinearLossGradients& grads)
+  // Tokens per block: two parallel regions each. The block's gradients take 8 KiB per row.
+  static constexpr int64_t kTokens = 2048;
+
+  AmxGradients(const StackedRows& stacked, const Tensor& weight, const LinearLossGradients& grads)
       : rows_(stacked.size()),
         vocab_(weight.size(0)),
         dim_(weight.size(1)),
@@ -32,60 +27,53 @@ class AmxLossGradients {
         grads_(grads),
         hidden_(empty_like_device(weight, {rows_, dim_}, ScalarType::BFloat16)),
         grad_logits_(
-            empty_like_device(weight, {rows_, std::min(vocab_, kBlock)}, ScalarType::BFloat16)) {
+            empty_like_device(weight, {rows_, std::min(vocab_, kTokens)}, ScalarType::BFloat16)) {
     gather_rows(stacked, 0, rows_, hidden_);
     const MatrixView<BFloat16> view = matrix_view<BFloat16>(hidden_);
     for (int64_t row = 0; row < rows_; row += kPart) {
       const int64_t m = std::min(kPart, rows_ - row);
-      packed_hidden_.push_back(std::make_unique<AlignedBuffer>(products_.packed_bytes(m, dim_)));
-      products_.pack_rows({view.row(row), view.row_stride, view.column_stride}, m, dim_,
-                          packed_hidden_.back()->data);
+      packed_hidden_.emplace_back(products_.packed_bytes(m, dim_));
+      products_.pack_rows(view.from_row(row), m, dim_, packed_hidden_.back().data);
     }
-    if (needs(grads.weight)) {
+    if (grads.needs_weight()) {
       hidden_columns_ = torch::stable::contiguous(torch::stable::transpose(hidden_, 0, 1));
     }
-    if (needs(grads.hidden)) {
+    if (grads.needs_hidden()) {
       grad_columns_ = torch::stable::new_zeros(weight, {dim_, rows_}, ScalarType::Float);
     }
   }
 
-  // row_gradient(i, x, first, n) turns the n logits x of stacked row i, from token `first` on, into
-  // their gradients
   template <class RowGradient>
-  void run(const RowGradient& row_gradient) {
-    for (int64_t first = 0; first < vocab_ && rows_ > 0; first += kBlock) {
-      const int64_t n = std::min(kBlock, vocab_ - first);
-      parallel_for(num_parts(n), 1, [&](int64_t begin, int64_t end) {
-        TokenBuffers buffers(*this);
-        for (int64_t t = begin * kPart; t < std::min(n, end * kPart); t += kPart) {
-          tokens(row_gradient, first, t, std::min(kPart, n - t), buffers);
-        }
-      });
-      if (needs(grads_.hidden)) add_to_hidden(first, n);
-    }
-    if (needs(grads_.hidden)) {
-      torch::stable::copy_(grads_.hidden, torch::stable::transpose(grad_columns_, 0, 1));
-    }
+  void block(int64_t first, int64_t n, const RowGradient& row_gradient) {
+    parallel_for(num_parts(n), 1, [&](int64_t begin, int64_t end) {
+      TokenBuffers buffers(*this);
+      for (int64_t t = begin * kPart; t < std::min(n, end * kPart); t += kPart) {
+        tokens(row_gradient, first, t, std::min(kPart, n - t), buffers);
+      }
+    });
+    if (grads_.needs_hidden()) add_to_hidden(first, n);
+  }
+
+  void finish() {
+    if (!grads_.needs_hidden()) return;
+    torch::stable::copy_(grads_.hidden, torch::stable::transpose(grad_columns_, 0, 1));
   }
 
  private:
-  // Tokens per block: two parallel regions each. The block's gradients take 8 KiB per row.
-  static constexpr int64_t kBlock = 2048;
   // Rows, tokens and columns of what a thread multiplies at once: at D = 2,048 a packed operand
   // takes 1 MiB of a 2 MiB L2
   static constexpr int64_t kPart = 256;
 
   struct TokenBuffers {
-    explicit TokenBuffers(const AmxLossGradients& op)
+    explicit TokenBuffers(const AmxGradients& op)
         : scratch(op.products_.scratch_bytes(std::max(op.dim_, op.rows_), kPart)),
-          packed(needs(op.grads_.weight) ? op.products_.packed_bytes(kPart, op.rows_) : 0),
+          packed(op.grads_.needs_weight() ? op.products_.packed_bytes(kPart, op.rows_) : 0),
           values(kPart * kPart) {}
     AlignedBuffer scratch;
     AlignedBuffer packed;
     std::vector<float> values;
   };
 
-  static bool needs(const Tensor& gradient) { return gradient.numel() > 0; }
   static int64_t num_parts(int64_t n) { return (n + kPart - 1) / kPart; }
 
   BFloat16* grad_logits() const { return static_cast<BFloat16*>(grad_logits_.mutable_data_ptr()); }
@@ -111,22 +99,22 @@ class AmxLossGradients {
                                       weight_.column_stride};
     for (int64_t row = 0; row < rows_; row += kPart) {
       const int64_t m = std::min(kPart, rows_ - row);
-      multiply(weight, n, dim_, *packed_hidden_[row / kPart], m, buffers.scratch, values);
+      multiply(weight, n, dim_, packed_hidden_[row / kPart], m, buffers.scratch, values);
       float part_sums[kPart] = {};
       for (int64_t i = 0; i < m; ++i) {
         float* x = values + i * kPart;
         row_gradient(row + i, x, first + t, n);
-        if (needs(grads_.bias)) tile_kernels<float>().add_scaled(part_sums, x, 1.0f, n);
+        if (grads_.needs_bias()) tile_kernels<float>().add_scaled(part_sums, x, 1.0f, n);
         narrow_.store_scaled(grad_logits() + (row + i) * stride + t, x, 1.0f, n);
       }
       for (int64_t j = 0; j < n; ++j) sums[j] += part_sums[j];
     }
-    if (needs(grads_.bias)) {
+    if (grads_.needs_bias()) {
       std::copy_n(sums, n, values);
       narrow_.store_scaled(static_cast<BFloat16*>(grads_.bias.mutable_data_ptr()) + first + t,
                            values, 1.0f, n);
     }
-    if (!needs(grads_.weight)) return;
+    if (!grads_.needs_weight()) return;
     products_.pack_rows({grad_logits() + t, 1, stride}, n, rows_, buffers.packed.data);
     const MatrixView<BFloat16> columns = matrix_view<BFloat16>(hidden_columns_);
     BFloat16* out = static_cast<BFloat16*>(grads_.weight.mutable_data_ptr());
@@ -168,16 +156,16 @@ class AmxLossGradients {
     });
   }
 
-  const ProductKernels<BFloat16>& products_ = product_kernels<BFloat16>();
+  const AmxProducts& products_ = *amx_products();
   const TileKernels<BFloat16>& narrow_ = tile_kernels<BFloat16>();
   int64_t rows_, vocab_, dim_;
   MatrixView<BFloat16> weight_;
-  LinearLossGradients& grads_;
+  LinearLossGradients grads_;
   Tensor hidden_;          // [rows, D]
   Tensor hidden_columns_;  // [D, rows]
   Tensor grad_logits_;     // [rows, tokens of a block]
   Tensor grad_columns_;    // [D, rows] float32
-  std::vector<std::unique_ptr<AlignedBuffer>> packed_hidden_;
+  std::vector<AlignedBuffer> packed_hidden_;
 };
 
 }  // namespace dmax::cpu

@@ -13,20 +13,10 @@
 #include <vector>
 
 #include "cpu/parallel.h"
-#include "cpu/tile_kernels.h"
+#include "cpu/row_stats.h"
+#include "cpu/simd/tile_kernels.h"
 
 namespace dmax::cpu {
-
-struct RowStats {
-  float maximum;  // of the visible logits; NaN if any is NaN
-  // Sum of exp((x - maximum) / temperature) over all tokens but the winner, whose term is 1: kept
-  // apart, a probability next to 1 and a loss next to 0 keep their precision. NaN if not defined.
-  double rest;
-  int64_t token;
-
-  float confidence() const { return static_cast<float>(1.0 / (1.0 + rest)); }
-  double log_sum_exp() const { return maximum + std::log1p(rest); }  // at temperature 1
-};
 
 // Which logits count: `suppress` is left out (-1: none)
 struct VocabScan {
@@ -35,7 +25,7 @@ struct VocabScan {
   double temperature = 1.0;
 
   int64_t num_tiles() const { return (vocab + kTile - 1) / kTile; }
-  float scale() const { return static_cast<float>(1.4426950408889634 / temperature); }
+  float scale() const { return softmax_scale(temperature); }
 };
 
 // f(begin, end) over the tile without the places `a` and `b` (-1 or outside: no such place)
@@ -74,7 +64,7 @@ RowStats find_top1(const TileKernels<T>& kernels, const T* row, const VocabScan&
     }
     if (tile_maxima[tile] > tile_maxima[best_tile]) best_tile = tile;
   }
-  RowStats stats{tile_maxima[best_tile], std::numeric_limits<double>::quiet_NaN(), -1};
+  RowStats stats{tile_maxima[best_tile], 0, -1};
   if (stats.maximum == -std::numeric_limits<float>::infinity()) {
     stats.token = 0;  // nothing visible has any mass
     return stats;
@@ -85,7 +75,6 @@ RowStats find_top1(const TileKernels<T>& kernels, const T* row, const VocabScan&
     const int64_t place = kernels.find(row + from, to - from, stats.maximum);
     if (place < to - from) stats.token = from + place;
   });
-  if (std::isfinite(stats.maximum)) stats.rest = 0;
   return stats;
 }
 
@@ -93,9 +82,6 @@ RowStats find_top1(const TileKernels<T>& kernels, const T* row, const VocabScan&
 inline double depth_of(float tile_max, const RowStats& stats, const VocabScan& scan) {
   return (static_cast<double>(stats.maximum) - tile_max) / scan.temperature;
 }
-
-// exp(-30) from each of 262,144 tokens adds less than 3e-8 in all
-constexpr double kNegligibleDepth = 30.0;
 
 // One tile's share of `rest`
 template <class T>
@@ -138,23 +124,34 @@ typename Kind::Row scan_row(const TileKernels<T>& kernels, const T* row, const V
     tile_maxima[tile] = tile_maximum(kernels, row, scan, tile);
   }
   auto stats = Kind::start(kernels, row, scan, tile_maxima);
-  if (std::isnan(stats.rest)) return stats;
+  if (!stats.defined()) return stats;
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
     Kind::add(&stats, Kind::tile(kernels, row, scan, stats, tile_maxima[tile], tile));
   }
   return stats;
 }
 
+// Logits that a thread should have at least: about a third of a millisecond of work. A thread that
+// another process keeps from running holds up the whole call, for milliseconds.
+constexpr int64_t kLogitsPerThread = 1 << 19;
+
+// f(begin, end) over rows of logits, each thread given whole rows
+template <class F>
+void parallel_for_rows(int64_t count, int64_t vocab, const F& f) {
+  parallel_for(count, (kLogitsPerThread + vocab - 1) / vocab, f);
+}
+
 // Statistics of rows row_of(0..count): stats_of(i, stats) receives each once.
 //
-// With rows enough for every thread, a thread takes whole rows; with few, all threads share the
-// tiles of every row. Both add the same tiles in the same order.
+// With rows enough for every thread, a thread takes whole rows; with few and long ones, all threads
+// share the tiles of every row. Both add the same tiles in the same order.
 template <class T, class Kind = Top1, class RowOf, class StatsOf>
 void scan_rows(int64_t count, const VocabScan& scan, const RowOf& row_of, const StatsOf& stats_of) {
   const TileKernels<T>& kernels = tile_kernels<T>();
   const int64_t num_tiles = scan.num_tiles();
-  if (count >= 2 * num_threads() || num_threads() == 1) {
-    parallel_for(count, 1, [&](int64_t begin, int64_t end) {
+  const bool worth_sharing = count * scan.vocab >= 2 * kLogitsPerThread;
+  if (count >= 2 * num_threads() || num_threads() == 1 || !worth_sharing) {
+    parallel_for_rows(count, scan.vocab, [&](int64_t begin, int64_t end) {
       std::vector<float> tile_maxima(num_tiles);
       for (int64_t i = begin; i < end; ++i) {
         stats_of(i, scan_row<T, Kind>(kernels, row_of(i), scan, tile_maxima.data()));
@@ -162,8 +159,7 @@ void scan_rows(int64_t count, const VocabScan& scan, const RowOf& row_of, const 
     });
     return;
   }
-  constexpr int64_t kGrain =
-      4;  // tiles: below about 8,192 logits a thread costs more than it saves
+  constexpr int64_t kGrain = kLogitsPerThread / kTile;
   std::vector<float> tile_maxima(count * num_tiles);
   std::vector<typename Kind::Tile> sums(count * num_tiles);
   std::vector<typename Kind::Row> stats(count);
@@ -178,13 +174,14 @@ void scan_rows(int64_t count, const VocabScan& scan, const RowOf& row_of, const 
   parallel_for(count * num_tiles, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / num_tiles;
-      if (std::isnan(stats[row].rest)) continue;
+      if (!stats[row].defined()) continue;
       sums[i] = Kind::tile(kernels, row_of(row), scan, stats[row], tile_maxima[i], i % num_tiles);
     }
   });
   for (int64_t row = 0; row < count; ++row) {
-    for (int64_t tile = 0; tile < num_tiles; ++tile)
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
       Kind::add(&stats[row], sums[row * num_tiles + tile]);
+    }
     stats_of(row, stats[row]);
   }
 }

@@ -3,8 +3,8 @@
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
-#include "cpu/loss_rows.h"
-#include "cpu/vocab_stats.h"
+#include "cpu/cross_entropy.h"
+#include "cpu/vocab_scan.h"
 
 namespace dmax::cpu {
 
@@ -13,7 +13,7 @@ namespace {
 template <class T>
 double row_loss(const TileKernels<T>& kernels, const T* row, int64_t vocab, int64_t target,
                 const RowStats& stats, const LossOptions& options) {
-  return loss_of_row(stats.maximum, std::log1p(stats.rest), kernels.value(row + target), options,
+  return loss_of_row(stats.maximum, stats.log_rest(), kernels.value(row + target), options,
                      [&] { return -kernels.sum(row, vocab, stats.maximum) / vocab; });
 }
 
@@ -72,7 +72,7 @@ Tensor pass_loss_and_grad_(const OptionalTensor& logits, const OptionalTensor& g
     const TileKernels<T>& kernels = tile_kernels<T>();
     const VocabScan scan{vocab};
     T* data = static_cast<T*>(view.tensor.mutable_data_ptr());
-    parallel_for(view.rows, 1, [&](int64_t begin, int64_t end) {
+    parallel_for_rows(view.rows, vocab, [&](int64_t begin, int64_t end) {
       std::vector<float> tile_maxima(scan.num_tiles());
       for (int64_t row = begin; row < end; ++row) {
         T* x = data + row * view.row_stride;
@@ -127,7 +127,7 @@ Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor
     const TileKernels<T>& kernels = tile_kernels<T>();
     const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
     T* out = static_cast<T*>(grad_logits.mutable_data_ptr());
-    parallel_for(view.rows, 1, [&](int64_t begin, int64_t end) {
+    parallel_for_rows(view.rows, vocab, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         T* y = out + row * vocab;
         if (targets[row] == ignore_index) {

@@ -166,13 +166,20 @@ DMAX_INLINE void store_words(uint16_t* p, VecU x) {
   }
 }
 
+// Part by part: a copy of all 64 bytes at once goes through the stack where a register holds fewer
 DMAX_INLINE VecF load(const float* p) {
   VecF x;
-  __builtin_memcpy(&x, p, sizeof(x));
+  for (int i = 0; i < kParts; ++i) {
+    __builtin_memcpy(&x.part[i], p + i * kNativeLanes, kNativeBytes);
+  }
   return x;
 }
 
-DMAX_INLINE void store(float* p, VecF x) { __builtin_memcpy(p, &x, sizeof(x)); }
+DMAX_INLINE void store(float* p, VecF x) {
+  for (int i = 0; i < kParts; ++i) {
+    __builtin_memcpy(p + i * kNativeLanes, &x.part[i], kNativeBytes);
+  }
+}
 
 DMAX_INLINE VecF load(const BFloat16* p) {
 #if defined(__AVX512F__)  // gcc 12 widens in two halves
@@ -273,89 +280,6 @@ DMAX_INLINE void store_tail(T* p, int count, VecF x) {
   T lanes[kLanes];
   store(lanes, x);
   for (int i = 0; i < count; ++i) p[i] = lanes[i];
-}
-
-// ---- reductions and functions ----
-
-// b where either is NaN. gcc 12 makes two instructions of the comparison, hence the intrinsics.
-DMAX_INLINE VecF max(VecF a, VecF b) {
-#if defined(__AVX512F__)
-  a.part[0] = (VecF::Native)_mm512_maskz_max_ps(0xffff, (__m512)a.part[0], (__m512)b.part[0]);
-  return a;
-#elif defined(__AVX2__)
-  for (int i = 0; i < kParts; ++i) {
-    a.part[i] = (VecF::Native)_mm256_max_ps((__m256)a.part[i], (__m256)b.part[i]);
-  }
-  return a;
-#else
-  return select(a > b, a, b);
-#endif
-}
-
-DMAX_INLINE VecF min(VecF a, VecF b) { return select(a < b, a, b); }
-
-// A fixed tree, so that a sum's bits depend on the values alone
-DMAX_INLINE float reduce_add(VecF x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int half = kLanes / 2; half >= 1; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
-
-DMAX_INLINE float reduce_max(VecF x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  float best = lanes[0];
-  for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
-  return best;
-}
-
-DMAX_INLINE bool any(VecI lanes) {
-  VecI::Native found = lanes.part[0];
-  for (int i = 1; i < kParts; ++i) found |= lanes.part[i];
-  int32_t bits = 0;
-  for (int i = 0; i < kNativeLanes; ++i) bits |= found[i];
-  return bits != 0;
-}
-
-// 2^x for x <= 0, relative error below 1.2e-7; below 2^-126 it stays at 2^-126, which is 0 beside
-// the 1 that every sum here contains
-DMAX_INLINE VecF exp2(VecF x) {
-  x = max(x, splat(-126.0f));
-  // Adding and taking away 1.5 * 2^23 rounds to the nearest integer
-  const VecF shifted = x + 12582912.0f;
-  const VecF f = x - (shifted - 12582912.0f);  // in [-0.5, 0.5]
-  VecF p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
-  p = p * f + 1.0f;
-  // The integer sits in the low bits of the shifted sum
-  const VecU exponent = shift_left(bits_as<uint32_t>(shifted), 23);
-  return bits_as<float>(bits_as<uint32_t>(p) + exponent);
-}
-
-// ln(x) for normal x > 0, relative error below 2e-7
-DMAX_INLINE VecF log(VecF x) {
-  // x = 2^e * m with m in [sqrt(1/2), sqrt(2))
-  constexpr uint32_t kSqrtHalf = 0x3f3504f3u;
-  const VecU offset = bits_as<uint32_t>(x) - kSqrtHalf;
-  const VecF e = convert<float>(shift_right(bits_as<int32_t>(offset), 23));
-  const VecF f = bits_as<float>((offset & 0x007fffffu) + kSqrtHalf) - 1.0f;
-  VecF p = f * 7.0376836292e-2f + -1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f + -1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f + -1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f + -2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
-  const VecF f2 = f * f;
-  const VecF tail = p * f * f2 + e * -2.12194440e-4f + f2 * -0.5f;
-  return e * 0.693359375f + (f + tail);
 }
 
 }  // namespace dmax::cpu::DMAX_ISA

@@ -1,7 +1,7 @@
 // Sixteen vectors of sixteen lanes, rows to columns; for files compiled once per instruction set.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
 namespace dmax::cpu::DMAX_ISA {
 

@@ -1,11 +1,11 @@
-// The products of product_kernels.h for bfloat16 on the tile registers of AMX (Sapphire Rapids on).
+// The products of amx_products.h (Sapphire Rapids on).
 //
 // One instruction multiplies 16 tokens x 32 columns by 32 columns x 16 rows and adds into float32.
 // The first operand is the weight as it lies in memory; the hidden rows are packed in pairs of
 // columns, once. Subnormal numbers count as 0 here: no logit's float32 sum notices.
-#include "cpu/product_kernels.h"
-#include "cpu/simd.h"
-#include "cpu/transpose.h"
+#include "cpu/simd/amx_products.h"
+#include "cpu/simd/simd.h"
+#include "cpu/simd/transpose.h"
 
 namespace dmax::cpu::DMAX_ISA {
 
@@ -191,7 +191,6 @@ void multiply(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, const vo
 
 }  // namespace
 
-extern const ProductKernels<BFloat16> kBFloat16Products = {packed_bytes, scratch_bytes, pack_rows,
-                                                           multiply, true};
+extern const AmxProducts kProducts = {packed_bytes, scratch_bytes, pack_rows, multiply};
 
 }  // namespace dmax::cpu::DMAX_ISA

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "checks/loss.h"
-#include "cpu/tile_kernels.h"
+#include "cpu/simd/tile_kernels.h"
 
 namespace dmax::cpu {
 

@@ -1,7 +1,7 @@
 // The Gumbel-max race over one row of logits; shared by sample_tokens and sample_partial.
 #pragma once
 
-#include "cpu/vocab_stats.h"
+#include "cpu/vocab_scan.h"
 
 namespace dmax::cpu {
 

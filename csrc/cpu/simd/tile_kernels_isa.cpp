@@ -1,12 +1,13 @@
 // The loops of tile_kernels.h; compiled once per instruction set (DMAX_ISA).
-#include "cpu/simd.h"
-#include "cpu/tile_kernels.h"
+#include "common/constants.h"
+#include "cpu/simd/noise.h"
+#include "cpu/simd/tile_kernels.h"
+#include "cpu/simd/vector_math.h"
 
 namespace dmax::cpu::DMAX_ISA {
 
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
 constexpr float kInfinity = __builtin_inff();
 
 // f(vector, place) over x[0, n), the last vector filled up with `filler`
@@ -25,25 +26,24 @@ float value(const T* x) {
 template <class T>
 float maximum(const T* x, int64_t n) {
   // Two chains hide the latency of the comparison. The maximum drops NaN, so they are looked for
-  // beside it.
+  // beside it, in two vectors by one comparison.
   VecF best0 = splat(-kInfinity), best1 = best0;
-  VecI nan0 = splat<int32_t>(0), nan1 = nan0;
+  VecI nan = splat<int32_t>(0);
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     const VecF first = load(x + i), second = load(x + i + kLanes);
     best0 = max(first, best0);
-    nan0 = nan0 | (first != first);
     best1 = max(second, best1);
-    nan1 = nan1 | (second != second);
+    nan = nan | unordered(first, second);
   }
   for (; i < n; i += kLanes) {
     const int64_t left = n - i;
     const VecF last =
         left >= kLanes ? load(x + i) : load_tail(x + i, static_cast<int>(left), -kInfinity);
     best0 = max(last, best0);
-    nan0 = nan0 | (last != last);
+    nan = nan | unordered(last, last);
   }
-  if (any(nan0 | nan1)) return __builtin_nanf("");
+  if (any(nan)) return __builtin_nanf("");
   return reduce_max(max(best0, best1));
 }
 
@@ -131,38 +131,43 @@ int64_t find_above(const T* x, int64_t n, float threshold) {
   return find_first(x, n, [&](VecF v) { return (v > bound) | (v != v); });
 }
 
-// One loop for both, so that the sum of exponentials has the same bits with and without the other
+// One loop for both, so that the sum of exponentials has the same bits with and without the other.
+// Native vectors go one by one through all of it, and few sums are kept: constants, sums and what
+// is at work fit AVX2's sixteen registers (a test reads the object code).
 template <bool kWithExponents, class T>
 DMAX_INLINE EntropySums exp_sums(const T* x, int64_t n, float maximum, float scale) {
-  VecF sum[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
-  VecF weighted[2] = {splat(0.0f), splat(0.0f)};
-  // The difference first: it is exact near the maximum, where a common offset of 1e4 would cancel
-  const auto exponent_of = [&](VecF v) { return (v - maximum) * scale; };
-  const auto add = [&](int j, VecF exponent, VecF weight) {
-    sum[j] = sum[j] + weight;
-    // Bounded as in exp2: -inf * 0 would be a NaN
-    if (kWithExponents) {
-      weighted[j % 2] = weighted[j % 2] + max(exponent, splat(-126.0f)) * weight;
+  constexpr int64_t kBlock = 512;  // elements in one float32 sum per lane: 32 additions
+  const VecF::Native top = maximum - VecF::Native{}, factor = scale - VecF::Native{};
+  VecF total = splat(0.0f), total_weighted = splat(0.0f);
+  const auto add = [&](VecF v, VecF* sum, VecF* weighted) {
+    for (int i = 0; i < kParts; ++i) {
+      // The difference first: it is exact near the maximum, where an offset of 1e4 would cancel
+      const VecF::Native exponent = (v.part[i] - top) * factor;
+      const VecF::Native weight = exp2_part(exponent);
+      sum->part[i] += weight;
+      if (kWithExponents) {  // bounded as in exp2: -inf * 0 would be a NaN
+        weighted->part[i] += max_part(exponent, -126.0f - VecF::Native{}) * weight;
+      }
     }
   };
   int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    for (int j = 0; j < 4; ++j) {
-      const VecF exponent = exponent_of(load(x + i + j * kLanes));
-      add(j, exponent, exp2(exponent));
-    }
-  }
-  for (; i + kLanes <= n; i += kLanes) {
-    const VecF exponent = exponent_of(load(x + i));
-    add(0, exponent, exp2(exponent));
+  while (i + kLanes <= n) {
+    const int64_t end = n - i < kBlock ? n - kLanes : i + kBlock - kLanes;
+    VecF sum = splat(0.0f), weighted = splat(0.0f);
+#pragma GCC unroll 1
+    for (; i <= end; i += kLanes) add(load(x + i), &sum, &weighted);
+    total = total + sum;
+    total_weighted = total_weighted + weighted;
   }
   if (i < n) {
     const int count = static_cast<int>(n - i);
-    const VecF exponent = exponent_of(load_tail(x + i, count, maximum));
-    add(1, exponent, select(lane_index() < splat(count), exp2(exponent), splat(0.0f)));
+    VecF sum = splat(0.0f), weighted = splat(0.0f);
+    add(load_tail(x + i, count, -kInfinity), &sum, &weighted);
+    const VecI used = lane_index() < splat(count);
+    total = total + select(used, sum, splat(0.0f));
+    total_weighted = total_weighted + select(used, weighted, splat(0.0f));
   }
-  return {reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])),
-          kWithExponents ? reduce_add(weighted[0] + weighted[1]) : 0.0f};
+  return {reduce_add(total), kWithExponents ? reduce_add(total_weighted) : 0.0f};
 }
 
 template <class T>
@@ -190,43 +195,17 @@ double sum(const T* x, int64_t n, float shift) {
 
 template <class T>
 void softmax_grad(const T* x, T* y, int64_t n, float maximum, float factor, float shift) {
+  const auto gradient = [&](VecF v) {
+    for (int i = 0; i < kParts; ++i) {
+      v.part[i] = exp2_part((v.part[i] - maximum) * kLog2E) * factor + shift;
+    }
+    return v;
+  };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    store(y + i, exp2((load(x + i) - maximum) * kLog2E) * factor + shift);
-  }
+  for (; i + kLanes <= n; i += kLanes) store(y + i, gradient(load(x + i)));
   if (i < n) {
     const int count = static_cast<int>(n - i);
-    const VecF v = load_tail(x + i, count, maximum);
-    store_tail(y + i, count, exp2((v - maximum) * kLog2E) * factor + shift);
-  }
-}
-
-// Exp(1) noise of ids 64 * chunk .. 64 * chunk + 63
-void exponential_noise(uint32_t chunk, const NoiseKey& key, float* noise) {
-  VecU c[4] = {bits_as<uint32_t>(lane_index()) + chunk * 16u, splat(key.row),
-               splat(static_cast<uint32_t>(key.offset)),
-               splat(static_cast<uint32_t>(key.offset >> 32))};
-  uint32_t k0 = static_cast<uint32_t>(key.seed);
-  uint32_t k1 = static_cast<uint32_t>(key.seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    VecU high0, low0, high1, low1;
-    multiply_wide(c[0], 0xD2511F53u, &high0, &low0);
-    multiply_wide(c[2], 0xCD9E8D57u, &high1, &low1);
-    c[0] = high1 ^ c[1] ^ k0;
-    c[1] = low1;
-    c[2] = high0 ^ c[3] ^ k1;
-    c[3] = low0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  for (int j = 0; j < 4; ++j) {
-    const VecF v = min((convert<float>(c[j]) + 0.5f) * 2.3283064365386963e-10f,  // 2^-32
-                       splat(1.0f - 5.9604644775390625e-8f));
-    // -log1p(-v) = -log(u) + (v - (1 - u)) / u with u = 1 - v rounded: exact down to tiny v
-    const VecF one = splat(1.0f);
-    const VecF u = one - v;
-    const VecF e = (v - (one - u)) / u - log(u);
-    for (int g = 0; g < kLanes; ++g) noise[4 * g + j] = e[g];
+    store_tail(y + i, count, gradient(load_tail(x + i, count, maximum)));
   }
 }
 
@@ -301,9 +280,50 @@ void store_scaled(T* y, const float* x, float factor, int64_t n) {
 }
 
 template <class T>
+void widen(float* y, const T* x, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i));
+  for (; i < n; ++i) y[i] = load_one(x + i);
+}
+
+template <class T>
+void row_products(const T* x, int64_t x_stride, int64_t tokens, const float* a, int64_t num_rows,
+                  int64_t dim, float* products, int64_t stride) {
+  // Eight chains of sums in native registers: enough to hide the latency of an addition. A token's
+  // sum never meets another's, so its bits depend on its own row alone.
+  constexpr int kTokens = 8 / kParts;
+  for (int64_t t = 0; t < tokens; t += kTokens) {
+    const T* token[kTokens];
+    for (int j = 0; j < kTokens; ++j) {
+      token[j] = x + (t + j < tokens ? t + j : tokens - 1) * x_stride;
+    }
+    for (int64_t row = 0; row < num_rows; ++row) {
+      const float* values = a + row * dim;
+      VecF sum[kTokens];
+      for (int j = 0; j < kTokens; ++j) sum[j] = splat(0.0f);
+      int64_t k = 0;
+      for (; k + kLanes <= dim; k += kLanes) {
+        const VecF factor = load(values + k);
+        for (int j = 0; j < kTokens; ++j) sum[j] = sum[j] + load(token[j] + k) * factor;
+      }
+      if (k < dim) {
+        const int count = static_cast<int>(dim - k);
+        const VecF factor = load_tail(values + k, count, 0.0f);
+        for (int j = 0; j < kTokens; ++j) {
+          sum[j] = sum[j] + load_tail(token[j] + k, count, 0.0f) * factor;
+        }
+      }
+      float* out = products + row * stride + t;
+      for (int j = 0; j < kTokens && t + j < tokens; ++j) out[j] = reduce_add(sum[j]);
+    }
+  }
+}
+
+template <class T>
 constexpr TileKernels<T> kernels() {
-  return {value<T>, maximum<T>,      find<T>,   find_above<T>, sum_exp<T>,    entropy_sums<T>,
-          sum<T>,   softmax_grad<T>, sample<T>, dot<T>,        add_scaled<T>, store_scaled<T>};
+  return {value<T>,        maximum<T>,      find<T>,         find_above<T>,  sum_exp<T>,
+          entropy_sums<T>, sum<T>,          softmax_grad<T>, sample<T>,      dot<T>,
+          add_scaled<T>,   store_scaled<T>, widen<T>,        row_products<T>};
 }
 
 }  // namespace

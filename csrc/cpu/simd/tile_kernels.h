@@ -1,7 +1,7 @@
 // The loops over adjacent elements, in the best instruction set of the CPU we run on.
 //
-// Row kernels (csrc/cpu/<op>.cpp) cut the vocabulary into tiles of kTile elements and call these;
-// the table is looked up once per op call. All arithmetic is float32.
+// Row kernels (csrc/cpu/<family>.cpp) cut the vocabulary into tiles of kTile elements and call
+// these; the table is looked up once per op call. All arithmetic is float32.
 #pragma once
 
 #include <cstdint>
@@ -59,6 +59,11 @@ struct TileKernels {
   void (*add_scaled)(float* sum, const T* x, float factor, int64_t n);
   // y = factor * x, the one rounding to T
   void (*store_scaled)(T* y, const float* x, float factor, int64_t n);
+  // y = x, exactly
+  void (*widen)(float* y, const T* x, int64_t n);
+  // products[i * stride + t] = a_i . x_t: num_rows float32 rows `dim` apart, tokens x_stride apart
+  void (*row_products)(const T* x, int64_t x_stride, int64_t tokens, const float* a,
+                       int64_t num_rows, int64_t dim, float* products, int64_t stride);
 };
 
 template <class T>
