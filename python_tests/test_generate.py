@@ -13,11 +13,12 @@ from dataclasses import fields
 import pytest
 import torch
 from stand_in import EOS, MASK, save_stand_in
+from transformers import modeling_rope_utils
 
 from dmax_kernels.__main__ import main
 from dmax_kernels.cli.generate import read_prompts
 from dmax_kernels.decoding import DecodeConfig, spd_generate
-from dmax_kernels.models.checkpoint import checkpoint_folder
+from dmax_kernels.models.checkpoint import checkpoint_folder, load_checkpoint
 from dmax_kernels.models.pretrained import KNOWN, load_pretrained, model_defaults
 from dmax_kernels.models.remote_code import repair_loaded_model, unscaled_rotary_frequencies
 from dmax_kernels.ops.spd_step import SEMANTICS
@@ -93,6 +94,14 @@ def test_rotary_frequencies_are_whole_after_loading(loaded):
         finally:
             repair_loaded_model(loaded.model)
         assert torch.equal(loaded.model(**inputs).logits, before)
+
+
+def test_loading_remote_code_leaves_transformers_as_it_was(folder):
+    """Models of transformers would take their rotary frequencies from what the shim adds."""
+    before = dict(modeling_rope_utils.ROPE_INIT_FUNCTIONS)
+    load_checkpoint(folder)
+    assert before == modeling_rope_utils.ROPE_INIT_FUNCTIONS
+    assert unscaled_rotary_frequencies not in before.values()
 
 
 def test_known_models_and_what_a_config_leaves_out(folder, loaded):

@@ -21,7 +21,7 @@ from transformers.utils import cached_file, logging
 import dmax_kernels.ring_walk.model  # noqa: F401
 from dmax_kernels.models.remote_code import (
     dtype_argument,
-    prepare_remote_code,
+    remote_code_shims,
     repair_loaded_model,
 )
 
@@ -94,19 +94,19 @@ def load_checkpoint(
             f"config.json, or OWNER/NAME on the Hugging Face hub, got {str(name)!r}"
         )
     trust = {} if shipped else {"trust_remote_code": True}
-    prepare_remote_code()
     try:
         with no_progress_bar():
             config = AutoConfig.from_pretrained(path, **trust)
             tokenizer = AutoTokenizer.from_pretrained(path, **trust)
             options = {"config": config, "device_map": device_map, **trust, **dtype_argument(dtype)}
             load = partial(AutoModelForCausalLM.from_pretrained, path, **options)
-            try:
-                model = load(attn_implementation=attention)
-            except ValueError as error:  # it comes before the weights are read
-                if attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
-                    raise
-                model = load(attn_implementation="eager")
+            with remote_code_shims(config):
+                try:
+                    model = load(attn_implementation=attention)
+                except ValueError as error:  # it comes before the weights are read
+                    if attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
+                        raise
+                    model = load(attn_implementation="eager")
     except ModuleNotFoundError:  # the checkpoint's code needs a package that is missing
         raise
     except (OSError, ValueError, ImportError, SafetensorError) as error:

@@ -6,6 +6,8 @@ nothing changes under 4.5x.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -17,15 +19,29 @@ from transformers import modeling_rope_utils
 from transformers.utils import import_utils
 
 
-def prepare_remote_code() -> None:
-    """To be called before `from_pretrained(..., trust_remote_code=True)`."""
-    # transformers 5 dropped this function, which the code imports to guard a torch.fx wrapper that
-    # torch >= 1.13 does not need. Delete when the checkpoints' code no longer imports it.
-    if not hasattr(import_utils, "is_torch_fx_available"):
-        import_utils.is_torch_fx_available = lambda: False
-    # transformers 5 moved unscaled rotary embeddings from this table into each model's file.
-    # Delete when the checkpoints' code brings its own.
-    modeling_rope_utils.ROPE_INIT_FUNCTIONS.setdefault("default", unscaled_rotary_frequencies)
+@contextmanager
+def remote_code_shims(config: Any) -> Iterator[None]:
+    """Around the loading or building of a model of this config.
+
+    The names are taken back at the end, and models of transformers itself never see them: their
+    rotary embeddings would look up "default" in the table and find this one instead of their own.
+    """
+    if type(config).__module__.startswith("transformers."):
+        yield
+        return
+    rope = modeling_rope_utils.ROPE_INIT_FUNCTIONS
+    with ExitStack() as undo:
+        # transformers 5 dropped this function, which the code imports to guard a torch.fx wrapper
+        # that torch >= 1.13 does not need. Delete when the checkpoints' code no longer imports it.
+        if not hasattr(import_utils, "is_torch_fx_available"):
+            import_utils.is_torch_fx_available = lambda: False
+            undo.callback(delattr, import_utils, "is_torch_fx_available")
+        # transformers 5 moved unscaled rotary embeddings from this table into each model's file.
+        # Delete when the checkpoints' code brings its own.
+        if "default" not in rope:
+            rope["default"] = unscaled_rotary_frequencies
+            undo.callback(rope.pop, "default")
+        yield
 
 
 def dtype_argument(dtype: torch.dtype | None) -> dict[str, Any]:
@@ -69,7 +85,7 @@ def repair_loaded_model(model: Any) -> None:
         )
     )
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), remote_code_shims(model.config):
             fresh = type(model)._from_config(deepcopy(model.config), **dtype_argument(model.dtype))
     finally:
         on_meta.remove()
