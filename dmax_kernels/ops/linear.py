@@ -152,8 +152,8 @@ def linear_oput_loss(
         As :func:`dmax_kernels.oput_loss`; differentiable once in both hiddens, weight and bias.
 
     Raises:
-        ValueError: an unknown reduction, a token_weight of another shape, a num_tokens that is no
-            count or that comes with another reduction than the mean.
+        ValueError: an unknown reduction, a token_weight of a different shape, a num_tokens that is
+            no count or that comes with a reduction other than the mean.
         RuntimeError: wrong dtypes, shapes, devices, options or (CPU) targets.
     """
     hidden_masked, hidden_predicted, weight, bias = autocast_operands(

@@ -49,7 +49,7 @@ def oput_loss(
         the logits and lse, with one rounding to the logits' dtype.
 
     Raises:
-        ValueError: an unknown reduction, a token_weight of another shape.
+        ValueError: an unknown reduction, a token_weight of a different shape.
         RuntimeError: wrong dtypes, shapes, devices, options or (CPU) targets.
     """
     loss_masked, loss_predicted, _, _ = torch.ops.dmax.oput_loss(

@@ -47,7 +47,7 @@ def row_statistics(
         NaN.
 
     Raises:
-        RuntimeError: logits of another dtype or 0-D, a temperature or token id out of range.
+        RuntimeError: logits of a different dtype or 0-D, a temperature or token id out of range.
     """
     return RowStatistics(
         *torch.ops.dmax.row_statistics(

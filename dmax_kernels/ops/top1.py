@@ -27,7 +27,7 @@ def top1_confidence(
         bits however many rows there are.
 
     Raises:
-        RuntimeError: logits of another dtype or 0-D, a temperature or token id out of range.
+        RuntimeError: logits of a different dtype or 0-D, a temperature or token id out of range.
     """
     return torch.ops.dmax.top1_confidence(
         logits, temperature=temperature, suppress_token=suppress_token
