@@ -12,7 +12,6 @@ sys.path.insert(0, str(ROOT))
 from bench.cases import cases_of  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
-NOT_MEASURED = "not yet measured"
 
 
 def main() -> None:
@@ -36,10 +35,11 @@ def render(found: dict[str, dict]) -> str:
     lines = [
         "# Results",
         "",
-        "Written by `python bench/report.py` from the JSON files of this folder. Candidates ran in",
-        "turn in one run; compare within a table, never between tables. Speed-ups are medians over",
-        '"eager", what people run today. Bandwidth and matrix rate are shares of what was measured',
-        "in the same run (the rate of a product of large square matrices of the same dtype).",
+        "`python bench/report.py` writes this page from the JSON files in this folder. The",
+        "candidates of a table ran in turn in one run: compare within a table, never between",
+        'tables. A speed-up is the median time of "eager", which is what people run today, divided',
+        "by ours. Bandwidth and matrix rate are shares of what was measured in the same run; the",
+        "matrix rate is that of a product of large square matrices of the same dtype.",
     ]
     if not any(is_gpu(record) for record in found.values()):
         lines += ["", *gpu_targets()]
@@ -52,17 +52,17 @@ def render(found: dict[str, dict]) -> str:
 def gpu_targets() -> list[str]:
     """What a GPU has to reach, where none has been measured."""
     lines = [
-        f"GPU: {NOT_MEASURED}. `make gpu` writes these tables on a machine with one. Targets, and"
+        "No GPU figure is measured so far; `make gpu` measures them. These are the targets for an"
     ]
-    lines += ["what bytes and launches predict (written before any run), for an H200:", ""]
-    lines += ["| case | target | predicted | measured |", "|---|---|---|---|"]
+    lines += ["H200, and what its bandwidth and launches predict (written before any run):", ""]
+    lines += ["| case | target | predicted |", "|---|---|---|"]
     for case in cases_of(device="cuda"):
         share = case.bandwidth_target
         targets = [f"{case.target_us:g} us"] if case.target_us else []
         targets += [f"{share:.0%} of copy bandwidth"] if share else []
         if targets:
             predicted = f"{case.predicted_us:g} us" if case.predicted_us else ""
-            lines.append(f"| {case.name} | {', '.join(targets)} | {predicted} | {NOT_MEASURED} |")
+            lines.append(f"| {case.name} | {', '.join(targets)} | {predicted} |")
     return lines
 
 
@@ -96,9 +96,10 @@ def section(name: str, record: dict) -> list[str]:
         rate = row.get("share of matrix rate")
         share = f"{row['share of bandwidth']:.0%}" if row["bytes"] else ""
         threads = f", {row['threads']} threads" if "threads" in row else ""
+        speedup = f"{fused['speed-up']:.1f}" if "speed-up" in fused else ""  # eager may fail
         best = f"{row['to best peer']} ({row['best peer']})" if "best peer" in row else ""
         lines.append(
-            f"| {row['case']}{threads} | {fused['us']:.1f} | {fused.get('speed-up', '')} | "
+            f"| {row['case']}{threads} | {fused['us']:.1f} | {speedup} | "
             f"{compiled['speed-up'] if compiled else ''} | {best} | {share} | "
             f"{f'{rate:.0%}' if rate else ''} | {'; '.join(verdicts(row))} |"
         )
@@ -115,9 +116,9 @@ def memory_section(name: str, record: dict) -> list[str]:
     shape = f"V = {sizes['vocab']}, D = {sizes['dim']}, {sizes['dtype']}"
     lines = [f"## Memory of the loss over the LM head, {shape}", ""]
     lines += [
-        "Peak megabytes of one forward and backward on top of the inputs, gradients included;"
+        "Peak megabytes of one forward and backward pass on top of the inputs, gradients included."
     ]
-    lines += ['"eager" and "fused" take both passes jointly, "alternating" takes one.']
+    lines += ['"eager" and "fused" take both passes jointly; "alternating" takes one at a time.']
     lines += ["; ".join([f"Commit {machine['commit']}", machine["date"], f"[{name}]({name})"]), ""]
     lines += [f"| positions x 2 | {' | '.join(ways)} | gradients alone |"]
     lines += ["|" + "---|" * (len(ways) + 2)]
@@ -134,7 +135,7 @@ def pictures_of(pattern: str) -> list[str]:
 
 
 def verdicts(row: dict) -> list[str]:
-    """Of each target: met, or missed by how much."""
+    """For each target: whether it is met, or by how much it is missed."""
     texts = []
     for name, target in row["targets"].items():
         value = row["candidates"]["fused"].get(name, row.get(name))

@@ -1,23 +1,23 @@
-// The whole surface of torch.ops.dmax. Meanings: dmax_kernels/ops/<op>.py.
+// Every op of torch.ops.dmax. The docstrings in dmax_kernels/ops say what each one computes.
 #include <string>
 
 #include "common/torch_stable.h"
 
 namespace {
 
-// From `op(Tensor(a!) x) -> Tensor` to `_check_op(Tensor x) -> ()`
+// Turns `op(Tensor(a!) x) -> Tensor` into `_check_op(Tensor x) -> ()`: a check writes nothing
 std::string check_schema(const std::string& schema) {
   std::string check = "_check_" + schema.substr(0, schema.rfind(" -> ")) + " -> ()";
-  constexpr size_t kLength = 4;  // of "(a!)"
+  constexpr size_t kMarkLength = 4;  // the length of "(a!)"
   for (size_t mark = check.find('!'); mark != std::string::npos; mark = check.find('!')) {
-    check.erase(mark - 2, kLength);
+    check.erase(mark - 2, kMarkLength);
   }
   return check;
 }
 
 }  // namespace
 
-// Every op, and beside it what it requires of the same arguments (checks/checks.cpp)
+// Defines each op together with its check, which takes the same arguments (checks/checks.cpp)
 STABLE_TORCH_LIBRARY(dmax, m) {
   const auto def = [&m](const char* schema) {
     m.def(schema);
@@ -51,8 +51,8 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       " int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0) -> Tensor grad_logits");
   def("oput_loss_and_grad_(Tensor(a!)? logits_masked, Tensor(b!)? logits_predicted, Tensor target,"
       " Tensor? grad_masked=None, Tensor? grad_predicted=None, *, int ignore_index=-100,"
-      " float label_smoothing=0.0, float z_loss=0.0) -> (Tensor loss_masked, Tensor "
-      "loss_predicted)");
+      " float label_smoothing=0.0, float z_loss=0.0)"
+      " -> (Tensor loss_masked, Tensor loss_predicted)");
   def("top1_partial(Tensor logits_shard, int vocab_start, *, float temperature=1.0,"
       " int suppress_token=-1) -> (Tensor maximum, Tensor sum_exp, Tensor token)");
   def("top1_merge(Tensor maximum, Tensor sum_exp, Tensor token, *, float temperature=1.0)"

@@ -1,4 +1,4 @@
-"""Files of the user: read line by line, and written whole or not at all."""
+"""The user's files: read line by line, and written completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def check_input(what: str, path: Path) -> None:
-    """`what` is the option or argument that named the file. Pipes are files, too."""
+    """`what` is the option or argument that named the file. A pipe counts as a file."""
     if not path.exists():
         raise ValueError(f"{what} must be a file, got no file {path}")
     if path.is_dir():
@@ -20,17 +20,17 @@ def check_input(what: str, path: Path) -> None:
 
 
 def check_output(what: str, path: Path) -> None:
-    """Called before the minutes of work whose result goes to the file."""
+    """To be called before the minutes of work whose result goes to the file."""
     if not path.parent.is_dir() or path.is_dir():
         raise ValueError(f"{what} must be a file in a folder that exists, got {path}")
 
 
 def read_lines(path: Path, what: str) -> Iterator[tuple[str, str | ValueError]]:
-    """("FILE:LINE", text) of each line that is not blank; a ValueError for one that is not UTF-8.
+    """Yields ("FILE:LINE", text) for each line that is not blank.
 
-    A line ends with \\n or \\r\\n and with nothing else: U+2028 and U+0085, at which
-    `str.splitlines` cuts, may stand inside a JSON string. A byte-order mark in front of a line is
-    left out.
+    In place of a text that is not UTF-8 comes a ValueError. A line ends with \\n or \\r\\n and with
+    nothing else: U+2028 and U+0085, at which `str.splitlines` splits, may stand inside a JSON
+    string. A byte-order mark at the start of a line is dropped.
     """
     check_input(what, path)
     with path.open("rb") as lines:
@@ -47,7 +47,7 @@ def read_lines(path: Path, what: str) -> Iterator[tuple[str, str | ValueError]]:
 
 
 def read_jsonl(path: Path, what: str = "data") -> Iterator[tuple[str, Any]]:
-    """("FILE:LINE", value) of each line that is not blank; a ValueError where it is not JSON."""
+    """Yields ("FILE:LINE", value) for each line that is not blank; a ValueError if not JSON."""
     for place, line in read_lines(path, what):
         value = line
         if isinstance(line, str):
@@ -59,7 +59,11 @@ def read_jsonl(path: Path, what: str = "data") -> Iterator[tuple[str, Any]]:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """The value of a whole file; a ValueError says what is wrong with it."""
+    """The value that a whole file holds.
+
+    Raises:
+        ValueError: the file cannot be read as JSON; one sentence.
+    """
     check_input(what, path)
     try:
         return parse_json(path.read_bytes().decode("utf-8-sig"))
@@ -68,10 +72,10 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """`json.loads` whose every failure is one ValueError of one line.
+    """`json.loads`, in which every failure is a ValueError of one line.
 
-    Python refuses integers of more than 4,300 digits with a plain ValueError, and values that are
-    nested more deeply than its stack with a RecursionError.
+    Python itself raises a plain ValueError for integers of more than 4,300 digits, and a
+    RecursionError for values that are nested too deeply for its stack.
     """
     try:
         return json.loads(text)
@@ -84,10 +88,10 @@ def parse_json(text: str) -> Any:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a temporary file beside `path`, then renames it: an interruption leaves no half.
+    """Writes a temporary file beside `path`, then renames it: nothing half written is ever left.
 
-    What a link points to is replaced, and not the link. A device or a pipe, as /dev/null, is
-    written to as it is: renaming would put a file in its place.
+    If `path` is a link, the file that it points to is replaced, not the link. A device or a pipe,
+    such as /dev/null, is written to directly, because renaming would put a file in its place.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -113,7 +117,7 @@ def save_json(path: Path, value: Any) -> None:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Renames `new` to `path`; what was there is deleted only once the new folder is in place."""
+    """Renames `new` to `path`; an old folder there is deleted once the new one is in place."""
     old = path.with_name(f".{path.name}.old.tmp")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():

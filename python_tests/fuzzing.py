@@ -18,8 +18,8 @@ from triton_device import DEVICE
 
 import dmax_kernels
 from dmax_kernels import reference
-from dmax_kernels.ops.spd_step_ import SEMANTICS
-from dmax_kernels.reference.sample_tokens import exponential_noise
+from dmax_kernels.ops.spd_step import SEMANTICS
+from dmax_kernels.reference.sample import exponential_noise
 from dmax_kernels.triton import IMPLEMENTATIONS
 
 EXAMPLES = int(os.environ.get("DMAX_FUZZ_EXAMPLES", "40"))
@@ -37,7 +37,7 @@ def public_loss(op):
     return call
 
 
-def spd_step_of_triton(logits, embedding, *, semantics, **arguments):
+def spd_step_of_triton(logits, embedding, *, semantics="settled", **arguments):
     IMPLEMENTATIONS["spd_step_"](
         logits, embedding, semantics=SEMANTICS.index(semantics), **arguments
     )

@@ -1,7 +1,7 @@
 """The ops as csrc/cuda computes them, run on the CPU by csrc/simt; signatures of dmax_kernels.
 
-CPU tensors in, CPU tensors out. ``gpu`` is the GPU that ``choose_launch`` is told about, so that a
-small case can take every path; ``CHOSEN[-1]`` says which it took.
+CPU tensors in, CPU tensors out. ``gpu`` is the GPU that launches are shaped for, so that a small
+case can take every path; ``CHOSEN[-1]`` says which it took.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from simt_build import load
 from torch import Tensor
 
 from dmax_kernels.ops import RowStatistics
-from dmax_kernels.ops.spd_step_ import SEMANTICS
+from dmax_kernels.ops.spd_step import SEMANTICS
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -25,7 +25,7 @@ A100 = (108, 8, 163 * 1024)
 # One multiprocessor: from four rows on, a block has a whole row
 ONE_MULTIPROCESSOR = (1, 9, 227 * 1024)
 
-CHOSEN: list = []  # what choose_launch chose, newest last
+CHOSEN: list = []  # the shape of each launch, newest last
 
 
 # Calls as (name, arguments before, memory of their arrays after), where a test records them

@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from dmax_kernels.models.remote_code import prepare_remote_code
+from dmax_kernels.models.remote_code import remote_code_shims
 
 CODE = Path(__file__).parent / "llada2_stand_in"
 AUTO_MAP = {
@@ -30,7 +30,6 @@ def save_stand_in(folder: Path, *, seed: int = 0, ids: bool = True, **config) ->
     named = {"mask_token_id": MASK, "eos_token_id": EOS} if ids else {}
     fields = {"model_type": "llada2_moe", "auto_map": AUTO_MAP, "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps({**fields, **named, **config}))
-    prepare_remote_code()
     model = new_model(folder, seed)
     state = {name: each.contiguous() for name, each in model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -54,7 +53,8 @@ def new_model(folder: Path, seed: int):
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    with remote_code_shims(config):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("dense.weight"):

@@ -155,7 +155,7 @@ def test_pictures_and_page(tmp_path):
     assert [path.name for path in paths] == ["x-speedup.png", "x-roofline.png", "x-scaling.png"]
     assert all(path.stat().st_size > 5000 for path in paths)
     page = report.render({"x.json": record})
-    assert "GPU: not yet measured" in page
+    assert "No GPU figure is measured so far" in page
     assert "speed-up 1e+09: missed by 100%; share of bandwidth 1e-09: met" in page
 
 

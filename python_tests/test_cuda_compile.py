@@ -37,8 +37,7 @@ STREAMING = (
 )
 OTHERS = (
     "prefix_promote_kernel",
-    "top1_merge_kernel",
-    "sample_merge_kernel",
+    "merge_shards_kernel",
     "hybrid_embedding_kernel",
     "hybrid_backward_positions_kernel",
     "hybrid_backward_tokens_kernel",

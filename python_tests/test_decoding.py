@@ -7,7 +7,7 @@ import torch
 from decoding_models import EOS, MASK, PAD, RandomModel, random_prompts
 
 from dmax_kernels.decoding import spd_generate
-from dmax_kernels.decoding.named_rules import ABLATIONS
+from dmax_kernels.decoding.rules import ABLATIONS
 
 K = 8
 OPS = ["reference", "fused"]

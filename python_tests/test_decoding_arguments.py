@@ -14,16 +14,14 @@ from transformers import BatchEncoding
 
 from dmax_kernels.decoding import (
     RULES,
-    Canvas,
     EntropyBound,
     ParallelForced,
     Random,
-    global_arness,
-    nap_generate,
     spd_generate,
 )
+from dmax_kernels.decoding.extra import Canvas, global_arness, nap_generate
 from dmax_kernels.training.config import TrainConfig
-from dmax_kernels.training.corrupt import block_mask, uniform_mask
+from dmax_kernels.training.oput import block_mask, uniform_mask
 
 K = 8
 

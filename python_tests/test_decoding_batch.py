@@ -6,7 +6,7 @@ from decoding_models import EOS, ExactModel, random_prompts
 
 from dmax_kernels.decoding import RULES, Rule, spd_generate
 from dmax_kernels.decoding.graph import StepRunner
-from dmax_kernels.ops.spd_step_ import SEMANTICS
+from dmax_kernels.ops.spd_step import SEMANTICS
 
 K = 8
 # In blocks of 8: no whole block; whole blocks alone; with tails; one far longer than the others
@@ -181,11 +181,11 @@ class Snap(Rule):
     def __init__(self):
         self.begun = []
 
-    def begin_(self, state, rows, embedding, settings):
+    def begin_(self, state, rows, embedding, config):
         self.begun += zip(state.row[rows].tolist(), state.start[rows].tolist(), strict=True)
 
-    def update_(self, logits, embedding, state, settings):
-        y, c = settings.ops.top1_confidence(logits, suppress_token=settings.suppress_token)
+    def update_(self, logits, embedding, state, config):
+        y, c = config.functions.top1_confidence(logits, suppress_token=config.suppress_token)
         live = state.editable & ~state.converged[:, None]
         state.token.copy_(torch.where(live, y, state.token))
         state.confidence.copy_(torch.where(live, c, state.confidence))

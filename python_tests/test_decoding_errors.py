@@ -1,12 +1,13 @@
 """Every mistake in the arguments of `spd_generate` gives one sentence that names it."""
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import torch
 from decoding_models import RandomModel, make_config, random_prompts
 
-from dmax_kernels.decoding import spd_generate
+from dmax_kernels.decoding import DecodeConfig, spd_generate
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -274,3 +275,58 @@ def test_eager_attention_of_llada2_reads_the_mask_otherwise():
     model.config.model_type, model.config._attn_implementation = "llada2_moe", "eager"
     with pytest.raises(ValueError, match="the model's attention must be 'sdpa' .* got 'eager'"):
         run_once(model)
+
+
+WINDOWS = {
+    "every layer": {"sliding_window": 16},
+    "some layers": {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]},
+    "chunks": {"attention_chunk_size": 16, "layer_types": ["chunked_attention"]},
+    "of the text model": {"get_text_config": lambda: make_config(sliding_window=16)},
+}
+NO_WINDOWS = {
+    "turned off": {"sliding_window": 16, "use_sliding_window": False},
+    "used by no layer": {"sliding_window": 16, "layer_types": ["full_attention"]},
+    "none": {"sliding_window": None},
+    "longer than the sequence": {"sliding_window": 24},
+}
+
+
+@pytest.mark.parametrize("case", [*WINDOWS, *NO_WINDOWS])
+def test_a_window_that_the_mask_would_drop_is_refused(case):
+    model, prompts = RandomModel(), random_prompts(1, 9)
+    model.config = make_config(**{**WINDOWS, **NO_WINDOWS}[case])
+    arguments = {"block_length": 8, "max_new_tokens": 8, "ops": "reference"}
+    if case in NO_WINDOWS:
+        spd_generate(model, prompts, **arguments)
+        return
+    sentence = (
+        r"need 24 positions in whole blocks of 8, but some of the model's layers attend to a "
+        r"window of 16 positions, which the mask of block-wise decoding does not have$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        spd_generate(model, prompts, **arguments)
+    spd_generate(model, prompts[:, 1:], **arguments)  # 16 positions: no key is out of the window
+
+
+def test_a_configuration_is_its_options():
+    prompts = random_prompts(2, 11)
+    options = {"max_new_tokens": 19, "block_length": 8, "tau_dec": 0.3}
+    expected = spd_generate(RandomModel(), prompts, **options)
+    config = DecodeConfig(**options)
+    got = spd_generate(RandomModel(), prompts, config)
+    assert torch.equal(got.sequences, expected.sequences)
+    changed = spd_generate(RandomModel(), prompts, config, tau_dec=0.95, rule="threshold")
+    other = spd_generate(
+        RandomModel(), prompts, **{**options, "tau_dec": 0.95, "rule": "threshold"}
+    )
+    assert torch.equal(changed.sequences, other.sequences)
+    assert not torch.equal(changed.block_forwards, got.block_forwards)
+    for item in fields(DecodeConfig):
+        assert f"{item.name}: {item.metadata['help']}" in DecodeConfig.__doc__
+
+
+def test_options_that_do_not_exist_and_one_that_is_needed():
+    with pytest.raises(TypeError, match="an option must be one of max_new_tokens, .* got tau$"):
+        spd_generate(RandomModel(), random_prompts(1, 8), max_new_tokens=8, tau=0.5)
+    with pytest.raises(TypeError, match="max_new_tokens must be a positive integer, got none"):
+        spd_generate(RandomModel(), random_prompts(1, 8))

@@ -1,4 +1,4 @@
-"""The promotion functions: cases worked by hand, the rules' own words, and what all share."""
+"""The rules' formulas: cases worked by hand, the rules' own words, and what all share."""
 
 import math
 
@@ -7,9 +7,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmax_kernels.decoding import promote
+from dmax_kernels.decoding import (
+    Autoregressive,
+    EntropyBound,
+    Factor,
+    Hierarchical,
+    Margin,
+    ParallelForced,
+    Random,
+    Seen,
+    TopN,
+    Uniform,
+)
+from dmax_kernels.decoding.extra import Canvas
+from dmax_kernels.decoding.extra.nap import CanvasRule, summary_last
+from dmax_kernels.decoding.rules import ABLATIONS, best_of_groups, rank_within
 
 NAN = math.nan
+THRESHOLD = ABLATIONS["threshold"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -19,6 +34,11 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def promote(rule, confidence, masked, tau_dec=0.5, **statistics):
+    seen = Seen(masked, confidence=confidence, tau_dec=tau_dec, **statistics)
+    return rule.promote(seen)
 
 
 def positions(promoted):
@@ -36,11 +56,11 @@ def f32(*values):
 
 def test_threshold_by_hand():
     c, masked = f32(0.9, 0.96, 0.99, 0.5, NAN), mask_of("xx.xx")
-    assert positions(promote.threshold_promote(c, masked, 0.95)) == [1]
-    assert positions(promote.threshold_promote(c, masked, 0.4)) == [0, 1, 3]
-    assert positions(promote.threshold_promote(c, masked, 0.5)) == [0, 1]  # above, not at it
-    assert positions(promote.threshold_promote(c, masked, 0.96)) == [1]  # none above: the best
-    two_rows = promote.threshold_promote(c.expand(2, -1), masked, torch.tensor([[0.95], [0.4]]))
+    assert positions(promote(THRESHOLD, c, masked, 0.95)) == [1]
+    assert positions(promote(THRESHOLD, c, masked, 0.4)) == [0, 1, 3]
+    assert positions(promote(THRESHOLD, c, masked, 0.5)) == [0, 1]  # above, not at it
+    assert positions(promote(THRESHOLD, c, masked, 0.96)) == [1]  # none above: the best
+    two_rows = promote(THRESHOLD, c.expand(2, -1), masked, torch.tensor([[0.95], [0.4]]))
     assert [positions(row) for row in two_rows] == [[1], [0, 1, 3]]
 
 
@@ -48,94 +68,110 @@ def test_factor_by_hand():
     # (n + 1)(1 - c_(n)) = 2 * 0.02, 3 * 0.1, 4 * 0.2, 5 * 0.5
     c, masked = f32(0.9, 0.5, 0.98, 1.0, 0.8), mask_of("xxx.x")
     for factor, expected in ((0.01, [2]), (0.04, [2]), (0.2, [2]), (0.31, [0, 2])):
-        assert positions(promote.factor_promote(c, masked, factor)) == expected
-    assert positions(promote.factor_promote(c, masked, 1.0)) == [0, 2, 4]
-    assert positions(promote.factor_promote(c, masked, 3.0)) == [0, 1, 2, 4]
-    assert positions(promote.factor_promote(f32(0.5, 0.5), mask_of("xx"), 1.5)) == [0]  # 1.5 < 1.5
+        assert positions(promote(Factor(factor), c, masked)) == expected
+    assert positions(promote(Factor(1.0), c, masked)) == [0, 2, 4]
+    assert positions(promote(Factor(3.0), c, masked)) == [0, 1, 2, 4]
+    assert positions(promote(Factor(1.5), f32(0.5, 0.5), mask_of("xx"))) == [0]  # 1.5 < 1.5
 
 
 def test_hierarchical_by_hand():
     # Runs of masked positions: 0-2, 4-5, 7
     c = f32(0.5, 0.6, 0.3, 0.9, 0.3, 0.35, 1.0, 0.1)
     masked = mask_of("xxx.xx.x")
-    assert positions(promote.hierarchical_promote(c, masked, 0.95, 0.2)) == [1, 5]
-    assert positions(promote.hierarchical_promote(c, masked, 0.95, 0.0)) == [1, 5, 7]
-    assert positions(promote.hierarchical_promote(c, masked, 0.45, 0.2)) == [0, 1, 5]
-    assert positions(promote.hierarchical_promote(c, masked, 0.95, 0.7)) == [1]  # the row's best
-    tied = promote.hierarchical_promote(f32(0.5, 0.5, 0.5, 0.5), mask_of("xx.x"), 0.9, 0.2)
+    assert positions(promote(Hierarchical(0.2), c, masked, 0.95)) == [1, 5]
+    assert positions(promote(Hierarchical(0.0), c, masked, 0.95)) == [1, 5, 7]
+    assert positions(promote(Hierarchical(0.2), c, masked, 0.45)) == [0, 1, 5]
+    assert positions(promote(Hierarchical(0.7), c, masked, 0.95)) == [1]  # the row's best
+    tied = promote(Hierarchical(0.2), f32(0.5, 0.5, 0.5, 0.5), mask_of("xx.x"), 0.9)
     assert positions(tied) == [0, 3]
-    tied = promote.hierarchical_promote(f32(0.5, 0.5, 0.5, 0.5), mask_of("xx.x"), 0.9, 0.5)
+    tied = promote(Hierarchical(0.5), f32(0.5, 0.5, 0.5, 0.5), mask_of("xx.x"), 0.9)
     assert positions(tied) == [0]
-    torn = promote.hierarchical_promote(f32(NAN, 0.4, NAN, NAN), mask_of("xx.x"), 0.9, 0.2)
+    torn = promote(Hierarchical(0.2), f32(NAN, 0.4, NAN, NAN), mask_of("xx.x"), 0.9)
     assert positions(torn) == [1]
 
 
 def test_top_n_by_hand():
     c, masked = f32(0.2, 0.9, 0.2, 0.7, NAN), mask_of("x.xxx")
     for n, expected in ((1, [3]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 2, 3]), (9, [0, 2, 3])):
-        assert positions(promote.top_n_promote(c, masked, n)) == expected
+        assert positions(promote(TopN(n), c, masked)) == expected
 
 
 def test_autoregressive_by_hand():
     c = f32(NAN, 0.1, 0.9, NAN, 0.3)
-    assert positions(promote.autoregressive_promote(c, mask_of("xx.xx"), 1)) == [0]
-    assert positions(promote.autoregressive_promote(c, mask_of("xx.xx"), 2)) == [0, 1]
-    assert positions(promote.autoregressive_promote(c, mask_of("xx.xx"), 4)) == [0, 1]  # NaN at 3
-    assert positions(promote.autoregressive_promote(c, mask_of("...xx"), 2)) == [3, 4]
+    assert positions(promote(Autoregressive(1), c, mask_of("xx.xx"))) == [0]
+    assert positions(promote(Autoregressive(2), c, mask_of("xx.xx"))) == [0, 1]
+    assert positions(promote(Autoregressive(4), c, mask_of("xx.xx"))) == [0, 1]  # NaN at 3
+    assert positions(promote(Autoregressive(2), c, mask_of("...xx"))) == [3, 4]
 
 
 def test_entropy_bound_by_hand():
     # Ascending: 0.01 (3), 0.04 (0), 0.06 (4), 0.5 (1); sums before: 0, 0.01, 0.05, 0.11
     entropy, masked = f32(0.04, 0.5, 0.0, 0.01, 0.06, NAN), mask_of("xx.xxx")
     for bound, expected in ((0.0, [3]), (0.01, [0, 3]), (0.1, [0, 3, 4]), (9.0, [0, 1, 3, 4])):
-        assert positions(promote.entropy_bound_promote(entropy, masked, bound)) == expected
-    assert positions(promote.entropy_bound_promote(f32(0.1, NAN), mask_of("xx"), 9.0)) == [0]
+        assert positions(promote(EntropyBound(bound), None, masked, entropy=entropy)) == expected
+    assert positions(promote(EntropyBound(9.0), None, mask_of("xx"), entropy=f32(0.1, NAN))) == [0]
 
 
 def test_margin_by_hand():
     c, runner_up = f32(0.5, 0.5, 0.9, NAN), f32(0.1, 0.45, 0.05, NAN)
     masked = mask_of("xxxx")
-    assert positions(promote.margin_promote(c, runner_up, masked, 0.3)) == [0, 2]
-    assert positions(promote.margin_promote(c, runner_up, mask_of(".x.x"), 0.3)) == [1]
+    assert positions(promote(Margin(), c, masked, 0.3, runner_up=runner_up)) == [0, 2]
+    assert positions(promote(Margin(), c, mask_of(".x.x"), 0.3, runner_up=runner_up)) == [1]
 
 
 def test_uniform_by_hand():
     c = f32(0.1, NAN, 0.0, 0.9)
-    assert positions(promote.uniform_promote(c, mask_of("xxx."))) == [0, 2]
-    assert positions(promote.uniform_promote(c, mask_of(".x.."))) == [1]
+    assert positions(promote(Uniform(), c, mask_of("xxx."))) == [0, 2]
+    assert positions(promote(Uniform(), c, mask_of(".x.."))) == [1]
 
 
 def test_parallel_forced_by_hand():
-    # Header, slot 0 (2 positions), header, slot 1 (3 positions), summary (2 positions)
-    slots = torch.tensor([-1, 0, 0, -1, 1, 1, 1, 2, 2])
     c = f32(1, 0.2, 0.9, 1, 0.1, 0.5, 0.3, 0.99, 0.98)
-    forced = promote.parallel_forced_promote
-    reasoning = mask_of(".xx.xxxxx")
-    assert positions(forced(c, reasoning, slots, 1, summary=2)) == [2, 5]
-    assert positions(forced(c, reasoning, slots, 2, summary=2)) == [1, 2, 5, 6]
-    assert positions(forced(c, reasoning, slots, 1)) == [2, 5, 7]  # a slot like the others
-    assert positions(forced(c, mask_of("....x..xx"), slots, 1, summary=2)) == [4]
-    assert positions(forced(c, mask_of(".......xx"), slots, 1, summary=2)) == [7]
     # Two equal slots of 4 and 5 positions
-    assert positions(forced(c, mask_of("xxxxxxxxx"), 2, 1)) == [0, 7]
-    # A slot without a number still moves: the leftmost of it
+    assert positions(promote(ParallelForced(num_slots=2), c, mask_of("xxxxxxxxx"))) == [0, 7]
+    forced = promote(ParallelForced(2, num_slots=2), c, mask_of(".xx.xxx.x"))
+    assert positions(forced) == [1, 2, 5, 8]
+    # A slot without a number still advances: its leftmost position
+    torn = f32(NAN, NAN, 0.2, 0.1, 0.1, NAN)
+    assert positions(promote(ParallelForced(3, num_slots=3), torn, mask_of("xxxxxx"))) == [
+        0,
+        2,
+        3,
+        4,
+    ]
+
+
+def test_a_canvas_by_hand():
+    # Header, slot 0 (2 positions), header, slot 1 (3 positions), summary (2 positions)
+    canvas = Canvas.build([[5], [6]], [2, 3], [], 2)
+    c = f32(1, 0.2, 0.9, 1, 0.1, 0.5, 0.3, 0.99, 0.98)
+    reasoning = mask_of(".xx.xxxxx")
+
+    def forced(c, masked, tokens_per_step):
+        rule = CanvasRule(canvas=canvas, tokens_per_step=tokens_per_step)
+        return positions(promote(rule, c[None], masked[None], editable=reasoning[None])[0])
+
+    assert forced(c, reasoning, 1) == [2, 5]
+    assert forced(c, reasoning, 2) == [1, 2, 5, 6]
+    assert forced(c, mask_of("....x..xx"), 1) == [4]
+    assert forced(c, mask_of(".......xx"), 1) == [7]
     torn = f32(1, NAN, NAN, 1, 0.1, NAN, 0.3, 1, 1)
-    assert positions(forced(torn, reasoning, slots, 3, summary=2)) == [1, 4, 6]
+    assert forced(torn, reasoning, 3) == [1, 4, 6]
 
 
-def random_promote(c, masked, n, seed=0, step=0, token=None):
+def draw(c, masked, n, seed=0, step=0, token=None):
     """Rows of `step` many draws, or one draw."""
     step = torch.as_tensor(step, dtype=torch.int32)
     masked = masked.expand(*step.shape, -1)
     token = torch.zeros(masked.shape, dtype=torch.int64) if token is None else token
-    return promote.random_promote(token, c.expand(masked.shape), step, masked, n, seed)
+    return promote(Random(n, seed), c.expand(masked.shape), masked, step=step, token=token)
 
 
 def test_random_repeats_itself_and_draws_uniformly():
     masked, c = mask_of("xxxxx.xx"), torch.full((8,), 0.5)
-    draws = random_promote(c, masked, 2, step=torch.arange(2000))
-    assert torch.equal(draws, random_promote(c, masked, 2, step=torch.arange(2000)))
-    assert torch.equal(draws[7], random_promote(c, masked, 2, step=7))
+    draws = draw(c, masked, 2, step=torch.arange(2000))
+    assert torch.equal(draws, draw(c, masked, 2, step=torch.arange(2000)))
+    assert torch.equal(draws[7], draw(c, masked, 2, step=7))
     assert (draws.sum(dim=-1) == 2).all()
     counts = draws.sum(dim=0).tolist()
     assert counts.pop(5) == 0
@@ -147,7 +183,7 @@ def test_random_differs_by_seed_step_and_the_rows_predictions():
     masked, c = torch.ones(64, dtype=torch.bool), torch.full((64,), 0.5)
     token = torch.arange(64)
     drawn = [
-        positions(random_promote(c, masked, 8, seed, step, salt))
+        positions(draw(c, masked, 8, seed, step, salt))
         for seed, step, salt in (
             (0, 0, token),
             (1, 0, token),
@@ -163,33 +199,36 @@ def test_random_never_takes_a_nan_while_others_are_masked():
     c = torch.where(torch.arange(8) < 6, NAN, 0.5)
     masked = mask_of("xxxxxxxx")
     for step in range(20):
-        assert positions(random_promote(c, masked, 3, step=step)) == [6, 7]
-        assert positions(random_promote(c, mask_of(".xxx...."), 3, step=step)) == [1]
+        assert positions(draw(c, masked, 3, step=step)) == [6, 7]
+        assert positions(draw(c, mask_of(".xxx...."), 3, step=step)) == [1]
 
 
-# Every function with the statistics it reads, and its options
+# Every rule with its options; "canvas" is a canvas whose slots are equal parts
 def call(name, statistics, masked, option):
-    c, runner_up, entropy, token, step = (
-        statistics[key] for key in ("confidence", "runner_up", "entropy", "token", "step")
-    )
     tau, n = (0.0, 0.3, 0.8)[option], option + 1
-    return {
-        "threshold": lambda: promote.threshold_promote(c, masked, tau),
-        "factor": lambda: promote.factor_promote(c, masked, 0.2 + tau),
-        "hierarchical": lambda: promote.hierarchical_promote(c, masked, tau, tau / 2),
-        "top_n": lambda: promote.top_n_promote(c, masked, n),
-        "autoregressive": lambda: promote.autoregressive_promote(c, masked, n),
-        "random": lambda: promote.random_promote(token, c, step, masked, n, option),
-        "entropy_bound": lambda: promote.entropy_bound_promote(entropy, masked, tau),
-        "margin": lambda: promote.margin_promote(c, runner_up, masked, tau),
-        "uniform": lambda: promote.uniform_promote(c, masked),
-        "parallel_forced": lambda: promote.parallel_forced_promote(c, masked, n, n, option),
-    }[name]()
+    if name == "canvas":
+        slots = torch.arange(masked.shape[-1], device=masked.device) * n // masked.shape[-1]
+        candidates = summary_last(masked, slots, option)
+        return best_of_groups(statistics["confidence"], candidates, n, slots)
+    rule = {
+        "threshold": THRESHOLD,
+        "prefix": ABLATIONS["spd"],
+        "factor": Factor(0.2 + tau),
+        "hierarchical": Hierarchical(tau / 2),
+        "top_n": TopN(n),
+        "autoregressive": Autoregressive(n),
+        "random": Random(n, option),
+        "entropy_bound": EntropyBound(tau),
+        "margin": Margin(),
+        "uniform": Uniform(),
+        "parallel_forced": ParallelForced(n, n),
+    }[name]
+    return rule.promote(Seen(masked, tau_dec=tau, **statistics))
 
 
 NAMES = (
-    *("threshold", "factor", "hierarchical", "top_n", "autoregressive", "random"),
-    *("entropy_bound", "margin", "uniform", "parallel_forced"),
+    *("threshold", "prefix", "factor", "hierarchical", "top_n", "autoregressive", "random"),
+    *("entropy_bound", "margin", "uniform", "parallel_forced", "canvas"),
 )
 # One column per position: masked, c, share of the rest that the runner-up has, entropy
 columns = st.tuples(
@@ -234,9 +273,9 @@ def test_promises_all_rules_share(name, rows, option):
     for i in range(len(rows)):
         # A NaN moves only where it must: one, and the leftmost of what the rule looks at
         forced = positions(promoted[i] & unknown[i])
-        if name == "autoregressive":
+        if name in ("autoregressive", "prefix"):
             assert forced in ([], positions(masked[i])[:1])
-        elif name != "parallel_forced":
+        elif name not in ("parallel_forced", "canvas"):
             known = masked[i] & ~unknown[i]
             assert forced == ([] if known.any() else positions(masked[i])[:1])
         # The same row alone, and among others in another order
@@ -275,7 +314,7 @@ def test_entropy_bound_is_its_definition(row, bound):
         if before <= bound:
             expected.append(j)
         before = before + statistics["entropy"][0, j]
-    actual = promote.entropy_bound_promote(statistics["entropy"], masked, bound)[0]
+    actual = promote(EntropyBound(bound), None, masked, entropy=statistics["entropy"])[0]
     assert positions(actual) == (sorted(expected) or positions(masked[0])[:1])
 
 
@@ -290,7 +329,7 @@ def test_factor_takes_the_largest_n(row, factor):
     )
     sizes = [n for n, j in enumerate(ranked, start=1) if (n + 1) * (1 - c[j]) < factor]
     expected = sorted(ranked[: max(sizes, default=1)]) or positions(masked[0])[:1]
-    assert positions(promote.factor_promote(c[None], masked, factor)[0]) == expected
+    assert positions(promote(Factor(factor), c[None], masked)[0]) == expected
 
 
 @settings(max_examples=100, deadline=None)
@@ -300,7 +339,7 @@ def test_factor_takes_the_largest_n(row, factor):
 def test_ranks_within_groups(row, groups):
     statistics, masked = build([row])
     c, group = statistics["confidence"], torch.tensor([groups[: len(row)]])
-    rank = promote.rank_within(c, masked, group)[0]
+    rank = rank_within(c, masked, group)[0]
 
     def key(j):
         return (not row[j][0], math.isnan(row[j][1]), -c[0, j].nan_to_num().item(), j)

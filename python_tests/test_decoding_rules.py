@@ -12,12 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import dmax_kernels
-import dmax_kernels.reference
-from dmax_kernels.decoding import RULES, LiveBlocks, spd_generate
-from dmax_kernels.decoding.named_rules import ABLATIONS, composed_step_
-from dmax_kernels.decoding.promote import threshold_promote
-from dmax_kernels.decoding.settings import Settings
+from dmax_kernels.decoding import RULES, LiveBlocks, RunConfig, Seen, spd_generate
+from dmax_kernels.decoding.rules import ABLATIONS
 
 K, V, STEPS = 6, MASK + 1, 12
 OPS = ["reference", "fused"]
@@ -264,24 +260,17 @@ def random_state(seed, rows=3, length=K, hidden=5, taus=(0.5, 0.9)):
     return state, logits, embedding
 
 
-def make_settings(**changes):
+def run_config(**changes):
     fields = {
-        "block_length": K,
         "max_new_tokens": K,
-        "tau_dec": 0.5,
-        "tau_acc": 0.9,
+        "block_length": K,
         "mask_token_id": MASK,
-        "eos_token_ids": (),
+        "eos_token_id": (),
         "pad_token_id": 0,
-        "rule": RULES["spd"],
-        "semantics": "settled",
-        "top_k": 1,
-        "convergence": "both",
-        "suppress_token": MASK,
         "max_steps_per_block": K,
-        "ops": dmax_kernels.reference,
+        "ops": "reference",
     }
-    return Settings(**{**fields, **changes})
+    return RunConfig(**{**fields, **changes})
 
 
 def copy_state(state):
@@ -299,9 +288,9 @@ def test_composed_ops_are_the_spd_step(seed, tau, top_k, semantics):
     """The ablations' step, with nothing taken away, is `spd_step_`."""
     expected, logits, embedding = random_state(seed, taus=(tau, 0.3 + tau / 2))
     actual = copy_state(expected)
-    s = make_settings(top_k=top_k, semantics=semantics)
-    s.rule.update_(logits, embedding, expected, s)
-    composed_step_(logits, embedding, actual, s, ABLATIONS["spd"])
+    config = run_config(top_k=top_k, semantics=semantics)
+    RULES["spd"].update_(logits, embedding, expected, config)
+    ABLATIONS["spd"].update_(logits, embedding, actual, config)
     for name, buffer in vars(expected).items():
         torch.testing.assert_close(getattr(actual, name), buffer, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -316,8 +305,7 @@ def test_composed_ops_are_the_spd_step(seed, tau, top_k, semantics):
 def test_a_step_keeps_its_promises(seed, rule, tau, semantics):
     before, logits, embedding = random_state(seed, taus=(tau, 0.9))
     state = copy_state(before)
-    s = make_settings(rule=RULES[rule], semantics=semantics)
-    s.rule.update_(logits, embedding, state, s)
+    RULES[rule].update_(logits, embedding, state, run_config(semantics=semantics))
     for row in range(len(state.converged)):
         if before.converged[row]:  # frozen: not one bit of the row changes
             for name, buffer in vars(before).items():
@@ -352,7 +340,8 @@ def test_a_step_keeps_its_promises(seed, rule, tau, semantics):
 )
 def test_threshold_promotes_the_confident_or_the_best(positions, threshold):
     masked, confidence = (torch.tensor(column)[None] for column in zip(*positions, strict=True))
-    promoted = threshold_promote(confidence, masked, threshold)[0].tolist()
+    seen = Seen(masked, confidence=confidence, tau_dec=threshold)
+    promoted = ABLATIONS["threshold"].promote(seen)[0].tolist()
     above = [m and c > threshold for m, c in positions]
     if any(above):
         assert promoted == above

@@ -1,21 +1,21 @@
 """The rules beyond SPD in the loop: same tokens from both ops, any batch, with or without cache.
 
 SPD and its ablations have the whole grid of test_decoding.py; what differs between the rules here
-is one promotion function each (test_decoding_promote.py), so one setting per rule is enough.
+is one formula each (test_decoding_promote.py), for which one setting per rule is enough.
 """
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 from decoding_models import MASK, RandomModel, ScriptedModel, random_prompts
 
-from dmax_kernels.decoding import RULES, spd_generate
-from dmax_kernels.decoding.arness import arness
-from dmax_kernels.decoding.composed import ComposedRule
-from dmax_kernels.decoding.named_rules import ABLATIONS
-from dmax_kernels.decoding.unmasking import (
+from dmax_kernels.decoding import (
+    RULES,
     Autoregressive,
+    ComposedRule,
+    DecodeConfig,
     EntropyBound,
     Factor,
     Hierarchical,
@@ -24,7 +24,10 @@ from dmax_kernels.decoding.unmasking import (
     Random,
     TopN,
     Uniform,
+    spd_generate,
 )
+from dmax_kernels.decoding.extra import arness
+from dmax_kernels.decoding.rules import ABLATIONS
 
 K = 8
 NAMES = sorted(set(RULES) - set(ABLATIONS))
@@ -179,7 +182,8 @@ def test_a_name_is_the_rule_with_its_defaults(name):
     rule = RULES[name]
     assert isinstance(rule, ComposedRule)
     assert rule == type(rule)()
-    assert rule.promote.__module__.startswith("dmax_kernels.decoding")
+    (option,) = (item for item in fields(DecodeConfig) if item.name == "rule")
+    assert name in option.metadata["help"]
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,9 @@ def test_one_rank_of_a_head_and_a_table():
 def test_errors_of_one_rank():
     with pytest.raises(ValueError, match=r"shard_sizes must be 1 widths, .* got \[25, 25\]"):
         distributed.top1_confidence(LOGITS, shard_sizes=[25, 25])
-    with pytest.raises(ValueError, match="group needs torch.distributed.init_process_group first"):
+    with pytest.raises(
+        ValueError, match="group must be None before torch.distributed.init_process_group"
+    ):
         distributed.top1_confidence(LOGITS, group=object())
     with pytest.raises(ValueError, match="vocabulary dimension, got a 0-D tensor"):
         distributed.top1_confidence(torch.tensor(1.0))

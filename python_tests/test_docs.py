@@ -1,4 +1,4 @@
-"""The code of the README and of docs/ runs as it stands; links and commands exist; docs build."""
+"""The code in README.md and docs/ runs as it stands; what the pages name exists; docs build."""
 
 import re
 import subprocess
@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = [README, CONTRIBUTING, *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 
@@ -50,11 +51,22 @@ def test_pictures_and_links_exist(page):
         assert (page.parent / link).exists(), link
 
 
-def test_map_names_what_is_there():
-    tree = re.search(r"## Map\n+```\n(.*?)```", README.read_text(), re.DOTALL)[1]
-    for line in tree.splitlines():
-        for path in line.split("  ")[0].split(", "):
-            assert (ROOT / path.replace("<op>", "top1_confidence")).exists(), path
+def test_contributing_names_what_is_there():
+    text = CONTRIBUTING.read_text()
+    tree = re.search(r"```\n(csrc/schemas.*?)```", text, re.DOTALL)[1]
+    paths = [line.split("  ")[0] for line in tree.splitlines()]
+    paths += re.findall(r"`((?:csrc|dmax_kernels|python_tests|bench)/[\w./<>]+)`", text)
+    missing = [path for path in paths if not (ROOT / path.replace("<family>", "top1")).exists()]
+    assert not missing, f"CONTRIBUTING.md must name what is there, got {', '.join(missing)}"
+
+
+def test_make_help_lists_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.search(r"\.PHONY:((?:.*\\\n)*.*)", makefile)[1].replace("\\", "").split()
+    command = ["make", "--no-print-directory"]  # without a target
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    parts = {"browser", "configure"}  # of other targets
+    assert {line.split()[1] for line in listed.splitlines()} == set(targets) - parts
 
 
 def test_docs_build(tmp_path):

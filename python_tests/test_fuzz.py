@@ -31,15 +31,15 @@ from fuzzing import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_linear_oput_loss import in_float64
-from test_row_statistics import assert_statistics
+from test_linear_loss import in_float64
+from test_statistics import assert_statistics
 from tolerances import REFERENCE_RTOL, ROUNDING
 from triton_device import DEVICE
 
 import dmax_kernels
 from dmax_kernels import reference
 from dmax_kernels.decoding import spd_generate
-from dmax_kernels.ops.spd_step_ import SEMANTICS
+from dmax_kernels.ops.spd_step import SEMANTICS
 from dmax_kernels.triton import IMPLEMENTATIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's inf - inf

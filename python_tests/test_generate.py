@@ -8,18 +8,20 @@ import json
 import re
 import shutil
 from argparse import Namespace
+from dataclasses import fields
 
 import pytest
 import torch
 from stand_in import EOS, MASK, save_stand_in
+from transformers import modeling_rope_utils
 
 from dmax_kernels.__main__ import main
 from dmax_kernels.cli.generate import read_prompts
-from dmax_kernels.decoding import spd_generate
-from dmax_kernels.models.checkpoint import checkpoint_folder
+from dmax_kernels.decoding import DecodeConfig, spd_generate
+from dmax_kernels.models.checkpoint import checkpoint_folder, load_checkpoint
 from dmax_kernels.models.pretrained import KNOWN, load_pretrained, model_defaults
 from dmax_kernels.models.remote_code import repair_loaded_model, unscaled_rotary_frequencies
-from dmax_kernels.ops.spd_step_ import SEMANTICS
+from dmax_kernels.ops.spd_step import SEMANTICS
 from dmax_kernels.ring_walk import task
 
 PROMPTS = ["w5 w6", "w7 w8 w9 w10", " ".join(f"w{i}" for i in range(3, 73))]
@@ -94,6 +96,14 @@ def test_rotary_frequencies_are_whole_after_loading(loaded):
         assert torch.equal(loaded.model(**inputs).logits, before)
 
 
+def test_loading_remote_code_leaves_transformers_as_it_was(folder):
+    """Models of transformers would take their rotary frequencies from what the shim adds."""
+    before = dict(modeling_rope_utils.ROPE_INIT_FUNCTIONS)
+    load_checkpoint(folder)
+    assert before == modeling_rope_utils.ROPE_INIT_FUNCTIONS
+    assert unscaled_rotary_frequencies not in before.values()
+
+
 def test_known_models_and_what_a_config_leaves_out(folder, loaded):
     for name, known in KNOWN.items():
         assert (known.mask_token_id, known.eos_token_id) == (156895, 156892), name
@@ -133,6 +143,27 @@ def test_command_prints_json_that_is_the_loops_output(folder, loaded, capsys):
     _, out, _ = generate(capsys, *common, "--batch-size", 1, "--ops", "reference")
     again = json.loads(out)["answers"]
     assert [each["token_ids"] for each in again] == expected.answers
+
+
+def test_every_option_of_the_loop_is_one_of_the_command(folder, loaded, capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    help_text = capsys.readouterr().out
+    for item in fields(DecodeConfig):
+        assert f"--{item.name.replace('_', '-')}" in help_text
+    options = ("--max-steps-per-block", 1, "--no-use-cache", "--convergence", "confidence")
+    common = ("--model", folder, "--prompt", PROMPTS[0], "--max-new-tokens", 40, "--json", "-")
+    record = json.loads(generate(capsys, *common, *options)[1])["answers"][0]
+    expected = spd_generate(
+        loaded.model,
+        [[1, *(int(word[1:]) for word in PROMPTS[0].split()), 2]],
+        max_new_tokens=40,
+        max_steps_per_block=1,
+        use_cache=False,
+        convergence="confidence",
+    )
+    assert record["token_ids"] == expected.answers[0]
+    assert record["forwards"] == expected.num_blocks[0]
 
 
 def test_raw_prompts_from_files(folder, loaded, capsys, tmp_path):

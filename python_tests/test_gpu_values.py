@@ -12,8 +12,8 @@ from cases import (
     stacked_rows,
     strided_copies,
 )
-from test_row_statistics import assert_statistics
 from test_simt_embeddings import MASK, copy_of, mix_case, spd_case
+from test_statistics import assert_statistics
 from tolerances import (
     CONFIDENCE_RTOL,
     LOSS_ATOL,
@@ -23,7 +23,7 @@ from tolerances import (
 )
 
 import dmax_kernels
-from dmax_kernels.ops.spd_step_ import SEMANTICS
+from dmax_kernels.ops.spd_step import SEMANTICS
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

@@ -18,16 +18,12 @@ HERE = Path(__file__).parent
 SETS = {"default": "portable", "avx2": "avx2", "avx512": "avx512", "": "avx512, amx"}
 OWN = list(SETS.values()).index(dmax_kernels.libraries.instruction_set())
 LOWER = list(SETS.items())[:OWN]
-FILES = [
-    *HERE.glob("test_*_confidence.py"),
-    *HERE.glob("test_*oput_loss.py"),
-    *HERE.glob("test_*sample_tokens.py"),
-    *HERE.glob("test_*_partial.py"),
-    *(HERE / f"test_{op}.py" for op in ("row_statistics", "hybrid_embedding", "spd_step_")),
-]
+# The families whose CPU kernels differ between instruction sets: all but promotion
+FAMILIES = ("top1", "statistics", "sample", "embedding", "spd_step", "loss", "linear_rows")
+FILES = [HERE / f"test_{family}.py" for family in (*FAMILIES, "linear_loss")]
 # What no instruction set changes, or takes long; of the large vocabularies one op's are enough
 LEFT_OUT = "reference or triton or cuda or simt or compile or memory or distribution or gradcheck"
-CHOSEN = f"not ({LEFT_OUT}) and not (large_vocabulary and not test_top1_confidence)"
+CHOSEN = f"not ({LEFT_OUT}) and not (large_vocabulary and not test_top1_large_vocabulary)"
 
 
 @pytest.mark.skipif(not LOWER, reason="the portable kernels are all that this machine runs")

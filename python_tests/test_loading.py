@@ -18,10 +18,9 @@ from dmax_kernels.models.end_tokens import end_token_ids
 from dmax_kernels.models.pretrained import load_pretrained
 from dmax_kernels.models.prompt_ids import prompt_ids
 from dmax_kernels.ring_walk.export import build_tokenizer
-from dmax_kernels.training.config import TrainConfig
-from dmax_kernels.training.records import conversation
-from dmax_kernels.training.records import encode as encode_for_training
-from dmax_kernels.training.run import load_model
+from dmax_kernels.training.data import conversation
+from dmax_kernels.training.data import encode as encode_for_training
+from dmax_kernels.training.run import RunOptions, load_model
 
 # A table of sines and a plain tensor, neither of them in the checkpoint nor LLaDA2's by name
 TABLES = """
@@ -93,8 +92,10 @@ def fill_freed_memory():
 
 def test_training_loads_what_generate_loads(stand_in):
     fill_freed_memory()
-    given = {"model": str(stand_in), "mask_token_id": MASK}  # the family's is beyond 120 words
-    _, trained, _, ends = load_model(given, TrainConfig(steps=1))
+    # The family's mask token is beyond this vocabulary of 120
+    options = RunOptions(model=str(stand_in), dataset="unused", mask_token_id=MASK)
+    prepared = load_model(options, attention="sdpa")
+    trained, ends = prepared.model, prepared.eos_token_ids
     loaded = load_pretrained(str(stand_in))
     for model in (trained, loaded.model, load_checkpoint(stand_in)[0]):
         assert model.config._attn_implementation == "sdpa"

@@ -9,7 +9,7 @@ from simt_ops import CHOSEN, H200, ONE_MULTIPROCESSOR
 from tolerances import ROUNDING, assert_close
 
 from dmax_kernels import reference
-from dmax_kernels.ops.spd_step_ import SEMANTICS
+from dmax_kernels.ops.spd_step import SEMANTICS
 
 NAN = float("nan")
 

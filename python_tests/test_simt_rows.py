@@ -10,7 +10,7 @@ from tolerances import CONFIDENCE_RTOL, assert_close
 
 from dmax_kernels import reference
 
-# Nine tiles of bfloat16 and a tail: the smallest rows that choose_launch splits among blocks
+# Nine tiles of bfloat16 and a tail: the smallest rows that choose_row_launch splits among blocks
 SPLIT_VOCAB = 9 * 2048 + 3
 
 
@@ -50,17 +50,33 @@ def test_top1_split_rows(gpu, splits, dtype):
 @pytest.mark.parametrize("vocab_size", [157183, 157184])
 def test_top1_large_vocabulary(dtype, vocab_size):
     logits = random_rows(3, vocab_size, dtype)
-    for gpu, splits in ((H200, 20 if dtype == torch.float32 else 10), (ONE_MULTIPROCESSOR, 2)):
+    for gpu, splits in ((H200, 20 if dtype == torch.float32 else 10), (ONE_MULTIPROCESSOR, 1)):
         token, confidence = simt_ops.top1_confidence(logits, gpu=gpu)
         assert CHOSEN[-1].splits == splits
         assert torch.equal(token, logits.float().argmax(dim=-1))
         assert_close(confidence, float64.softmax_of(logits).amax(dim=-1), CONFIDENCE_RTOL)
 
 
-# Beyond 3,072 tiles a block's shared memory cannot hold a row's partial results: split even at
+# A block more than the GPU holds at once would run alone, after all the others
+def test_split_rows_fit_the_gpu_at_once():
+    multiprocessors, rows = 4, 5
+    gpu = (multiprocessors, *H200[1:])
+    logits = random_rows(rows, 25 * 2048, torch.bfloat16)
+    seed = torch.tensor([1, 2])
+    ops = {
+        4: lambda: simt_ops.top1_confidence(logits, gpu=gpu),
+        3: lambda: simt_ops.row_statistics(logits, gpu=gpu),
+        2: lambda: simt_ops.sample_tokens(logits, seed, gpu=gpu),
+    }
+    for blocks_per_multiprocessor, run in ops.items():
+        run()
+        assert CHOSEN[-1].splits == blocks_per_multiprocessor * multiprocessors // rows
+
+
+# Beyond 3,008 tiles a block's shared memory cannot hold a row's partial results: split even at
 # many rows per multiprocessor
 def test_top1_vocabulary_beyond_shared_memory():
-    logits = random_rows(5, 3073 * 1024, torch.float32)
+    logits = random_rows(5, 3009 * 1024, torch.float32)
     logits[:, 2_999_999] = 40.0
     token, _ = simt_ops.top1_confidence(logits, gpu=ONE_MULTIPROCESSOR)
     assert CHOSEN[-1].splits == 2

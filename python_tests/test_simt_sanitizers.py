@@ -14,7 +14,7 @@ from simt_build import run_sanitized
 from simt_ops import A100, H200, ONE_MULTIPROCESSOR
 from test_simt_embeddings import MASK, mix_case, spd_case
 
-from dmax_kernels.ops.spd_step_ import SEMANTICS
+from dmax_kernels.ops.spd_step import SEMANTICS
 
 # Two tiles of bfloat16 and a tail; nine tiles, the smallest rows that are split
 SMALL, SPLIT = 2 * 2048 + 5, 9 * 2048 + 3

@@ -9,14 +9,19 @@ from training_models import BLOCK, MASK, generator, random_llama, random_model
 
 from dmax_kernels import reference
 from dmax_kernels.training.config import TrainConfig
-from dmax_kernels.training.corrupt import block_mask, uniform_mask
-from dmax_kernels.training.data import IGNORE, Example, collate
+from dmax_kernels.training.data import Example, collate
 from dmax_kernels.training.layout import Layout, attention_mask
-from dmax_kernels.training.model import DenoisingModel, MasterWeights, build_net
-from dmax_kernels.training.ops import select_ops
-from dmax_kernels.training.optim import Muon, build_optimizers, orthogonalize
-from dmax_kernels.training.schedule import learning_rate_factor
-from dmax_kernels.training.step import draw, flat_index, micro_batch_losses, rollout
+from dmax_kernels.training.loop import build_objective
+from dmax_kernels.training.model import DenoisingModel
+from dmax_kernels.training.optim import (
+    MasterWeights,
+    Muon,
+    build_optimizers,
+    learning_rate_factor,
+    orthogonalize,
+)
+from dmax_kernels.training.oput import IGNORE, Mdlm, Oput, block_mask, uniform_mask
+from dmax_kernels.training.prepare import build_net
 
 CPU = torch.device("cpu")
 EOS = 2
@@ -46,8 +51,19 @@ def random_batch(eos_tail="block"):
     return examples, collate(examples, BLOCK, EOS, eos_tail)
 
 
-def net_of(model):
-    return DenoisingModel(model)
+def oput(model, ops=reference, **options):
+    return Oput(DenoisingModel(model), ops, **options)
+
+
+def mdlm(model, ops=reference):
+    return Mdlm(DenoisingModel(model), ops)
+
+
+OBJECTIVES = {"oput": oput, "mdlm": mdlm}
+
+
+def losses_of(objective, corrupted, rows=range(4)):
+    return objective(corrupted.rows(list(rows), CPU))
 
 
 # Corruption
@@ -128,7 +144,7 @@ def test_flex_attention_sees_what_the_boolean_mask_shows(make):
         net = DenoisingModel(model)
         assert net.attention == attention
         with torch.compiler.set_stance("force_eager"):
-            hidden[attention] = torch.stack(net(layout, noisy, clean, lambda parts, *_: parts))
+            hidden[attention] = torch.stack(net(layout, noisy, clean))
     torch.testing.assert_close(hidden["flex"], hidden["sdpa"], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="attention must be sdpa on a CPU .* got flex"):
         build_net(model, numbers(attention="flex"), CPU)
@@ -160,21 +176,19 @@ def by_hand(model, batch, response, start, learnt):
 def test_the_mdlm_loss_is_the_sum_over_masked_positions(eos_tail):
     model = random_model()
     _, batch = random_batch(eos_tail)
-    config = numbers(objective="mdlm", seed=3, eos_tail=eos_tail)
-    draws = draw(config, batch, 0)
-    loss, absent = micro_batch_losses(
-        net_of(model), config, batch, draws, list(range(4)), reference
-    )
+    objective = mdlm(model)
+    corrupted = objective.corrupt(batch, seed=3, step=0)
+    loss, absent = losses_of(objective, corrupted)
     assert absent is None
-    assert len(draws.masks) == 2
-    expected, count = 0.0, 0
-    learnt = batch.target[:, draws.start :] != IGNORE
-    for masked in draws.masks:
-        noisy = batch.tokens[:, draws.start :].masked_fill(masked, MASK)
-        expected = expected + by_hand(model, batch, noisy, draws.start, masked & learnt)
-        count += int((masked & learnt).sum())
+    assert len(corrupted.masks) == 2
+    expected, count, start = 0.0, 0, batch.start
+    for masked in corrupted.masks:
+        assert not (masked & ~batch.editable).any()
+        noisy, learnt = batch.tokens.masked_fill(masked, MASK), masked & (batch.target != IGNORE)
+        expected = expected + by_hand(model, batch, noisy[:, start:], start, learnt[:, start:])
+        count += int(learnt.sum())
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    assert draws.num_learnt == count
+    assert corrupted.num_learnt == count
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -183,20 +197,21 @@ def test_the_oput_losses_are_equations_3_to_5(temperature):
     with torch.no_grad():  # the mask token is likely, and never drawn
         model.lm_head.weight[MASK] = 2 * model.lm_head.weight[20]
     _, batch = random_batch()
-    config = numbers(mask_ratio=(0.5, 1.0), rollout_temperature=temperature)
-    draws = draw(config, batch, 7)
-    losses = micro_batch_losses(net_of(model), config, batch, draws, list(range(4)), reference)
+    objective = oput(model, mask_ratio=(0.5, 1.0), rollout_temperature=temperature)
+    corrupted = objective.corrupt(batch, seed=0, step=7)
+    losses = losses_of(objective, corrupted)
 
-    (masked,), start = draws.masks, draws.start
+    assert not (corrupted.masks[0] & ~batch.editable).any()  # never the prompt
+    start = batch.start
+    masked, seeds = corrupted.masks[0][:, start:], corrupted.seeds[:, start:]
     clean = batch.tokens[:, start:]
-    assert not (masked & ~batch.editable[:, start:]).any()  # never the prompt
     noisy_masked = clean.masked_fill(masked, MASK)
     noisy_predicted = noisy_masked.clone()
     with torch.no_grad():
         for i, row in enumerate(noisy_masked):
             p = log_p(model, batch.tokens[i], row, start)[masked[i]]
             p[:, MASK] = -torch.inf
-            drawn, _ = reference.sample_tokens(p, draws.seed[i][masked[i]], temperature=temperature)
+            drawn, _ = reference.sample_tokens(p, seeds[i][masked[i]], temperature=temperature)
             noisy_predicted[i, masked[i]] = drawn
     assert (noisy_predicted != clean).any()
     assert (noisy_predicted != MASK).all()
@@ -204,37 +219,37 @@ def test_the_oput_losses_are_equations_3_to_5(temperature):
     for loss, noisy in zip(losses, (noisy_masked, noisy_predicted), strict=True):
         expected = by_hand(model, batch, noisy, start, learnt)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    assert draws.num_learnt == int(learnt.sum())
+    assert corrupted.num_learnt == int(learnt.sum())
 
 
 def test_alternating_steps_are_the_two_passes_of_joint_ones():
     model = random_model()
     _, batch = random_batch()
-    rows = list(range(4))
 
-    def losses(passes, step):
-        config = numbers(passes=passes)
-        draws = replace(draw(config, batch, 7), passes=draw(config, batch, step).passes)
-        return micro_batch_losses(net_of(model), config, batch, draws, rows, reference)
+    def losses(alternating, step):
+        objective = oput(model, alternating=alternating)
+        passes = objective.corrupt(batch, seed=0, step=step).passes
+        corrupted = replace(objective.corrupt(batch, seed=0, step=7), passes=passes)
+        return losses_of(objective, corrupted)
 
-    joint, even, odd = losses("joint", 0), losses("alternating", 0), losses("alternating", 1)
+    joint, even, odd = losses(False, 0), losses(True, 0), losses(True, 1)
     assert even[1] is None
     assert odd[0] is None
     torch.testing.assert_close((even[0], odd[1]), joint, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("objective", ["oput", "mdlm"])
-def test_micro_batches_change_nothing(objective):
-    # Other rows beside a row change its padding, its start and its place, not its draws
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_micro_batches_change_nothing(name):
+    # The rows beside a row change its padding, its start and its place, but not its draws
     model = random_model()
     _, batch = random_batch()
-    config = numbers(objective=objective)
-    draws = draw(config, batch, 7)
+    objective = OBJECTIVES[name](model)
+    corrupted = objective.corrupt(batch, seed=0, step=7)
     values = []
     for split in ([[0, 1, 2, 3]], [[3], [1, 0], [2]]):
         model.zero_grad()
         for rows in split:
-            losses = micro_batch_losses(net_of(model), config, batch, draws, rows, reference)
+            losses = losses_of(objective, corrupted, rows)
             sum(loss for loss in losses if loss is not None).backward()
         values.append([p.grad for p in model.parameters()])
     for whole, parts in zip(*values, strict=True):
@@ -243,18 +258,18 @@ def test_micro_batches_change_nothing(objective):
 
 def test_the_rollout_carries_no_gradient_and_follows_the_parameters():
     model = random_model()
-    net, (_, batch) = net_of(model), random_batch()
-    config = numbers(rollout_temperature=0.0)
-    draws = draw(config, batch, 0)
-    masked = draws.masks[0]
-    noisy = batch.tokens[:, draws.start :].masked_fill(masked, MASK)
+    objective, (_, batch) = oput(model, rollout_temperature=0.0), random_batch()
+    corrupted = objective.corrupt(batch, seed=0, step=0)
+    masked = corrupted.masks[0][:, batch.start :]
+    (noisy,) = objective.masked_inputs(corrupted)
+    assert noisy.equal(batch.tokens[:, batch.start :].masked_fill(masked, MASK))
 
     def roll():
-        return rollout(net, config, batch.tokens, draws.start, noisy, masked, draws.seed, reference)
+        return objective.rollout(corrupted, noisy)
 
     first = roll()
     assert first.grad_fn is None
-    assert net.training
+    assert objective.net.training
     assert first[~masked].equal(noisy[~masked])
     with torch.no_grad():  # prefer one word by changing the parameters
         model.lm_head.weight.zero_()
@@ -264,33 +279,25 @@ def test_the_rollout_carries_no_gradient_and_follows_the_parameters():
 def test_a_step_without_a_mask_has_nothing_to_roll_out():
     model = random_model()
     _, batch = random_batch()
-    config = numbers(mask_ratio=(0.0, 1e-9))
-    draws = draw(config, batch, 0)
-    assert not draws.masks[0].any()
-    masked, predicted = micro_batch_losses(net_of(model), config, batch, draws, [0, 1], reference)
+    objective = oput(model, mask_ratio=(0.0, 1e-9))
+    corrupted = objective.corrupt(batch, seed=0, step=0)
+    assert not corrupted.masks[0].any()
+    masked, predicted = losses_of(objective, corrupted, [0, 1])
     torch.testing.assert_close(masked, predicted)
-    assert flat_index(draws.masks[0], CPU).numel() == 0
 
 
-@pytest.mark.parametrize("objective", ["mdlm", "oput"])
-def test_fused_and_reference_ops_give_the_same_losses_and_gradients(objective):
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_fused_and_reference_ops_give_the_same_losses_and_gradients(name):
     values = {}
     _, batch = random_batch()
     for ops in ("reference", "fused"):
-        model, config = random_model(), numbers(objective=objective)
-        losses = micro_batch_losses(
-            net_of(model), config, batch, draw(config, batch, 3), [0, 1, 2, 3], select_ops(ops)
-        )
+        model = random_model()
+        objective = build_objective(model, numbers(objective=name, ops=ops), CPU)
+        losses = losses_of(objective, objective.corrupt(batch, seed=0, step=3))
         sum(loss for loss in losses if loss is not None).backward()
         values[ops] = [p.grad for p in model.parameters()]
     for fused, expected in zip(values["fused"], values["reference"], strict=True):
         torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_select_ops_names_the_choices():
-    assert select_ops("reference") is reference
-    with pytest.raises(ValueError, match='ops must be "reference" or "fused", got \'fast\''):
-        select_ops("fast")
 
 
 # Optimizers
@@ -352,7 +359,7 @@ def test_muon_takes_the_matrices_of_the_layers():
 def test_master_weights_keep_what_bfloat16_rounds_away():
     net = build_net(random_model(), numbers(precision="bf16-master"), CPU)
     before = {name: p.detach().clone() for name, p in net.model.named_parameters()}
-    masters = MasterWeights(net)
+    masters = MasterWeights(net.model)
     name = "lm_head.weight"
     weight = net.model.lm_head.weight
     assert weight.dtype == torch.bfloat16

@@ -7,19 +7,25 @@ from itertools import islice
 from types import ModuleType
 
 import pytest
+import torch
 
+from dmax_kernels.files import read_jsonl
 from dmax_kernels.ring_walk import task
 from dmax_kernels.ring_walk.data import batches, repeated_examples, ring_walk_examples
 from dmax_kernels.ring_walk.export import build_tokenizer
-from dmax_kernels.training.data import IGNORE, Example, Examples, collate, epochs
-from dmax_kernels.training.records import (
+from dmax_kernels.training.data import (
+    Example,
+    Examples,
+    collate,
     conversation,
     encode,
+    epochs,
     read_dataset,
     read_examples,
-    read_jsonl,
 )
+from dmax_kernels.training.oput import IGNORE
 
+CPU = torch.device("cpu")
 EOS = task.EOS_ID
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] == 'u' and 's1 ' or 's2 ' }}{{ m['content'] }} "
@@ -111,7 +117,7 @@ def test_skipped_records_are_counted(tmp_path):
 )
 def test_a_malformed_record_names_file_and_line(tmp_path, line, message):
     path = write(tmp_path / "d.jsonl", WALK, line)
-    with pytest.raises(ValueError, match=rf"d\.jsonl:2: {message}.*\(--skip-malformed goes on\)"):
+    with pytest.raises(ValueError, match=rf"d\.jsonl:2: {message}.*\(--skip-malformed skips it\)"):
         read(path)
     examples, skipped = read(path, skip_malformed=True)
     assert len(examples) == skipped["malformed"] == 1
@@ -139,7 +145,7 @@ def test_what_the_chat_template_refuses_names_file_and_line(tmp_path, template, 
     roles = ("user", "user", "assistant") if template == STRICT else ("user", "assistant")
     record = {"messages": [{"role": role, "content": "so"} for role in roles]}
     path = write(tmp_path / "d.jsonl", record)
-    with pytest.raises(ValueError, match=rf"d\.jsonl:1: {re.escape(message)}.* goes on\)$"):
+    with pytest.raises(ValueError, match=rf"d\.jsonl:1: {re.escape(message)}.* skips it\)$"):
         read(path, tokenizer=tokenizer)
     if template == STRICT:
         examples, skipped = read(
@@ -208,6 +214,10 @@ def test_labels_are_the_response_and_its_tail(eos_tail):
     examples = [Example((5, 6, 7), (9,) * (n - 1) + (EOS,)) for n in (3, 5, 6)]
     batch = collate(examples, 4, EOS, eos_tail)
     assert batch.tokens.shape == (3, 12)
+    stored = Examples()
+    for example in examples:
+        stored.append(example, "")
+    assert stored.longest_row(4, eos_tail) == 12
     for row, example in enumerate(examples):
         begin, end = 3, 3 + len(example.response)
         ids = [*example.prompt, *example.response]
@@ -218,19 +228,18 @@ def test_labels_are_the_response_and_its_tail(eos_tail):
         assert batch.target[row].tolist() == expected + [IGNORE] * (12 - learnt)
         whole = -(-learnt // 4) * 4
         assert batch.editable[row].tolist() == [begin <= i < whole for i in range(12)]
-    assert batch.num_tokens == sum(3 + n for n in (3, 5, 6))
+    assert [example.num_tokens for example in examples] == [6, 8, 9]
 
 
 def test_rows_keep_only_the_blocks_they_edit():
     examples = [Example((5,) * 9, (9, EOS)), Example((5,) * 2, (9, EOS)), Example((), (EOS,))]
     batch = collate(examples, 4, EOS, "block")
-    part, span = batch.rows([0], 4)
-    assert (span.start, span.stop) == (8, 12)
-    assert part.tokens.shape == (1, 12)
-    part, span = batch.rows([1, 2], 4)
-    assert (span.start, span.stop) == (0, 4)
-    assert part.tokens.equal(batch.tokens[1:, :4])
-    assert part.target.equal(batch.target[1:, :4])
+    rows = batch.rows([0], CPU)
+    assert (rows.start, rows.tokens.shape) == (8, (1, 12))
+    rows = batch.rows([1, 2], CPU)
+    assert rows.start == 0
+    assert rows.tokens.equal(batch.tokens[1:, :4])
+    assert rows.target.equal(batch.target[1:, :4])
 
 
 def test_every_example_comes_once_an_epoch_and_a_stream_starts_anywhere():

@@ -5,16 +5,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from training_models import BLOCK, generator
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import dmax_kernels
-from dmax_kernels import reference
+from dmax_kernels.models.attention_window import attention_window
 from dmax_kernels.training.config import TrainConfig
-from dmax_kernels.training.corrupt import block_mask, uniform_mask
 from dmax_kernels.training.data import Example, collate
 from dmax_kernels.training.layout import Layout
-from dmax_kernels.training.model import build_net
-from dmax_kernels.training.step import draw, dual_pass_loss, micro_batch_losses
+from dmax_kernels.training.loop import build_objective
+from dmax_kernels.training.oput import Objective, block_mask, uniform_mask
+from dmax_kernels.training.prepare import build_net
+from dmax_kernels.training.run import check_window
 
 CPU = torch.device("cpu")
 VOCABULARY, MASK = 96, 95
@@ -49,9 +50,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def configuration(kind, changes):
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    return AutoConfig.for_model(kind, **SIZES, **changes)
+
+
 def network(kind, changes):
     torch.manual_seed(1)
-    config = AutoConfig.for_model(kind.split(",")[0], **SIZES, **changes)
+    config = configuration(kind.split(",")[0], changes)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -74,7 +81,7 @@ def gradients(model):
 
 @pytest.mark.parametrize("kind", RIGHT)
 def test_loss_and_gradients_are_those_of_the_models_own_logits(kind):
-    """Block by block, each behind the clean tokens before it: nothing is packed there."""
+    """The model's own run block by block, each after the clean tokens before it, never packed."""
     changes, loss_from, scale = RIGHT[kind]
     model = network(kind, changes)
     net = built(model, loss_from=loss_from).eval()
@@ -83,10 +90,9 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(kind):
     noisy = torch.randint(3, 90, (2, 8), generator=generator(1))
     target = clean[:, 4:]
 
-    def head(parts, weight, bias):
-        return dual_pass_loss(dmax_kernels, parts[0], None, weight, bias, target)[0].mean()
-
-    loss = net(Layout(12, 4, BLOCK, 1), [noisy], clean, head)
+    (states,) = net(Layout(12, 4, BLOCK, 1), [noisy], clean)
+    objective = Objective(net, dmax_kernels)
+    loss = objective.summed_losses(states.flatten(0, 1), None, target.flatten())[0] / 16
     loss.backward()
     found = gradients(model)
 
@@ -181,12 +187,11 @@ def test_a_step_from_logits_is_the_step_from_hidden_states(objective):
     examples = [Example((5, 6, 7, 8), (9, 10, 11, 12, 13, 2), "a"), Example((20,), (21, 2), "b")]
     values = {}
     for loss_from in ("hidden", "logits"):
-        config = TrainConfig(block_length=BLOCK, loss_from=loss_from, objective=objective)
+        config = TrainConfig(loss_from=loss_from, objective=objective, ops="reference")
         model = network("granite", {"logits_scaling": 8.0})
-        batch = collate(examples, BLOCK, 2, "block")
-        losses = micro_batch_losses(
-            build_net(model, config, CPU), config, batch, draw(config, batch, 3), [0, 1], reference
-        )
+        built_objective = build_objective(model, config, CPU)
+        corrupted = built_objective.corrupt(collate(examples, BLOCK, 2, "block"), seed=0, step=3)
+        losses = built_objective(corrupted.rows([0, 1], CPU))
         sum(loss for loss in losses if loss is not None).backward()
         values[loss_from] = losses, gradients(model)
     torch.testing.assert_close(values["logits"], values["hidden"], rtol=1e-4, atol=1e-5)
@@ -210,3 +215,27 @@ def test_the_default_dtype_changes_nothing(dtype):
         torch.set_default_dtype(torch.float32)
     assert [each.dtype for each in found] == [torch.float32, torch.bool, torch.bool]
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "window"),
+    [
+        ("llama", {}, None),
+        ("mistral", {"sliding_window": 16}, 16),  # every layer
+        ("mistral", {"sliding_window": None}, None),
+        ("qwen2", {"sliding_window": 16}, None),  # use_sliding_window is off
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, 16),
+        ("gpt_oss", {"sliding_window": 16}, 16),  # every second layer
+        ("gpt_oss", {"sliding_window": 16, "layer_types": ["full_attention"] * 2}, None),
+        ("llama4_text", {"attention_chunk_size": 16, "no_rope_layers": [1, 0]}, 16),
+    ],
+)
+def test_rows_beyond_the_models_own_window_are_refused(kind, changes, window):
+    config = configuration(kind, changes)
+    assert attention_window(config) == window
+    check_window(config, 16)
+    if window is None:
+        check_window(config, 17)
+        return
+    with pytest.raises(ValueError, match="attention window of 16 positions.* got one of 17"):
+        check_window(config, 17)

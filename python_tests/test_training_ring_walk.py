@@ -76,7 +76,7 @@ def test_distillation_resumes_and_drops_incomplete_responses(tmp_path):
     saved["responses"] = saved["responses"][:2]
     torch.save(saved, path)
     assert distill.distill(settings, model, path)["responses"] == whole["responses"]
-    with pytest.raises(ValueError, match=r"distillation.pt must be of a run with seed = 1, got 0"):
+    with pytest.raises(ValueError, match=r"distillation.pt must belong .* seed = 1, got 0"):
         distill.distill(replace(settings, seed=1), model, path)
 
     written = [[20, 2], [], [21, 21, 2], [], [], [2]]

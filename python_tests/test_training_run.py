@@ -133,8 +133,8 @@ def test_a_resumed_run_is_the_same_bit_for_bit(folder, whole, tmp_path, capsys):
 def test_a_run_is_not_resumed_as_another(folder, whole, tmp_path, capsys):
     other = write_walks(tmp_path / "other.jsonl", count=5)
     cases = [
-        (["--learning-rate", "0.5"], "of a run with learning_rate = 0.5, got 0.01"),
-        (["--data", str(other)], "of a run with data = 5 examples"),
+        (["--learning-rate", "0.5"], "belong to a run with learning_rate = 0.5, got 0.01"),
+        (["--data", str(other)], "belong to a run with data = 5 examples"),
     ]
     for more, message in cases:
         assert main(arguments(folder, whole, *more)) == 1
@@ -182,7 +182,7 @@ def test_bfloat16(folder, whole, tmp_path, precision, dtype, ops):
 def test_alternating_passes(folder, tmp_path):
     rows = train(folder, tmp_path, "--passes", "alternating", "--stop-after", "3")
     rows = train(folder, tmp_path, "--passes", "alternating")
-    assert [row["loss_predicted"] is None for row in rows] == [False, True] * 0 + [True, False] * 3
+    assert [row["loss_predicted"] is None for row in rows] == [True, False] * 3
     assert [row["loss_masked"] is None for row in rows] == [False, True] * 3
     # both passes of a pair of steps see the same sequences
     assert [row["tokens"] for row in rows[::2]] == [row["tokens"] for row in rows[1::2]]
@@ -235,19 +235,23 @@ def test_files_of_the_users_own_stay(folder, whole, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, whole, tmp_path, capsys, monkeypatch):
-    micro_batch_losses = loop.micro_batch_losses
+    forward = loop.Oput.forward
 
-    def broken(net, config, batch, draws, index, ops):
-        values = micro_batch_losses(net, config, batch, draws, index, ops)
-        # step 2: the pair of a batch's rows that has row 0
-        return (values[0] * torch.nan, values[1]) if broken.step == 2 and 0 in index else values
+    def broken(self, corrupted):
+        masked, predicted = forward(self, corrupted)
+        # one micro batch of step 2: the first that comes
+        if broken.step != 2 or broken.done:
+            return masked, predicted
+        broken.done = True
+        return masked * torch.nan, predicted
 
     def step(self, number, examples):
         broken.step, broken.trainer = number, self
         return trainer_step(self, number, examples)
 
     trainer_step = loop.Trainer.step
-    monkeypatch.setattr(loop, "micro_batch_losses", broken)
+    broken.done = False
+    monkeypatch.setattr(loop.Oput, "forward", broken)
     monkeypatch.setattr(loop.Trainer, "step", step)
     assert main(arguments(folder, tmp_path)) == 1
     message = one_line(capsys)
@@ -255,7 +259,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, whole, tmp_path, capsys
     assert message.count("walks.jsonl:") == 4  # the batch's records
     assert f"the last good checkpoint is {tmp_path / 'checkpoints' / 'step-00000002'}" in message
     assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 2]
-    assert_equal_weights(broken.trainer.net.model.state_dict(), weights(tmp_path, 2))
+    assert_equal_weights(broken.trainer.objective.net.model.state_dict(), weights(tmp_path, 2))
     monkeypatch.undo()
     assert losses(train(folder, tmp_path)) == losses(metrics(whole))
 
@@ -335,24 +339,27 @@ def test_a_configuration_file_is_overridden_by_the_command_line(folder, tmp_path
 def test_a_mistake_is_told_in_one_line(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "bad.jsonl").write_text('{"prompt": 1}\n')
-    given = ["--model", str(folder / "model"), "--data", str(folder / "walks.jsonl")]
+    base = ["--model", str(folder / "model"), "--data", str(folder / "walks.jsonl")]
     cases = [
         ([], "--model must be given"),
-        (["--model", str(folder / "model")], "--data or --dataset must be given"),
-        ([*given, "--dataset", "walks"], "--data or --dataset must be given, one of them"),
-        (["--model", "none", *given[2:]], "OWNER/NAME on the Hugging Face hub, got 'none'"),
-        ([*given[:3], "none.jsonl"], "got no file none.jsonl"),
-        ([*given[:3], str(tmp_path / "bad.jsonl")], "bad.jsonl:1: needs"),
-        ([*given, "--threads", "0"], "--threads must be at least 1, got 0"),
-        ([*given, "--stop-after", "0"], "--stop-after must be at least 1, got 0"),
-        ([*given, "--batch-size", "0"], "batch_size must be at least 1, got 0"),
-        ([*given, "--mask-ratio", "0.9", "0.1"], "mask_ratio must be 0 <= LOW <= HIGH <= 1"),
-        ([*given, "--objective", "mdlm", "--passes", "alternating"], "passes must be joint"),
-        ([*given, "--batch-size", "3", "--micro-batch-size", "2"], "batch_size must be a multiple"),
-        ([*given, "--attention", "flex"], "attention must be sdpa on a CPU"),
-        ([*given, "--mask-token-id", "46"], "mask_token_id must be in [0, 46), got 46"),
-        ([*given, "--max-length", "3"], "at least one usable record, got 12 too long"),
-        ([*given, "--output", str(tmp_path / "file")], "--output must be a folder, got the file"),
+        (
+            ["--model", str(folder / "model")],
+            "--dataset must be given, got neither",
+        ),
+        ([*base, "--dataset", "walks"], "--dataset must be given, got both"),
+        (["--model", "none", *base[2:]], "OWNER/NAME on the Hugging Face hub, got 'none'"),
+        ([*base[:3], "none.jsonl"], "got no file none.jsonl"),
+        ([*base[:3], str(tmp_path / "bad.jsonl")], "bad.jsonl:1: needs"),
+        ([*base, "--threads", "0"], "--threads must be at least 1, got 0"),
+        ([*base, "--stop-after", "0"], "--stop-after must be at least 1, got 0"),
+        ([*base, "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        ([*base, "--mask-ratio", "0.9", "0.1"], "mask_ratio must be 0 <= LOW <= HIGH <= 1"),
+        ([*base, "--objective", "mdlm", "--passes", "alternating"], "passes must be joint"),
+        ([*base, "--batch-size", "3", "--micro-batch-size", "2"], "batch_size must be a multiple"),
+        ([*base, "--attention", "flex"], "attention must be sdpa on a CPU"),
+        ([*base, "--mask-token-id", "46"], "mask_token_id must be in [0, 46), got 46"),
+        ([*base, "--max-length", "3"], "at least one usable record, got 12 too long"),
+        ([*base, "--output", str(tmp_path / "file")], "--output must be a folder, got the file"),
         (
             ["--config", "ring_walk", "--steps", "3"],
             "takes --output, --ops and --threads, got --",
@@ -360,9 +367,7 @@ def test_a_mistake_is_told_in_one_line(folder, tmp_path, capsys):
         (["--config", str(tmp_path / "none")], "must be ring_walk or a JSON file, got no file"),
     ]
     if not torch.cuda.is_available():
-        cases.append(
-            ([*given, "--device", "cuda"], "--device must be cpu where torch finds no GPU")
-        )
+        cases.append(([*base, "--device", "cuda"], "--device must be cpu where torch finds no GPU"))
     for more, message in cases:
         output = [] if "--output" in more else ["--output", str(tmp_path / "run")]
         assert main(["train", *more, *output]) == 1, more
@@ -388,4 +393,4 @@ def test_an_interrupted_command_says_how_to_go_on(folder, tmp_path, monkeypatch,
 
     monkeypatch.setattr(loop.Trainer, "step", interrupted)
     assert main(arguments(folder, tmp_path)) == 130
-    assert f"interrupted; the same command goes on from {tmp_path}" in capsys.readouterr().err
+    assert f"interrupted; the same command continues from {tmp_path}" in capsys.readouterr().err

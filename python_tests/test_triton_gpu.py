@@ -3,7 +3,7 @@
 import float64
 import pytest
 import torch
-from test_row_statistics import assert_statistics
+from test_statistics import assert_statistics
 from tolerances import CONFIDENCE_RTOL, ROUNDING, assert_close
 from triton_device import chunked_from, cpp_op
 

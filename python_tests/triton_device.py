@@ -1,6 +1,12 @@
-"""Calls a Triton op where it can run: on the GPU, else under the interpreter on the CPU."""
+"""Calls a Triton op where it can run: on the GPU, else under the interpreter on the CPU.
+
+The interpreter takes some 10 ms per program. Its vocabularies are therefore few and as small as the
+paths through the kernels allow: one tile or several, a last tile that is whole or cut.
+"""
 
 import contextlib
+import functools
+from types import SimpleNamespace
 
 import torch
 
@@ -21,6 +27,10 @@ def triton_op(op, *arguments, **options):
     if torch.is_tensor(results):
         return results.cpu()
     return results if results is None else tuple(t.cpu() for t in results)
+
+
+# The ops by name, as dmax_kernels and dmax_kernels.reference have them
+triton = SimpleNamespace(**{op: functools.partial(triton_op, op) for op in IMPLEMENTATIONS})
 
 
 @contextlib.contextmanager

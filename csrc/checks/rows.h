@@ -4,11 +4,10 @@
 // the sizes that the C++ kernels use.
 #pragma once
 
+#include "common/constants.h"
 #include "common/tensor_checks.h"
 
 namespace dmax {
-
-constexpr int64_t kMaxTopK = 8;
 
 inline void check_top_k(const char* op, const char* name, int64_t k, int64_t vocab) {
   DMAX_CHECK(k >= 1 && k <= kMaxTopK && k <= vocab, op, ": ", name, " must be in 1..",

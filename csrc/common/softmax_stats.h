@@ -5,11 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define DMAX_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define DMAX_HOST_DEVICE inline
-#endif
+#include "common/constants.h"
 
 namespace dmax {
 
@@ -54,7 +50,7 @@ DMAX_HOST_DEVICE bool is_finite(float x) { return x - x == 0.0f; }
 
 // log2(e) / temperature: what turns differences of logits into exponents of 2
 inline float softmax_scale(double temperature) {
-  const double scale = 1.4426950408889634 / temperature;
+  const double scale = kLog2EDouble / temperature;
   constexpr double kLargest = 3.4028234663852886e38;  // infinity would make 0 * scale a NaN
   return static_cast<float>(scale < kLargest ? scale : kLargest);
 }

@@ -1,4 +1,4 @@
-// 16 bytes as float32 elements, and back.
+// Sixteen bytes as float32 elements, and back.
 #pragma once
 
 #include "cuda/platform.cuh"
@@ -58,7 +58,7 @@ __device__ __forceinline__ uint32_t minus_infinity_bits<Float16>() {
   return 0xfc00u;
 }
 
-// Element e of 16 bytes; e must be known when the loop around it is unrolled
+// Element e of 16 bytes; e must be a constant once the loop around it is unrolled
 template <class T>
 __device__ __forceinline__ float element(const uint4& raw, int e);
 template <>
@@ -76,8 +76,8 @@ __device__ __forceinline__ float element<Float16>(const uint4& raw, int e) {
   return half_to_float(static_cast<uint16_t>(e % 2 == 0 ? pair : pair >> 16));
 }
 
-// The largest element; a NaN counts as nothing. The 16-bit types compare packed: converted elements
-// kept from here to their exponentials would not fit into registers.
+// The largest element, NaN left out. The 16-bit types are compared packed: converted elements, kept
+// from here to their exponentials, would not fit into registers.
 template <class T>
 __device__ __forceinline__ float vector_max(const uint4& raw);
 template <>

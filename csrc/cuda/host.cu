@@ -16,7 +16,7 @@ namespace {
 
 void check_cuda(const char* op, cudaError_t error) {
   if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // or the next call reports it again
+  (void)cudaGetLastError();  // otherwise the next call reports it again
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
     fail(op, ": dmax_kernels was built for GPUs of architecture ", DMAX_CUDA_ARCHITECTURES,
          ", which this one is not: install it again on this machine");
@@ -56,7 +56,7 @@ class CounterPool {
     size_t count = 0;
   };
 
-  // Also while another stream (or this thread's own) is being captured
+  // Works also while another stream, or this thread's own, is being captured
   static unsigned* zeroed_block(const char* op, size_t count) {
     struct RelaxedCapture {
       cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
@@ -82,8 +82,7 @@ class CounterPool {
 
 unsigned* zeroed_counters(const char* op, int64_t count, int device_index, cudaStream_t stream) {
   static std::mutex mutex;
-  static std::map<int, CounterPool>* pools =
-      new std::map<int, CounterPool>();  // outlives the driver
+  static auto* pools = new std::map<int, CounterPool>();  // never freed: it may outlive the driver
   const std::lock_guard<std::mutex> lock(mutex);
   CounterPool& pool = (*pools)[device_index];
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -109,7 +108,7 @@ cudaStream_t current_stream(int device_index) {
 
 const Device& device_properties(const char* op, int device_index) {
   static std::mutex mutex;
-  static std::map<int, Device>* known = new std::map<int, Device>();
+  static auto* known = new std::map<int, Device>();
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known->find(device_index);
   if (found != known->end()) return found->second;

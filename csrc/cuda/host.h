@@ -1,23 +1,35 @@
-// The host side that every <op>.cu shares: device, stream, scratch, errors of a launch.
+// From tensors to launches, for every family: device, stream, scratch, errors.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
-#include "cuda/counters.h"
-#include "cuda/row_split.cuh"
+#include "cuda/embedding.cuh"
+#include "cuda/rows.cuh"
 
 namespace dmax::cuda {
 
 // PyTorch's current stream on the device. The function lives in libtorch_cuda and is looked up at
-// run time, so that this library also loads where torch is CPU-only.
+// run time, which lets this library load beside a PyTorch without CUDA, too.
 cudaStream_t current_stream(int device_index);
 
 // Multiprocessors and limits of the device; an error for a GPU older than sm_80
 const Device& device_properties(const char* op, int device_index);
 
-// One call of an op on the device of `tensor`, which is the current one meanwhile
+// Counters of finished blocks (rows.cuh): zero before every launch, and again after it.
+//
+// No two launches that may run at the same time may share counters, and a launch must find them
+// zero without a memset in front, which would be a second node in every captured graph.
+//  - The launches of one stream run one after the other. Each (device, stream) therefore has its
+//    own counters, found by the stream's id, which CUDA never uses twice.
+//  - A captured launch may be replayed on any stream, beside eager launches and other graphs. It
+//    gets counters that no other launch ever uses; a graph does not run beside itself.
+// They come zeroed from 1 MiB blocks that live as long as the process. Capturing a launch takes at
+// least 256 bytes of them for good. A new block waits for its own memset, on a stream of its own.
+unsigned* zeroed_counters(const char* op, int64_t count, int device_index, cudaStream_t stream);
+
+// One call of an op on the device of `tensor`, which is the current device meanwhile
 class Call {
  public:
   Call(const char* op, const Tensor& tensor)
@@ -27,11 +39,11 @@ class Call {
         device(device_properties(op, index_)),
         stream(current_stream(index_)) {}
 
-  // Of a launch; says what to do about a library built for other GPUs
+  // The result of a launch; names the remedy if this library was built for other GPUs
   void check(cudaError_t error) const;
 
-  // Uninitialised memory, from PyTorch's allocator: ordered with the stream, and of the graph's own
-  // pool under capture
+  // Uninitialised memory from PyTorch's allocator: freed in the order of the stream, and under
+  // capture a part of the graph's own pool
   Tensor scratch(const Tensor& like, size_t bytes) const {
     return empty_like_device(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
   }
@@ -53,25 +65,48 @@ class Call {
   const cudaStream_t stream;
 };
 
-// Partial results and counters of a RowLaunch, for as long as the launch needs them
-class RowScratch {
- public:
-  RowScratch(const Call& call, const Tensor& like, const RowLaunch& launch)
-      : partials_(call.scratch(like, launch.scratch_bytes)),
-        split(row_split(launch, launch.splits > 1 ? partials_.mutable_data_ptr() : nullptr,
-                        launch.splits > 1 ? call.counters(launch.counters) : nullptr)) {}
-
- private:
-  Tensor partials_;
-
- public:
-  const RowSplit split;
-};
+// A launch over rows of T whose tiles leave a Partial each: start(run) starts the kernel with
+// run.shape and run.split, for which there is memory until it returns.
+template <class T, class Partial, class Start>
+void launch_rows(const Call& call, const Tensor& like, const RowWork& work, const Start& start) {
+  RowLaunch run = choose_row_launch<T, Partial>(work, call.device);
+  call.check_blocks(work.rows * run.split.splits);
+  OptionalTensor partials;
+  if (run.partial_bytes > 0) {
+    partials = call.scratch(like, run.partial_bytes);
+    run.split.partials = partials->mutable_data_ptr();
+  }
+  const int64_t counters = run.row_counters + work.more_counters;
+  if (counters > 0) run.split.counters = call.counters(counters);
+  call.check(start(run));
+}
 
 template <class T>
-LogitsView<T> logits_view(const RowView& view, int64_t suppress_token, double temperature) {
-  return make_logits_view<T>(view.tensor.const_data_ptr(), view.row_stride, view.width,
+LogitsView<T> logits_view(const RowView& rows, int64_t suppress_token, double temperature) {
+  return make_logits_view<T>(rows.tensor.const_data_ptr(), rows.row_stride, rows.width,
                              suppress_token, temperature);
 }
+
+// `rows` is the contiguous [..., D] that is written, or read beside the table
+inline EmbeddingTable embedding_table(const RowView& embedding, int64_t mask_token_id,
+                                      const Tensor& rows) {
+  const ScalarType dtype = embedding.tensor.scalar_type();
+  const ElementType type = dtype == ScalarType::Float      ? ElementType::kFloat
+                           : dtype == ScalarType::BFloat16 ? ElementType::kBFloat16
+                                                           : ElementType::kFloat16;
+  return make_table(embedding.tensor.const_data_ptr(), embedding.row_stride, embedding.rows,
+                    embedding.width, mask_token_id, type, rows.const_data_ptr());
+}
+
+// ---- Of top1.cu, for sample.cu ----
+
+std::tuple<Tensor, Tensor> top1_confidence(Tensor logits, double temperature,
+                                           int64_t suppress_token);
+
+// Without score and weight the likeliest token wins, with them the sample of the highest score
+std::tuple<Tensor, Tensor> merge_shards(const char* op, const Tensor& maximum,
+                                        const Tensor& sum_exp, const Tensor& token,
+                                        const OptionalTensor& score, const OptionalTensor& weight,
+                                        double temperature);
 
 }  // namespace dmax::cuda

@@ -13,15 +13,15 @@ __device__ __forceinline__ uint32_t word_of(const Words& words, int i) {
   return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
-// What is known of a row's first id when a kernel is compiled
+// What a kernel knows about a row's first id at compile time
 enum class FirstId {
   kZero,
   kMultipleOf4,
   kAny,  // four adjacent ids of the row may need the words of two counters
 };
 
-// The noise of one row of logits, whose ids begin at first_id: the (seed, offset) pair with the row
-// is everything of the counter but the id
+// The noise of one row of logits, whose ids begin at first_id. The key is the seed; the counter
+// holds the id's group of four, the row and the offset.
 template <FirstId kFirst>
 struct NoiseStream {
   uint32_t key_low, key_high;
@@ -30,7 +30,7 @@ struct NoiseStream {
   uint32_t first_group;  // first_id / 4
   uint32_t shift;        // first_id % 4
 
-  // Of the row's elements 4 * group .. 4 * group + 3
+  // The words of the row's elements 4 * group to 4 * group + 3
   __device__ __forceinline__ Words words(uint32_t group) const {
     const Words low = group_words(group);
     if (kFirst != FirstId::kAny || shift == 0) return low;
@@ -40,13 +40,13 @@ struct NoiseStream {
     return {low.w, high.x, high.y, high.z};
   }
 
-  // Of one element
+  // The word of one element
   __device__ __forceinline__ uint32_t word(int element) const {
     const uint32_t place = static_cast<uint32_t>(element) + (kFirst == FirstId::kAny ? shift : 0);
     return word_of(group_words(place >> 2), place & 3);
   }
 
-  // Of the ids 4 * (first_group + group) .. + 3
+  // The words of the ids 4 * (first_group + group) to 4 * (first_group + group) + 3
   __device__ __forceinline__ Words group_words(uint32_t group) const {
     Words c{kFirst == FirstId::kZero ? group : first_group + group, row, offset_low, offset_high};
     uint32_t k0 = key_low;
@@ -84,7 +84,7 @@ __device__ __forceinline__ float gumbel(uint32_t word) {
   return -logf(-log1pf(-v));
 }
 
-// At most v, on a grid of 2^-23, at the price of two integer instructions
+// 1 + v, rounded down to a multiple of 2^-23, for two integer instructions
 __device__ __forceinline__ float one_plus_floor(uint32_t word) {
   return __uint_as_float((word >> 9) | 0x3f800000u);
 }

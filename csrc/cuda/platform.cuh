@@ -1,5 +1,5 @@
-// What the kernels need beyond the CUDA language: wrappers around single instructions, each with a
-// host twin, so that csrc/simt/ runs every kernel unchanged on the CPU.
+// What the kernels need beyond the CUDA language: wrappers of single instructions. Each has a host
+// twin, which lets csrc/simt/ run every kernel unchanged on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -20,15 +20,25 @@ namespace dmax::cuda {
 constexpr int kWarpSize = 32;
 constexpr uint32_t kFullMask = 0xffffffffu;
 
-// One array and type for all kernels of the library; each views it as what it needs
+// All kernels of the library share this declaration; each views it as the type it needs
 extern __shared__ uint4 dynamic_shared[];
+
+// Dynamic shared memory that a kernel gets without asking: 48 KB less 1 KB for its static arrays,
+// which count towards the 48 KB
+constexpr size_t kDefaultDynamicShared = 47 * 1024;
 
 struct LaunchShape {
   unsigned blocks;
   unsigned threads;
-  size_t shared_bytes;
+  size_t shared_bytes;  // dynamic
   unsigned cluster = 1;
 };
+
+// Blocks of `per_block` warps, enough for `warps` in all
+inline LaunchShape warps_shape(int64_t warps, int per_block) {
+  return {static_cast<unsigned>((warps + per_block - 1) / per_block),
+          static_cast<unsigned>(per_block * kWarpSize), 0};
+}
 
 #if defined(__CUDACC__)
 
@@ -50,8 +60,7 @@ cudaError_t launch(const LaunchShape& shape, Stream stream, void (*kernel)(Param
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
-  // More than 48 KB of shared memory is given only to kernels that ask
-  if (shape.shared_bytes > 48 * 1024) {
+  if (shape.shared_bytes > kDefaultDynamicShared) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(shape.shared_bytes));
@@ -67,12 +76,12 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// Makes the compiler forget what it has computed from v, where keeping it would cost registers
+// Makes the compiler forget what it has computed from v, if keeping it would cost registers
 __device__ __forceinline__ void forget(uint4& v) {
   asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
 }
 
-// Both halves at once; of a NaN and a number the number, as fmaxf
+// Both halves at once; of a NaN and a number they give the number, as fmaxf does
 __device__ __forceinline__ uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
   uint32_t y;
   asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
@@ -84,7 +93,7 @@ __device__ __forceinline__ uint32_t max_half2(uint32_t a, uint32_t b) {
   return y;
 }
 
-// Read once, written by nobody while the kernel runs
+// For what is read once, and written by nobody while the kernel runs
 __device__ __forceinline__ uint4 load_constant(const void* p) {
   uint4 v;
   asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -93,7 +102,7 @@ __device__ __forceinline__ uint4 load_constant(const void* p) {
   return v;
 }
 
-// What another block has just written: past the L1, which other blocks' stores do not reach
+// For what another block has just written: bypasses the L1, which other blocks' stores do not reach
 template <class T>
 __device__ __forceinline__ T load_other_block(const T* p) {
   static_assert(sizeof(T) % 16 == 0, "16-byte loads");
@@ -120,7 +129,7 @@ __device__ __forceinline__ uint16_t float_to_bfloat16(float x) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 
-// Clusters are an sm_90 feature; choose_launch never starts a cluster kernel on an older GPU
+// Clusters need sm_90; choose_loss_and_grad_launch asks for none on an older GPU
 __device__ __forceinline__ unsigned cluster_rank() {
 #if __CUDA_ARCH__ >= 900
   return cooperative_groups::this_cluster().block_rank();
@@ -211,7 +220,7 @@ T* in_cluster_rank(T* shared, unsigned rank) {
 
 #endif
 
-// What choose_launch asks about the GPU
+// What a launch's shape depends on
 struct Device {
   int multiprocessors;
   int major;                 // of the compute capability

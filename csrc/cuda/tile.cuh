@@ -1,9 +1,9 @@
 // A row's vocabulary in tiles of 4 KB, one warp per tile: the fixed grain of every sum over a row.
 //
 // Lane l's v-th vector of a tile holds the elements [(v * 32 + l) * width, ... + width), whatever
-// the alignment of the row and whoever works on the tile. A tile's statistics so have the same bits
-// in every launch, and so have the row's, since they are merged in an order fixed by the number of
-// tiles alone (row_split.cuh).
+// the alignment of the row and whichever warp works on the tile. A tile's statistics therefore have
+// the same bits in every launch. So do the row's: tiles are merged in an order that depends only on
+// how many there are (rows.cuh).
 #pragma once
 
 #include "common/softmax_stats.h"
@@ -40,20 +40,20 @@ struct Tile {
   __device__ __forceinline__ float at(int v, int e) const { return element<T>(raw[v], e); }
 };
 
-// Who else writes the row while it is read
+// When the kernel writes to the row that it reads
 enum class Access {
-  kConstant,     // nobody in this kernel: the read-only path
-  kReadFirst,    // this kernel, after all of the row has been read
-  kInterleaved,  // this kernel, other elements at any time: only whole elements are then read
+  kConstant,     // never: the loads may take the read-only path
+  kReadFirst,    // after all of the row has been read
+  kInterleaved,  // other elements at any time: a load may then touch no neighbour
 };
 
-// Sixteen bytes from any address: the two aligned vectors around it, shifted together. Both must
-// lie inside the row.
 template <Access kAccess>
 __device__ __forceinline__ uint4 load_vector(const void* p) {
   return kAccess == Access::kConstant ? load_constant(p) : *static_cast<const uint4*>(p);
 }
 
+// Sixteen bytes from any address: the two aligned vectors around it, shifted together. Both must
+// lie inside the row.
 template <Access kAccess>
 __device__ __forceinline__ uint4 load_shifted(const char* p) {
   const auto offset = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p) & 15);
@@ -106,7 +106,7 @@ __device__ __forceinline__ void load_tile(Tile<T>& tile, const Row<T>& row, int 
       tile.raw[v] = load_edge_vector<T, kAccess>(row, tile.id(v, 0));
   }
 
-  // The suppressed element, where it lies in this tile
+  // The suppressed element, if it lies in this tile
   const int place = suppress - tile.begin;
   if (place >= 0 && place < kTileSize<T> && suppress >= 0) {
     if (place / kWidth<T> % kWarpSize == lane_id()) {
@@ -123,7 +123,7 @@ __device__ __forceinline__ void load_tile(Tile<T>& tile, const Row<T>& row, int 
 
 // ---- Statistics of a tile: the same on every lane ----
 
-// The largest element of each of this lane's vectors; a NaN counts as nothing here
+// The largest element of each of this lane's vectors, NaN left out
 template <class T>
 struct VectorMaxima {
   float of[kVectors];
@@ -142,7 +142,7 @@ __device__ __forceinline__ VectorMaxima<T> vector_maxima(const Tile<T>& tile) {
   return maxima;
 }
 
-// This lane's first element that equals its maximum, kNoId where it has none but NaN
+// This lane's first element that equals its maximum; kNoId if it has only NaN
 template <class T>
 __device__ __forceinline__ int lane_argmax(const Tile<T>& tile, const VectorMaxima<T>& maxima) {
   uint4 chosen{0, 0, 0, 0};
@@ -165,8 +165,8 @@ __device__ __forceinline__ int warp_first(int id) {
   return static_cast<int>(__reduce_min_sync(kFullMask, static_cast<uint32_t>(id)));
 }
 
-// The tile's first element that `is`, or kNoId. Rare, so it reads the row again and costs no
-// registers.
+// The tile's first element for which is(x), or kNoId. It is rarely needed and therefore reads the
+// row again: keeping the elements would cost registers.
 template <class T, class Is>
 __device__ __forceinline__ int first_where(const Row<T>& row, int begin, int suppress,
                                            const Is& is) {
@@ -176,16 +176,17 @@ __device__ __forceinline__ int first_where(const Row<T>& row, int begin, int sup
   return warp_first(first);
 }
 
-// Subtracted before exp: -inf - -inf would be NaN
+// What is subtracted before the exponential: -inf - -inf would be NaN
 __device__ __forceinline__ float finite_reference(float max) {
   return max == -INFINITY ? 0.0f : max;
 }
 
-// Sum of 2^((x - max) * scale) over the elements below max, and the number of those at max less
-// one: SoftmaxStats::rest. The subtraction comes first: x * scale - max * scale would lose the
-// digits of logits with a large common offset, and overflow at extreme temperatures.
-// also(v, e, d, weight): what an op sums beside it, of element e of this lane's vector v at
-// d = x - max with weight 2^(d * scale); the weight is 0 at max.
+// SoftmaxStats::rest: the sum of 2^((x - max) * scale) over the elements below max, plus the number
+// of elements at max, minus one. The subtraction comes first, because x * scale - max * scale would
+// lose the digits of logits with a large common offset and overflow at extreme temperatures.
+//
+// also(v, e, d, weight) lets an op sum something else on the way, for element e of this lane's
+// vector v: d is x - max and weight is 2^(d * scale), or 0 at max.
 template <class T, class Also>
 __device__ __forceinline__ float tile_rest(const Tile<T>& tile, const VectorMaxima<T>& maxima,
                                            float max, float scale, const Also& also) {
@@ -226,7 +227,7 @@ struct NothingElse {
   __device__ __forceinline__ void operator()(int, int, float, float) const {}
 };
 
-// max and id of a tile whose sum is NaN: its first NaN, else its first +inf
+// Sets max and id of a tile whose sum is NaN: its first NaN, or else its first +inf
 template <class T>
 __device__ __forceinline__ void find_broken(const Tile<T>& tile, const Row<T>& row, int suppress,
                                             SoftmaxStats* stats) {

@@ -1,14 +1,13 @@
-// The k best elements of a row, held by a warp: lane j has the j-th best.
+// The k best elements of a row, held by a warp: lane j has the j-th best. topk_confidence and
+// spd_step_ list them while they scan a row's tiles.
 #pragma once
 
-#include "cuda/row_split.cuh"
+#include "cuda/rows.cuh"
 
 namespace dmax::cuda {
 
-constexpr int kMaxListed = 8;
-
 // A number that orders elements as the ops do: NaN first, then the larger value, then the lower id.
-// No two elements of a row have the same rank; 0 is no element.
+// No two elements of a row have the same rank, and none has rank 0.
 using Rank = uint64_t;
 
 __device__ __forceinline__ Rank rank_of(float value, int id) {
@@ -21,7 +20,7 @@ __device__ __forceinline__ Rank rank_of(float value, int id) {
 __device__ __forceinline__ int id_of(Rank rank) {
   return static_cast<int>(0xffffffffu - static_cast<uint32_t>(rank));
 }
-// Of a rank that is not NaN's
+// Not for the rank of a NaN
 __device__ __forceinline__ float value_of(Rank rank) {
   const auto key = static_cast<uint32_t>(rank >> 32);
   return __uint_as_float((key & 0x80000000u) ? key & 0x7fffffffu : ~key);
@@ -35,7 +34,7 @@ __device__ __forceinline__ Rank warp_max_rank(Rank rank) {
 }
 
 struct TopList {
-  Rank mine;   // this lane's entry, 0 where none
+  Rank mine;   // this lane's entry, 0 if there is none
   Rank worst;  // the k-th entry, on every lane
   int k;
 
@@ -51,7 +50,7 @@ struct TopList {
     worst = __shfl_sync(kFullMask, mine, k - 1);
   }
 
-  // One candidate per lane
+  // Takes one candidate per lane
   __device__ __forceinline__ void offer(Rank candidate) {
     for (;;) {
       const Rank best = warp_max_rank(candidate);
@@ -79,7 +78,7 @@ __device__ __forceinline__ Rank best_below(Tile<T>& tile, int vocab, Rank bound)
   return best;
 }
 
-// Takes the tile's elements into the list. Most tiles of a long row have none that belongs there.
+// Takes the tile's elements into the list. Most tiles of a long row have none that belongs in it.
 template <class T>
 __device__ __forceinline__ void list_tile(TopList& list, Tile<T>& tile, const SoftmaxStats& stats,
                                           int vocab) {
@@ -94,19 +93,18 @@ __device__ __forceinline__ void list_tile(TopList& list, Tile<T>& tile, const So
   }
 }
 
-// Lists of a row on their way to its last block: [rows, splits, k] behind the tiles' partial
-// results
+// Lists of a row on their way to its last block, in [rows, splits, k]
 __device__ __forceinline__ Rank* lists_of(const RowSplit& split, Rank* lists, int64_t row, int k) {
   return lists + row * split.splits * k;
 }
 
-// scan_tiles with the k best elements: every warp's list is left in shared memory, the block's in
-// `lists` by warp 0
+// scan_tiles that also lists the k best elements: every warp leaves its list in shared memory, and
+// warp 0 merges them into the block's, in `lists`
 template <class T>
 __device__ __forceinline__ void scan_tiles_and_list(const LogitsView<T>& logits,
                                                     const RowSplit& split, const TileRange& range,
                                                     Rank* lists, int k) {
-  __shared__ Rank of_warps[kRowWarps * kMaxListed];
+  __shared__ Rank of_warps[kRowWarps * kMaxTopK];
   const Row<T> row = logits.row(range.row);
   TopList list(k);
   for (int t = range.begin + warp_id(); t < range.end; t += kRowWarps) {
@@ -125,7 +123,7 @@ __device__ __forceinline__ void scan_tiles_and_list(const LogitsView<T>& logits,
   if (lane_id() < k) lists_of(split, lists, range.row, k)[part * k + lane_id()] = list.mine;
 }
 
-// The row's k best, by one warp of its last block
+// The row's k best elements, by one warp of its last block
 __device__ __forceinline__ TopList merge_lists(const RowSplit& split, const Rank* lists,
                                                int64_t row, int k) {
   TopList list(k);
@@ -136,11 +134,16 @@ __device__ __forceinline__ TopList merge_lists(const RowSplit& split, const Rank
   return list;
 }
 
-// Probability of a listed element; NaN where the row's normaliser is
+// Probability of a listed element; NaN if the row has no finite normaliser
 __device__ __forceinline__ float listed_probability(Rank rank, const SoftmaxStats& stats,
                                                     float scale) {
   const float top = top1_probability(stats);
   return top == top ? exp2_approx((value_of(rank) - stats.max) * scale) * top : NAN;
+}
+
+// Bytes of the lists that the blocks of a launch leave
+inline size_t list_bytes(const RowLaunch& run, int k) {
+  return size_t{run.shape.blocks} * k * sizeof(Rank);
 }
 
 }  // namespace dmax::cuda

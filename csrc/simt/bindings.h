@@ -20,14 +20,14 @@ namespace dmax::cuda {
 
 using Address = uintptr_t;
 
-// The GPU that choose_launch is told about
+// The GPU that a launch is shaped for
 struct Gpu {
   int multiprocessors;
   int major;
   int max_shared_per_block;
 };
 
-// What choose_launch chose
+// The shape of the launch
 struct Chosen {
   int splits = 1;
   int cluster = 1;
@@ -104,7 +104,7 @@ struct LossInput {
 
 Chosen oput_loss(Gpu gpu, LossInput input, Address loss_masked, Address loss_predicted,
                  Address logsumexp_masked, Address logsumexp_predicted);
-// Of the pass in `input.masked`
+// For the pass in `input.masked`
 Chosen oput_loss_backward(LossInput input, Address grad_loss, Address logsumexp,
                           Address grad_logits);
 Chosen oput_loss_and_grad_(Gpu gpu, LossInput input, Address grad_masked, Address grad_predicted,

@@ -232,7 +232,7 @@ static void start_block(Worker& w) {
   }
 }
 
-// False where the launch has ended with an error
+// False if the launch has ended with an error
 static bool run_block(Worker& w) {
   start_block(w);
   while (w.live > 0) {

@@ -1,8 +1,9 @@
+// The embedding family and spd_step_
 #include <algorithm>
 #include <numeric>
 
-#include "cuda/hybrid_embedding_backward.cuh"
-#include "cuda/spd_step_.cuh"
+#include "cuda/embedding_backward.cuh"
+#include "cuda/spd_step.cuh"
 #include "simt/run_ops.h"
 
 namespace dmax::cuda {
@@ -28,7 +29,7 @@ Chosen hybrid_embedding(Gpu gpu, EmbeddingInput embedding, MixInput mix, Address
   dispatch(embedding.dtype, [&](auto element) {
     launch_hybrid_embedding<decltype(element)>(args, pointer<void>(out), device_of(gpu), Stream{});
   });
-  const LaunchShape shape = choose_hybrid_launch(mix.positions, device_of(gpu));
+  const LaunchShape shape = hybrid_shape(mix.positions, device_of(gpu));
   return {1, 1, shape.blocks, shape.threads};
 }
 
@@ -68,40 +69,36 @@ Chosen hybrid_embedding_backward(EmbeddingInput embedding, MixInput mix, Address
 
 Chosen spd_step_(Gpu gpu, LogitsInput logits, EmbeddingInput embedding, StateInput state,
                  float tau_dec, float tau_acc, int semantics, int top_k) {
+  const int64_t positions = state.batch * state.block;
+  Scratch predictions(positions * sizeof(Prediction));
+  Scratch listed(top_k > 1 ? positions * top_k * sizeof(Listed) : 0);
+  SpdArgs args{};
+  args.editable = pointer<const bool>(state.editable);
+  args.masked = pointer<bool>(state.masked);
+  args.token = pointer<int64_t>(state.token);
+  args.confidence = pointer<float>(state.confidence);
+  args.converged = pointer<bool>(state.converged);
+  args.step = pointer<int32_t>(state.step);
+  args.inputs_embeds = pointer<void>(state.inputs_embeds);
+  args.thresholds = pointer<const float>(state.thresholds);
+  args.table = table_of(embedding, state.inputs_embeds);
+  args.block = static_cast<int>(state.block);
+  args.top_k = top_k;
+  args.tau_dec = tau_dec;
+  args.tau_acc = tau_acc;
+  args.semantics = static_cast<Semantics>(semantics);
+  args.predictions = static_cast<Prediction*>(predictions.data());
+  args.listed = static_cast<Listed*>(listed.data());
+  const RowWork work{positions, logits.vocab, kSpdResident, state.batch};
   Chosen result;
   dispatch(logits.dtype, [&](auto element) {
     using T = decltype(element);
-    const RowLaunch launch =
-        choose_spd_launch<T>(state.batch, state.block, logits.vocab, device_of(gpu));
-    const SpdScratch sizes = spd_scratch(launch, state.batch, state.block, top_k);
-    Scratch partials(launch.scratch_bytes);
-    Scratch lists(sizes.lists);
-    Scratch listed(sizes.listed);
-    Scratch predictions(sizes.predictions);
-    Counters counters(launch.counters);
-    Counters row_counters(state.batch);
-    SpdArgs args{};
-    args.editable = pointer<const bool>(state.editable);
-    args.masked = pointer<bool>(state.masked);
-    args.token = pointer<int64_t>(state.token);
-    args.confidence = pointer<float>(state.confidence);
-    args.converged = pointer<bool>(state.converged);
-    args.step = pointer<int32_t>(state.step);
-    args.inputs_embeds = pointer<void>(state.inputs_embeds);
-    args.thresholds = pointer<const float>(state.thresholds);
-    args.table = table_of(embedding, state.inputs_embeds);
-    args.block = static_cast<int>(state.block);
-    args.top_k = top_k;
-    args.tau_dec = tau_dec;
-    args.tau_acc = tau_acc;
-    args.semantics = static_cast<Semantics>(semantics);
-    args.predictions = static_cast<Prediction*>(predictions.data());
-    args.lists = static_cast<Rank*>(lists.data());
-    args.listed = static_cast<Listed*>(listed.data());
-    args.row_counters = row_counters.data();
-    launch_spd_step(view_of<T>(logits), launch, row_split(launch, partials.data(), counters.data()),
-                    args, Stream{});
-    result = chosen(launch);
+    result = launch_rows<T, Top1Partial>(gpu, work, [&](const RowLaunch& run) {
+      Scratch lists(top_k > 1 ? list_bytes(run, top_k) : 0);
+      args.lists = static_cast<Rank*>(lists.data());
+      args.row_counters = run.split.counters + run.row_counters;
+      launch_spd_step(run, view_of<T>(logits), args, Stream{});
+    });
   });
   return result;
 }

@@ -1,14 +1,18 @@
-#include "cuda/oput_loss_and_grad_.cuh"
+// The loss family
+#include "cuda/loss_and_grad.cuh"
 #include "simt/run_ops.h"
 
 namespace dmax::cuda {
 
-static LossOptions options_of(const LossInput& in) {
-  return {pointer<const void>(in.target), in.wide_target, in.ignore_index, in.label_smoothing,
-          in.z_loss};
+static Targets targets_of(const LossInput& in) {
+  return {pointer<const void>(in.target), in.wide_target};
 }
 
-// The passes that are there, the present ones first
+static LossOptions<float> options_of(const LossInput& in) {
+  return {in.ignore_index, in.label_smoothing, in.z_loss};
+}
+
+// The passes that are present
 template <class T>
 struct Passes {
   LossRows<T> rows{};
@@ -43,15 +47,12 @@ Chosen oput_loss(Gpu gpu, LossInput in, Address loss_masked, Address loss_predic
   dispatch(in.dtype, [&](auto element) {
     using T = decltype(element);
     const Passes<T> passes = passes_of<T>(in);
-    const RowLaunch launch =
-        choose_oput_loss_launch<T>(in.rows * passes.count, in.vocab, device_of(gpu));
-    Scratch scratch(launch.scratch_bytes);
-    Counters counters(launch.counters);
-    launch_oput_loss(
-        passes.rows, launch, row_split(launch, scratch.data(), counters.data()), options_of(in),
-        output_of(in, loss_masked, loss_predicted, logsumexp_masked, logsumexp_predicted),
-        Stream{});
-    result = chosen(launch);
+    const RowWork work{in.rows * passes.count, in.vocab, loss_resident(options_of(in))};
+    const LossOutput out =
+        output_of(in, loss_masked, loss_predicted, logsumexp_masked, logsumexp_predicted);
+    result = launch_rows<T, LossPartial>(gpu, work, [&](const RowLaunch& run) {
+      launch_oput_loss(run, passes.rows, targets_of(in), options_of(in), out, Stream{});
+    });
   });
   return result;
 }
@@ -60,7 +61,7 @@ Chosen oput_loss_backward(LossInput in, Address grad_loss, Address logsumexp, Ad
   dispatch(in.dtype, [&](auto element) {
     using T = decltype(element);
     launch_oput_loss_backward(pointer<const T>(in.masked), in.masked_stride, in.rows,
-                              static_cast<int>(in.vocab), options_of(in),
+                              static_cast<int>(in.vocab), targets_of(in), options_of(in),
                               {pointer<const float>(grad_loss), pointer<const float>(logsumexp)},
                               pointer<T>(grad_logits), Stream{});
   });
@@ -78,7 +79,7 @@ Chosen oput_loss_and_grad_(Gpu gpu, LossInput in, Address grad_masked, Address g
     const bool first = in.masked != 0;
     const LossGrad grad{{pointer<const float>(first ? grad_masked : grad_predicted),
                          pointer<const float>(grad_predicted)}};
-    launch_loss_and_grad(passes.rows, launch, options_of(in), grad,
+    launch_loss_and_grad(launch, passes.rows, targets_of(in), options_of(in), grad,
                          output_of(in, loss_masked, loss_predicted, 0, 0), Stream{});
     result = {1, launch.cluster, launch.shape.blocks, launch.shape.threads};
   });

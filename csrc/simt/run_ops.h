@@ -1,11 +1,11 @@
-// The host side of the ops for the executor: what cuda/<op>.cu does with tensors, with vectors.
+// The host side of the ops for the executor: what the .cu files do with tensors, done with vectors.
 #pragma once
 
 #include <stdexcept>
 #include <vector>
 
 #include "common/element_types.h"
-#include "cuda/row_split.cuh"
+#include "cuda/rows.cuh"
 #include "simt/bindings.h"
 
 namespace dmax::cuda {
@@ -32,19 +32,15 @@ LogitsView<T> view_of(const LogitsInput& in) {
                              in.temperature);
 }
 
-inline Chosen chosen(const RowLaunch& launch) {
-  return {launch.splits, 1, launch.shape.blocks, launch.shape.threads};
-}
-
-// Exactly as large as the launch needs, so that ASan sees an overrun, and filled with bytes that
-// are NaN: a kernel may not count on fresh scratch
+// Exactly as large as the launch needs, which lets ASan see an overrun, and filled with bytes that
+// are NaN: a kernel may not rely on fresh scratch
 struct Scratch {
   std::vector<uint4> bytes;
   explicit Scratch(size_t size) : bytes((size + 15) / 16, uint4{~0u, ~0u, ~0u, ~0u}) {}
   void* data() { return bytes.data(); }
 };
 
-// Zero before the launch; the kernel must leave them so
+// Zero before the launch, and the kernel must leave them zero
 struct Counters {
   std::vector<unsigned> values;
   explicit Counters(int64_t count) : values(count, 0u) {}
@@ -54,5 +50,17 @@ struct Counters {
   }
   unsigned* data() { return values.data(); }
 };
+
+// launch_rows of cuda/host.h
+template <class T, class Partial, class Start>
+Chosen launch_rows(const Gpu& gpu, const RowWork& work, const Start& start) {
+  RowLaunch run = choose_row_launch<T, Partial>(work, device_of(gpu));
+  Scratch partials(run.partial_bytes);
+  Counters counters(run.row_counters + work.more_counters);
+  run.split.partials = partials.data();
+  run.split.counters = counters.data();
+  start(run);
+  return {run.split.splits, 1, run.shape.blocks, run.shape.threads};
+}
 
 }  // namespace dmax::cuda

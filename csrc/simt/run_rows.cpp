@@ -1,24 +1,18 @@
-#include "cuda/prefix_promote.cuh"
-#include "cuda/row_statistics.cuh"
-#include "cuda/sample_merge.cuh"
-#include "cuda/sample_partial.cuh"
-#include "cuda/sample_tokens.cuh"
-#include "cuda/top1_confidence.cuh"
-#include "cuda/top1_merge.cuh"
-#include "cuda/top1_partial.cuh"
-#include "cuda/topk_confidence.cuh"
+// The families over rows of logits, and prefix_promote
+#include "cuda/promote.cuh"
+#include "cuda/sample.cuh"
+#include "cuda/statistics.cuh"
+#include "cuda/top1.cuh"
 #include "simt/run_ops.h"
 
 namespace dmax::cuda {
 
 template <class T, class Finish>
 Chosen run_top1_rows(const Gpu& gpu, const LogitsInput& in, const Finish& finish) {
-  const RowLaunch launch = choose_top1_launch<T>(in.rows, in.vocab, device_of(gpu));
-  Scratch scratch(launch.scratch_bytes);
-  Counters counters(launch.counters);
-  launch_top1_rows(view_of<T>(in), launch, row_split(launch, scratch.data(), counters.data()),
-                   finish, Stream{});
-  return chosen(launch);
+  return launch_rows<T, Top1Partial>(
+      gpu, {in.rows, in.vocab, kTop1Resident}, [&](const RowLaunch& run) {
+        launch(run.shape, Stream{}, top1_rows_kernel<T, Finish>, view_of<T>(in), run.split, finish);
+      });
 }
 
 Chosen top1_confidence(Gpu gpu, LogitsInput in, Address token, Address confidence) {
@@ -42,49 +36,44 @@ Chosen top1_partial(Gpu gpu, LogitsInput in, int64_t vocab_start, Address maximu
 }
 
 Chosen topk_confidence(Gpu gpu, LogitsInput in, int k, Address tokens, Address confidences) {
+  const TopkOutput out{pointer<int64_t>(tokens), pointer<float>(confidences), k};
   Chosen result;
   dispatch(in.dtype, [&](auto element) {
     using T = decltype(element);
-    const RowLaunch launch = choose_topk_launch<T>(in.rows, in.vocab, device_of(gpu));
-    Scratch scratch(launch.scratch_bytes);
-    Scratch lists(list_bytes(in.rows, launch, k));
-    Counters counters(launch.counters);
-    launch_topk_rows(view_of<T>(in), launch, row_split(launch, scratch.data(), counters.data()),
-                     static_cast<Rank*>(lists.data()),
-                     {pointer<int64_t>(tokens), pointer<float>(confidences), k}, Stream{});
-    result = chosen(launch);
+    result = launch_rows<T, Top1Partial>(
+        gpu, {in.rows, in.vocab, kTopkResident}, [&](const RowLaunch& run) {
+          Scratch lists(list_bytes(run, k));
+          launch(run.shape, Stream{}, topk_rows_kernel<T>, view_of<T>(in), run.split,
+                 static_cast<Rank*>(lists.data()), out);
+        });
   });
   return result;
 }
 
 Chosen row_statistics(Gpu gpu, LogitsInput in, Address token, Address confidence, Address runner_up,
                       Address entropy, Address logsumexp) {
+  const RowStatisticsOutput out{pointer<int64_t>(token),   pointer<float>(confidence),
+                                pointer<float>(runner_up), pointer<float>(entropy),
+                                pointer<float>(logsumexp), 1.0 / in.temperature};
   Chosen result;
   dispatch(in.dtype, [&](auto element) {
     using T = decltype(element);
-    const RowLaunch launch = choose_row_statistics_launch<T>(in.rows, in.vocab, device_of(gpu));
-    Scratch scratch(launch.scratch_bytes);
-    Counters counters(launch.counters);
-    const RowStatisticsOutput out{pointer<int64_t>(token),   pointer<float>(confidence),
-                                  pointer<float>(runner_up), pointer<float>(entropy),
-                                  pointer<float>(logsumexp), 1.0 / in.temperature};
-    launch_row_statistics(view_of<T>(in), launch,
-                          row_split(launch, scratch.data(), counters.data()), out, Stream{});
-    result = chosen(launch);
+    result = launch_rows<T, StatisticsPartial>(
+        gpu, {in.rows, in.vocab, kStatisticsResident}, [&](const RowLaunch& run) {
+          launch(run.shape, Stream{}, row_statistics_kernel<T>, view_of<T>(in), run.split, out);
+        });
   });
   return result;
 }
 
-template <class T, FirstId kFirst, class Finish>
+template <class T, class Finish>
 Chosen run_sample_rows(const Gpu& gpu, const LogitsInput& in, const SampleKey& key,
-                       const Finish& finish) {
-  const RowLaunch launch = choose_sample_launch<T>(in.rows, in.vocab, device_of(gpu));
-  Scratch scratch(launch.scratch_bytes);
-  Counters counters(launch.counters);
-  launch_sample_rows<T, kFirst>(view_of<T>(in), launch,
-                                row_split(launch, scratch.data(), counters.data()), key, finish,
-                                Stream{});
-  return chosen(launch);
+                       const Finish& finish,
+                       void (*kernel)(LogitsView<T>, RowSplit, SampleKey, Finish)) {
+  return launch_rows<T, SamplePartial>(
+      gpu, {in.rows, in.vocab, kSampleResident}, [&](const RowLaunch& run) {
+        launch(run.shape, Stream{}, kernel, view_of<T>(in), run.split, key, finish);
+      });
 }
 
 static SampleKey sample_key(const LogitsInput& in, Address seed, bool seed_per_row,
@@ -98,8 +87,9 @@ Chosen sample_tokens(Gpu gpu, LogitsInput in, Address seed, bool seed_per_row, A
   Chosen result;
   dispatch(in.dtype, [&](auto element) {
     const SampleTokensFinish finish{pointer<int64_t>(token), pointer<float>(probability)};
-    result = run_sample_rows<decltype(element), FirstId::kZero>(
-        gpu, in, sample_key(in, seed, seed_per_row, 0), finish);
+    using T = decltype(element);
+    result = run_sample_rows<T>(gpu, in, sample_key(in, seed, seed_per_row, 0), finish,
+                                sample_rows_kernel<T, FirstId::kZero, SampleTokensFinish>);
   });
   return result;
 }
@@ -114,37 +104,33 @@ Chosen sample_partial(Gpu gpu, LogitsInput in, Address seed, bool seed_per_row, 
     const SamplePartialFinish finish{pointer<float>(maximum), pointer<float>(sum_exp),
                                      pointer<int64_t>(token), pointer<float>(score),
                                      pointer<float>(weight),  vocab_start};
-    result = vocab_start % 4 == 0 ? run_sample_rows<T, FirstId::kMultipleOf4>(gpu, in, key, finish)
-                                  : run_sample_rows<T, FirstId::kAny>(gpu, in, key, finish);
+    result = run_sample_rows<T>(gpu, in, key, finish, sample_partial_kernel<T>(vocab_start));
   });
   return result;
 }
 
-static ShardRows shard_rows(Address maximum, Address sum_exp, Address token, int64_t shards,
-                            int64_t rows, double temperature) {
-  return {pointer<const float>(maximum),
-          pointer<const float>(sum_exp),
-          pointer<const int64_t>(token),
-          shards,
-          rows,
-          softmax_scale(temperature)};
+static Chosen merge_shards(const ShardRows& shards, Address token, Address probability) {
+  const LaunchShape shape = merge_shape(shards.rows);
+  launch(shape, Stream{}, merge_shards_kernel, shards, pointer<int64_t>(token),
+         pointer<float>(probability));
+  return {1, 1, shape.blocks, shape.threads};
 }
 
 Chosen top1_merge(Address maximum, Address sum_exp, Address token, int64_t shards, int64_t rows,
                   double temperature, Address merged_token, Address confidence) {
-  launch_top1_merge(shard_rows(maximum, sum_exp, token, shards, rows, temperature),
-                    {pointer<int64_t>(merged_token), pointer<float>(confidence)}, Stream{});
-  return {1, 1, choose_merge_launch(rows).blocks, kMergeThreads};
+  return merge_shards(
+      {pointer<const float>(maximum), pointer<const float>(sum_exp), pointer<const int64_t>(token),
+       nullptr, nullptr, shards, rows, softmax_scale(temperature)},
+      merged_token, confidence);
 }
 
 Chosen sample_merge(Address maximum, Address sum_exp, Address token, int64_t shards, int64_t rows,
                     double temperature, Address score, Address weight, Address sampled,
                     Address probability) {
-  launch_sample_merge(shard_rows(maximum, sum_exp, token, shards, rows, temperature),
-                      {pointer<const float>(score), pointer<const float>(weight),
-                       pointer<int64_t>(sampled), pointer<float>(probability)},
-                      Stream{});
-  return {1, 1, choose_merge_launch(rows).blocks, kMergeThreads};
+  return merge_shards({pointer<const float>(maximum), pointer<const float>(sum_exp),
+                       pointer<const int64_t>(token), pointer<const float>(score),
+                       pointer<const float>(weight), shards, rows, softmax_scale(temperature)},
+                      sampled, probability);
 }
 
 Chosen prefix_promote(Address confidence, Address masked, int64_t rows, int block, float threshold,
@@ -158,8 +144,9 @@ Chosen prefix_promote(Address confidence, Address masked, int64_t rows, int bloc
                                block,
                                threshold,
                                inclusive};
-  launch_prefix_promote(args, Stream{});
-  return {1, 1, choose_prefix_promote_launch(rows).blocks, kPromoteWarps * kWarpSize};
+  const LaunchShape shape = warps_shape(rows, kPromoteWarps);
+  launch(shape, Stream{}, prefix_promote_kernel, args);
+  return {1, 1, shape.blocks, shape.threads};
 }
 
 }  // namespace dmax::cuda

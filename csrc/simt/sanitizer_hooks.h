@@ -1,5 +1,5 @@
 // The sanitizers' own entry points, weak: absent in a plain build, present where a sanitizer's
-// run-time library is loaded. One object file of the executor so serves every build.
+// run-time library is loaded. One executor object file therefore serves every build.
 #pragma once
 
 #include <cstddef>

@@ -14,13 +14,13 @@ from tqdm import tqdm
 from dmax_kernels.bench import WORKLOADS, Inputs
 from dmax_kernels.bench.timer import compare
 from dmax_kernels.bench.workload import BLOCK, VOCAB
-from dmax_kernels.decoding.settings import OPS
+from dmax_kernels.decoding.config import OPS
 from dmax_kernels.files import check_output, save_json
 from dmax_kernels.models.checkpoint import load_checkpoint
 from dmax_kernels.ring_walk import evaluate, page, picture, tables, task
 
-# Batch, block, vocabulary and a small hidden size: a table of 2,048 columns takes over a gigabyte
-# and adds little to the step's time
+# Batch, block, vocabulary, and a small hidden size: an embedding of 2,048 columns takes over a
+# gigabyte and adds little to the step's time
 STEP_SIZES = (1, BLOCK, VOCAB, 256)
 
 DESCRIPTION = """\
@@ -29,7 +29,7 @@ diffusion model, in every way that the paper's Tables 3 and 4 compare, and print
 
   - a table: base, OPUT and control x decoder x tau_dec,
   - the two convergence criteria apart and together, and the control at more thresholds,
-  - in words, which of the paper's claims the table bears out, and what it does not show,
+  - in words, which of the paper's claims the table confirms, and what it does not show,
   - how much faster the fused step after a forward pass is than the eager one.
 
 It writes dmax_demo.html (watch one problem being decoded; open it in a browser) and dmax_demo.png
@@ -38,7 +38,8 @@ on-policy uniform training on its own responses), control (base, then plain mask
 same responses). One to two minutes on two cores.
 
 A problem: six labelled moves on a ring of ten places and a start. The model writes the walk step by
-step. "answer" is a right last place; "strict" a derivation that parses and is right at every step.
+step. "answer" means that the last place is right; "strict", that the derivation parses and is right
+at every step.
 """
 
 
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ops",
         choices=sorted(OPS),
         default="fused",
-        help="the kernels, or the eager reference: the same tokens (default: fused)",
+        help="fused kernels or the eager reference, which give the same tokens (default: fused)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="which held-out problems are drawn (default: 0)"
@@ -102,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def available_cores() -> int:
-    """Cores that this process may use, where the system tells; else all of the machine's."""
+    """Cores that this process may use, if the system tells; else all of the machine's."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -174,7 +175,7 @@ def run_rules(
 
 
 def step_speedup(dtype: torch.dtype) -> float:
-    """Median time of the reference step over that of the fused one, on a sure model's logits."""
+    """Median time of the reference step over the fused one's, on a confident model's logits."""
     work = WORKLOADS["spd_step_"].work(Inputs(dtype, values="peaked"), STEP_SIZES)
     times = compare(work.candidates, repetitions=5, before_each=work.restore)
     return times["eager"].median / times["fused"].median

@@ -6,13 +6,15 @@ import argparse
 import json
 import reprlib
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmax_kernels.cli.options import add_option
+from dmax_kernels.decoding import CommittedBlock, DecodeConfig, GenerationOutput, spd_generate
 from dmax_kernels.files import check_output, read_jsonl, read_lines, save_json
 
 if TYPE_CHECKING:
-    from dmax_kernels.decoding import CommittedBlock, GenerationOutput
     from dmax_kernels.models.pretrained import Loaded
 
 DESCRIPTION = """\
@@ -27,13 +29,14 @@ forward pass, and prints the answers; counts and speed go to stderr.
 MODEL is
   - Zigeng/DMax-16B, Zigeng/DMax-Math-16B, Zigeng/DMax-Coder-16B or inclusionAI/LLaDA2.0-mini, whose
     special tokens and thresholds are known here (about 32 GB of weights in bfloat16 each),
-  - any other name on the Hugging Face hub, or a local folder; its own code is run, and what its
-    config does not say (mask token, eos) is asked for,
+  - any other name on the Hugging Face hub, or a local folder; its own code is run, and an option
+    must give what its config does not (mask token, eos),
   - base, oput or control: the small checkpoints of `demo`, which come with the package.
 
 Several prompts are one batch: each goes on at its own pace and is answered as it would be alone,
-but for what the model's own matrix products round differently at another batch size.
+except where the model's matrix products round differently at a different batch size.
 """
+MAX_NEW_TOKENS = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,73 +54,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--raw",
         action="store_true",
-        help="leave the prompt as it is: no chat template (default: the tokenizer's)",
+        help="use the prompt without a chat template (default: the tokenizer's)",
     )
     add(
         "--pad-prompts",
         action=argparse.BooleanOptionalAction,
-        help="fill raw prompts up to whole blocks on the left, as the demo's models were trained; "
+        help="pad raw prompts on the left to whole blocks, as the demo's models were trained; "
         "for copies and descendants of these (default: for base, oput and control)",
     )
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=256,
-        metavar="N",
-        help="per answer (default: %(default)s)",
-    )
-    group = parser.add_argument_group("decoding (defaults: what suits the model)")
-    add = group.add_argument
-    add("--tau-dec", type=float, metavar="T", help="promote masks more confident than this")
-    add("--tau-acc", type=float, metavar="T", help="accept a block more confident than this")
-    add(
-        "--rule",
-        metavar="NAME",
-        help="spd; its ablations hybrid, hard_prefix, hard, threshold; or another decoder: factor, "
-        "hierarchical, top_n, autoregressive, random, entropy_bound, margin, uniform, "
-        "parallel_forced",
-    )
-    add(
-        "--semantics",
-        default="settled",
-        help="when repeated predictions end a block: settled, once no mask is left; paper, with "
-        "masks too; released, as the authors' code (default: settled)",
-    )
-    add(
-        "--top-k",
-        type=int,
-        default=1,
-        metavar="K",
-        help="tokens in a soft embedding, 1 to 8 (default: 1)",
-    )
-    add("--block-length", type=int, metavar="K", help="positions that are decoded together")
-    add("--mask-token-id", type=int, metavar="ID", help="where the model's config has none")
-    add(
-        "--eos-token-id",
-        type=int,
-        metavar="ID",
-        help="what ends an answer (default: each that the tokenizer or the model's configs name)",
-    )
+    group = parser.add_argument_group("decoding (known models have some defaults of their own)")
+    for item in fields(DecodeConfig):
+        required = item.name == "max_new_tokens"
+        add_option(group, item, MAX_NEW_TOKENS if required else item.default)
     group = parser.add_argument_group("where it runs")
     add = group.add_argument
     add(
-        "--ops",
-        default="fused",
-        help="fused kernels, or the eager reference (default: fused)",
-    )
-    add(
         "--device",
         default=None,
-        help="cpu, cuda, cuda:1, ...; auto spreads the layers (default: cuda where there is one)",
+        help="cpu, cuda, cuda:1, ...; auto spreads the layers (default: cuda if there is one)",
     )
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of the weights (default: auto, as saved)",
+        help="data type of the weights (default: auto, as saved)",
     )
     add("--batch-size", type=int, metavar="B", help="prompts at a time (default: all)")
-    add("--no-cuda-graph", action="store_true", help="never capture the step as a CUDA graph")
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--stream", action="store_true", help="print each block as soon as it is committed")
@@ -149,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--device must be {need}, got {device}") from None
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     loaded = load_pretrained(args.model, dtype=dtype, device=device)
-    if loaded.defaults.note and (args.rule or loaded.defaults.rule) == "spd":
+    options = decode_options(args, loaded)
+    if loaded.defaults.note and options["rule"] == "spd":
         print(f"note: {args.model} was {loaded.defaults.note}", file=sys.stderr)
     pad_prompts = loaded.defaults.pad_prompts if args.pad_prompts is None else args.pad_prompts
     if pad_prompts and loaded.tokenizer.pad_token_id is None:
@@ -159,10 +122,14 @@ def run(args: argparse.Namespace) -> int:
     size = args.batch_size or len(prompts)
     records, runs = [], []
     for first in range(0, len(prompts), size):
-        output = decode(args, loaded, encoded[first : first + size], first)
+        batch = encoded[first : first + size]
+        stream = Stream(loaded.tokenizer, len(batch), first) if args.stream else None
+        output = spd_generate(
+            loaded.model, batch, on_block=stream, trace=args.trace is not None, **options
+        )
         records += answers(loaded, output, prompts[first : first + size])
         if args.trace is not None:
-            runs += traced_runs(loaded, output, encoded[first : first + size], first)
+            runs += traced_runs(loaded, output, batch, first)
         print(summary(output), file=sys.stderr)
         statistics = output.statistics.as_dict()
         for record in records[first:]:
@@ -175,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
     if args.trace is not None:
         from dmax_kernels.ring_walk.page import write_trace_page
 
-        write_trace_page(runs, list(eos_ids(args, loaded)), args.trace)
+        write_trace_page(runs, list(options["eos_token_id"]), args.trace)
     if args.json != "-" and not args.stream:
         print_answers(records)
     return 0
@@ -197,7 +164,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def prompt_of(line: Any, in_record: bool) -> str:
-    """A line's prompt, of what the reader made of the line."""
+    """The prompt of a line, which the reader gives as text, as a record or as an error."""
     if isinstance(line, ValueError):
         raise line
     if not in_record:
@@ -228,29 +195,18 @@ def encode_all(loaded: Loaded, prompts: list[str], raw: bool, pad: bool) -> list
     return encoded
 
 
-def decode(
-    args: argparse.Namespace, loaded: Loaded, prompts: list[list[int]], first: int
-) -> GenerationOutput:
-    from dmax_kernels.decoding import spd_generate
-
-    known = loaded.defaults
-    return spd_generate(
-        loaded.model,
-        prompts,
-        max_new_tokens=args.max_new_tokens,
-        block_length=known.block_length if args.block_length is None else args.block_length,
-        tau_dec=known.tau_dec if args.tau_dec is None else args.tau_dec,
-        tau_acc=known.tau_acc if args.tau_acc is None else args.tau_acc,
-        rule=args.rule or known.rule,
-        semantics=args.semantics,
-        top_k=args.top_k,
-        ops=args.ops,
-        mask_token_id=known.mask_token_id if args.mask_token_id is None else args.mask_token_id,
-        eos_token_id=eos_ids(args, loaded),
-        cuda_graph=False if args.no_cuda_graph else None,
-        on_block=Stream(loaded.tokenizer, len(prompts), first) if args.stream else None,
-        trace=args.trace is not None,
-    )
+def decode_options(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
+    """Fields of `DecodeConfig`: what suits the model, and over it what the user gave."""
+    known = {
+        name: getattr(loaded.defaults, name)
+        for name in ("block_length", "tau_dec", "tau_acc", "rule", "mask_token_id")
+    }
+    options = {"max_new_tokens": MAX_NEW_TOKENS, **known, "eos_token_id": loaded.eos_token_ids}
+    names = {item.name for item in fields(DecodeConfig)}
+    options |= {name: value for name, value in vars(args).items() if name in names}
+    if "eos_token_id" in args:
+        options["eos_token_id"] = (args.eos_token_id,)
+    return options
 
 
 class Stream:
@@ -264,7 +220,7 @@ class Stream:
     def __call__(self, block: CommittedBlock) -> None:
         row, alone = block.row, len(self.ids) == 1
         self.ids[row] += block.token_ids
-        # All of the answer, as a word may span two blocks; only what is new of it is printed
+        # Decode the whole answer, as a word may span two blocks, and print only what is new
         text = self.tokenizer.decode(self.ids[row], skip_special_tokens=True)
         if not block.finished:
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # the first bytes of a character
@@ -308,17 +264,14 @@ def traced_runs(
     return trace_runs(output, prompts, loaded.tokenizer, first)
 
 
-def eos_ids(args: argparse.Namespace, loaded: Loaded) -> tuple[int, ...]:
-    return loaded.eos_token_ids if args.eos_token_id is None else (args.eos_token_id,)
-
-
 def summary(output: GenerationOutput) -> str:
-    s = output.statistics
-    graph = f", {s.captured_steps} CUDA graphs" if s.captured_steps else ""
-    if s.capture_refusal:
-        graph = f", no CUDA graph ({s.capture_refusal})"
+    counts = output.statistics
+    graph = f", {counts.captured_steps} CUDA graphs" if counts.captured_steps else ""
+    if counts.capture_refusal:
+        graph = f", no CUDA graph ({counts.capture_refusal})"
     return (
-        f"{s.tokens} tokens in {s.row_forwards} denoising passes = {s.tokens_per_forward:.2f} per "
-        f"forward; {s.tokens_per_second:.1f} tokens/s ({s.prefill_seconds:.2f} s prefill, "
-        f"{s.decode_seconds:.2f} s decoding, {s.forwards} batch passes{graph})"
+        f"{counts.tokens} tokens in {counts.row_forwards} denoising passes = "
+        f"{counts.tokens_per_forward:.2f} per forward; {counts.tokens_per_second:.1f} tokens/s "
+        f"({counts.prefill_seconds:.2f} s prefill, {counts.decode_seconds:.2f} s decoding, "
+        f"{counts.forwards} batch passes{graph})"
     )

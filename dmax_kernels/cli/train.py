@@ -9,33 +9,36 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from dmax_kernels.cli.options import add_option
 from dmax_kernels.files import read_json
 from dmax_kernels.training.config import TrainConfig
 
 EPILOG = """
 examples:
-  # fine-tune a checkpoint on conversations: paper's settings, loss and rollout on the kernels
+  # fine-tune a checkpoint on conversations with the paper's settings
   python -m dmax_kernels train --model LLaDA2.0-mini --data math.jsonl --output run \\
       --precision bf16-master --attention flex --gradient-checkpointing --micro-batch-size 1
-  # the same over 8 GPUs; torchrun starts the processes, FSDP2 shards the model
+  # the same on 8 GPUs: torchrun starts the processes, and FSDP2 shards the model
   torchrun --nproc-per-node 8 -m dmax_kernels train --model ... --data ... --output run
-  # the shipped tiny checkpoints, from nothing (--ops reference unless given)
+  # make the shipped tiny checkpoints from scratch (with --ops reference by default)
   python -m dmax_kernels train --config ring_walk --output ring_walk_checkpoints
 
-data: one record a line,
+data: one record per line, in either form,
   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
   {"prompt": "...", "response": "..."}
-Text goes through the tokenizer's chat template. The last assistant message is learnt, the rest is
-the prompt, which is never masked. A record without a response, or too long, is skipped and counted;
-one that is malformed, or that the chat template refuses, stops the command before training starts.
+Text goes through the tokenizer's chat template. The last assistant message is learnt; everything
+before it is the prompt, which is never masked. Records without a response and records that are too
+long are skipped and counted. A record that is malformed, or that the chat template refuses, stops
+the command before training starts.
 
-output: OUTPUT/checkpoints/step-0000000N (Hugging Face folders: load_checkpoint, from_pretrained),
-metrics.jsonl, loss.png. The same command on the same folder goes on from the newest checkpoint and
-gives the losses of an uninterrupted run.
+output: OUTPUT/checkpoints/step-0000000N (Hugging Face folders, for from_pretrained and for
+load_checkpoint), metrics.jsonl and loss.png. The same command on the same folder continues from the
+newest checkpoint and gives the losses of an uninterrupted run.
 
-Any causal LM can be trained that the decoding loop loads: no shift between logits and tokens, a 4-D
-attention mask, position ids, a mask token. A few tokens are run before the first step to see that
-the model follows mask and positions, and how its logits follow from its hidden states.
+Any causal LM that the decoding loop can load can be trained: it needs logits that are not shifted
+against the tokens, a 4-D attention mask, position ids and a mask token. Before the first step the
+model is run on a few tokens to check that it follows the mask and the positions, and that its
+logits are its hidden states times one weight.
 """
 
 SECTIONS = {
@@ -69,122 +72,107 @@ RECIPE_OUTPUT = "ring_walk_checkpoints"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options without a default of their own: only those that were given are in the result."""
+    """Adds the options without defaults: only those that were given are in the result."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.argument_default = argparse.SUPPRESS
     parser.usage = "%(prog)s --model NAME_OR_FOLDER --data JSONL --output FOLDER [options]"
     parser.epilog = EPILOG
-    where = parser.add_argument_group("what to train, on what")
-    where.add_argument(
+    data = parser.add_argument_group("model and data")
+    data.add_argument(
         "--config",
         metavar="FILE",
-        help="JSON file of the options here ('_' for '-'), which those on the command line "
-        f"override; or {RECIPE}: the shipped recipe, which takes --output, --ops, --threads",
+        help="a JSON file of these options ('_' for '-'), which options on the command line "
+        f"override; or {RECIPE}, the shipped recipe, which takes --output, --ops and --threads",
     )
-    where.add_argument(
+    data.add_argument(
         "--model",
-        help="a name on the Hugging Face hub or a folder of a checkpoint, or base, oput, control",
+        help="a name on the Hugging Face hub, the folder of a checkpoint, or base, oput or control",
     )
-    where.add_argument("--data", nargs="+", type=Path, metavar="JSONL", help="conversations")
-    where.add_argument("--dataset", help="instead: a Hugging Face dataset (needs 'datasets')")
-    where.add_argument("--dataset-config", help="its configuration")
-    where.add_argument("--split", help="its split (default: train)")
-    where.add_argument(
+    data.add_argument("--data", nargs="+", type=Path, metavar="JSONL", help="conversations")
+    data.add_argument("--dataset", help="or a Hugging Face dataset (needs the package 'datasets')")
+    data.add_argument("--dataset-config", help="configuration of the dataset")
+    data.add_argument("--split", help="split of the dataset (default: train)")
+    data.add_argument(
         "--skip-malformed",
         action=argparse.BooleanOptionalAction,
-        help="skip and count malformed records",
+        help="skip and count malformed records instead of stopping",
     )
-    where.add_argument(
+    data.add_argument(
         "--max-length",
         type=int,
-        help="skip longer records; tokens of prompt and response (default: the model's context)",
+        help="tokens of prompt and response above which a record is skipped (default: what fits in "
+        "the model's context)",
     )
-    where.add_argument("--mask-token-id", type=int, help="where the model's config has none")
-    where.add_argument(
+    data.add_argument("--mask-token-id", type=int, help="the mask token (default: the model's)")
+    data.add_argument(
         "--output",
         type=Path,
-        help=f"folder of the run (default: {OUTPUT}; {RECIPE}: {RECIPE_OUTPUT})",
+        help=f"folder of the run (default: {OUTPUT}, or {RECIPE_OUTPUT} with {RECIPE})",
     )
     options = {item.name: item for item in fields(TrainConfig)}
     for title, names in SECTIONS.items():
         group = parser.add_argument_group(title)
         for name in names:
-            add_option(group, options[name])
+            add_option(group, options[name], options[name].default)
     machine = parser.add_argument_group("machine")
     machine.add_argument(
-        "--device", choices=("cuda", "cpu"), help="(default: cuda where there is one)"
+        "--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU"
     )
     machine.add_argument(
         "--threads",
         type=int,
-        help=f"CPU threads ({RECIPE}: 1; its matrices are small, and threads that wait for each "
-        "other on a busy machine make it many times slower)",
+        help=f"CPU threads (default: torch's, or 1 with {RECIPE}: its matrices are so small that "
+        "several threads mostly wait for each other)",
     )
     machine.add_argument(
         "--stop-after",
         type=int,
-        help="leave off after so many steps in all, with a checkpoint; the same command goes on",
+        help="stop after this many steps in all, with a checkpoint; the same command without this "
+        "option continues",
     )
 
 
-def add_option(group: argparse._ArgumentGroup, item: Any) -> None:
-    flag = "--" + item.name.replace("_", "-")
-    text = item.metadata["help"].replace("%", "%%")
-    if item.default is not None and item.default is not False:
-        pair = isinstance(item.default, tuple)
-        text += f" (default: {' '.join(map(str, item.default)) if pair else item.default})"
-    if item.type == "bool":
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-    elif item.type.startswith("tuple"):
-        group.add_argument(flag, nargs=2, type=float, metavar=("A", "B"), help=text)
-    else:
-        kind = {"int": int, "float": float, "str": str}[item.type.split()[0]]
-        choices = item.metadata["choices"]
-        metavar = None if choices else "N"
-        group.add_argument(flag, type=kind, choices=choices, metavar=metavar, help=text)
-
-
 def run(args: argparse.Namespace) -> int:
-    """Returns the exit status. What a user can mend is a ValueError, RuntimeError or OSError."""
-    given = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
-    recipe = given.get("config") == RECIPE
-    if "config" in given and not recipe:
-        given = {**read_config(Path(given["config"])), **given}
-    output = given.get("output", Path(RECIPE_OUTPUT if recipe else OUTPUT))
-    threads = given.get("threads", 1 if recipe else None)
+    """Returns the exit status. ValueError, RuntimeError and OSError are faults a user can fix."""
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
+    recipe = options.get("config") == RECIPE
+    if "config" in options and not recipe:
+        options = {**read_config(Path(options["config"])), **options}
+    output = options.get("output", Path(RECIPE_OUTPUT if recipe else OUTPUT))
+    threads = options.get("threads", 1 if recipe else None)
     if threads is not None and threads < 1:
         raise ValueError(f"--threads must be at least 1, got {threads}")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output must be a folder, got the file {output}")
     try:
-        # Imported here: transformers takes seconds that `--help` need not.
+        # Imported here because transformers takes seconds to import, which `--help` can do without
         import torch
 
         if threads is not None:
             torch.set_num_threads(threads)
         if recipe:
-            return run_recipe(given, output, threads)
+            return run_recipe(options, output, threads)
         from dmax_kernels.training.run import run_training
 
-        run_training(given, output)
+        run_training(options, output)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on from {output}", file=sys.stderr)
+        print(f"\ninterrupted; the same command continues from {output}", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError):
-        if os.environ.get("RANK", "0") != "0":  # the first process says it
+        if os.environ.get("RANK", "0") != "0":  # the first process reports it
             return 1
         raise
     return 0
 
 
-def run_recipe(given: dict[str, Any], output: Path, threads: int) -> int:
+def run_recipe(options: dict[str, Any], output: Path, threads: int) -> int:
     from dmax_kernels.ring_walk import recipe
 
-    other = [name for name in given if name not in RECIPE_OPTIONS]
-    if other:
-        flag = "--" + other[0].replace("_", "-")
+    refused = [name for name in options if name not in RECIPE_OPTIONS]
+    if refused:
+        flag = "--" + refused[0].replace("_", "-")
         raise ValueError(f"--config {RECIPE} takes --output, --ops and --threads, got {flag}")
-    ops = given.get("ops", "reference")
+    ops = options.get("ops", "reference")
     command = f"python -m dmax_kernels train --config {RECIPE} --ops {ops} --threads {threads}"
     recipe.run_recipe(output, ops=ops, command=command)
     print(f"wrote {output}/base, oput, control and training_log.json")
@@ -197,7 +185,7 @@ class ConfigParser(argparse.ArgumentParser):
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A configuration file's options, checked as those of the command line are."""
+    """The options in a configuration file, checked like those on the command line."""
     if not path.exists():
         raise ValueError(f"--config must be {RECIPE} or a JSON file, got no file {path}")
     values = read_json(path, "--config")

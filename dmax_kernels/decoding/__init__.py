@@ -1,29 +1,17 @@
 """Block-wise decoding of diffusion language models; Soft Parallel Decoding is the default rule.
 
-Read in this order: `spd.py` (spd_generate -> prefill -> step -> advance), `state.py` (what a step
-changes), `rule.py` (what a step may do), `batch.py` (rows that start together and end one by one),
-`forward.py` and `cache.py` (the forward pass, its keys and values), `settings.py` and `prompts.py`
-(arguments and their errors), `output.py` and `trace.py` (what comes back, what happened).
-`requests.py`, `polling.py`, `promotion_log.py` and `graph.py` serve the batch: whose row is whose,
-what the host learns of a step without waiting, the step as a CUDA graph.
-
-Rules beside SPD, for comparison and for models without OPUT: `named_rules.py` (SPD, the paper's
-ablations of it, and every rule by name), `unmasking.py` (one class per other decoder), `promote.py`
-(what each promotes, one pure function each), `composed.py` (the step around it), `nap.py` (a canvas
-of parallel reasoning slots), `arness.py` (how left-to-right a decoding was).
+Read in this order: `spd.py` (spd_generate -> prefill -> step -> advance), `config.py` (every
+option), `prompts.py` (what each row brings), `batch.py` (rows that start together and end one by
+one), `state.py` (what a step changes), `step.py` (the step) and `rules.py` (which masks it fills).
+`embedding.py`, `forward.py`, `cache.py` and `graph.py` run the model; `output.py` and `trace.py`
+hold what comes back. `extra` has two other papers' ideas on the same loop.
 """
 
-from dmax_kernels.decoding.arness import arness, commit_order, global_arness, local_arness
-from dmax_kernels.decoding.composed import ComposedRule, DistributionRule, Top1Rule
-from dmax_kernels.decoding.named_rules import RULES
-from dmax_kernels.decoding.nap import Canvas, nap_generate
+from dmax_kernels.decoding.batch import CommittedBlock
+from dmax_kernels.decoding.config import DecodeConfig, RunConfig
 from dmax_kernels.decoding.output import GenerationOutput, Statistics
-from dmax_kernels.decoding.requests import CommittedBlock
-from dmax_kernels.decoding.rule import Rule
-from dmax_kernels.decoding.spd import spd_generate
-from dmax_kernels.decoding.state import BlockState, LiveBlocks
-from dmax_kernels.decoding.trace import Trace
-from dmax_kernels.decoding.unmasking import (
+from dmax_kernels.decoding.rules import (
+    RULES,
     Autoregressive,
     EntropyBound,
     Factor,
@@ -34,15 +22,18 @@ from dmax_kernels.decoding.unmasking import (
     TopN,
     Uniform,
 )
+from dmax_kernels.decoding.spd import spd_generate
+from dmax_kernels.decoding.state import BlockState, LiveBlocks
+from dmax_kernels.decoding.step import ComposedRule, Rule, Seen
+from dmax_kernels.decoding.trace import Trace
 
 __all__ = [
     "RULES",
     "Autoregressive",
     "BlockState",
-    "Canvas",
     "CommittedBlock",
     "ComposedRule",
-    "DistributionRule",
+    "DecodeConfig",
     "EntropyBound",
     "Factor",
     "GenerationOutput",
@@ -52,15 +43,11 @@ __all__ = [
     "ParallelForced",
     "Random",
     "Rule",
+    "RunConfig",
+    "Seen",
     "Statistics",
-    "Top1Rule",
     "TopN",
     "Trace",
     "Uniform",
-    "arness",
-    "commit_order",
-    "global_arness",
-    "local_arness",
-    "nap_generate",
     "spd_generate",
 ]

@@ -13,18 +13,18 @@ class BlockCache(Cache):
     """Keys and values in buffers [B, H, S, E] that never move, allocated at the first pass.
 
     `begin_pass` says where the tokens of a forward pass belong; the model's `update` writes them
-    there and gets the first `visible` slots of its rows back. A live block's slots are written anew
-    by each of its passes, so its soft states need no removal, and rows may be at different places.
-    Which slots a query may see is the attention mask's business; what was never written is zero,
-    and later blocks are masked off.
+    there and gets the first `visible` slots of its rows back. Each pass overwrites the slots of the
+    live blocks: their soft states need no removal, and rows may be at different positions. The
+    attention mask decides which slots a query sees; what was never written is zero, and later
+    blocks are masked off.
 
-    Fixed buffers are what a CUDA graph needs; they also let rows leave by moving others into their
-    place (`move_rows_`) instead of copying the cache.
+    A CUDA graph needs fixed buffers. They also let rows leave by moving others into their place
+    (`move_rows_`) instead of copying the cache.
     """
 
     def __init__(self, rows: int, length: int) -> None:
-        # Not Cache.__init__, whose arguments differ between transformers 4.5x and 5.x: what it
-        # would set up is overridden here, but for the list of layers that its helpers look at
+        # Cache.__init__ is not called: its arguments differ between transformers 4.5x and 5.x, and
+        # what it sets up is overridden here, except the list of layers that its helpers read
         self.layers: list[Any] = []
         self.rows, self.length = rows, length
         self.keys: dict[int, Tensor] = {}  # layer: [B, H, S, E]
@@ -35,7 +35,7 @@ class BlockCache(Cache):
     def begin_pass(self, slots: Tensor, visible: int) -> None:
         """slots: int64 [b, Q], where the pass's tokens go; visible: how many slots it attends to.
 
-        Slot `length` belongs to no position: what is written there is never seen.
+        Slot `length` belongs to no position; what is written there is never seen.
         """
         self.slots, self.visible = slots, visible
 
@@ -51,7 +51,7 @@ class BlockCache(Cache):
                 room = self.length + 1  # the last slot belongs to no position
                 buffers[layer_idx] = new.new_zeros(self.rows, heads, room, size)
             buffer = buffers[layer_idx]
-            # A layer may be on another device than the first
+            # Layers may be on different devices
             buffer[rows, :, self.slots.to(new.device)] = new.transpose(1, 2)
             written.append(buffer[: len(rows), :, : self.visible])
         return written[0], written[1]
@@ -62,7 +62,7 @@ class BlockCache(Cache):
             buffer[holes] = buffer[sources]
 
     def get_seq_length(self, layer_idx: int = 0, *args: Any) -> int:
-        """Keys a pass sees besides its own tokens: what models add to their input's length."""
+        """Keys that a pass sees besides its own tokens; models add this to their input's length."""
         return self.visible - self.slots.shape[1]
 
     def get_usable_length(self, new_seq_length: int, layer_idx: int = 0) -> int:
@@ -76,5 +76,5 @@ class BlockCache(Cache):
         return self.length
 
     def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
-        """(keys, offset), for models that make their own mask when they get none."""
+        """(keys, offset), for models that make a mask when they are given none."""
         return self.visible, 0

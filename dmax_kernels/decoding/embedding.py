@@ -1,8 +1,7 @@
 """The table [V, D] of what the model's input embedding makes of each token id.
 
-The loop looks rows up by itself and the step mixes them. The model has a module for that, and its
-forward may do more than look up rows of `weight`: scale them (Gemma 3), add an adapter's part
-(LoRA), or first bring an offloaded weight in.
+The loop looks rows up and the step mixes them. The model's own module may do more than look up rows
+of `weight`: scale them (Gemma 3), add an adapter's part (LoRA), or first load an offloaded weight.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmax_kernels.decoding.settings import FLOATS, one_of, require
+from dmax_kernels._checks import one_of, require
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = 2**-6  # of a row's largest value: how differently two batch sizes may round in bfloat16
 
 
@@ -30,11 +30,37 @@ def is_lookup(module: Any) -> bool:
     )
 
 
+def check_model(model: Any) -> int:
+    """The size of the vocabulary, if the step after the forward pass can read this model."""
+    weight: Any = getattr(model.get_input_embeddings(), "weight", None)
+    got = "no weight"
+    if weight is not None:
+        got = f"{type(weight).__name__} of {weight.dtype}, {list(weight.shape)}"
+    # A quantised head is fine, because the model's own forward applies it. The embedding's rows
+    # are read and mixed by the step itself.
+    require(
+        weight is not None and weight.dim() == 2 and weight.dtype in FLOATS,
+        "spd_generate: the model's input embedding",
+        "a float32, bfloat16 or float16 table [V, D]; load it without quantising the embedding",
+        got,
+    )
+    # LLaDA2's eager attention reads a 4-D mask as 1 = attend; its sdpa attention adds the mask
+    attention = getattr(model.config, "_attn_implementation", None)
+    if getattr(model.config, "model_type", "").startswith("llada2"):
+        require(
+            attention == "sdpa",
+            "spd_generate: the model's attention",
+            "'sdpa' (from_pretrained(..., attn_implementation='sdpa')), which adds its 4-D mask",
+            repr(attention),
+        )
+    return weight.shape[0]
+
+
 def embedding_table(model: Any, mask_token_id: int) -> Tensor:
-    """[V, D], detached: the weight where the module only looks up, else what its forward gives.
+    """[V, D], detached: the weight if the module only looks up, else what its forward gives.
 
     The second takes one pass over the vocabulary and, while the run lasts, as much memory as the
-    weight; where the forward turns out to look up no more than the weight, the copy is dropped.
+    weight. If the forward turns out to be a plain lookup after all, the copy is dropped.
 
     Raises:
         ValueError: the forward fails, or does not give each token id one vector of its own.
@@ -51,27 +77,27 @@ def embedding_table(model: Any, mask_token_id: int) -> Tensor:
         and table.dtype in FLOATS
         and table.dim() == 2
         and len(table) == vocabulary,
-        "the model's input embedding",
+        "spd_generate: the model's input embedding",
         f"a module that gives each of {vocabulary} token ids one vector, {one_of(FLOATS)}",
         f"{type(table).__name__} on {table.device} of {table.dtype}, {list(table.shape)}",
     )
     if type(weight) is Tensor and weight.device == table.device and torch.equal(weight, table):
         return weight
-    # Other places and other neighbours than in the pass above: a table is right only without either
+    # Ids at other positions beside other ids: their vectors must not depend on either
     probe = torch.tensor([mask_token_id, 0, mask_token_id])
     again, rows = run(module, probe), table[probe.to(table.device)]
     limit = TOLERANCE * rows.abs().amax(dim=-1, keepdim=True)
     require(
         bool(((again - rows).abs() <= limit).all()),
-        "the model's input embedding",
-        "a module that gives a token id the same vector at every place, without dropout or noise",
+        "spd_generate: the model's input embedding",
+        "a module that gives a token id one vector at every position, without dropout or noise",
         f"{type(module).__name__}, which gave tokens 0 and {mask_token_id} two vectors each",
     )
     return table
 
 
 def embedding_device(model: Any) -> torch.device:
-    """Where the table of `embedding_table` lies."""
+    """The device of the table that `embedding_table` makes."""
     module = model.get_input_embeddings()
     return module.weight.device if is_lookup(module) else run(module, torch.zeros(1).long()).device
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmax_kernels.decoding.settings import FLOATS, one_of, require
+from dmax_kernels._checks import one_of, require
+from dmax_kernels.decoding.embedding import FLOATS
 from dmax_kernels.decoding.state import LiveBlocks
 
 PREFILL_CHUNK = 2048  # positions: bounds the [b, 1, Q, S] mask of a long prompt
@@ -47,12 +48,12 @@ def cache_argument(model: Any) -> str:
 
 
 class BlockForward:
-    """Runs the model on one live block per row, behind the row's committed tokens.
+    """Runs the model on one live block per row, after the row's committed tokens.
 
-    The cache only ever keeps hard tokens of committed blocks. A live block's keys and values come
-    from mask or soft embeddings and are overwritten by its next pass; once it is committed, a
-    refreshing pass forwards its hard tokens together with the next block. With `use_cache=False`
-    every pass reads whole sequences: slow, and what the cache must agree with.
+    The cache keeps only hard tokens of committed blocks. A live block's keys and values come from
+    mask or soft embeddings and are overwritten by its next pass; once it is committed, a refreshing
+    pass forwards its hard tokens together with the next block. With `use_cache=False` every pass
+    reads whole sequences, which is slow, and which the cache must agree with.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class BlockForward:
         """embedding: [V, D]; tokens: int64 [B, S], prompts from position 0; S in whole blocks."""
         self.model = model
         self.embedding = embedding
-        self.tokens = tokens  # committed so far; what follows is never seen
+        self.tokens = tokens  # those committed so far; the rest is never seen
         self.offsets = torch.arange(block_length, device=tokens.device)
         self.cache: Any = None
         self.cache_argument = cache_argument(model)
@@ -73,12 +74,12 @@ class BlockForward:
     def prefill(self, length: int) -> None:
         """Put the first `length` positions, whole blocks, into the cache.
 
-        Rows with shorter prompts bring positions of later blocks along: nothing sees them before
+        Rows with shorter prompts also forward positions of later blocks. Nothing sees these before
         those blocks' own passes overwrite them.
         """
         if self.cache is None:
             return
-        # Without the head, whose logits [B, S, V] nobody would read
+        # Without the head, whose logits [B, S, V] would go unread
         body = getattr(self.model, "base_model", self.model)
         rows = self.tokens.shape[0]
         for begin in range(0, length, PREFILL_CHUNK):
@@ -90,8 +91,8 @@ class BlockForward:
     def logits(self, state: LiveBlocks, refresh: bool, visible: int) -> Tensor:
         """Logits [b, K, V] of the rows' live blocks. No host sync of its own.
 
-        refresh: also forward the block before, from its committed tokens; some row's has not been
-        yet. visible: the furthest end of a live block, or more.
+        refresh: also forward the block before from its committed tokens, because some row's is not
+        in the cache yet. visible: the largest end of a live block, or more.
         """
         rows, length = state.token.shape
         position = state.start.unsqueeze(-1) + self.offsets  # [b, K]
@@ -107,7 +108,7 @@ class BlockForward:
         slots = position
         if refresh:
             before = position - length
-            known = before >= 0  # a row in its sequence's first block has none before it
+            known = before >= 0  # the first block of a sequence has none before it
             before = before.clamp(min=0)
             hard = F.embedding(self.tokens[:rows].gather(1, before), self.embedding)
             embeds = torch.cat([hard, embeds], dim=1)
@@ -117,7 +118,7 @@ class BlockForward:
         return self._checked(output.logits[:, -length:])
 
     def commit(self, state: LiveBlocks) -> None:
-        """Keep the rows' current tokens; those of blocks that are still live get overwritten."""
+        """Keep the rows' current tokens; those of live blocks are overwritten later."""
         rows = state.token.shape[0]
         self.tokens[:rows].scatter_(1, state.start.unsqueeze(-1) + self.offsets, state.token)
 
@@ -148,10 +149,12 @@ class BlockForward:
 
     def _checked(self, logits: Tensor) -> Tensor:
         vocabulary = self.embedding.shape[0]
-        require(logits.dtype in FLOATS, "the model's logits", one_of(FLOATS), logits.dtype)
+        require(
+            logits.dtype in FLOATS, "spd_generate: the model's logits", one_of(FLOATS), logits.dtype
+        )
         require(
             logits.shape[-1] == vocabulary,
-            "the model's logits",
+            "spd_generate: the model's logits",
             f"over the {vocabulary} tokens of its input embedding",
             f"{logits.shape[-1]} (resize the embedding or the head)",
         )

@@ -10,14 +10,14 @@ Step = Callable[[], None]
 
 
 class StepRunner:
-    """Runs a step plainly, or captured: a step is captured the second time its key comes up.
+    """Runs a step plainly, or as a graph, which is captured the second time a key comes up.
 
-    All that a step reads and writes lies in buffers that stay where they are, so a replay does what
-    the call would do; the key names what may differ between two steps besides the buffers'
-    contents (rows, refresh, visible positions). A key's first step runs plainly, which is also the
-    warm-up that a capture wants. A model that cannot be captured (some mixture-of-experts code asks
-    the host where its tokens go) is told so by the driver: with `required` that is an error,
-    otherwise the run goes on plainly and `refusal` says why.
+    Whatever a step reads and writes lies in buffers that do not move, and a replay therefore does
+    what the call would do. The key names what else may differ between two steps (rows, refresh,
+    visible positions). The first step of a key runs plainly, which is also the warm-up that a
+    capture needs. The driver refuses a model that cannot be captured (some mixture-of-experts code
+    asks the host where its tokens go): with `required` that is an error, otherwise the run goes on
+    plainly and `refusal` says why.
     """
 
     def __init__(self, capture: Callable[[Step], Step] | None, required: bool = False) -> None:
@@ -65,11 +65,11 @@ class CudaCapture:
 
 
 def make_runner(cuda_graph: bool | None, device: torch.device) -> StepRunner:
-    """cuda_graph: None captures where it can, on GPUs; True insists; False runs plainly."""
+    """cuda_graph: None captures on a GPU where it can, True must capture, False never does."""
     if cuda_graph and device.type != "cuda":
         raise ValueError(
             f"spd_generate: cuda_graph must be False or None unless the model is on a GPU, "
             f"got True on {device.type}"
         )
-    wanted = device.type == "cuda" and cuda_graph is not False
-    return StepRunner(CudaCapture() if wanted else None, required=bool(cuda_graph))
+    captures = device.type == "cuda" and cuda_graph is not False
+    return StepRunner(CudaCapture() if captures else None, required=bool(cuda_graph))

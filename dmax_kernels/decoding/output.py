@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dmax_kernels.decoding.requests import Request
+from dmax_kernels.decoding.batch import PromotionLog, Request
+from dmax_kernels.decoding.config import RunConfig
 from dmax_kernels.decoding.trace import Trace
 
 
@@ -18,13 +19,13 @@ class Statistics:
     """Counts and times of one call, over all of its rows."""
 
     tokens: int  # up to and including each row's eos
-    forwards: int  # batch passes after the prefill
-    refreshing_forwards: int  # those of them that also forwarded committed blocks
+    forwards: int  # passes of the batch after the prefill
+    refreshing_forwards: int  # of these, passes that also forwarded committed blocks
     row_forwards: int  # denoising passes of rows: the sum over rows of num_forwards
     prefill_seconds: float
     decode_seconds: float
     captured_steps: int  # CUDA graphs made
-    capture_refusal: str | None  # why the step runs without a CUDA graph, where one was tried
+    capture_refusal: str | None  # why the step runs without a CUDA graph, if one was tried
 
     @property
     def tokens_per_forward(self) -> float:
@@ -45,10 +46,10 @@ class Statistics:
 class GenerationOutput:
     """What `spd_generate` returns. N is the number of blocks that the longest row took.
 
-    `num_forwards` counts the denoising passes a row took part in. Nothing else is hidden in it: the
-    prompt's prefill is one more pass for the whole batch, and refreshing the KV cache costs no pass
-    of its own (a block's first pass carries the block before it). An engine that refreshes with a
-    separate pass adds `num_refreshes`.
+    `num_forwards` counts the denoising passes that a row took part in. The prompt's prefill is one
+    more pass for the whole batch. Refreshing the KV cache costs no pass of its own, because a
+    block's first pass carries the block before it; an engine that refreshes with a separate pass
+    adds `num_refreshes`.
     """
 
     sequences: Tensor  # int64 [B, T + max_new_tokens]: prompt, padded on the left to T; answer;
@@ -79,32 +80,28 @@ class GenerationOutput:
 def assemble(
     prompts: list[Tensor],
     requests: list[Request],
-    max_new_tokens: int,
-    pad_token_id: int,
-    use_cache: bool,
-    promotions: dict[int, list[int]],
+    promotions: PromotionLog,
     statistics: Statistics,
     trace: Trace | None,
+    config: RunConfig,
     device: torch.device,
 ) -> GenerationOutput:
-    rows = [
-        torch.cat([prompt, torch.tensor(request.answer, dtype=torch.int64)])
-        for prompt, request in zip(prompts, requests, strict=True)
-    ]
     longest = max(map(len, prompts))
-    sequences = torch.full((len(rows), longest + max_new_tokens), pad_token_id)
-    for sequence, prompt, row in zip(sequences, prompts, rows, strict=True):
-        begin = longest - len(prompt)
-        sequence[begin : begin + len(row)] = row
+    length = longest + config.max_new_tokens
+    sequences = torch.full((len(prompts), length), config.pad_token_id)
+    for sequence, prompt, request in zip(sequences, prompts, requests, strict=True):
+        answer_end = longest + len(request.answer)
+        sequence[longest - len(prompt) : longest] = prompt
+        sequence[longest:answer_end] = torch.tensor(request.answer)
     forwards = pad_sequence([torch.tensor(each.block_forwards) for each in requests], True)
     blocks = (forwards > 0).sum(dim=1)
     return GenerationOutput(
         sequences=sequences.to(device),
         num_tokens=torch.tensor([len(each.answer) for each in requests], device=device),
         block_forwards=forwards.to(device),
-        num_refreshes=((blocks - 1) * int(use_cache)).to(device),
-        promotions=[promotions[row] for row in range(len(rows))],
+        num_refreshes=((blocks - 1) * int(config.use_cache)).to(device),
+        promotions=[promotions.promotions[row] for row in range(len(prompts))],
         statistics=statistics,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=config.max_new_tokens,
         trace=trace,
     )

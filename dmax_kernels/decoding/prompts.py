@@ -1,4 +1,4 @@
-"""Prompts of different lengths: read from padded batches or lists, checked against the model."""
+"""What each row brings: its prompt, of any length, and perhaps its own thresholds."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmax_kernels.decoding.settings import require
+from dmax_kernels._checks import require
+from dmax_kernels.decoding.config import RunConfig
+from dmax_kernels.models.attention_window import attention_window
 
 Rows = Tensor | Sequence[Tensor | Sequence[int]]
 Prompts = Rows | Mapping[str, Any]
+
+INPUT_IDS = "spd_generate: input_ids"
+ATTENTION_MASK = "spd_generate: attention_mask"
 
 
 def unwrap(input_ids: Prompts, attention_mask: Rows | None) -> tuple[Rows, Rows | None]:
     """The token ids and the mask of a tokenizer's mapping; anything else as it is.
 
-    The mapping's own attention mask counts unless another one is given.
+    The mapping's own attention mask counts unless one is given.
     """
     if not isinstance(input_ids, Mapping):
         return input_ids, attention_mask
-    require("input_ids" in input_ids, "input_ids", "a mapping with 'input_ids'", list(input_ids))
+    require("input_ids" in input_ids, INPUT_IDS, "a mapping with 'input_ids'", list(input_ids))
     if attention_mask is None:
         attention_mask = input_ids.get("attention_mask")
     return input_ids["input_ids"], attention_mask
@@ -30,68 +35,95 @@ def unwrap(input_ids: Prompts, attention_mask: Rows | None) -> tuple[Rows, Rows 
 def read_prompts(input_ids: Rows, attention_mask: Rows | None) -> list[Tensor]:
     """Each row's prompt without its padding: int64 [T_r] on the CPU.
 
-    input_ids: [B, T], or a list of prompts; padded on either side where attention_mask is 0, which
-    is of the same shape, or a list of as many masks.
+    input_ids: [B, T], or a list of prompts. A prompt is padded, on either side, where
+    attention_mask is 0; that has the same shape, or is a list of as many masks.
     """
     if isinstance(input_ids, Tensor):
-        require(input_ids.dim() == 2, "input_ids", "2-D [B, T]", f"{input_ids.dim()}-D")
+        require(input_ids.dim() == 2, INPUT_IDS, "2-D [B, T]", f"{input_ids.dim()}-D")
     rows = read_rows("input_ids", "integer token ids", input_ids)
     if attention_mask is not None:
         rows = unpad(rows, read_rows("attention_mask", "zeros and ones", attention_mask))
-    require(len(rows) > 0, "input_ids", "at least one row", "0 rows")
+    require(len(rows) > 0, INPUT_IDS, "at least one row", "0 rows")
     for index, row in enumerate(rows):
         got = f"an empty prompt (row {index})"
-        require(len(row) > 0, "input_ids", "at least one prompt token per row", got)
+        require(len(row) > 0, INPUT_IDS, "at least one prompt token per row", got)
     for row in rows:
         is_integer = not (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool)
-        require(is_integer, "input_ids", "integer token ids", row.dtype)
+        require(is_integer, INPUT_IDS, "integer token ids", row.dtype)
     return [row.long() for row in rows]
 
 
 def read_rows(argument: str, content: str, rows: Rows) -> list[Tensor]:
     """Each row of a [B, T] tensor or a list of rows, on the CPU."""
-    need = f"{content}: a tensor [B, T] or a list of rows"
+    what, need = f"spd_generate: {argument}", f"{content}: a tensor [B, T] or a list of rows"
     is_rows = isinstance(rows, Sequence) or hasattr(rows, "__array__")  # not a set, not a string
-    require(is_rows and not isinstance(rows, str), argument, need, type(rows).__name__)
+    require(is_rows and not isinstance(rows, str), what, need, type(rows).__name__)
     tensors = []
     for row in rows.cpu() if isinstance(rows, Tensor) else rows:
         try:
             tensor = torch.as_tensor(row).cpu()
         except (TypeError, ValueError, RuntimeError):
-            require(False, argument, need, f"a row that is {type(row).__name__}")
-        require(tensor.dim() == 1, f"each row of {argument}", "1-D", f"{tensor.dim()}-D")
+            require(False, what, need, f"a row that is {type(row).__name__}")
+        dims = tensor.dim()
+        require(dims == 1, f"spd_generate: each row of {argument}", "1-D", f"{dims}-D")
         tensors.append(tensor)
     return tensors
 
 
 def unpad(rows: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
-    lengths, got = [len(row) for row in rows], [len(mask) for mask in masks]
-    require(lengths == got, "attention_mask", f"as long as input_ids, {lengths}", got)
+    lengths, mask_lengths = [len(row) for row in rows], [len(mask) for mask in masks]
+    need = f"as long as input_ids, {lengths}"
+    require(lengths == mask_lengths, ATTENTION_MASK, need, mask_lengths)
     kept = []
     for index, (row, mask) in enumerate(zip(rows, masks, strict=True)):
         seen = mask != 0
         places = torch.nonzero(seen).flatten()
         one_run = len(places) == 0 or places[-1] - places[0] + 1 == len(places)
-        require(bool(one_run), "attention_mask", "one run of ones per row", f"a gap in row {index}")
+        require(bool(one_run), ATTENTION_MASK, "one run of ones per row", f"a gap in row {index}")
         kept.append(row[seen])
     return kept
 
 
 def check_prompts(
-    prompts: list[Tensor], vocabulary: int, config: Any, block_length: int, max_new_tokens: int
+    prompts: list[Tensor], vocabulary: int, model_config: Any, config: RunConfig
 ) -> None:
     """Every id in the vocabulary, and room for prompt and answer in the model's context."""
     in_vocabulary = f"in [0, {vocabulary}), the model's vocabulary"
     for prompt in prompts:
         lowest, highest = (int(bound) for bound in prompt.aminmax())
-        require(lowest >= 0, "input_ids", in_vocabulary, lowest)
-        require(highest < vocabulary, "input_ids", in_vocabulary, highest)
+        require(lowest >= 0, INPUT_IDS, in_vocabulary, lowest)
+        require(highest < vocabulary, INPUT_IDS, in_vocabulary, highest)
     longest = max(map(len, prompts))
-    length = -(-(longest + max_new_tokens) // block_length) * block_length
-    context = getattr(config, "max_position_embeddings", None)
+    block = config.block_length
+    length = -(-(longest + config.max_new_tokens) // block) * block
+    needs = (
+        f"spd_generate: a prompt of {longest} tokens and max_new_tokens={config.max_new_tokens} "
+        f"need {length} positions in whole blocks of {block}, but"
+    )
+    context = getattr(model_config, "max_position_embeddings", None)
     if context is not None and length > context:
         raise ValueError(
-            f"spd_generate: a prompt of {longest} tokens and max_new_tokens={max_new_tokens} need "
-            f"{length} positions in whole blocks of {block_length}, but the model's context is "
-            f"{context} (config.max_position_embeddings)"
+            f"{needs} the model's context is {context} (config.max_position_embeddings)"
         )
+    window = attention_window(model_config)
+    if window is not None and length > window:
+        raise ValueError(
+            f"{needs} some of the model's layers attend to a window of {window} positions, which "
+            "the mask of block-wise decoding does not have"
+        )
+
+
+def row_thresholds(
+    thresholds: Tensor | Sequence[Sequence[float]] | None, config: RunConfig, rows: int
+) -> Tensor:
+    """float32 [B, 2] on the CPU: each row's (tau_dec, tau_acc)."""
+    if thresholds is None:
+        pair = torch.tensor([[config.tau_dec, config.tau_acc]], dtype=torch.float32)
+        return pair.repeat(rows, 1)
+    table = torch.as_tensor(thresholds, dtype=torch.float32).cpu()
+    need = f"[{rows}, 2]: (tau_dec, tau_acc) of each row"
+    argument = "spd_generate: thresholds"
+    require(table.shape == (rows, 2), argument, need, list(table.shape))
+    outside = table[~((table >= 0) & (table <= 1))]
+    require(len(outside) == 0, argument, "in [0, 1]", next(iter(outside.tolist()), None))
+    return table

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+State = TypeVar("State", bound="BlockState")
 
 
 @dataclass
@@ -32,17 +31,17 @@ class BlockState:
 
     @classmethod
     def fully_masked(
-        cls,
+        cls: type[State],
         token: Tensor,
         prompt_tail: int | Tensor,
         embedding: Tensor,
         mask_token_id: int,
         **further: Tensor,
-    ) -> Self:
-        """The state before the first step: all masks, but for a prompt's tail.
+    ) -> State:
+        """The state before the first step: all masks, except a prompt's tail.
 
         token: [B, K], of which only the tail is read; prompt_tail: its length, or one per row [B];
-        further: what a subclass has besides these buffers.
+        further: the fields that a subclass adds to these buffers.
         """
         rows, length = token.shape
         position = torch.arange(length, device=token.device)
@@ -69,7 +68,7 @@ class BlockState:
 class LiveBlocks(BlockState):
     """The blocks that a batch of independent rows is at, each in its own sequence."""
 
-    row: Tensor  # int64 [B]: which request of the batch this is, for a rule's random numbers
+    row: Tensor  # int64 [B]: which of the caller's prompts this is
     start: Tensor  # int64 [B]: position of the block's first token in the row's sequence
     thresholds: Tensor  # float32 [B, 2]: (tau_dec, tau_acc) of the row
 
@@ -84,7 +83,7 @@ class LiveBlocks(BlockState):
         return self.thresholds[:, 1:2]
 
     def begin_(self, rows: Tensor, start: Tensor, mask_token_id: int, embedding: Tensor) -> None:
-        """Where rows [B] is True, a new block begins: all masks, at its start [B]."""
+        """Begin a new block, all masks, where rows [B] is True; start [B] is each row's start."""
         positions = rows.unsqueeze(-1)
         self.editable.logical_or_(positions)
         self.masked.logical_or_(positions)
@@ -97,7 +96,7 @@ class LiveBlocks(BlockState):
         self.start.copy_(start)
 
     def cap_(self, max_steps: int, commit: bool) -> None:
-        """End the blocks that took `max_steps`; commit: with the last top-1 where still masked."""
+        """End the blocks that took `max_steps`; with `commit`, masks become their last top-1."""
         over = self.step >= max_steps
         self.converged.logical_or_(over)
         if commit:

@@ -37,8 +37,8 @@ class Trace:
     token, confidence: the step's top-1 and its probability (the prompt's tokens where not
     editable; the mask token where still masked under "released" semantics); masked: 1 where still
     masked after the step; promoted and revised: positions inside the block that left the mask in
-    this step, or changed the token they already had; converged: the block was committed with this
-    step (its last masks then count as promoted).
+    this step, or changed the token they already had; converged: this step committed the block (its
+    last masks then count as promoted).
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class Trace:
                 blocks[-1]["steps"].append(
                     {
                         "token": step.token[i].tolist(),
-                        # Four digits: a trace is for reading, and the page shades cells with them
+                        # Four digits are enough to read and to shade the page's cells with
                         "confidence": [round(c, 4) for c in step.confidence[i].tolist()],
                         "masked": step.masked[i].int().tolist(),
                         "promoted": torch.nonzero(step.promoted[i]).flatten().tolist(),

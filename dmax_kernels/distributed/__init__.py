@@ -7,16 +7,16 @@ collective forward, and at most one backward; the logits never travel.
 Common arguments:
 
 - the sharded tensor: a plain tensor, or a DTensor sharded on its vocabulary dimension, which brings
-  group, widths and vocabulary size with it;
-- ``group``: a ProcessGroup, None for the default one. Without an initialised process group there is
-  one rank, and the functions are those of :mod:`dmax_kernels`;
+  its group, widths and vocabulary size with it;
+- ``group``: a ProcessGroup, or None for the default one. Without an initialised process group there
+  is one rank, and the functions are those of :mod:`dmax_kernels`;
 - ``shard_sizes``: the width of every rank's shard, in rank order; None where all are as wide as
-  this one. :func:`gather_shard_sizes` asks the ranks, once;
-- ``vocab_size``: ids from it on do not exist (padding); None for the sum of the widths. A rank may
-  hold nothing but padding, or nothing at all.
+  this one. :func:`gather_shard_sizes` asks the ranks once;
+- ``vocab_size``: ids at and above it do not exist (padding); None for the sum of the widths. A rank
+  may hold nothing but padding, or nothing at all.
 
-A rank whose widths or dtype contradict the others' is an error on the CPU. On the GPU that check
-would cost a host sync, so call :func:`gather_shard_sizes` there, once.
+On the CPU it is an error if a rank's widths or dtype contradict the others'. On a GPU that check
+would cost a host sync in every call; call :func:`gather_shard_sizes` once instead.
 """
 
 from dmax_kernels.distributed.decoding import (

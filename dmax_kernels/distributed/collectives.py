@@ -6,19 +6,19 @@ from torch import Tensor
 
 from dmax_kernels.distributed.layout import FLOATS, VocabShard
 
-# The old name warns from PyTorch 2.13 on. Delete when 2.10 to 2.12 are no longer supported
+# The old name warns since PyTorch 2.13. Delete it when 2.10 to 2.12 are no longer supported
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def _header(shard: VocabShard, dtype: torch.dtype, like: Tensor) -> list[Tensor]:
-    """What must agree between ranks; on the GPU reading it would be a host sync, so not there."""
+    """What must agree between ranks; nothing on a GPU, where reading it would be a host sync."""
     if like.device.type != "cpu":
         return []
     return [torch.tensor([shard.sizes[shard.rank], FLOATS.index(dtype)], dtype=torch.int32)]
 
 
 def _check_headers(op: str, shard: VocabShard, headers: Tensor) -> None:
-    """[ranks, 2]: the same on every rank, so that all raise or none does."""
+    """headers: [ranks, 2], the same on every rank, so that all of them raise or none does."""
     widths, dtypes = headers.t().tolist()
     if len(set(dtypes)) > 1:
         names = [str(FLOATS[code]).removeprefix("torch.") for code in dtypes]
@@ -33,11 +33,11 @@ def _check_headers(op: str, shard: VocabShard, headers: Tensor) -> None:
 def gather(
     op: str, shard: VocabShard, dtype: torch.dtype, fields: tuple[Tensor, ...]
 ) -> list[Tensor]:
-    """Every rank's fields, [ranks, ...] each; ``dtype`` is that of the sharded tensor."""
+    """Every rank's fields, [ranks, ...] each; ``dtype`` is the sharded tensor's."""
     if shard.num_ranks == 1:
         return [field.unsqueeze(0) for field in fields]
     header = _header(shard, dtype, fields[0])
-    # ids keep their 64 bits: as float32 they would be exact up to 2^24 only
+    # Bits, not values: as float32, ids would be exact only up to 2^24
     parts = header + [field.contiguous().view(-1).view(torch.int32) for field in fields]
     payload = torch.cat(parts)
     gathered = payload.new_empty(shard.num_ranks * payload.numel())
@@ -57,9 +57,9 @@ def gather(
 
 
 def sum_of_disjoint(op: str, shard: VocabShard, rows: Tensor) -> Tensor:
-    """The sum over ranks of tensors of which at most one is not zero at each place.
+    """The sum over ranks, of tensors of which at most one is not zero at each position.
 
-    Added as integers, their bits pass unchanged, and any dtype does.
+    They are added as integers, which leaves the bits unchanged whatever the dtype is.
     """
     if shard.num_ranks == 1:
         return rows

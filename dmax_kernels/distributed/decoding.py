@@ -68,9 +68,9 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """:func:`dmax_kernels.sample_tokens` of the whole vocabulary (Eq. 3's rollout).
 
-    The noise is counted by the id in the whole vocabulary, so the sampled ids are exactly those of
-    the unsharded op at the same seed, however the vocabulary is cut. One all-gather of 24 bytes per
-    row.
+    The noise depends on the id in the whole vocabulary. The sampled ids are therefore exactly those
+    of the unsharded op at the same seed, however the vocabulary is cut. This takes one all-gather
+    of 24 bytes per row.
 
     Args:
         logits: this rank's columns [..., V_shard], or a DTensor sharded on its last dimension.
@@ -105,7 +105,7 @@ def _gather_blocks(
 ) -> list[Tensor]:
     """partial(logits, vocab_start) of every block of columns on every rank, [ranks x blocks, ...].
 
-    Vocabulary blocks of one rank merge as the shards of several do.
+    The blocks of one rank merge in the same way as the shards of several ranks.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     results = []
@@ -129,9 +129,9 @@ def linear_top1_confidence(
 ) -> tuple[Tensor, Tensor]:
     """:func:`dmax_kernels.linear_top1_confidence` with the LM head's rows sharded.
 
-    Logits are float32 and live some 64 MB at a time. The merge is exact, the product is not bound
-    to one order of summation: ids are the unsharded op's but where two logits lie within its
-    rounding of each other.
+    Logits are float32, and about 64 MB of them exist at a time. The merge is exact, but the matrix
+    product has no fixed order of summation: the ids are the unsharded op's unless two logits differ
+    by less than the product's rounding error.
 
     Args:
         hidden: [..., D], the same on every rank.
@@ -172,7 +172,8 @@ def linear_sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """:func:`dmax_kernels.linear_sample_tokens` with the LM head's rows sharded.
 
-    The noise of :func:`sample_tokens`, the logits of :func:`linear_top1_confidence`.
+    It draws the noise of :func:`sample_tokens` and makes the logits as
+    :func:`linear_top1_confidence` does.
 
     Args:
         hidden, weight, bias, group, shard_sizes, vocab_size: as in :func:`linear_top1_confidence`.

@@ -28,13 +28,13 @@ def hybrid_embedding(
 ) -> Tensor:
     """:func:`dmax_kernels.hybrid_embedding` with the rows of the table sharded (Eqs. 8-10).
 
-    One all-reduce of the rows that the positions need, e(mask) among them, in the table's dtype:
-    each comes from the one rank that holds it, so nothing is rounded. The op then runs on these
-    rows, on every rank: output and gradients have the bits of the unsharded op. (Reducing the mixes
-    instead would send float32, round, and need the norms before they are known.)
+    One all-reduce brings the rows that the positions need, e(mask) among them, in the table's
+    dtype. Each row comes from the one rank that holds it, and nothing is rounded. The op then runs
+    on these rows on every rank: output and gradients have the bits of the unsharded op. (Reducing
+    the mixes instead would send float32, round, and need the norms before they are known.)
 
-    The backward pass has no collective: the output is replicated, and so its gradient must be, as
-    it is where every rank computes the same from it. A rank keeps its rows' gradient.
+    The backward pass has no collective. The output is replicated, and its gradient must be too,
+    which it is if every rank computes the same from the output. A rank keeps its rows' gradient.
 
     Args:
         embedding: this rank's rows [V_shard, D], or a DTensor sharded on dimension 0.
@@ -69,7 +69,7 @@ def _check_tokens(token: Tensor, masked: Tensor, vocab_size: int) -> None:
     if token.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"hybrid_embedding: token must be int64 or int32, got {token.dtype}")
     if token.device.type != "cpu" or token.shape[: masked.dim()] != masked.shape:
-        return  # shapes are the op's to check
+        return  # the op checks the shapes
     outside = (token < 0) | (token >= vocab_size)
     if token.dim() > masked.dim():
         outside = outside.any(dim=-1)
@@ -84,8 +84,8 @@ def _check_tokens(token: Tensor, masked: Tensor, vocab_size: int) -> None:
 class _NeededRows(NamedTuple):
     """The ids of a batch, each once: row i of a small table holds the id ``ids[i]``.
 
-    Sorted, the mask first, with repetitions in between: no size depends on the data, so nothing
-    waits for the GPU.
+    The ids are sorted, with the mask first and repetitions kept: no size depends on the data, and
+    nothing waits for the GPU.
     """
 
     ids: Tensor  # int64 [N k + 1]
@@ -100,7 +100,7 @@ class _NeededRows(NamedTuple):
         place = torch.searchsorted(ids, key).view(token.shape)
         first = torch.ones_like(ids, dtype=torch.bool)
         first[1:] = ids[1:] != ids[:-1]
-        # An id below 0 would sort before the mask; it gets the mask's place, and is NaN later
+        # An id below 0 would sort before the mask. It gets the mask's place; its result is NaN
         return cls(torch.where(ids == -1, mask_token_id, ids), first, place)
 
 
@@ -130,7 +130,7 @@ class _ShardedHybrid(torch.autograd.Function):
         grad_table, grad_confidence = torch.ops.dmax.hybrid_embedding_backward(
             grad_output, table, place, confidence, masked, 0
         )
-        # The last row takes what belongs to other ranks, and repetitions
+        # The last row, cut off below, takes repetitions and what belongs to other ranks
         grad_embedding = table.new_zeros(ctx.shard_size + 1, table.shape[1])
         grad_embedding[torch.where(mine, local, ctx.shard_size)] = grad_table
         return grad_embedding[:-1], None, grad_confidence, None, None, None

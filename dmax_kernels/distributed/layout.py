@@ -38,11 +38,15 @@ class VocabShard:
 def _group_rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
     if not (dist.is_available() and dist.is_initialized()):
         if group is not None:
-            raise ValueError(f"{op}: group needs torch.distributed.init_process_group first")
+            raise ValueError(
+                f"{op}: group must be None before torch.distributed.init_process_group, got {group}"
+            )
         return 0, 1
     rank = dist.get_rank(group)
     if rank < 0:
-        raise ValueError(f"{op}: group must contain this rank, {dist.get_rank()}, and does not")
+        raise ValueError(
+            f"{op}: group must contain this rank, got one without rank {dist.get_rank()}"
+        )
     return rank, dist.get_world_size(group)
 
 
@@ -63,9 +67,11 @@ def _shard_of_dtensor(op: str, name: str, tensor, dim: int, group) -> tuple[Tens
     mesh_dim = on_vocab[0]
     mesh_group = tensor.device_mesh.get_group(mesh_dim)
     if group is not None and group is not mesh_group:
-        raise ValueError(f"{op}: group must be None or that of {name}'s mesh, got another")
+        raise ValueError(
+            f"{op}: group must be None or the group of {name}'s mesh, got a different one"
+        )
     rank, num_ranks = _group_rank_and_size(op, mesh_group)
-    # As torch.chunk: the first shards are full, the last ones shorter or empty
+    # As torch.chunk cuts: the first shards are full, the last ones shorter or empty
     vocab = tensor.shape[dim]
     full = -(-vocab // num_ranks)
     sizes = tuple(max(0, min(full, vocab - r * full)) for r in range(num_ranks))
@@ -140,16 +146,16 @@ def gather_shard_sizes(
     dim %= tensor.dim()
     others = [size for d, size in enumerate(tensor.shape) if d != dim]
     mine = (tensor.shape[dim], (str(tensor.dtype).removeprefix("torch."), others))
-    found = [mine] * num_ranks
+    by_rank = [mine] * num_ranks
     if num_ranks > 1:
-        dist.all_gather_object(found, mine, group)
-    kinds = [kind for _, kind in found]
+        dist.all_gather_object(by_rank, mine, group)
+    kinds = [kind for _, kind in by_rank]
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(
-            f"{op}: every rank's tensor must have one dtype and one size but for the vocabulary, "
-            f"got {', '.join(f'{dtype} {sizes}' for dtype, sizes in kinds)}"
+            f"{op}: the ranks' tensors must have one dtype and the same sizes but for the "
+            f"vocabulary's, got {', '.join(f'{dtype} {sizes}' for dtype, sizes in kinds)}"
         )
-    return tuple(size for size, _ in found)
+    return tuple(size for size, _ in by_rank)
 
 
 def visible(tensor: Tensor, shard: VocabShard, dim: int) -> Tensor:
@@ -166,7 +172,7 @@ def check_suppress_token(op: str, suppress_token: int, shard: VocabShard) -> Non
 
 
 def at_least_one_column(logits: Tensor) -> Tensor:
-    """No ids at all look like one of logit -inf: no mass, never chosen, and checked like others."""
+    """Give an empty shard one column of -inf: no mass, never chosen, and passes the same checks."""
     if logits.shape[-1] > 0:
         return logits
     return logits.new_full((*logits.shape[:-1], 1), -torch.inf)

@@ -10,27 +10,27 @@ from torch import Tensor
 
 from dmax_kernels.distributed.layout import VocabShard, read_shard, visible
 
-# float32 logits that live at a time, unless 4,096 columns of all rows are more
+# How many bytes of float32 logits exist at a time, unless 4,096 columns of all rows take more
 _BLOCK_BYTES = 64 << 20
 _LEAST_COLUMNS = 4096
 
 
 class Columns(NamedTuple):
-    """``width`` ids of this rank's shard from ``begin`` on; none where the shard has ended."""
+    """``width`` ids of this rank's shard, starting at ``begin``; 0 past the shard's end."""
 
     begin: int
     width: int
 
 
 class ShardedHead(NamedTuple):
-    """This rank's rows of the LM head that exist."""
+    """This rank's rows of the LM head, without padding."""
 
     weight: Tensor  # [width, D]
     bias: Tensor | None
     shard: VocabShard
 
     def blocks(self, num_rows: int) -> Iterator[Columns]:
-        """As many blocks on every rank: their results are gathered side by side."""
+        """The same number of blocks on every rank: their results are gathered side by side."""
         columns = _BLOCK_BYTES // (4 * max(num_rows, 1)) // _LEAST_COLUMNS * _LEAST_COLUMNS
         columns = max(columns, _LEAST_COLUMNS)
         for begin in range(0, max(self.shard.sizes), columns):
@@ -45,7 +45,7 @@ class ShardedHead(NamedTuple):
 
 
 def float32_product(a: Tensor, b: Tensor) -> Tensor:
-    with torch.autocast(a.device.type, enabled=False):  # it would round the result to 16 bits
+    with torch.autocast(a.device.type, enabled=False):  # autocast would round the result to 16 bits
         if a.is_cuda and a.dtype != torch.float32:
             return torch.mm(a, b, out_dtype=torch.float32)
         return a.float() @ b.float()

@@ -1,4 +1,4 @@
-"""What a block of vocabulary columns knows of the loss, and its part of the gradient."""
+"""What a block of vocabulary columns contributes to the loss, and its part of the gradient."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dmax_kernels import ops
 from dmax_kernels.distributed.layout import VocabShard, at_least_one_column
+from dmax_kernels.reference.loss import combined_loss
 
-_IGNORED = -1  # as a target on a shard; ids there begin at 0
+_IGNORED = -1  # marks a target that is not on this shard, whose ids begin at 0
 
 
 class Targets(NamedTuple):
@@ -18,7 +19,7 @@ class Targets(NamedTuple):
 
     ids: Tensor  # int64 [rows]
     kept: Tensor  # bool: not ignore_index
-    outside: Tensor  # bool: no token at all. On the GPU that row's loss is NaN
+    outside: Tensor  # bool: not a token id. On a GPU the row's loss is then NaN
     shape: torch.Size
 
     @classmethod
@@ -71,19 +72,18 @@ class LossParts:
         """[blocks, 3 or 4, rows] -> loss, logsumexp and cross-entropy, float32 [rows]."""
         maximum, sum_exp, at_target = fields[:, 0], fields[:, 1], fields[:, 2].sum(dim=0)
         best = maximum.amax(dim=0)
-        # exp(-inf - -inf) is NaN, but a block of nothing but -inf has no mass
+        # exp(-inf - -inf) would be NaN, but a block that is all -inf has no mass
         factor = torch.where(maximum == -torch.inf, 0.0, torch.exp(maximum - best))
         log_sum = (sum_exp * factor).sum(dim=0).log()
         undefined = ~best.isfinite() | targets.outside
         log_sum = log_sum.masked_fill(undefined, torch.nan)
-        # The difference first: a common offset of the logits cancels exactly
+        # Take the difference first: a common offset of the logits then cancels exactly
         nll = (best - at_target) + log_sum
-        loss, logsumexp = nll, best + log_sum
+        logsumexp = best + log_sum
+        mean_logit = None
         if self.label_smoothing:
-            smooth = logsumexp - fields[:, 3].sum(dim=0) / self.shard.vocab_size
-            loss = (1 - self.label_smoothing) * nll + self.label_smoothing * smooth
-        if self.z_loss:
-            loss = loss + self.z_loss * logsumexp.square()
+            mean_logit = fields[:, 3].sum(dim=0) / self.shard.vocab_size
+        loss = combined_loss(nll, logsumexp, mean_logit, self.label_smoothing, self.z_loss)
         loss = torch.where(targets.kept, loss, 0.0)
         return loss.float(), logsumexp.float(), nll.float()
 
@@ -98,8 +98,8 @@ class LossParts:
     ) -> Tensor:
         """``g [(1 + 2 z lse) softmax - (1 - s) onehot - s / V]`` of a block, in logits' dtype.
 
-        The op's gradient with this block's share of the smoothing, whose V is the block's; then the
-        one column per row that holds a target, here or nowhere, is written anew.
+        This is the op's gradient with the block's share of the smoothing, because the op's V is the
+        block's width. Then the column of each row's target, if it is in this block, is overwritten.
         """
         width = logits.shape[1]
         if width == 0 or logits.numel() == 0:
@@ -115,7 +115,7 @@ class LossParts:
             label_smoothing=share * width,
             z_loss=self.z_loss,
         )
-        # p - 1 before any rounding: at the target it is expm1(-loss), elsewhere p stands alone
+        # p - 1 without cancellation is expm1(-loss) at the target; other columns hold p alone
         lse = logsumexp.double()
         x = logits.gather(1, place.unsqueeze(1)).squeeze(1).double()
         log_p = torch.where(on_block, -nll.double(), x - lse)

@@ -36,13 +36,13 @@ def oput_loss(
     """:func:`dmax_kernels.oput_loss` of the whole vocabulary (Eqs. 5-6).
 
     One all-gather of 24 bytes per row and pass (32 with label smoothing): maximum, sum of
-    exponentials and the target's logit, merged in float64. The backward pass has no collective:
-    a rank computes its columns' gradient from the global logsumexp; smoothing spreads over the
-    whole vocabulary, not over the shard. The loss is replicated, and so its gradient must be:
-    call ``backward`` on every rank.
+    exponentials and the target's logit, merged in float64. The backward pass has no collective: a
+    rank computes its columns' gradient from the global logsumexp. Label smoothing spreads over the
+    whole vocabulary, not over the shard. The loss is replicated, and its gradient must be too: call
+    ``backward`` on every rank.
 
-    Losses are within 2e-6 of the unsharded op's relatively, next to 0 within 2e-7. Unlike there,
-    ignored rows are read (and left out).
+    Losses differ from the unsharded op's by at most 2e-6 relative, and near 0 by at most 2e-7.
+    Unlike the unsharded op, this one reads ignored rows (and then leaves them out).
 
     Args:
         logits_masked, logits_predicted: this rank's columns [..., V_shard], one shape and dtype, or
@@ -96,7 +96,9 @@ def _read_passes(
     if not shards:
         raise ValueError(f"{op}: logits_masked or logits_predicted must be given, got neither")
     if shards[0] != shards[-1]:
-        raise ValueError(f"{op}: both passes must be sharded alike, got {shards[0]}, {shards[1]}")
+        raise ValueError(
+            f"{op}: both passes must have the same shards, got {shards[0]}, {shards[1]}"
+        )
     return tuple(passes), shards[0]
 
 
@@ -104,12 +106,12 @@ class _ShardedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_masked, logits_predicted, targets: Targets, parts: LossParts):
         passes = (logits_masked, logits_predicted)
-        given = [x for x in passes if x is not None]
+        logits = [x for x in passes if x is not None]
         fields = torch.stack(
-            [parts.fields(_visible_rows(x, parts.shard), targets.ids, 0) for x in given]
+            [parts.fields(_visible_rows(x, parts.shard), targets.ids, 0) for x in logits]
         )
-        (gathered,) = gather(parts.op, parts.shard, given[0].dtype, (fields,))
-        merged = [parts.merge(gathered[:, i], targets) for i in range(len(given))]
+        (gathered,) = gather(parts.op, parts.shard, logits[0].dtype, (fields,))
+        merged = [parts.merge(gathered[:, i], targets) for i in range(len(logits))]
         ctx.targets, ctx.parts = targets, parts
         ctx.save_for_backward(*passes, *(each for _, *kept in merged for each in kept))
         losses = iter(loss.view(targets.shape) for loss, *_ in merged)
@@ -163,10 +165,10 @@ def linear_oput_loss(
 ) -> Tensor | tuple[Tensor | None, Tensor | None]:
     """:func:`dmax_kernels.linear_oput_loss` with the LM head's rows sharded (Eqs. 5-6).
 
-    Under autocast, hidden states, weight and bias are cast as there. The float32 logits of both
-    passes live some 64 MB at a time, and are computed again for the
-    gradient. One all-gather forward; backward one all-reduce of the float32 gradient of the hidden
-    states, which are replicated: every rank returns the whole of it.
+    Under autocast, hidden states, weight and bias are cast as in the unsharded op. About 64 MB of
+    float32 logits exist at a time, and they are computed again for the gradient. The forward pass
+    takes one all-gather. The backward pass takes one all-reduce of the float32 gradient of the
+    hidden states: these are replicated, and every rank returns their whole gradient.
 
     Args:
         hidden_masked, hidden_predicted: [..., D], one shape and dtype, the same on every rank;
@@ -174,7 +176,8 @@ def linear_oput_loss(
         weight: this rank's rows [V_shard, D], or a DTensor sharded on dimension 0.
         bias: this rank's [V_shard], or None.
         target, group, shard_sizes, vocab_size, ignore_index: as in :func:`oput_loss`.
-        label_smoothing, z_loss, token_weight, pass_weights, reduction, num_tokens: as there.
+        label_smoothing, z_loss, token_weight, pass_weights, reduction, num_tokens: as in
+            :func:`oput_loss`.
 
     Returns:
         As :func:`oput_loss`; differentiable in both hidden states, weight and bias. Gradients are
@@ -187,21 +190,21 @@ def linear_oput_loss(
     hidden_masked, hidden_predicted, weight, bias = autocast_operands(
         hidden_masked, hidden_predicted, weight, bias
     )
-    given = [x for x in (hidden_masked, hidden_predicted) if x is not None]
-    if not given:
+    hiddens = [x for x in (hidden_masked, hidden_predicted) if x is not None]
+    if not hiddens:
         raise ValueError(f"{op}: hidden_masked or hidden_predicted must be given, got neither")
-    if given[0].shape != given[-1].shape or given[0].dtype != given[-1].dtype:
+    if hiddens[0].shape != hiddens[-1].shape or hiddens[0].dtype != hiddens[-1].dtype:
         raise ValueError(
             f"{op}: hidden_predicted must have hidden_masked's shape and dtype, "
-            f"{list(given[0].shape)} {given[0].dtype}, got {list(given[-1].shape)} "
-            f"{given[-1].dtype}"
+            f"{list(hiddens[0].shape)} {hiddens[0].dtype}, got {list(hiddens[-1].shape)} "
+            f"{hiddens[-1].dtype}"
         )
-    if given[0].shape[:-1] != target.shape:
+    if hiddens[0].shape[:-1] != target.shape:
         raise ValueError(
-            f"{op}: target must have shape {list(given[0].shape[:-1])} (one token per row of "
+            f"{op}: target must have shape {list(hiddens[0].shape[:-1])} (one token per row of "
             f"hidden), got {list(target.shape)}"
         )
-    head = read_head(op, given[0], weight, bias, group, shard_sizes, vocab_size)
+    head = read_head(op, hiddens[0], weight, bias, group, shard_sizes, vocab_size)
     if head.shard.num_ranks == 1:
         return ops.linear_oput_loss(
             hidden_masked,
@@ -218,13 +221,13 @@ def linear_oput_loss(
             num_tokens=num_tokens,
         )
     parts = LossParts(op, head.shard, label_smoothing=label_smoothing, z_loss=z_loss)
-    # Both passes are rows of one batch, so that a block of the weight serves them together
+    # Both passes are rows of one batch, so that each block of the weight is read once for both
     targets = Targets.of(
-        op, torch.stack([target] * len(given)), ignore_index, head.shard.vocab_size
+        op, torch.stack([target] * len(hiddens)), ignore_index, head.shard.vocab_size
     )
-    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in given])
+    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in hiddens])
     by_pass = _ShardedLinearLoss.apply(rows, head.weight, head.bias, head.shard, targets, parts)
-    losses = iter(by_pass.view(len(given), *target.shape))
+    losses = iter(by_pass.view(len(hiddens), *target.shape))
     return reduce_loss(
         op,
         tuple(None if x is None else next(losses) for x in (hidden_masked, hidden_predicted)),
@@ -275,7 +278,7 @@ class _ShardedLinearLoss(torch.autograd.Function):
             )
             if bias is not None:
                 grad_bias.narrow(0, *block).copy_(grad_logits.sum(dim=0))
-            # As a 16-bit head would receive it; the products are summed in float32
+            # Rounded as a 16-bit head would receive it; the products are summed in float32
             grad_logits = grad_logits.to(hidden.dtype)
             grad_hidden += float32_product(grad_logits, weight.narrow(0, *block))
             grad_weight.narrow(0, *block).copy_(float32_product(grad_logits.t(), hidden))

@@ -1,6 +1,6 @@
 """Diffulex: its DMax sampler, and the token merge in its LLaDA2 model.
 
-    sampler = dmax_sampler()(config)      # in the place of LLaDA2DMaxSampler(config)
+    sampler = dmax_sampler()(config)      # instead of LLaDA2DMaxSampler(config)
     merge_tokens(model)                   # an LLaDA2ForDiffusionLM or LLaDA2Model
 
 K positions per block, V vocabulary, D hidden size, N tokens of a forward.
@@ -108,7 +108,7 @@ def top1_lists(blocks: list[Tensor]) -> list[tuple[list[int], list[float]]]:
     """top1_confidence of each block's logits [K, V], on the host after one copy for all blocks."""
     if not blocks:
         return []
-    # float64 holds every token id and every float32 exactly
+    # float64 represents every token id and every float32 exactly
     packed = [torch.stack([c.double() for c in dmax_kernels.top1_confidence(b)]) for b in blocks]
     lists, start = torch.cat(packed, dim=1).tolist(), 0
     result = []
@@ -122,22 +122,20 @@ def top1_lists(blocks: list[Tensor]) -> list[tuple[list[int], list[float]]]:
 def promote(
     before: list[int], token: list[int], confidence: list[float], mask_id: int, threshold: float
 ) -> list[int]:
-    """Token positions take their top-1; of the masked ones the prefix that passes, at least one."""
-    after, blocked, promoted = list(before), False, False
-    for i, old in enumerate(before):
-        if old == mask_id:
-            blocked = blocked or confidence[i] < threshold
-            if blocked and promoted:
-                continue
-            promoted = True
-        after[i] = token[i]
-    return after
+    """Token positions take their top-1; of the masked ones the prefix that passes, at least one.
+
+    In float64, which holds the threshold as Diffulex compares with it.
+    """
+    masked = torch.tensor([old == mask_id for old in before])
+    passes = ~(torch.tensor(confidence, dtype=torch.float64) < threshold)
+    promoted = dmax_kernels.prefix_promote(passes.float(), masked, 0.5)
+    return torch.where(~masked | promoted, torch.tensor(token), torch.tensor(before)).tolist()
 
 
 def block_state(
     before: list[int], after: list[int], confidence: list[float], mask_id: int
 ) -> dict[str, Any]:
-    """What Diffulex's scheduler asks of a block: may it be committed, and how settled it is."""
+    """What Diffulex's scheduler asks about a block: whether to commit it, and how settled it is."""
     same, sure = before == after, all(c >= ACCEPT for c in confidence)
     kept = [old == new for old, new in zip(before, after, strict=True) if mask_id not in (old, new)]
     return {

@@ -1,8 +1,8 @@
-"""dInfer (the copy in the DMax repository): the fused step behind `decode_uniform`.
+"""dInfer (the copy in the DMax repository): the fused step as its `decode_uniform`.
 
     decoder = spd_decoder()(temperature=0, threshold=0.5, mask_id=156895, eos_id=156892)
 
-in the place of `ThresholdParallelDecoder(...)`. B rows, T tokens, K block length, V vocabulary,
+replaces `ThresholdParallelDecoder(...)`. B rows, T tokens, K block length, V vocabulary,
 D hidden size.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 import dmax_kernels
 from dmax_kernels.decoding.state import BlockState
 from dmax_kernels.integrations import engine_objects, lookup_weight
-from dmax_kernels.ops.spd_step_ import SEMANTICS
+from dmax_kernels.ops.spd_step import SEMANTICS
 
 TAU_ACC = 0.9  # fixed inside dInfer's decode_uniform
 
@@ -27,12 +27,12 @@ def spd_decoder(
     """A subclass of dInfer's `ThresholdParallelDecoder` whose `decode_uniform` is `spd_step_`.
 
     Args:
-        semantics: "released" commits the same token ids as the class it replaces: a stop of the
-            whole batch at once, masks left behind when a block stops with its threshold above
-            tau_acc. With "settled" and "paper" (:func:`dmax_kernels.spd_step_`) each row stops by
-            itself, whatever its batch mates do, and no mask is left behind.
+        semantics: "released" commits the same token ids as the class it replaces: the whole batch
+            stops at once, and masks are left where a block stops with its threshold above tau_acc.
+            With "settled" and "paper" (:func:`dmax_kernels.spd_step_`) each row stops by itself,
+            whatever the other rows do, and no mask is left.
         tau_acc: a block is accepted when all its confidences reach this.
-        base: the class to build on; dInfer's own unless given.
+        base: the class to build on; by default dInfer's own.
 
     Returns:
         The class. One host sync per step. A decoder with temperature != 0 or use_float64 runs the
@@ -153,7 +153,7 @@ def batch_stop(state: BlockState, token: Tensor, before: Tensor, tau_acc: float)
 def refresh_stopped_rows_(
     state: BlockState, logits: Tensor, embedding: Tensor, mask_id: int, top_k: int
 ) -> None:
-    """dInfer goes on with a row that passes its own test while batch mates do not."""
+    """dInfer goes on with a row that passes its own test while other rows do not."""
     tokens, confidences = state.token, state.confidence
     if top_k > 1:
         tokens, confidences = dmax_kernels.topk_confidence(logits, top_k)

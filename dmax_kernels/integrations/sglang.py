@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import dmax_kernels
+from dmax_kernels.decoding.rules import or_best
 from dmax_kernels.decoding.state import BlockState
 from dmax_kernels.integrations import engine_objects, lookup_weight
 
@@ -53,7 +54,7 @@ def low_confidence() -> type:
 
 
 def joint_threshold() -> type:
-    """SGLang's `JointThreshold`: unmask, and edit tokens that another one beats by far."""
+    """SGLang's `JointThreshold`: unmask, and edit tokens that a different one beats clearly."""
     (base, _) = engine_objects(
         "SGLang", f"{PACKAGE}.joint_threshold", "JointThreshold", "JointThreshold.init_step_state"
     )
@@ -64,7 +65,7 @@ def joint_threshold() -> type:
             if all(done):
                 return done
             ids, logits = block_views(forward_batch, logits_output, self.block_size)
-            if self.penalty_lambda > 0:  # in the logits themselves, as SGLang does
+            if self.penalty_lambda > 0:  # written into the logits, as SGLang does
                 penalty = logits.new_full((), -self.penalty_lambda).expand(ids[:, :-1, None].shape)
                 logits[:, 1:].scatter_add_(2, ids[:, :-1, None], penalty)
             host = [
@@ -171,10 +172,7 @@ def block_views(forward_batch: Any, logits_output: Any, block_size: int) -> tupl
 
 def unmask(confidence: Tensor, masked: Tensor, threshold: float) -> Tensor:
     """Masked positions above the threshold; where a row has none, its most confident one."""
-    visible = confidence.masked_fill(~masked, -torch.inf)
-    passed = visible > threshold
-    best = torch.zeros_like(masked).scatter(1, visible.argmax(dim=1, keepdim=True), True)
-    return torch.where(passed.any(dim=1, keepdim=True), passed, best & masked)
+    return or_best(masked & (confidence > threshold), confidence, masked)
 
 
 def new_block(ids: Tensor, embedding: Tensor, mask_id: int) -> BlockState:

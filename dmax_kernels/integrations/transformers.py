@@ -29,14 +29,14 @@ def enable(model: Any, *, sampling: str = "fused") -> None:
     Args:
         model: a DiffusionGemma model (anything with `DiffusionGemmaGenerationMixin`).
         sampling: "fused" draws the canvas with `sample_tokens`, from a seed that torch's generator
-            gives once per step: repeatable with `torch.manual_seed`, other draws than the engine's.
+            gives once per step: repeatable with `torch.manual_seed`, but not the engine's draws.
             "torch" keeps the engine's softmax and `torch.multinomial`, hence its draws.
 
     A sampler or stopping criterion other than the engine's own two runs the engine's step.
 
     Raises:
         ImportError: transformers is absent or has no DiffusionGemma.
-        TypeError: another kind of model.
+        TypeError: a different kind of model.
         ValueError: unknown sampling.
     """
     if sampling not in SAMPLING:
@@ -91,7 +91,7 @@ def fused_denoising_step(
     model_kwargs: what goes to the decoder alone, among it the KV cache, under the name that this
     version of the engine has for it (`cache` since transformers 5.24, before `past_key_values`).
     """
-    # Both marks are the engine's: a step number in a tensor does not recompile, and a compiled
+    # As in the engine: a step number in a tensor does not recompile, and a compiled
     # forward may reuse the memory of its last outputs
     step = torch.tensor(cur_step, device=current_canvas.device, dtype=torch.int32)
     torch.compiler.cudagraph_mark_step_begin()
@@ -113,8 +113,8 @@ def fused_denoising_step(
     canvas, argmax = torch.where(accepted, drawn, noise), statistics.token
 
     if diffusion_stopping_criteria is not None:
-        # A finished row keeps its results. A host sync, as in the engine: it spares a copy of
-        # all logits in every step before the first row ends
+        # A finished row keeps its results. This is a host sync, as in the engine, which saves a
+        # copy of all logits in every step before the first row ends
         if finished_denoising.any():
             assert self_conditioning_logits is not None  # a row finishes after its first step
             row = finished_denoising[:, None]
@@ -138,9 +138,11 @@ def draw(logits: Tensor, sampling: str) -> Tensor:
 
 
 def entropy_bound_mask(entropy: Tensor, bound: float) -> Tensor:
-    """Accept the k surest positions of [B, L] whose entropies, less the largest, sum to the bound.
+    """Accept the k surest positions of [B, L] whose entropies, less the largest, sum to <= bound.
 
-    The sum bounds the mutual information of the accepted tokens (arXiv 2505.24857).
+    The sum bounds the mutual information of the accepted tokens (arXiv 2505.24857). This is the
+    rule `EntropyBound` with nothing decoded yet, but it subtracts after summing, as the engine
+    does: the two round differently, and the adapter accepts exactly what the engine does.
     """
     ascending, order = entropy.sort(dim=-1)
     accepted = ascending.cumsum(dim=-1) - ascending <= bound

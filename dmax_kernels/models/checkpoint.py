@@ -1,4 +1,4 @@
-"""Loading of checkpoints, shipped ones by name and others from their folder, and writing alike."""
+"""Loads checkpoints, by a shipped name, from a folder or from the hub, and writes them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file, logging
 
-# Imported for what it does: it makes the Auto classes know the shipped checkpoints' model
+# Imported for its effect: it registers the shipped checkpoints' model with the Auto classes
 import dmax_kernels.ring_walk.model  # noqa: F401
 from dmax_kernels.models.remote_code import (
     dtype_argument,
-    prepare_remote_code,
+    remote_code_shims,
     repair_loaded_model,
 )
 
@@ -33,11 +33,12 @@ HUB_NAME = r"[\w.-]+/[\w.-]+"
 def write_like(
     source: Path, model: Any, tokenizer: Any, weights: dict[str, Tensor], path: Path
 ) -> None:
-    """A folder for a model that was loaded from `source`, with other weights.
+    """Writes a checkpoint folder for a model that was loaded from `source`, with new weights.
 
-    Code that came with the checkpoint goes along: without it the folder could not be loaded. The
-    generation config is written as it is: transformers refuses to save one that it reads, such as
-    a temperature beside do_sample = false, and saves none for classes without its own generate.
+    Code that came with the checkpoint is copied, since the folder could not be loaded without it.
+    The generation config is written here, unchanged: transformers loads some configs that it then
+    refuses to save (a temperature with do_sample = false), and it saves none for classes without
+    its own generate.
     """
     generation = getattr(model, "generation_config", None)
     if generation is not None:
@@ -56,12 +57,12 @@ def write_like(
 
 
 def checkpoint_folder(name: str | os.PathLike) -> Path:
-    """The folder with the code and configuration of a checkpoint that was loaded by this name."""
+    """The folder that holds the code and config of a checkpoint loaded by this name."""
     if str(name) in SHIPPED:
         return SHIPPED_DIR / str(name)
     if Path(name).is_dir():
         return Path(name)
-    return Path(cached_file(str(name), "config.json")).parent  # of the hub's files on this machine
+    return Path(cached_file(str(name), "config.json")).parent  # in the hub's cache
 
 
 def load_checkpoint(
@@ -71,18 +72,18 @@ def load_checkpoint(
     attention: str = "sdpa",
     device_map: Any = None,
 ) -> tuple[Any, Any]:
-    """Model (in evaluation mode) and tokenizer: the one loader of every command.
+    """The model, in evaluation mode, and its tokenizer. Every command loads through this function.
 
-    Runs the checkpoint's own code (`trust_remote_code=True`), with the shims that it needs under
-    transformers 5 (`remote_code`).
+    It runs the checkpoint's own code (`trust_remote_code=True`), with the shims that such code
+    needs under transformers 5 (`remote_code`).
 
     Args:
         name: "base", "oput" or "control", a folder, or a name on the Hugging Face hub.
-        dtype: of the weights; by default what the checkpoint says.
-        attention: transformers' `attn_implementation`. A model without sdpa gets its eager one.
+        dtype: the dtype of the weights; by default, the checkpoint's.
+        attention: transformers' `attn_implementation`; a model without sdpa gets eager instead.
 
     Raises:
-        ValueError: a folder without config.json, or a name that cannot be loaded; one sentence.
+        ValueError: the folder has no config.json, or the name cannot be loaded; one sentence.
     """
     shipped = str(name) in SHIPPED
     path = SHIPPED_DIR / str(name) if shipped else name
@@ -93,23 +94,23 @@ def load_checkpoint(
             f"config.json, or OWNER/NAME on the Hugging Face hub, got {str(name)!r}"
         )
     trust = {} if shipped else {"trust_remote_code": True}
-    prepare_remote_code()
     try:
         with no_progress_bar():
             config = AutoConfig.from_pretrained(path, **trust)
             tokenizer = AutoTokenizer.from_pretrained(path, **trust)
             options = {"config": config, "device_map": device_map, **trust, **dtype_argument(dtype)}
             load = partial(AutoModelForCausalLM.from_pretrained, path, **options)
-            try:
-                model = load(attn_implementation=attention)
-            except ValueError as error:  # raised before the weights are read
-                if attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
-                    raise
-                model = load(attn_implementation="eager")
-    except ModuleNotFoundError:  # of a package that this one needs
+            with remote_code_shims(config):
+                try:
+                    model = load(attn_implementation=attention)
+                except ValueError as error:  # it comes before the weights are read
+                    if attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
+                        raise
+                    model = load(attn_implementation="eager")
+    except ModuleNotFoundError:  # the checkpoint's code needs a package that is missing
         raise
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())  # transformers' own text runs over many lines
+        reason = " ".join(str(error).split())  # transformers' text has many lines
         raise ValueError(
             "load_checkpoint: name must be a checkpoint whose config, weights, tokenizer and code "
             f"can be loaded, got {str(name)!r} ({reason:.300})"
@@ -117,7 +118,7 @@ def load_checkpoint(
     if not shipped:
         repair_loaded_model(model)
     if getattr(model, "generation_config", None) is None:
-        # transformers reads it only for classes with its generate; `end_tokens` wants it for all
+        # transformers loads it only for classes with its own generate; `end_tokens` needs it always
         with suppress(OSError):
             model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval(), tokenizer
@@ -125,7 +126,7 @@ def load_checkpoint(
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """transformers draws bars of its own, also for a small file."""
+    """Hides transformers' own progress bars, which it draws even for a small file."""
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Loading Hugging Face models with LLaDA2's interface, by name or from a folder."""
+"""Loads Hugging Face models together with the settings with which they are decoded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dmax_kernels.models.end_tokens import end_token_ids
 
 @dataclass(frozen=True)
 class Defaults:
-    """How a model is decoded unless one says otherwise; None: what its config says."""
+    """How a model is decoded unless the user says otherwise; None stands for the config's value."""
 
     mask_token_id: int | None = None
     eos_token_id: int | None = None
@@ -22,12 +22,13 @@ class Defaults:
     tau_acc: float = 0.9
     rule: str = "spd"
     note: str = ""
-    pad_prompts: bool = False  # on the left to whole blocks, as the model was trained
+    pad_prompts: bool = False  # on the left to whole blocks, as in its training
 
 
 LLADA2 = {"mask_token_id": 156895, "eos_token_id": 156892}
-# Thresholds: DMax-Math and DMax-Coder from the paper's Table 1, DMax-16B from its authors' example,
-# LLaDA2.0-mini from its own generate. LLaDA2's config has neither mask nor eos id
+# The thresholds of DMax-Math and DMax-Coder are in the paper's Table 1, that of DMax-16B in its
+# authors' example and that of LLaDA2.0-mini in its own generate. LLaDA2's config has no mask or eos
+# id.
 KNOWN = {
     "Zigeng/DMax-16B": Defaults(**LLADA2, tau_dec=0.0),
     "Zigeng/DMax-Math-16B": Defaults(**LLADA2, tau_dec=0.5),
@@ -49,12 +50,12 @@ class Loaded:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """What ends an answer; the first is what training adds."""
+        """The tokens that end an answer; the first is the one that training appends."""
         return end_token_ids(self.model, self.tokenizer, self.defaults.eos_token_id)
 
 
 def model_defaults(name: str, config: Any) -> Defaults:
-    """Those of a known name; of a folder or another name, from the config."""
+    """The defaults of a known name; for a folder or any other name, those in its config."""
     if name in KNOWN:
         return KNOWN[name]
     known = LLADA2 if getattr(config, "model_type", "").startswith("llada2") else {}
@@ -70,14 +71,14 @@ def load_pretrained(
     device: str | torch.device = "cpu",
     attention: str = "sdpa",
 ) -> Loaded:
-    """`load_checkpoint`, on a device, with how the model is decoded.
+    """Loads a checkpoint onto a device, together with its decoding defaults.
 
     Args:
         name: a name on the Hugging Face hub (see `KNOWN`), a folder, or a shipped checkpoint of the
             demo ("base", "oput", "control").
-        dtype: of the weights; by default what the checkpoint says.
-        device: where to put it; "auto" spreads a large model over the devices there are.
-        attention: sdpa adds a 4-D float mask, which LLaDA2's code needs for decoding.
+        dtype: the dtype of the weights; by default, the checkpoint's.
+        device: "auto" spreads a large model over all available devices.
+        attention: "sdpa" takes the 4-D float mask that LLaDA2's code needs for decoding.
     """
     spread = str(device) == "auto"
     model, tokenizer = load_checkpoint(

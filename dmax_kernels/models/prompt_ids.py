@@ -1,4 +1,4 @@
-"""From messages to token ids: the one way of `train` and `generate`, which must agree."""
+"""From messages to token ids, in one place because `train` and `generate` must agree."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def render(tokenizer: Any, messages: Messages, *, answer_follows: bool) -> str:
-    """The chat template's text of the messages; a ValueError of one line where it refuses them."""
+    """The chat template's text for the messages; a ValueError of one line if it refuses them."""
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=answer_follows
         )
-    except ImportError:  # of jinja2: no fault of the messages
+    except ImportError:  # jinja2 is missing, which is not the messages' fault
         raise
-    except Exception as error:  # a template is a program: it may raise anything
+    except Exception as error:  # a template is a program and may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"the chat template refuses the messages ({reason})") from None
 
 
 def prompt_ids(tokenizer: Any, messages: Messages, *, raw: bool = False) -> tuple[list[int], str]:
-    """Token ids that an answer follows, and the text that they stand for.
+    """The token ids of a prompt, and the text that they encode.
 
-    With a chat template (unless `raw`) the template writes the special tokens. Without one there
-    must be one message, and the tokenizer adds its own as it does to any text, as Llama's <s> in
-    front, but for an end-of-sequence token behind the text: the answer goes there.
+    With a chat template (unless `raw`), the template writes the special tokens. Without one there
+    must be a single message, and the tokenizer adds its special tokens as it does to any text, such
+    as Llama's <s> at the start. An end-of-sequence token at the end is removed, since the answer
+    comes there.
     """
     if not messages:
         raise ValueError("the answer must follow a message, got no message before it")
@@ -50,10 +51,10 @@ def prompt_ids(tokenizer: Any, messages: Messages, *, raw: bool = False) -> tupl
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of the text and nothing else.
+    """The token ids of the text, without special tokens.
 
-    JSON can spell half a surrogate pair ("\\ud83d", half an emoji), which UTF-8 cannot hold and
-    fast tokenizers answer with a TypeError.
+    JSON can spell half of a surrogate pair ("\\ud83d", half an emoji). UTF-8 cannot encode it, and
+    fast tokenizers raise a TypeError.
     """
     try:
         text.encode("utf-8")

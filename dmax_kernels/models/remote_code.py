@@ -1,11 +1,13 @@
-"""What LLaDA2's remote code, written for transformers 4.5x, lacks under transformers 5.
+"""Shims for LLaDA2's remote code, which was written for transformers 4.5x, under transformers 5.
 
-Each shim says when to delete it. None of them touches what transformers already has, so that under
-4.5x nothing changes.
+Each shim says when to delete it. None of them replaces anything that transformers already has, so
+nothing changes under 4.5x.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -17,19 +19,33 @@ from transformers import modeling_rope_utils
 from transformers.utils import import_utils
 
 
-def prepare_remote_code() -> None:
-    """Call before `from_pretrained(..., trust_remote_code=True)` of an LLaDA2 checkpoint."""
-    # transformers 5 dropped this name, which the code imports to guard a torch.fx wrapper that
-    # torch >= 1.13 does not need. Delete when the checkpoints' code no longer imports it.
-    if not hasattr(import_utils, "is_torch_fx_available"):
-        import_utils.is_torch_fx_available = lambda: False
-    # transformers 5 moved unscaled rotary embeddings from this table into each model's file.
-    # Delete when the checkpoints' code brings its own.
-    modeling_rope_utils.ROPE_INIT_FUNCTIONS.setdefault("default", unscaled_rotary_frequencies)
+@contextmanager
+def remote_code_shims(config: Any) -> Iterator[None]:
+    """Around the loading or building of a model of this config.
+
+    The names are taken back at the end, and models of transformers itself never see them: their
+    rotary embeddings would look up "default" in the table and find this one instead of their own.
+    """
+    if type(config).__module__.startswith("transformers."):
+        yield
+        return
+    rope = modeling_rope_utils.ROPE_INIT_FUNCTIONS
+    with ExitStack() as undo:
+        # transformers 5 dropped this function, which the code imports to guard a torch.fx wrapper
+        # that torch >= 1.13 does not need. Delete when the checkpoints' code no longer imports it.
+        if not hasattr(import_utils, "is_torch_fx_available"):
+            import_utils.is_torch_fx_available = lambda: False
+            undo.callback(delattr, import_utils, "is_torch_fx_available")
+        # transformers 5 moved unscaled rotary embeddings from this table into each model's file.
+        # Delete when the checkpoints' code brings its own.
+        if "default" not in rope:
+            rope["default"] = unscaled_rotary_frequencies
+            undo.callback(rope.pop, "default")
+        yield
 
 
 def dtype_argument(dtype: torch.dtype | None) -> dict[str, Any]:
-    """`from_pretrained`'s dtype: named torch_dtype before transformers 4.56.
+    """The dtype argument of `from_pretrained`, which was torch_dtype before transformers 4.56.
 
     Delete when pyproject.toml asks for transformers >= 4.56.
     """
@@ -41,7 +57,7 @@ def dtype_argument(dtype: torch.dtype | None) -> dict[str, Any]:
 def unscaled_rotary_frequencies(
     config: Any, device: torch.device | None = None, seq_len: int | None = None, **_: Any
 ) -> tuple[Tensor, float]:
-    """base^(-2i / dim) for i < dim / 2, with dim the rotated part of a head; and no scaling."""
+    """base^(-2i / dim) for i < dim / 2, where dim is the rotated part of a head; scale 1."""
     base = getattr(config, "rope_theta", None)
     if base is None:
         base = config.rope_parameters["rope_theta"]
@@ -52,14 +68,13 @@ def unscaled_rotary_frequencies(
 
 
 def repair_loaded_model(model: Any) -> None:
-    """Call after `from_pretrained`: gives buffers that no checkpoint holds the values of the code.
+    """To be called after `from_pretrained`: restores buffers that are not in the checkpoint.
 
-    transformers 5 builds models on the meta device, and buffers that are not in the checkpoint
-    (rotary frequencies, tables of sines) come back with whatever the memory held, unless the
-    model's own `_init_weights` fills them, which the code written for 4.5x does not: positions
-    would be rotated by garbage, silently. The model is built once more, with buffers and without
-    weights, and its buffers are copied. Delete when the checkpoints' code is written for
-    transformers 5.
+    transformers 5 builds models on the meta device. Buffers that are not in the checkpoint (rotary
+    frequencies, tables of sines) then hold whatever was in memory, unless the model's own
+    `_init_weights` fills them. Code written for 4.5x does not, and positions would silently be
+    rotated by garbage. So the model is built once more, with its buffers but without weights, and
+    the buffers are copied. Delete when the checkpoints' code is written for transformers 5.
     """
     of_transformers = type(model).__module__.startswith("transformers.")
     if of_transformers or not any(m._non_persistent_buffers_set for m in model.modules()):
@@ -70,7 +85,7 @@ def repair_loaded_model(model: Any) -> None:
         )
     )
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), remote_code_shims(model.config):
             fresh = type(model)._from_config(deepcopy(model.config), **dtype_argument(model.dtype))
     finally:
         on_meta.remove()
@@ -81,13 +96,13 @@ def repair_loaded_model(model: Any) -> None:
             continue
         for key in built._non_persistent_buffers_set & module._buffers.keys():
             module._buffers[key] = like(module._buffers[key], built._buffers[key])
-        for key, value in vars(built).items():  # such as original_inv_freq, which is no buffer
+        for key, value in vars(built).items():  # such as original_inv_freq, which is not a buffer
             if isinstance(value, Tensor) and key in vars(module):
                 setattr(module, key, like(getattr(module, key), value))
 
 
 def like(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-    """`new` where `old` is; what was never given memory stays on the CPU."""
+    """`new` with the device and dtype of `old`, unless `old` is missing or on the meta device."""
     if old is None or new is None or old.is_meta:
         return new
     return new.to(device=old.device, dtype=old.dtype)

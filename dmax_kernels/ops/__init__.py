@@ -1,20 +1,13 @@
-"""One file per op: the public function with its maths, its fake kernel, its gradient."""
+"""One file per family of ops: the public functions with their maths, fake kernels and gradients."""
 
-from dmax_kernels.ops.hybrid_embedding import hybrid_embedding
-from dmax_kernels.ops.linear_oput_loss import linear_oput_loss
-from dmax_kernels.ops.linear_sample_tokens import linear_sample_tokens
-from dmax_kernels.ops.linear_top1_confidence import linear_top1_confidence
-from dmax_kernels.ops.oput_loss import oput_loss, oput_loss_and_grad_
-from dmax_kernels.ops.prefix_promote import prefix_promote
-from dmax_kernels.ops.row_statistics import RowStatistics, row_statistics
-from dmax_kernels.ops.sample_merge import sample_merge
-from dmax_kernels.ops.sample_partial import sample_partial
-from dmax_kernels.ops.sample_tokens import sample_tokens
-from dmax_kernels.ops.spd_step_ import spd_step_
-from dmax_kernels.ops.top1_confidence import top1_confidence
-from dmax_kernels.ops.top1_merge import top1_merge
-from dmax_kernels.ops.top1_partial import top1_partial
-from dmax_kernels.ops.topk_confidence import topk_confidence
+from dmax_kernels.ops.embedding import hybrid_embedding
+from dmax_kernels.ops.linear import linear_oput_loss, linear_sample_tokens, linear_top1_confidence
+from dmax_kernels.ops.loss import oput_loss, oput_loss_and_grad_
+from dmax_kernels.ops.promote import prefix_promote
+from dmax_kernels.ops.sample import sample_merge, sample_partial, sample_tokens
+from dmax_kernels.ops.spd_step import spd_step_
+from dmax_kernels.ops.statistics import RowStatistics, row_statistics
+from dmax_kernels.ops.top1 import top1_confidence, top1_merge, top1_partial, topk_confidence
 
 __all__ = [
     "RowStatistics",

@@ -3,17 +3,34 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 # The registrations live as long as this object
 _library = torch.library.Library("dmax", "IMPL")
 
+# op -> the file of this folder, of reference/ and of triton/ that holds it; gradients included
+FAMILY_OF: dict[str, str] = {}
+
 
 def register_fake(name: str) -> Callable:
-    """Shapes and dtypes without data, for torch.compile and meta tensors; checks pass there."""
-    torch.library.register_fake(f"dmax::_check_{name}")(lambda *args, **options: None)
-    return torch.library.register_fake(f"dmax::{name}")
+    """The op's shapes and dtypes without data, for torch.compile and meta tensors.
+
+    The op's check reads data, which neither of the two has, and is left out there.
+    """
+
+    def register(fake: Callable) -> Callable:
+        FAMILY_OF[name] = fake.__module__.rpartition(".")[2]
+        torch.library.register_fake(f"dmax::_check_{name}")(lambda *args, **options: None)
+        return torch.library.register_fake(f"dmax::{name}")(fake)
+
+    return register
+
+
+def empty_per_row(rows: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, ...]:
+    """One element per row [..., V] of each dtype."""
+    return tuple(rows.new_empty(rows.shape[:-1], dtype=dtype) for dtype in dtypes)
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
@@ -90,11 +107,11 @@ def register_in_place(name: str) -> None:
 
     def count_versions(keyset, *args, **kwargs):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*(args[i] for i in written)):
-            it = next(
+            leaf = next(
                 n for i, n in written.items() if args[i] is not None and args[i].requires_grad
             )
             raise RuntimeError(
-                f"{name}: {it} is written in place and must not require a gradient, got one that "
+                f"{name}: {leaf} is written in place and must not require a gradient, got one that "
                 "does: detach it, or call the op under torch.no_grad()"
             )
         torch.autograd.graph.increment_version([args[i] for i in written if args[i] is not None])

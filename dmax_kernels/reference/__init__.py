@@ -5,21 +5,18 @@ fusion, no tricks, any device. Nothing in the package falls back to them silentl
 them when asked with ``ops="reference"``.
 """
 
-from dmax_kernels.reference.hybrid_embedding import hybrid_embedding
-from dmax_kernels.reference.linear_oput_loss import linear_oput_loss
-from dmax_kernels.reference.linear_sample_tokens import linear_sample_tokens
-from dmax_kernels.reference.linear_top1_confidence import linear_top1_confidence
-from dmax_kernels.reference.oput_loss import oput_loss, oput_loss_and_grad_
-from dmax_kernels.reference.prefix_promote import prefix_promote
-from dmax_kernels.reference.row_statistics import RowStatistics, row_statistics
-from dmax_kernels.reference.sample_merge import sample_merge
-from dmax_kernels.reference.sample_partial import sample_partial
-from dmax_kernels.reference.sample_tokens import sample_tokens
-from dmax_kernels.reference.spd_step_ import spd_step_
-from dmax_kernels.reference.top1_confidence import top1_confidence
-from dmax_kernels.reference.top1_merge import top1_merge
-from dmax_kernels.reference.top1_partial import top1_partial
-from dmax_kernels.reference.topk_confidence import topk_confidence
+from dmax_kernels.reference.embedding import hybrid_embedding
+from dmax_kernels.reference.linear import (
+    linear_oput_loss,
+    linear_sample_tokens,
+    linear_top1_confidence,
+)
+from dmax_kernels.reference.loss import oput_loss, oput_loss_and_grad_
+from dmax_kernels.reference.promote import prefix_promote
+from dmax_kernels.reference.sample import sample_merge, sample_partial, sample_tokens
+from dmax_kernels.reference.spd_step import spd_step_
+from dmax_kernels.reference.statistics import RowStatistics, row_statistics
+from dmax_kernels.reference.top1 import top1_confidence, top1_merge, top1_partial, topk_confidence
 
 __all__ = [
     "RowStatistics",

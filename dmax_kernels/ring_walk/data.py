@@ -1,4 +1,4 @@
-"""The recipe's batches: walks of one shape together, so that no row is padded."""
+"""The recipe's batches: all walks of a batch have one shape, so that no row is padded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dmax_kernels.training.data import Example, Stream
 
 
 def ring_walk_examples(num_moves: int, block_length: int, seed: int) -> Iterator[Example]:
-    """An endless stream of training problems with right derivations. Prompts fill whole blocks."""
+    """Endless training problems with correct derivations; the prompts fill whole blocks."""
     rng = random.Random(f"ring walk training {num_moves} {seed}")
     while True:
         problem = task.draw_problem(rng, num_moves)
@@ -24,7 +24,7 @@ def ring_walk_examples(num_moves: int, block_length: int, seed: int) -> Iterator
 
 
 def repeated_examples(examples: list[Example], seed: int) -> Iterator[Example]:
-    """The same examples again and again, shuffled anew for each epoch."""
+    """The same examples over and over, newly shuffled for each epoch."""
     rng = random.Random(f"epochs {seed}")
     while True:
         order = list(range(len(examples)))
@@ -48,14 +48,14 @@ def batches(
 
 
 def stage_stream(stage: Stage, examples: list[Example] | None) -> Stream:
-    """The stage's batches; one that starts later draws those before it, and leaves them."""
+    """The stage's batches; from a later step on, the earlier ones are drawn and dropped."""
     config = stage.config
 
-    def stream(first: int) -> Iterator[list[Example]]:
+    def stream(first_step: int) -> Iterator[list[Example]]:
         if stage.data == "distilled":
             source = repeated_examples(examples, config.seed)
         else:
             source = ring_walk_examples(stage.num_moves, config.block_length, config.seed)
-        return islice(batches(source, config.block_length, config.batch_size), first, None)
+        return islice(batches(source, config.block_length, config.batch_size), first_step, None)
 
     return stream

@@ -1,4 +1,4 @@
-"""Self-distillation: the base model writes the responses that OPUT and the control learn from."""
+"""Self-distillation: the base model writes the responses that OPUT and control learn from."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from dmax_kernels.training.data import Example
 def distill(
     settings: Distillation, model: nn.Module, state_path: Path, *, ops: str = "reference"
 ) -> dict[str, Any]:
-    """Answers training problems by confidence-threshold decoding and keeps what was completed.
+    """Answers training problems by confidence-threshold decoding and keeps complete responses.
 
-    Works in chunks of `batch_size` problems and saves after each, so that it resumes. The state's
-    `responses` holds, for each problem in order, the token ids up to `<eos>`, or an empty list for
-    a response without one.
+    Saves its state after every `batch_size` problems, so that it can be resumed. The state's
+    `responses` holds the token ids up to `<eos>` for each problem in order, or an empty list for a
+    response without an `<eos>`.
     """
     problems = draw_problems(settings)
     if state_path.exists():
@@ -53,7 +53,7 @@ def distill(
 
 
 def draw_problems(settings: Distillation) -> list[task.Problem]:
-    """Distinct walks of the training side."""
+    """Distinct problems from the training side of the split."""
     rng = random.Random(f"ring walk distillation {settings.seed}")
     problems: dict[tuple, task.Problem] = {}
     while len(problems) < settings.problems:
@@ -65,7 +65,7 @@ def draw_problems(settings: Distillation) -> list[task.Problem]:
 def distilled_examples(
     settings: Distillation, responses: list[list[int]], block_length: int
 ) -> list[Example]:
-    """Training examples of the completed responses."""
+    """Training examples from the complete responses."""
     problems = draw_problems(settings)
     examples = [
         Example(tuple(task.encode_prompt(problem, block_length)), tuple(response))

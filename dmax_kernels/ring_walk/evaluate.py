@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from dmax_kernels.decoding import GenerationOutput, spd_generate
-from dmax_kernels.decoding.arness import arness
-from dmax_kernels.decoding.rule import Rule
+from dmax_kernels.decoding import GenerationOutput, Rule, spd_generate
+from dmax_kernels.decoding.extra import arness
 from dmax_kernels.models.checkpoint import SHIPPED, load_checkpoint
 from dmax_kernels.ring_walk import task
 
@@ -21,8 +20,8 @@ MODELS = SHIPPED
 TAUS = (0.95, 0.5, 0.0)
 # More thresholds for the control, to find what self-distillation alone reaches at its best
 CONTROL_TAUS = (0.9, 0.85, 0.8, 0.7)
-MAX_NEW_TOKENS = 96  # three blocks of 32; the longest right derivation of 6 moves has 73 tokens
-# A cell goes on past this many problems only if it does not collapse (see `evaluate_cell`)
+MAX_NEW_TOKENS = 96  # three blocks of 32: the longest right derivation of 6 moves has 73 tokens
+# After this many problems a cell goes on only if it has not collapsed (see `evaluate_cell`)
 FIRST_PROBLEMS = 50
 
 
@@ -41,7 +40,7 @@ class Cell:
 class Result:
     """Means over `problems` problems; the first two are shares in [0, 1].
 
-    arness: Global-ARness@1 of the tokens up to the end of sequence, where the cell asks for it.
+    arness: Global-ARness@1 of the tokens up to the end of sequence, if the cell asks for it.
     """
 
     answer: float
@@ -57,7 +56,7 @@ def ablation_rows() -> Iterator[tuple[str, str]]:
     """(model, rule) of the paper's Table 3, and the control's rows beside it."""
     for model in MODELS:
         for rule in ("threshold", "hard", "hard_prefix", "hybrid", "spd"):
-            # The prefix without hybrid embeddings is a question about the trained model alone
+            # The prefix without hybrid embeddings is of interest for the trained model alone
             if rule != "hard_prefix" or model == "oput":
                 yield model, rule
 
@@ -97,9 +96,9 @@ def response_words(output: GenerationOutput) -> list[list[str]]:
 def evaluate_cell(model: Any, problems: list[task.Problem], cell: Cell, ops: str) -> Result:
     """Decode the problems in two batches; the second is left out where the first collapses.
 
-    Collapse: no derivation right, and blocks that use more than half of their step cap on average.
-    Such a cell costs ten times the passes of the others, and further problems would only repeat
-    its zero; its result says how many problems it stands on.
+    A cell collapses when no derivation is right and its blocks use more than half of their step cap
+    on average. Such a cell costs ten times the passes of the others, and further problems would
+    only repeat its zero. Its result says how many problems were decoded.
     """
     outputs, grades, scores, collapsed = [], [], [], False
     for batch in (problems[:FIRST_PROBLEMS], problems[FIRST_PROBLEMS:]):
@@ -136,10 +135,10 @@ def evaluate_cells(
     ops: str,
     workers: int,
 ) -> Iterator[tuple[Cell, Result]]:
-    """Results as they come, from as many processes, one thread each.
+    """Results as they come, from `workers` processes of one thread each.
 
-    Processes, because the tensors are too small to share among threads: on two busy cores a second
-    thread made a cell ten times slower.
+    The tensors are too small to share among threads: on two busy cores, a second thread made a cell
+    ten times slower.
     """
     if workers == 1:
         _load(checkpoints, problems, ops)
@@ -169,7 +168,7 @@ def _load(
     is_worker: bool = False,
 ) -> None:
     if is_worker:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers an interrupt, in one line
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent reports an interrupt, in one line
         torch.set_num_threads(1)
     models = {name: load_checkpoint(checkpoint)[0] for name, checkpoint in checkpoints.items()}
     _loaded.update(models=models, problems=problems, ops=ops)

@@ -1,6 +1,7 @@
 """The page that plays a decoding step by step, in one file that needs no network.
 
-`demo` writes it of one problem decoded in several ways, `generate --trace` of any model's prompts.
+`demo` writes it for one problem decoded in several ways, and `generate --trace` for the prompts of
+any model.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dmax_kernels.ring_walk.tables import MODEL_NAMES
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
-# The decodings that the page lets one compare, the first shown first
+# The decodings that the page compares; it opens with the first
 SHOWN = (
     Cell("oput", "spd", 0.5),
     Cell("oput", "spd", 0.0),
@@ -29,12 +30,16 @@ SHOWN = (
     Cell("control", "threshold", 0.8),
     Cell("control", "spd", 0.5),
 )
-DECODERS = {"threshold": "threshold", "hard": "hard tokens", "spd": "SPD"}  # short: on buttons
+DECODERS = {
+    "threshold": "threshold",
+    "hard": "hard tokens",
+    "spd": "SPD",
+}  # short, because they stand on buttons
 LONGEST_LABEL = 14  # characters of a token that a cell shows
 
 
 def most_revised(model: Any, problems: list[task.Problem], ops: str) -> int:
-    """The problem whose right decoding by SPD changed its mind most: the one worth watching."""
+    """The problem that SPD solves with most revisions, which is the one worth watching."""
     output = decode(model, problems, SHOWN[0], ops, trace=True)
     revisions = []
     for problem, words, row in zip(
@@ -75,7 +80,7 @@ def write_page(models: dict[str, Any], problem: task.Problem, ops: str, path: Pa
 def trace_runs(
     output: GenerationOutput, prompts: list[list[int]], tokenizer: Any, first: int = 0
 ) -> list[dict[str, Any]]:
-    """What the page plays, one run per row of a traced output; `first` numbers the rows on."""
+    """What the page plays: one run per row of a traced output, numbered from `first` on."""
     assert output.trace is not None, "spd_generate(trace=True) records what the page plays"
     runs = []
     for row, traced in enumerate(output.trace.to_dict()["rows"]):
@@ -94,7 +99,7 @@ def trace_runs(
 
 
 def label(tokenizer: Any, token: int) -> str:
-    """A token as a cell shows it: white space made visible, and not too long."""
+    """A token as a cell shows it: with visible white space, and shortened."""
     text = tokenizer.decode([token]) or str(token)
     text = text.replace("\n", "↵").replace("\t", "⇥").strip(" ") or "␣"
     return text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # a file, whatever display there is
+matplotlib.use("Agg")  # draws to a file, with or without a display
 
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
@@ -18,7 +18,7 @@ from dmax_kernels.ring_walk.tables import MODEL_NAMES, RULE_NAMES, best_control
 COLOURS = {"base": "#6b7280", "oput": "#d9480f", "control": "#1c7ed6"}
 LINES = {"threshold": "-", "hard": ":", "hard_prefix": "-.", "hybrid": "--", "spd": "-"}
 MARKERS = {"threshold": "o", "hard": "s", "hard_prefix": "v", "hybrid": "D", "spd": "*"}
-# (model, rule): where a label stands, in points from its marker, and its alignment
+# (model, rule): a label's offset from its marker in points, and its alignment
 LABELS = {
     ("oput", "spd"): ((9, 2), "left"),
     ("control", "threshold"): ((0, -15), "center"),
@@ -48,11 +48,11 @@ def write_picture(results: dict[Cell, Result], problems: int, path: Path) -> Non
         y = [100 * cell.strict for cell in cells]
         axes.plot(x, y, **style)
         handles.append(Line2D([], [], label=f"{MODEL_NAMES[model]}, {RULE_NAMES[rule]}", **style))
-        # The rows that the story is about carry their thresholds
+        # Label the thresholds of the rows that the text is about
         for tau, cell_x, cell_y in zip(taus, x, y, strict=True):
             if (model, rule) in LABELS and tau in (*TAUS, best_control(results)[0]):
                 offset, align = LABELS[model, rule]
-                if (model, tau) == ("oput", 0.5):  # its neighbour at tau 0 lies just above
+                if (model, tau) == ("oput", 0.5):  # the point of tau 0 lies just above
                     offset = (9, -11)
                 elif (model, tau) == ("oput", 0.95):  # the other rules lie to its right
                     offset, align = (-9, -3), "right"

@@ -3,7 +3,7 @@
 base_block16 -> base -> distillation -> oput
                                      -> control
 
-Every stage is a run in OUTPUT/stages/NAME; the same call goes on from what it finds there.
+Every stage is a training run in OUTPUT/stages/NAME; the same call continues what it finds there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from dmax_kernels.training.parallel import Processes
 
 EVALUATION_PROBLEMS = 300
 EVALUATION_SEED = 0
-# (rule, tau_dec) on the held-out problems, per model.
+# The (rule, tau_dec) with which each model is evaluated on the held-out problems
 EVALUATIONS = {
     "base": (("threshold", 0.95), ("threshold", 0.5), ("threshold", 0.0), ("spd", 0.5)),
     "oput": (("spd", 0.95), ("spd", 0.5), ("spd", 0.0), ("threshold", 0.5)),
@@ -50,7 +50,7 @@ LOSS_WINDOW = 50
 def run_recipe(output: Path, *, ops: str = "reference", command: str = "") -> dict[str, Any]:
     """Writes OUTPUT/{base,oput,control} and OUTPUT/training_log.json; returns the log."""
     stages_dir = output / "stages"
-    stages_dir.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows here
+    stages_dir.mkdir(parents=True, exist_ok=True)  # fails now if the folder cannot be written
     log: dict[str, Any] = {
         "command": command,
         "ops": ops,
@@ -95,7 +95,7 @@ def run_recipe(output: Path, *, ops: str = "reference", command: str = "") -> di
 
 
 def new_model(stage: Stage, start_from: nn.Module | None) -> nn.Module:
-    """A model of the stage's block length, with new weights or with a copy of another's."""
+    """A model with the stage's block length, with new weights or a copy of `start_from`'s."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stage.config.seed)
         model = build_model(stage.config.block_length)
@@ -113,7 +113,7 @@ def run_stage(
     ops: str,
     stop_after: int | None = None,
 ) -> list[dict[str, Any]]:
-    """One run of the training loop, in one process on the CPU."""
+    """Runs the training loop in one process on the CPU."""
     return fit(
         model,
         replace(stage.config, ops=ops),

@@ -1,4 +1,4 @@
-"""The stages of the recipe and every number they use."""
+"""The stages of the recipe, with every setting that they use."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dmax_kernels.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run: what it starts from and learns from, and its numbers.
+    """One training run: what it starts from, what it learns from, and its settings.
 
     Attributes:
         start_from: the stage whose weights this one starts from; None for new weights.
-        data: "ring_walk" (right derivations, drawn anew for each batch) or "distilled" (the base
-            model's own responses, in epochs).
+        data: "ring_walk" (correct derivations, newly drawn for each batch) or "distilled" (the base
+            model's own responses, repeated in epochs).
     """
 
     name: str
@@ -30,7 +30,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Distillation:
-    """The base model answers training problems; its complete responses become the data."""
+    """The base model answers training problems, and its complete responses become the data."""
 
     problems: int
     num_moves: int
@@ -39,8 +39,8 @@ class Distillation:
     seed: int
 
 
-def numbers(**changes: Any) -> TrainConfig:
-    """What the stages have in common: the greedy rollout, Muon, no clipping, a linear fall."""
+def stage_config(**changes: Any) -> TrainConfig:
+    """What all stages share: greedy rollout, Muon, no clipping, a linear fall of the rate."""
     return TrainConfig(
         rollout_temperature=0.0,
         batch_size=32,
@@ -53,14 +53,15 @@ def numbers(**changes: Any) -> TrainConfig:
     )
 
 
-# Learning rates, batch size, warm-up and the start at block 16 come from an earlier trial of this
-# task, where block 32 learnt from scratch had 2 % of derivations right after 11 minutes.
+# Learning rates, batch size, warm-up and the start at block length 16 come from an earlier trial of
+# this task, in which training at block length 32 from scratch got 2 % of derivations right after 11
+# minutes.
 BASE_BLOCK16 = Stage(
     name="base_block16",
     start_from=None,
     data="ring_walk",
     num_moves=4,
-    config=numbers(
+    config=stage_config(
         objective="mdlm",
         block_length=16,
         steps=1800,
@@ -75,7 +76,7 @@ BASE = Stage(
     start_from="base_block16",
     data="ring_walk",
     num_moves=6,
-    config=numbers(
+    config=stage_config(
         objective="mdlm",
         steps=1000,
         muon_learning_rate=0.015,
@@ -85,20 +86,20 @@ BASE = Stage(
     ),
 )
 DISTILLATION = Distillation(problems=4608, num_moves=6, threshold=0.95, batch_size=256, seed=3)
-# Mask ratio 0.75 is the paper's (Section 4.1); the falling rate stands for its cosine.
+# Mask ratio 0.75 is the paper's (section 4.1). The linear fall takes the place of its cosine.
 ON_DISTILLED = {"steps": 600, "muon_learning_rate": 0.01, "learning_rate": 1e-3, "seed": 4}
 OPUT = Stage(
     name="oput",
     start_from="base",
     data="distilled",
     num_moves=6,
-    config=numbers(objective="oput", **ON_DISTILLED),
+    config=stage_config(objective="oput", **ON_DISTILLED),
 )
-# What OPUT is to be told from: as many steps of plain masked training on the same responses.
+# The control for OPUT: the same number of steps of plain masked training on the same responses
 CONTROL = Stage(
     name="control",
     start_from="base",
     data="distilled",
     num_moves=6,
-    config=numbers(objective="mdlm", **ON_DISTILLED),
+    config=stage_config(objective="mdlm", **ON_DISTILLED),
 )

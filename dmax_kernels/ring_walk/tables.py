@@ -1,4 +1,4 @@
-"""The demo's tables, and what they show in words that follow from their numbers."""
+"""The demo's tables, and sentences about them that are computed from their numbers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dmax_kernels.decoding.rule import Rule
-from dmax_kernels.decoding.unmasking import EntropyBound, Factor, TopN
+from dmax_kernels.decoding import EntropyBound, Factor, Rule, TopN
 from dmax_kernels.ring_walk.evaluate import TAUS, Cell, Result, ablation_rows
 
 MODEL_NAMES = {"base": "base", "oput": "OPUT", "control": "control"}
@@ -85,7 +84,7 @@ def figures(result: Result) -> str:
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim of the paper, whether this table bears it out, and the figures that decide."""
+    """A claim of the paper, whether this table confirms it, and the figures that decide."""
 
     claim: str
     holds: bool
@@ -210,7 +209,7 @@ def against_control(results: dict[Cell, Result]) -> list[tuple[float, Result, Re
 
 
 def control_table(results: dict[Cell, Result]) -> str:
-    """The control by its own threshold alone: how far plain decoding goes on distilled data."""
+    """The control with an ordinary threshold: how far plain decoding gets on distilled data."""
     rows = [(cell.tau_dec, cell) for cell in results if cell.model == "control"]
     taus = sorted({tau for tau, cell in rows if cell.rule == "threshold"}, reverse=True)
     lines = [f"{'control, confidence threshold':<33} | {COLUMNS}"]
@@ -222,7 +221,7 @@ def control_table(results: dict[Cell, Result]) -> str:
 
 
 def standard_error(share: float, problems: int) -> float:
-    """Of a share measured on that many problems, in points."""
+    """The standard error, in points, of a share measured on that many problems."""
     return 100 * (share * (1 - share) / problems) ** 0.5
 
 

@@ -7,8 +7,8 @@ A problem is a start in 0..9 and n moves labelled s1..sn (u1, d1, u2, d2 = +1, -
 
 A step is `label CONNECTIVE place move VERB place SEPARATOR`, and the end is `FINAL place <eos>`.
 The phrases are drawn at random and differ in length: which word stands at a position depends on
-every phrase before it, so that independent guesses in parallel misalign. That is the failure which
-OPUT and SPD are there to repair.
+every phrase before it, and independent guesses in parallel misalign. That is the failure that
+OPUT and SPD are meant to repair.
 
 Problems are split by a hash of (start, moves): a held-out walk never occurs in training, whatever
 the order of its labels or its phrases.
@@ -68,14 +68,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Grade:
-    """`answer`: the last place named is right. `strict`: so is the whole derivation."""
+    """`answer`: the last place named is right. `strict`: the whole derivation is right too."""
 
     answer: bool
     strict: bool
 
 
 def is_held_out(start: int, moves: Sequence[str]) -> bool:
-    """Whether a walk belongs to evaluation. CRC-32: the same on every machine and Python."""
+    """Whether a walk is for evaluation, by a CRC-32, which is the same on every machine."""
     return zlib.crc32(f"{start} {' '.join(moves)}".encode()) % HELD_OUT_ONE_IN == 0
 
 
@@ -156,7 +156,7 @@ def encode_prompt(problem: Problem, block_length: int) -> list[int]:
 
 
 def grade(problem: Problem, response: Sequence[str]) -> Grade:
-    """Grades a response's words; what follows the first `<eos>` is not looked at."""
+    """Grade a response's words; whatever follows the first `<eos>` is ignored."""
     words = list(response)
     ended = EOS in words
     words = words[: words.index(EOS)] if ended else words
@@ -177,7 +177,7 @@ def _is_derivation(problem: Problem, words: list[str]) -> bool:
         return found
 
     def take_phrase(table: tuple[tuple[str, float], ...], following: str) -> bool:
-        # A place follows each phrase, so that only one of them can match.
+        # A place follows each phrase; only one of them can match.
         return any(take(*phrase.split(), following) for phrase, _ in table)
 
     for i, move in enumerate(problem.moves):

@@ -1,8 +1,8 @@
 """On-Policy Uniform Training (arXiv 2604.08302, section 3.1) of block-diffusion language models.
 
-Read in this order: `config.py` (every number of a run), `records.py` and `data.py` (conversations
-to batches), `corrupt.py` (what is masked), `layout.py` (what sees what), `step.py` (rollout, two
-passes, loss), `model.py` (hidden states and head; sharding), `optim.py` and `schedule.py`,
-`state.py` and `checkpoints.py` (resuming), `metrics.py`, and `loop.py`, which is all of it in
-order; `run.py` is what the command calls.
+The method is `oput.py` (corruption, rollout, two passes, losses) on the packed sequences of
+`layout.py`; neither imports anything of the trainer. The trainer is `config.py` (every number of a
+run), `data.py` (conversations to batches), `model.py` and `prepare.py` (a Hugging Face model,
+tested before the first step), `optim.py`, `parallel.py` (FSDP2), `outputs.py` (checkpoints and
+metrics) and `loop.py`, which puts them in order. `run.py` is what the command calls.
 """

@@ -1,9 +1,9 @@
-"""Block-diffusion training layout: [noisy 1 | noisy 2 | ... | clean] in one sequence.
+"""The block-diffusion training layout: [noisy 1 | noisy 2 | ... | clean] in one sequence.
 
-A noisy part holds the blocks that are learnt; its tokens see their own block of their own part,
-noisy as it is, and the earlier blocks clean, which is what the decoder sees when it denoises a
-block after committing those before it. The clean part is block-causal. Its last block is left out:
-no other token looks at it. Only noisy parts go through the head.
+A noisy part holds the blocks that are learnt. Its tokens see all of their own block in their own
+part, and the earlier blocks in the clean part: what the decoder sees when it denoises a block after
+committing those before it. The clean part is block-causal. Its last block is left out because no
+other token looks at it. Only noisy parts go through the head.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Places of a packed sequence; `length` clean positions, those from `start` on being learnt."""
+    """The parts of a packed sequence: `length` clean positions, learnt from `start` on."""
 
     length: int
     start: int
@@ -49,30 +49,30 @@ class Layout:
         clean = torch.arange(self.length - self.block_length)
         return torch.cat([noisy] * self.num_noisy + [clean])[None]
 
-    def pack(self, noisy: list[Tensor], clean: Tensor) -> Tensor:
+    def pack(self, noisy_parts: list[Tensor], clean: Tensor) -> Tensor:
         """Token ids [B, T] from noisy parts [B, noisy_length] and clean tokens [B, length]."""
-        return torch.cat([*noisy, clean[:, : self.length - self.block_length]], dim=1)
+        return torch.cat([*noisy_parts, clean[:, : self.length - self.block_length]], dim=1)
 
     def noisy_parts(self, states: Tensor) -> tuple[Tensor, ...]:
         """The noisy parts [B, noisy_length, ...] of per-token states [B, T, ...]."""
         return states[:, : self.num_noisy * self.noisy_length].chunk(self.num_noisy, dim=1)
 
 
-# By transformers' name of the attention, the kind of mask that it takes. None and eager add the
-# mask to the scores; Flash Attention takes no mask of [T, T] at all.
+# From transformers' name of an attention to the kind of mask that it takes. None and "eager" add
+# the mask to the scores. Flash Attention is absent: it takes no mask of [T, T] at all.
 ATTENTION_OF = {"sdpa": "sdpa", "eager": "additive", None: "additive", "flex_attention": "flex"}
 
 
 # One mask serves all rows and all batches of a shape. Eight shapes are kept: at 2 x 4096 tokens a
-# boolean mask has 64 MiB and an additive one of float32 has 256.
+# boolean mask takes 64 MiB and an additive one of float32 takes 256.
 @lru_cache(maxsize=8)
 def attention_mask(
     layout: Layout, attention: str, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Any:
-    """What sees what, one of `ATTENTION_OF`'s kinds.
+    """Which token attends to which, as the kind of mask that `attention` takes (`ATTENTION_OF`).
 
-    bool [1, 1, T, T] (True: attend) for "sdpa"; for "additive" the same as 0 and the least number
-    of `dtype`, which is that of the scores; a `BlockMask` for "flex".
+    For "sdpa", bool [1, 1, T, T] (True: attend). For "additive", the same with 0 for True and the
+    lowest number of `dtype`, the dtype of the scores, for False. For "flex", a `BlockMask`.
     """
     block = layout.position_ids[0].to(device) // layout.block_length
     part = torch.full_like(block, layout.num_noisy)  # the clean part
@@ -93,5 +93,5 @@ def attention_mask(
     seen = visible(None, None, places[:, None], places[None, :])[None, None]
     if attention == "sdpa":
         return seen
-    least = torch.finfo(dtype).min
-    return torch.full(seen.shape, least, dtype=dtype, device=device).masked_fill_(seen, 0)
+    lowest = torch.finfo(dtype).min
+    return torch.full(seen.shape, lowest, dtype=dtype, device=device).masked_fill_(seen, 0)

@@ -1,4 +1,4 @@
-"""The training loop: one step, all steps, and what is left of them on disk."""
+"""The training loop: one optimizer step (`Trainer.step`) and a whole run (`fit`)."""
 
 from __future__ import annotations
 
@@ -14,31 +14,53 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from dmax_kernels.training.checkpoints import Checkpoints, load_state, read_run
+import dmax_kernels
+import dmax_kernels.reference
 from dmax_kernels.training.config import TrainConfig, check_same_run
-from dmax_kernels.training.data import Batch, Example, Stream, collate
-from dmax_kernels.training.metrics import Metrics, peak_memory
-from dmax_kernels.training.model import (
-    DenoisingModel,
+from dmax_kernels.training.data import Example, Stream, collate
+from dmax_kernels.training.model import decoder_layers
+from dmax_kernels.training.optim import (
     MasterWeights,
     OwnWeights,
-    build_net,
-    decoder_layers,
+    build_optimizers,
+    learning_rate_factor,
 )
-from dmax_kernels.training.ops import select_ops
-from dmax_kernels.training.optim import build_optimizers
+from dmax_kernels.training.oput import CorruptedBatch, Mdlm, Objective, Oput, TrainBatch
+from dmax_kernels.training.outputs import (
+    LOSS_NAMES,
+    Checkpoints,
+    Metrics,
+    load_state,
+    peak_memory,
+    read_run,
+    training_state,
+)
 from dmax_kernels.training.parallel import Processes, shard, whole_weights
-from dmax_kernels.training.schedule import learning_rate_factor
-from dmax_kernels.training.state import training_state
-from dmax_kernels.training.step import draw, micro_batch_losses
+from dmax_kernels.training.prepare import build_net
+
+OPS = {"fused": dmax_kernels, "reference": dmax_kernels.reference}
+
+
+def build_objective(model: Any, config: TrainConfig, device: torch.device) -> Objective:
+    """The loss of `config.objective`, with the model that it is computed from."""
+    net, ops = build_net(model, config, device), OPS[config.ops]
+    if config.objective == "mdlm":
+        return Mdlm(net, ops)
+    return Oput(
+        net,
+        ops,
+        mask_ratio=config.mask_ratio,
+        rollout_temperature=config.rollout_temperature,
+        alternating=config.passes == "alternating",
+    )
 
 
 @dataclass
 class Trainer:
-    """A model with its optimizers, on one of several processes."""
+    """A model with its loss and its optimizers, on one of several processes."""
 
     config: TrainConfig
-    net: DenoisingModel
+    objective: Objective
     weights: OwnWeights | MasterWeights
     optimizers: list[Optimizer]
     peak_rates: list[float]
@@ -47,61 +69,44 @@ class Trainer:
 
     @classmethod
     def build(cls, model: Any, config: TrainConfig, eos_token_id: int, group: Processes) -> Trainer:
-        """`config.steps` must be set, and the model's config have a mask token."""
+        """`config.steps` must be set, and the model's config must have a mask token."""
         if group.count > 1 and config.optimizer == "muon":
             raise ValueError(
                 "optimizer must be adamw with several processes (Muon needs whole matrices), "
                 "got muon"
             )
-        net = build_net(model, config, group.device)
+        objective = build_objective(model, config, group.device)
         if group.count > 1:
-            shard(net, config, group)
+            shard(objective, config, group)
         masters = config.precision == "bf16-master" and group.count == 1
-        weights = MasterWeights(net) if masters else OwnWeights(net)
-        inside = {id(p) for p in decoder_layers(net.model).parameters()}
-        layers = {name for name, p in net.model.named_parameters() if id(p) in inside}
-        optimizers = build_optimizers(config, weights.named, layers)
+        weights = MasterWeights(model) if masters else OwnWeights(model)
+        in_layers = {id(p) for p in decoder_layers(model).parameters()}
+        layer_names = {name for name, p in model.named_parameters() if id(p) in in_layers}
+        optimizers = build_optimizers(config, weights.named, layer_names)
         peak_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-        return cls(config, net, weights, optimizers, peak_rates, eos_token_id, group)
+        return cls(config, objective, weights, optimizers, peak_rates, eos_token_id, group)
 
     def step(self, step: int, examples: list[Example]) -> dict[str, Any]:
         """One optimizer step on these examples, which are those of all processes.
 
         Returns:
-            the step's row of metrics. With a loss or gradient that is not finite, the weights are
-            left as they were.
+            the step's row of metrics. If a loss or the gradient is not finite, the weights are left
+            as they were.
         """
-        config, group = self.config, self.group
-        # Dropout, where a model has it: the step's number is all that a resumed run needs
-        torch.manual_seed(config.seed * 1_000_003 + step + group.rank * 7_919)
+        config = self.config
+        # Some models have dropout. Its draws, too, follow from the step's number alone.
+        torch.manual_seed(config.seed * 1_000_003 + step + self.group.rank * 7_919)
         batch = collate(examples, config.block_length, self.eos_token_id, config.eos_tail)
-        draws = draw(config, batch, step)
-        count = max(draws.num_learnt, 1)
-        size = group.share(len(examples), config.micro_batch_size)
-        sums, ops = [0.0, 0.0], select_ops(config.ops)
-        for index in micro_batches(batch, size)[group.rank :: group.count]:
-            losses = micro_batch_losses(self.net, config, batch, draws, index, ops)
-            total = sum(loss for loss in losses if loss is not None)
-            (total / count * group.count).backward()  # FSDP averages over the processes
-            self.weights.take_gradients()
-            sums = [
-                s + (0.0 if loss is None else loss.detach())
-                for s, loss in zip(sums, losses, strict=True)
-            ]
-        means = [value / count for value in group.sum([float(value) for value in sums])]
+        corrupted = self.objective.corrupt(batch, config.seed, step)
+        losses = self.backward(corrupted)
         row = {
             "step": step,
-            **{
-                name: mean if runs else None
-                for name, mean, runs in zip(
-                    ("loss_masked", "loss_predicted"), means, draws.passes, strict=True
-                )
-            },
+            **dict(zip(LOSS_NAMES, losses, strict=True)),
             "grad_norm": self.clip(),
             "learning_rate": self.set_rates(step),
-            "tokens": batch.num_tokens,
+            "tokens": sum(example.num_tokens for example in examples),
         }
-        if math.isfinite(sum(means)) and math.isfinite(row["grad_norm"]):
+        if not not_finite(row):
             for optimizer in self.optimizers:
                 optimizer.step()
             self.weights.publish()
@@ -109,17 +114,35 @@ class Trainer:
             optimizer.zero_grad()
         return row
 
+    def backward(self, corrupted: CorruptedBatch) -> list[float | None]:
+        """Adds up gradients over this process's micro batches; the mean losses of all processes."""
+        group, batch = self.group, corrupted.batch
+        count = max(corrupted.num_learnt, 1)
+        size = group.share(len(batch.tokens), self.config.micro_batch_size)
+        sums = [0.0, 0.0]
+        for rows in micro_batches(batch, size)[group.rank :: group.count]:
+            losses = self.objective(corrupted.rows(rows, group.device))
+            total = sum(loss for loss in losses if loss is not None)
+            (total / count * group.count).backward()  # FSDP averages over the processes
+            self.weights.take_gradients()
+            for i, loss in enumerate(losses):
+                sums[i] = sums[i] + (0.0 if loss is None else loss.detach())
+        means = [value / count for value in group.sum([float(value) for value in sums])]
+        return [mean if runs else None for mean, runs in zip(means, corrupted.passes, strict=True)]
+
     def clip(self) -> float:
+        """Clips the gradient and returns the norm that it had."""
         limit = self.config.clip_norm or math.inf
         parameters = [p for p in self.weights.named.values() if p.grad is not None]
         norm = (
             nn.utils.clip_grad_norm_(parameters, limit)
             if limit < math.inf
-            else (nn.utils.get_total_norm([p.grad for p in parameters]))
+            else nn.utils.get_total_norm([p.grad for p in parameters])
         )
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def set_rates(self, step: int) -> float:
+        """Sets the learning rates of `step` and returns AdamW's."""
         factor = learning_rate_factor(self.config, step)
         for optimizer, peak in zip(self.optimizers, self.peak_rates, strict=True):
             for parameters in optimizer.param_groups:
@@ -133,11 +156,11 @@ class Trainer:
         """The whole state dict on the first process, empty on the others; all must call it."""
         half = self.config.precision == "bf16-master"
         dtype = torch.bfloat16 if half else torch.float32
-        return whole_weights(self.net.model, dtype, keep=self.group.is_first)
+        return whole_weights(self.objective.net.model, dtype, keep=self.group.is_first)
 
 
-def micro_batches(batch: Batch, size: int) -> list[list[int]]:
-    """Rows of similar length together, which saves padding."""
+def micro_batches(batch: TrainBatch, size: int) -> list[list[int]]:
+    """The batch's rows in groups of similar length, which saves padding."""
     lengths = batch.editable.int().argmax(1) + batch.editable.sum(1)
     order = lengths.argsort(stable=True).tolist()
     return [order[i : i + size] for i in range(0, len(order), size)]
@@ -156,82 +179,92 @@ def fit(
     stop_after: int | None = None,
     title: str = "train",
 ) -> list[dict[str, Any]]:
-    """Trains `model` in place and returns the metrics of every step, resumed ones included.
+    """Trains `model` in place and returns the metrics of every step, including resumed ones.
 
-    OUTPUT/checkpoints, metrics.jsonl and loss.png are written; a run found there is gone on with.
+    Writes OUTPUT/checkpoints, metrics.jsonl and loss.png, and continues a run that it finds there.
 
     Args:
-        stream: the examples of each step from a given one on.
-        data: says which data they are; a run is not resumed on other data.
+        stream: called with a step's number, it gives the examples of that step and the later ones.
+        data: identifies the data; a run is not resumed on other data.
         save_model: writes a Hugging Face folder from (model, state dict).
-        stop_after: leave off after so many steps in all, with a checkpoint.
+        stop_after: stop after this many steps in all, with a checkpoint.
 
     Raises:
-        ValueError: the run found there is another one.
-        RuntimeError: a loss or gradient that is not finite.
+        ValueError: the run in OUTPUT was begun with other settings or data.
+        RuntimeError: a loss or the gradient is not finite.
         CheckpointNotWritten: the last good checkpoint is still there.
     """
     checkpoints = Checkpoints(output / "checkpoints", config.keep, group)
     settings = {**config.as_dict(), "data": data}
-    newest, first, seconds_before = checkpoints.newest(), 0, 0.0
-    if newest is not None:
-        run = read_run(newest)
-        check_same_run(run["settings"], settings, newest)
-        first, seconds_before = run["step"], run["seconds"]
-    group.share(config.batch_size, config.micro_batch_size)
+    resumed, first_step, seconds_before = checkpoints.newest(), 0, 0.0
+    if resumed is not None:
+        run = read_run(resumed)
+        check_same_run(run["settings"], settings, resumed)
+        first_step, seconds_before = run["step"], run["seconds"]
+    group.share(config.batch_size, config.micro_batch_size)  # refuses sizes before the model moves
     trainer = Trainer.build(model, config, eos_token_id, group)
-    if newest is not None:
-        load_state(newest, trainer.state())
+    if resumed is not None:
+        load_state(resumed, trainer.state())
         trainer.weights.publish()
-    metrics = Metrics(output, first) if group.is_first else None
-    last = min(config.steps, stop_after or config.steps)
+    metrics = Metrics(output, first_step) if group.is_first else None
+    end_step = min(config.steps, stop_after or config.steps)
     started = time.perf_counter()
-    bar = tqdm(
-        total=config.steps, initial=first, desc=title, unit="step", disable=not group.is_first
-    )
-    with bar:
-        batches = stream(first)
-        for step in range(first, last):
-            begun = time.perf_counter()
+
+    def save(steps_done: int) -> None:
+        seconds = seconds_before + time.perf_counter() - started
+        weights = trainer.export()
+        checkpoints.save(
+            steps_done,
+            trainer.state(),
+            {"step": steps_done, "settings": settings, "seconds": seconds},
+            lambda path: save_model(model, weights, path) if group.is_first else None,
+        )
+        if metrics is not None:
+            metrics.draw()
+
+    with tqdm(
+        total=config.steps,
+        initial=first_step,
+        desc=title,
+        unit="step",
+        disable=not group.is_first,
+    ) as bar:
+        batches = stream(first_step)
+        for step in range(first_step, end_step):
+            step_started = time.perf_counter()
             examples = next(batches)
             row = trainer.step(step, examples)
-            row["seconds"] = time.perf_counter() - begun
+            row["seconds"] = time.perf_counter() - step_started
             row["peak_memory"] = peak_memory(group.device)
             if metrics is not None:
                 metrics.add(row)
             check_finite(row, examples, checkpoints.newest())
             show(bar, row)
-            if (step + 1) % config.save_every == 0 or step + 1 == last:
-                seconds = seconds_before + time.perf_counter() - started
-                weights = trainer.export()
-                checkpoints.save(
-                    step + 1,
-                    trainer.state(),
-                    {"step": step + 1, "settings": settings, "seconds": seconds},
-                    lambda path, weights=weights: (
-                        save_model(model, weights, path) if group.is_first else None
-                    ),
-                )
-                if metrics is not None:
-                    metrics.draw()
+            if (step + 1) % config.save_every == 0 or step + 1 == end_step:
+                save(step + 1)
     return metrics.rows if metrics is not None else []
 
 
+def not_finite(row: dict[str, Any]) -> list[str]:
+    """The names of losses and gradient norms that are not finite."""
+    names = (*LOSS_NAMES, "grad_norm")
+    return [name for name in names if row[name] is not None and not math.isfinite(row[name])]
+
+
 def check_finite(row: dict[str, Any], examples: list[Example], newest: Path | None) -> None:
-    for name in ("loss_masked", "loss_predicted", "grad_norm"):
-        value = row[name]
-        if value is not None and not math.isfinite(value):
-            raise RuntimeError(
-                f"{name} is {value} at step {row['step']}, which was not applied; its records: "
-                f"{', '.join(example.name for example in examples)}; the last good checkpoint is "
-                f"{newest or 'not there yet'}"
-            )
+    names = not_finite(row)
+    if names:
+        raise RuntimeError(
+            f"{names[0]} is {row[names[0]]} at step {row['step']}, which was not applied; its "
+            f"records: {', '.join(example.name for example in examples)}; the last good "
+            f"checkpoint is {newest or 'not there yet'}"
+        )
 
 
 def show(bar: tqdm, row: dict[str, Any]) -> None:
     values = {
         name.removeprefix("loss_"): f"{row[name]:.3f}"
-        for name in ("loss_masked", "loss_predicted")
+        for name in LOSS_NAMES
         if row[name] is not None
     }
     values["tokens/s"] = f"{row['tokens'] / row['seconds']:.0f}"

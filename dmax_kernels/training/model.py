@@ -1,31 +1,21 @@
-"""The model as training runs it: states of the packed layout, then an op that they go to."""
+"""A Hugging Face model as training runs it: packed sequences in, hidden states or logits out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dmax_kernels.training.config import TrainConfig
 from dmax_kernels.training.layout import ATTENTION_OF, Layout, attention_mask
-from dmax_kernels.training.probe import check_attention, check_head, head_scale
-
-# then(parts, weight, bias): the noisy parts' hidden states with the head's weight and bias, or
-# their logits with None for both
-Then = Callable[[list[Tensor], Tensor | None, Tensor | None], Any]
 
 
 class DenoisingModel(nn.Module):
-    """A Hugging Face causal LM, from packed tokens to what a loss or a draw is computed from.
+    """A Hugging Face causal LM that runs packed sequences (see `layout.py`).
 
-    With `loss_from` "hidden" the backbone runs here, and the head's weight goes to an op that
-    stores no logits; with "logits" the whole model runs. `then` is called inside `forward`: with
-    FSDP the head's weight is whole only there.
+    With `loss_from` "hidden" only the backbone runs, and the caller multiplies by `head()` in an op
+    that stores no logits. With "logits" the whole model runs.
     """
 
     def __init__(self, model: Any, *, loss_from: str = "hidden", autocast: bool = False) -> None:
@@ -34,7 +24,8 @@ class DenoisingModel(nn.Module):
         self.loss_from = loss_from
         self.autocast = autocast
         self.mask_token_id: int = model.config.mask_token_id
-        self.head_scale = 1.0  # of the model's logits over the head's product (Granite, Cohere)
+        # The model's logits divided by the product of states and head (Granite, Cohere: not 1)
+        self.head_scale = 1.0
 
     @property
     def device(self) -> torch.device:
@@ -42,7 +33,7 @@ class DenoisingModel(nn.Module):
 
     @property
     def attention(self) -> str:
-        """What the model's attention takes for a mask."""
+        """The kind of mask that the model's attention takes."""
         implementation = self.model.config._attn_implementation
         if implementation not in ATTENTION_OF:
             raise ValueError(
@@ -53,7 +44,7 @@ class DenoisingModel(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """The model without its head. An adapter of PEFT's has a `base_model` of its own."""
+        """The model without its head. A PEFT adapter has a `base_model` of its own around it."""
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         return inner.base_model
 
@@ -63,9 +54,17 @@ class DenoisingModel(nn.Module):
             dtype = torch.bfloat16
         return attention_mask(layout, self.attention, self.device, dtype)
 
+    def forward(self, layout: Layout, noisy_parts: list[Tensor], clean: Tensor) -> list[Tensor]:
+        """Of each noisy part, hidden states that go with `head()`, or logits: [B, W, ...]."""
+        tokens = layout.pack(noisy_parts, clean)
+        keep = layout.num_noisy * layout.noisy_length
+        states = self.states(tokens, layout.position_ids, self.mask(layout), keep)
+        parts = layout.noisy_parts(states)
+        return list(parts) if self.loss_from == "logits" else [self.scaled(part) for part in parts]
+
     def states(self, tokens: Tensor, position_ids: Tensor, mask: Any, keep: int) -> Tensor:
         """Hidden states [B, T, D], or logits of at least the first `keep` positions."""
-        if isinstance(mask, Tensor):  # one mask for all rows, in the shape that LLaDA2 asks for
+        if isinstance(mask, Tensor):  # LLaDA2 asks for a row of the mask for each row of tokens
             mask = mask.expand(tokens.shape[0], -1, -1, -1)
         inputs = {
             "input_ids": tokens,
@@ -80,27 +79,25 @@ class DenoisingModel(nn.Module):
                 inputs["logits_to_keep"] = torch.arange(keep, device=tokens.device)
             return self.model(**inputs).logits
 
-    def forward(self, layout: Layout, noisy: list[Tensor], clean: Tensor, then: Then) -> Any:
-        tokens = layout.pack(noisy, clean)
-        keep = layout.num_noisy * layout.noisy_length
-        parts = layout.noisy_parts(
-            self.states(tokens, layout.position_ids, self.mask(layout), keep)
-        )
+    def head(self) -> tuple[Tensor | None, Tensor | None]:
+        """The head's weight and bias, in the dtype of the states; None for both with logits.
+
+        Outside autocast: the ops that take them compute in float32 from operands of one dtype.
+        """
         if self.loss_from == "logits":
-            return then(list(parts), None, None)
+            return None, None
         head = self.model.get_output_embeddings()
-        # Outside autocast: the op's own arithmetic is float32, from operands of one dtype
-        dtype = torch.bfloat16 if self.autocast else head.weight.dtype
-
-        def scaled(values: Tensor) -> Tensor:
-            return (values if self.head_scale == 1 else values.float() * self.head_scale).to(dtype)
-
         bias = getattr(head, "bias", None)
-        return then(
-            [scaled(states) for states in parts],
-            head.weight.to(dtype),
-            None if bias is None else scaled(bias),
-        )
+        return head.weight.to(self.head_dtype), None if bias is None else self.scaled(bias)
+
+    @property
+    def head_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.autocast else self.model.get_output_embeddings().weight.dtype
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """Values times `head_scale`. The weight is not scaled, since it is the largest factor."""
+        scaled = values if self.head_scale == 1 else values.float() * self.head_scale
+        return scaled.to(self.head_dtype)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -112,77 +109,3 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             f"{type(model).__name__} without one"
         )
     return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
-
-
-def build_net(model: Any, config: TrainConfig, device: torch.device) -> DenoisingModel:
-    """`model` on `device`, ready to train, with float32 weights.
-
-    Raises:
-        ValueError: a model whose loss or packed forward pass would not be its own; see probe.py.
-    """
-    if getattr(model.config, "mask_token_id", None) is None:
-        raise ValueError("the model has no mask token (config.mask_token_id): give --mask-token-id")
-    net = DenoisingModel(model.float(), loss_from=config.loss_from).to(device).eval()
-    if (net.attention == "flex" or config.attention == "flex") and device.type == "cpu":
-        raise ValueError(
-            "attention must be sdpa on a CPU (FlexAttention has no backward pass there), got flex"
-        )
-    if config.attention == "flex" and net.attention != "flex":
-        raise ValueError(
-            'attention "flex" needs a model with attn_implementation "flex_attention", got '
-            f"{model.config._attn_implementation}"
-        )
-    if config.loss_from == "hidden":
-        check_head(net)
-    check_attention(net)
-    if config.loss_from == "hidden":
-        net.head_scale = head_scale(net)
-    net.autocast = config.precision == "bf16-autocast"
-    if config.gradient_checkpointing:
-        for layer in decoder_layers(model):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    return net.train()
-
-
-def trained_parameters(net: DenoisingModel) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in net.model.named_parameters() if p.requires_grad}
-
-
-class MasterWeights:
-    """float32 weights that the optimizer steps, for a model that computes in bfloat16.
-
-    bfloat16 has 8 bits of precision: a step of 2e-6 would round away in the weights themselves.
-    Gradients are added up in float32 over micro batches.
-    """
-
-    def __init__(self, net: DenoisingModel) -> None:
-        parameters = trained_parameters(net)
-        self.named = {name: nn.Parameter(p.detach().clone()) for name, p in parameters.items()}
-        net.model.to(torch.bfloat16)
-        self.model = trained_parameters(net)
-
-    def take_gradients(self) -> None:
-        for name, parameter in self.model.items():
-            if parameter.grad is not None:
-                master = self.named[name]
-                gradient = parameter.grad.float()
-                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-                parameter.grad = None
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        for name, parameter in self.model.items():
-            parameter.copy_(self.named[name])
-
-
-class OwnWeights:
-    """The model's own parameters are the ones that the optimizer steps."""
-
-    def __init__(self, net: DenoisingModel) -> None:
-        self.named = trained_parameters(net)
-
-    def take_gradients(self) -> None:
-        pass
-
-    def publish(self) -> None:
-        pass

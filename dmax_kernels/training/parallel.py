@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun: FSDP2 shards, a few numbers are summed."""
+"""Several processes, started by torchrun: FSDP2 shards the model and averages the gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from dmax_kernels.training.config import TrainConfig
-from dmax_kernels.training.model import DenoisingModel, decoder_layers
+from dmax_kernels.training.model import decoder_layers
+from dmax_kernels.training.oput import Objective
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Processes:
         return total.tolist()
 
     def share(self, batch_size: int, micro_batch_size: int | None) -> int:
-        """The micro batch size; the batch must divide into as many for each process."""
+        """The micro batch size; each process must get the same number of whole micro batches."""
         if micro_batch_size is None:
             micro_batch_size = batch_size // self.count
         if micro_batch_size == 0 or batch_size % (micro_batch_size * self.count) != 0:
@@ -59,7 +60,7 @@ def processes(device: str | None) -> Iterator[Processes]:
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(name)
-    # gloo carries what lies on the CPU, such as a checkpoint's plan
+    # gloo serves tensors on the CPU, such as those of a checkpoint's plan
     dist.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo")
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), torch.device(name))
@@ -67,10 +68,10 @@ def processes(device: str | None) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def shard(net: DenoisingModel, config: TrainConfig, group: Processes) -> None:
-    """FSDP2: each layer is gathered when it runs; embedding, norm and head with the whole model.
+def shard(objective: Objective, config: TrainConfig, group: Processes) -> None:
+    """FSDP2: a layer is gathered when it runs; embedding, norm and head when the objective runs.
 
-    Gradients are averaged over the processes by FSDP: the loop multiplies its loss by their number.
+    FSDP averages gradients over the processes, so the loop multiplies its loss by their number.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -79,13 +80,13 @@ def shard(net: DenoisingModel, config: TrainConfig, group: Processes) -> None:
     if config.precision == "bf16-master":  # the shards are the float32 master weights
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     mesh = init_device_mesh(group.device.type, (group.count,))
-    for layer in decoder_layers(net.model):
+    for layer in decoder_layers(objective.net.model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(net, mesh=mesh, mp_policy=policy)
+    fully_shard(objective, mesh=mesh, mp_policy=policy)
 
 
 def whole_weights(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
-    """The state dict, gathered; empty where not `keep`. Every process must call it."""
+    """The gathered state dict, or an empty one without `keep`. Every process must call it."""
     gathered = {}
     for name, value in model.state_dict().items():
         whole = value.full_tensor() if hasattr(value, "full_tensor") else value

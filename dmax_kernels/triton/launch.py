@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Vocabulary tile of one reduction: 32 logits per thread at TILE_WARPS warps, in registers. It is a
-# constant because a row's bits must not depend on how many rows there are: tiles are always summed
-# alike and always merged in the same order, however they are spread over programs.
+# Vocabulary tile of one reduction: at TILE_WARPS warps each thread holds 32 logits in registers. A
+# constant, because a row's bits must not depend on the number of rows: a tile is always summed in
+# one way, and tiles are always merged in one order, however programs share them.
 TILE = 4096
 TILE_WARPS = 4
 

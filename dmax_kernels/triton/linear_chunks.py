@@ -1,9 +1,9 @@
-"""hidden @ weight^T by the library's matrix product, some thousand tokens at a time, then reduced.
+"""hidden @ weight^T by the library's matrix product, a chunk of the vocabulary at a time.
 
-The other way to linear_rows.py's fused kernel, for shapes at which cuBLAS's rate is worth writing
-the logits out once: a float32 buffer takes the product of one chunk of the vocabulary, and
-one read of it gives the same partial results per tile. Buffer and partial results together stay
-below 8 MB for CHUNK_ROWS rows, whatever the vocabulary.
+This replaces the fused kernel of linear_rows.py at shapes where cuBLAS's rate is worth writing the
+logits out once: a float32 buffer takes the product of one chunk, and one read of the buffer gives
+the same partial results per tile. Buffer and partial results together stay below 8 MB for
+CHUNK_ROWS rows, whatever the vocabulary.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmax_kernels.triton.launch import Rows
 from dmax_kernels.triton.philox import gumbel_noise, row_key
-from dmax_kernels.triton.sample_tokens import tile_sample
+from dmax_kernels.triton.sample import tile_sample
 from dmax_kernels.triton.stats import softmax_scale, tile_statistics
 
 CHUNK_ROWS = 512
@@ -27,18 +27,21 @@ def chunk_statistics_kernel(
     seed, first_row, inverse_temperature,
     partial_max, partial_sum, partial_token, partial_score, partial_value, num_tiles,
     HAS_BIAS: tl.constexpr, SAMPLE: tl.constexpr, SEED_PER_ROW: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Tokens first .. first + count, whose logits the buffer holds; first divides by TILE."""
+):
+    """Reduces tokens first .. first + count, whose logits are in the buffer.
+
+    first is a multiple of TILE.
+    """
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * TILE + tl.arange(0, TILE)
     tile = first // TILE + tl.program_id(1)
     ids = first + place
-    from_here = logits + row * logits_stride
-    # The mask of a tile cut off by the vocabulary's end would cost the others 16-byte loads
+    buffer_row = logits + row * logits_stride
+    # A mask would rule out 16-byte loads: only the tile that the vocabulary's end cuts has one
     if (tl.program_id(1) + 1) * TILE <= count:
-        x = tl.load(from_here + place)
+        x = tl.load(buffer_row + place)
     else:
-        x = tl.load(from_here + place, mask=place < count, other=float("-inf"))
+        x = tl.load(buffer_row + place, mask=place < count, other=float("-inf"))
     if HAS_BIAS:
         x += tl.load(bias + ids, mask=place < count, other=0.0).to(tl.float32)
     x = tl.where(ids == suppress_token, float("-inf"), x)
@@ -57,35 +60,33 @@ def chunk_statistics_kernel(
     tl.store(partial_token + at, token)
 
 
-def multiply_into(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = hidden @ weight^T with float32 sums, never rounded to the inputs' dtype.
+def float32_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b with float32 sums, never rounded to the inputs' dtype.
 
-    The `out` forms are not on autocast's list, which would make a float32 product 16 bits wide.
+    Under autocast pass `out`: that form is not on autocast's list, which would make the product of
+    two float32 tensors 16 bits wide.
     """
-    if hidden.dtype == torch.float32:
-        torch.mm(hidden, weight.t(), out=out)
-    elif hidden.is_cuda:
-        torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
-    else:  # the interpreter's device, whose product has no float32 output
-        torch.mm(hidden.float(), weight.float().t(), out=out)
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)  # the interpreter's CPU has no such product
 
 
 def chunk_statistics(
     hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
     seed: Tensor | None, first_row: int, partials: tuple[Tensor | None, ...],
-) -> None:  # fmt: skip
-    """Fills the partial results, [rows, tiles] each, of at most CHUNK_ROWS rows."""
+) -> None:
+    """Fills in the partial results, [rows, tiles] each, of at most CHUNK_ROWS rows."""
     vocab = weight.count
     table = weight.tensor.as_strided((vocab, weight.width), (weight.stride, 1))
     buffer = hidden.tensor.new_empty((hidden.count, CHUNK_TOKENS), dtype=torch.float32)
     for first in range(0, vocab, CHUNK_TOKENS):
         count = min(CHUNK_TOKENS, vocab - first)
         logits = buffer[:, :count]
-        multiply_into(hidden.tensor, table[first : first + count], logits)
+        float32_product(hidden.tensor, table[first : first + count].t(), out=logits)
         chunk_statistics_kernel[(hidden.count, -(-count // CHUNK_TILE))](
             logits, buffer.stride(0), bias, first, count, suppress_token,
             softmax_scale(temperature), seed, first_row, 1.0 / temperature, *partials,
             -(-vocab // CHUNK_TILE),
             HAS_BIAS=bias is not None, SAMPLE=seed is not None,
             SEED_PER_ROW=seed is not None and seed.dim() == 2, TILE=CHUNK_TILE, num_warps=4,
-        )  # fmt: skip
+        )

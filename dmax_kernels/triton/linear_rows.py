@@ -1,10 +1,10 @@
-"""hidden @ weight^T tile by tile, reduced to softmax statistics (or a sample) before it is stored.
+"""hidden @ weight^T tile by tile, reduced to softmax statistics or a sample without storing logits.
 
 One program takes BLOCK_M rows and some vocabulary tiles of BLOCK_N tokens: a matrix product with
 float32 accumulators, then the online update of every row's (maximum, sum of exponentials, id).
-Only those leave the chip. The logit is the float32 accumulator plus the bias, never rounded to the
-inputs' dtype. Programs of one vocabulary tile run side by side, so that a weight tile is read from
-memory once and from L2 by the others.
+Only those are written to memory. A logit is the float32 accumulator plus the bias, never rounded to
+the inputs' dtype. Programs of one vocabulary tile run side by side: one of them reads the weight's
+tile from memory, the others from L2.
 """
 
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ from dmax_kernels.triton.linear_chunks import CHUNK_ROWS, CHUNK_TILE, chunk_stat
 from dmax_kernels.triton.philox import gumbel_of_word, philox_words
 from dmax_kernels.triton.stats import NO_ID, finite_or_zero, softmax_scale
 
-# Rows per launch: bounds the partial results (below 8 MB), at no cost, since so many rows are
-# bound by the matrix product and not by reading the weight
+# Rows per launch at most. This keeps the partial results below 8 MB, and it costs nothing: so many
+# rows are bound by the matrix product and not by reading the weight
 MOST_ROWS = 4096
 # Tokens per program at most, for the same bound
 MOST_TOKENS = 2048
 
-# Rows from which on linear_chunks.py's products take over from the fused kernel; None: at no count.
+# From so many rows on linear_chunks.py's products replace the fused kernel; None stands for never.
 # Predicted for an H200 and not measured: bench/gpu_session.py times both ways at every row count
 # and says which was faster. Float32 has no tensor cores at full precision; from 64 rows on the
 # product takes longer (0.8 ms at cuBLAS's 50 TF) than reading the weight (0.3 ms), and tl.dot's
@@ -48,6 +48,11 @@ class LinearTiles(NamedTuple):
     num_warps: int
     num_stages: int
     tiles_per_program: int
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """tl.dot's; it has no meaning for 16-bit inputs, whose products are exact."""
+    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def compiles_for_hopper() -> bool:
@@ -80,8 +85,8 @@ def choose_linear_tiles(
         block_n, block_k, num_warps, num_stages = 128, 64, 8, 3
     block_m = max(16, next_power_of_2(block_m))  # 16 is the least the tensor cores take
     tiles = -(-num_rows // block_m) * -(-vocab // block_n)
-    wanted = tiles // (4 * num_multiprocessors(device))
-    per_program = max(1, min(MOST_TOKENS // block_n, wanted))
+    programs = 4 * num_multiprocessors(device)
+    per_program = max(1, min(MOST_TOKENS // block_n, tiles // programs))
     return LinearTiles(block_m, block_n, block_k, num_warps, num_stages, per_program)
 
 
@@ -90,10 +95,10 @@ def logits_tile(
     hidden_rows, weight, weight_stride, bias, first, vocab, dim, suppress_token,
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     """Ids [N] and logits [M, N] of one vocabulary tile, -inf at the suppressed id and past the end.
 
-    Tokens past the end are computed from the last token's weights, which costs no masks.
+    Tokens past the end take the last token's weights, which needs no masks.
     """
     ids = first + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -135,7 +140,7 @@ def linear_statistics_kernel(
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, SAMPLE: tl.constexpr,
     SEED_PER_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     group = tl.program_id(1)
     safe_row = tl.minimum(row, num_rows - 1).to(tl.int64)
@@ -163,7 +168,7 @@ def linear_statistics_kernel(
         ids, x = logits_tile(
             hidden_rows, weight, weight_stride, bias, tile * BLOCK_N, vocab, dim, suppress_token,
             PRECISION, EVEN_K, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        )
 
         # The tile's maximum, and the sum relative to the larger of both maxima
         tile_max = tl.max(x, axis=1)
@@ -172,7 +177,7 @@ def linear_statistics_kernel(
         tile_sum = tl.sum(tl.exp2((x - reference[:, None]) * scale), axis=1)
         sum_exp = sum_exp * tl.exp2((maximum - reference) * scale) + tile_sum
 
-        # Its id. `token` is NO_ID before the first tile, which an all -inf row must leave too
+        # Its id. `token` is NO_ID before the first tile and an id after it, even if all are -inf
         if SAMPLE:
             score = x * inverse_temperature + tile_noise(
                 key, counter_row, offset, tile * BLOCK_N, BLOCK_N
@@ -189,7 +194,7 @@ def linear_statistics_kernel(
         token = tl.where(better, top, token)
         maximum = new_max
 
-        # NaN, rare: the first one's id
+        # A NaN, which is rare: the first one's id
         if tl.max((tile_sum != tile_sum).to(tl.int32), axis=0) > 0:
             first_nan = tl.min(tl.where(x != x, ids[None, :], NO_ID), axis=1)
             nan_token = tl.minimum(nan_token, first_nan)
@@ -229,34 +234,34 @@ def fused_statistics(
     hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
     seed: Tensor | None, first_row: int, tiles: LinearTiles, partials: tuple[Tensor | None, ...],
     num_groups: int,
-) -> None:  # fmt: skip
+) -> None:
     dtype, dim, sampling = hidden.tensor.dtype, hidden.width, seed is not None
     linear_statistics_kernel[(-(-hidden.count // tiles.block_m), num_groups)](
         hidden.tensor, hidden.stride, weight.tensor, weight.stride, bias,
         hidden.count, weight.count, dim, suppress_token, softmax_scale(temperature),
         seed, first_row, 1.0 / temperature, *partials, num_groups, tiles.tiles_per_program,
-        PRECISION="ieee" if dtype == torch.float32 else "tf32",
+        PRECISION=precision_of(dtype),
         EVEN_K=dim % tiles.block_k == 0, HAS_BIAS=bias is not None,
         SAMPLE=sampling, SEED_PER_ROW=sampling and seed.dim() == 2,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
+    )
 
 
 def linear_statistics(
     hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
     seed: Tensor | None = None,
-) -> Iterator[tuple[slice, LinearPartials]]:  # fmt: skip
-    """The partial results of some rows at a time; ``seed`` [2] or [rows, 2] asks for samples."""
+) -> Iterator[tuple[slice, LinearPartials]]:
+    """Yields (rows, their partial results); ``seed``, [2] or [rows, 2], asks for samples."""
     device, dtype = hidden.tensor.device, hidden.tensor.dtype
     sampling, seed_per_row = seed is not None, seed is not None and seed.dim() == 2
     chunked = takes_chunks(hidden.count, dtype)
     most_rows = CHUNK_ROWS if chunked else MOST_ROWS
     flat = hidden.tensor.as_strided((hidden.count, hidden.width), (hidden.stride, 1))
     for first in range(0, hidden.count, most_rows):
-        some = slice(first, min(first + most_rows, hidden.count))
-        count = some.stop - first
-        rows = Rows(flat[some], count, hidden.width, hidden.stride)
+        span = slice(first, min(first + most_rows, hidden.count))
+        count = span.stop - first
+        rows = Rows(flat[span], count, hidden.width, hidden.stride)
         tiles = choose_linear_tiles(count, weight.count, dtype, device, sampling)
         group_tokens = CHUNK_TILE if chunked else tiles.block_n * tiles.tiles_per_program
         num_groups = -(-weight.count // group_tokens)
@@ -264,11 +269,11 @@ def linear_statistics(
         partials = [torch.empty((count, num_groups), dtype=t, device=device) for t in kinds]
         partials += [None] * (5 - len(partials))
         arguments = (
-            rows, weight, bias, temperature, suppress_token, seed[some] if seed_per_row else seed,
+            rows, weight, bias, temperature, suppress_token, seed[span] if seed_per_row else seed,
             first,
-        )  # fmt: skip
+        )
         if chunked:
             chunk_statistics(*arguments, partials)
         else:
             fused_statistics(*arguments, tiles, partials, num_groups)
-        yield some, LinearPartials(*partials, num_groups)
+        yield span, LinearPartials(*partials, num_groups)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def row_key(seed, row, SEED_PER_ROW: tl.constexpr):
-    """(seed, offset, row of the counter). With a seed per row, its place in the batch is no key."""
+    """(seed, offset, row in the counter). The row is 0 where each row has a seed of its own."""
     if SEED_PER_ROW:
         return tl.load(seed + row * 2), tl.load(seed + row * 2 + 1), row * 0
     return tl.load(seed), tl.load(seed + 1), row
@@ -23,7 +23,7 @@ def philox_words(seed, row, offset, group):
     return tl.philox(
         seed, group, zero + row.to(tl.int32), zero + offset.to(tl.int32),
         zero + (offset >> 32).to(tl.int32),
-    )  # fmt: skip
+    )
 
 
 @triton.jit

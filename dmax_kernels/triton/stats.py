@@ -1,10 +1,9 @@
 """Online softmax statistics of a row, tile by tile; shared by every op that reads logits.
 
 A row's tiles give partial results (maximum, sum of exponentials, token id), which are merged in
-one fixed order. The rules: a NaN wins over everything and a +inf over the rest; ties go to the
-lowest id; a -inf has no mass. Sums carry the news: a tile's sum of exponentials is NaN exactly
-where the tile holds a NaN, and +inf where it holds a +inf, so the common case pays nothing for
-looking.
+one fixed order. A NaN wins over everything and a +inf over the rest; ties go to the lowest id; a
+-inf has no mass. The sum of exponentials doubles as the flag: it is NaN if the tile holds a NaN and
++inf if it holds a +inf, so that ordinary tiles need no extra test.
 """
 
 from typing import NamedTuple
@@ -41,7 +40,7 @@ def load_tile(row, start, vocab, suppress_token, MASKED: tl.constexpr, TILE: tl.
 
 @triton.jit
 def finite_or_zero(maximum):
-    """What exponents are taken relative to: inf - inf would be a NaN that no logit holds."""
+    """What exponents are taken relative to: inf - inf would be NaN in a row without a NaN."""
     return tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
 
 
@@ -58,9 +57,9 @@ def merge_sums(maximum, sum_exp, best, scale):
 
 
 @triton.jit
-def first_where(found, ids):
-    """Lowest id at which found holds, NO_ID if there is none."""
-    return tl.min(tl.where(found, ids, NO_ID), axis=0)
+def first_where(condition, ids):
+    """Lowest id at which the condition holds, NO_ID if there is none."""
+    return tl.min(tl.where(condition, ids, NO_ID), axis=0)
 
 
 @triton.jit
@@ -103,10 +102,22 @@ def load_partials(partial_max, partial_sum, partial_token, row, num_tiles, TILES
 
 
 @triton.jit
+def tiles_of_program(num_tiles, tiles_per_program, vocab, TILE: tl.constexpr):
+    """(first, last, full_tiles): this program's tiles, and the number of those that V does not cut.
+
+    A loop takes the tiles before full_tiles without a mask, and the cut one follows with one: a
+    mask in the loop would rule out 16-byte loads where V is not a multiple of 8.
+    """
+    first = tl.program_id(1) * tiles_per_program
+    last = tl.minimum(first + tiles_per_program, num_tiles)
+    return first, last, vocab // TILE
+
+
+@triton.jit
 def store_tile_statistics(
     row, tile, vocab, suppress_token, scale, out_max, out_sum, out_token, MASKED: tl.constexpr,
     TILE: tl.constexpr,
-):  # fmt: skip
+):
     ids, x = load_tile(row, tile * TILE, vocab, suppress_token, MASKED, TILE)
     maximum, sum_exp, token = tile_statistics(x, ids, scale)
     tl.store(out_max + tile, maximum)
@@ -114,7 +125,7 @@ def store_tile_statistics(
     tl.store(out_token + tile, token)
 
 
-# Ids and scale are run-time values that change between calls: no recompilation for them
+# These change between calls and must not compile the kernel again
 @triton.jit(do_not_specialize=["suppress_token", "num_tiles", "tiles_per_program", "frozen_span"])
 def tile_statistics_kernel(
     logits,
@@ -141,14 +152,11 @@ def tile_statistics_kernel(
     out_sum = partial_sum + row_id * num_tiles
     out_token = partial_token + row_id * num_tiles
 
-    first = tl.program_id(1) * tiles_per_program
-    last = tl.minimum(first + tiles_per_program, num_tiles)
-    full_tiles = vocab // TILE
+    first, last, full_tiles = tiles_of_program(num_tiles, tiles_per_program, vocab, TILE)
     for tile in range(first, tl.minimum(last, full_tiles)):
         store_tile_statistics(
             row, tile, vocab, suppress_token, scale, out_max, out_sum, out_token, False, TILE
         )
-    # The mask of a tile cut off by V would keep a V that 8 does not divide from 16-byte loads
     if last > full_tiles:
         store_tile_statistics(
             row, full_tiles, vocab, suppress_token, scale, out_max, out_sum, out_token, True, TILE
@@ -171,9 +179,9 @@ def launch_tile_statistics(
     frozen: Tensor | None = None,
     frozen_span: int = 1,
 ) -> Partials:
-    """One read of the logits; rows of a frozen span are skipped and their partials left unset."""
+    """One read of the logits; rows of a frozen span are skipped, and their partials stay unset."""
     tiles = choose_tiles(rows.count, rows.width, rows.tensor.device)
-    # One allocation each: their alignment, hence the kernel, is then the same for any row count
+    # One allocation each: their alignment, and with it the kernel, is the same for any row count
     partials = Partials(
         *(
             torch.empty((rows.count, tiles.count), dtype=dtype, device=rows.tensor.device)
@@ -185,5 +193,5 @@ def launch_tile_statistics(
         rows.tensor, rows.stride, rows.width, suppress_token, scale,
         frozen, frozen_span, *partials, tiles.per_program,
         HAS_FROZEN=frozen is not None, TILE=TILE, num_warps=TILE_WARPS,
-    )  # fmt: skip
+    )
     return partials

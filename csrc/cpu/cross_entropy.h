@@ -1,0 +1,79 @@
+// The loss of one row from its softmax statistics, and its gradient; for logits as they are stored
+// and for logits that exist one vocabulary block at a time.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "checks/loss.h"
+#include "cpu/simd/tile_kernels.h"
+
+namespace dmax::cpu {
+
+struct LossOptions {
+  int64_t ignore_index;
+  double label_smoothing;
+  double z_loss;
+};
+
+// Targets as int64, each ignore_index or inside the vocabulary
+inline Tensor checked_targets(const char* op, const Tensor& target, int64_t vocab,
+                              int64_t ignore_index) {
+  const Tensor wide = torch::stable::contiguous(torch::stable::to(target, ScalarType::Long));
+  const int64_t* data = wide.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < wide.numel(); ++i) {
+    DMAX_CHECK(data[i] == ignore_index || (data[i] >= 0 && data[i] < vocab), op,
+               ": target must be ", ignore_index, " (ignore_index) or a token id in [0, ", vocab,
+               "), got ", data[i], " at position ", i);
+  }
+  return wide;
+}
+
+// The rows that are not ignored: ignored rows load nothing
+inline std::vector<int64_t> rows_with_target(const Tensor& target, int64_t ignore_index) {
+  const int64_t* data = target.const_data_ptr<int64_t>();
+  std::vector<int64_t> rows;
+  for (int64_t i = 0; i < target.numel(); ++i) {
+    if (data[i] != ignore_index) rows.push_back(i);
+  }
+  return rows;
+}
+
+// maximum - logit + log(sum): each part keeps its precision where the loss is close to 0.
+// mean_below_maximum(), maximum - mean(logits), is asked for only where labels are smoothed.
+template <class Mean>
+double loss_of_row(double maximum, double log_rest, double target_logit, const LossOptions& options,
+                   const Mean& mean_below_maximum) {
+  double loss = (maximum - target_logit) + log_rest;
+  if (options.label_smoothing != 0) {
+    const double smooth = log_rest + mean_below_maximum();
+    loss = (1 - options.label_smoothing) * loss + options.label_smoothing * smooth;
+  }
+  const double log_sum_exp = maximum + log_rest;
+  if (options.z_loss != 0) loss += options.z_loss * log_sum_exp * log_sum_exp;
+  return loss;
+}
+
+// grad * [(1 + 2 z lse) softmax - (1 - s) onehot(target) - s / V] over n of V logits; y may be the
+// logits themselves. `place` is the target's among them, -1 where it is elsewhere.
+template <class T>
+void loss_gradient(const TileKernels<T>& kernels, const T* x, T* y, int64_t n, int64_t vocab,
+                   int64_t place, double log_sum_exp, float grad, const LossOptions& options) {
+  // A row without a softmax gets NaN throughout; the loop below would clamp it away
+  const double mass = std::isnan(log_sum_exp) ? log_sum_exp : 1 + 2 * options.z_loss * log_sum_exp;
+  const double shift = -options.label_smoothing / vocab;
+  const double logit = place < 0 ? 0 : kernels.value(x + place);
+  // At logits of 65504 the rounding of log_sum_exp to float32 is 0.4% of the softmax: given back
+  const float rounded = static_cast<float>(log_sum_exp);
+  const double scale = grad * mass * std::exp(rounded - log_sum_exp);
+  kernels.softmax_grad(x, y, n, rounded, static_cast<float>(scale),
+                       static_cast<float>(grad * shift));
+  if (place < 0) return;
+  // p - 1 before the one rounding to T
+  const double at_target =
+      std::exp(logit - log_sum_exp) * mass - (1 - options.label_smoothing) + shift;
+  const float at_target_grad = static_cast<float>(grad * at_target);
+  kernels.store_scaled(y + place, &at_target_grad, 1.0f, 1);
+}
+
+}  // namespace dmax::cpu

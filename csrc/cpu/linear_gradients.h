@@ -1,0 +1,129 @@
+// Gradients of linear_oput_loss by PyTorch's float32 product, one block of the vocabulary at a
+// time.
+//
+// Within a block: the logits once more, their gradients in place, and from these the products for
+// the hidden states, the weight and the bias. The block's part of the weight's gradient is finished
+// and rounded before the next block begins. linear_gradients_amx.h does the same in bfloat16.
+#pragma once
+
+#include "cpu/linear_logits.h"
+#include "cpu/stacked_passes.h"
+
+namespace dmax::cpu {
+
+// What is asked for: an empty tensor is not
+struct LinearLossGradients {
+  Tensor hidden;  // of the stacked rows, float32
+  Tensor weight;
+  Tensor bias;
+
+  bool needs_hidden() const { return hidden.numel() > 0; }
+  bool needs_weight() const { return weight.numel() > 0; }
+  bool needs_bias() const { return bias.numel() > 0; }
+};
+
+class LibraryGradients {
+ public:
+  // A block's products should outweigh the waits between them, and its logits fit a cache: 2 MiB
+  static constexpr int64_t kTokens = 1024;
+  static constexpr int64_t kRows = 512;
+
+  LibraryGradients(const StackedRows& stacked, const Tensor& weight,
+                   const LinearLossGradients& grads)
+      : weight_(weight),
+        grads_(grads),
+        tokens_(std::min(weight.size(0), kTokens)),
+        narrow_(weight.scalar_type() != ScalarType::Float),
+        hidden_(widened_rows(stacked, weight)),
+        logits_(matrix(std::min(stacked.size(), kRows), tokens_)),
+        wide_weight_(matrix(narrow_ ? tokens_ : 0, weight.size(1))),
+        wide_grad_(matrix(narrow_ && grads.needs_weight() ? tokens_ : 0, weight.size(1))) {}
+
+  // row_gradient(i, x, first, n) turns the n logits x of stacked row i, from token `first` on, into
+  // their gradients
+  template <class RowGradient>
+  void block(int64_t first, int64_t n, const RowGradient& row_gradient) {
+    const Tensor weight = widened_weight(first, n);
+    const Tensor grad_weight = narrow_ ? top(wide_grad_, n) : top(grads_.weight, n, first);
+    std::vector<double> bias_sums(grads_.needs_bias() ? n : 0);
+    const int64_t num_rows = hidden_.size(0);
+    for (int64_t row = 0; row < num_rows; row += kRows) {
+      const int64_t m = std::min(kRows, num_rows - row);
+      const Tensor hidden = top(hidden_, m, row);
+      Tensor rows_of_logits = top(logits_, m);
+      const Tensor x = torch::stable::narrow(rows_of_logits, 1, 0, n);
+      multiply_into(hidden, transposed(weight), false, x);
+      logits_to_gradients(row, m, first, n, row_gradient);
+      if (grads_.needs_hidden()) {
+        multiply_into(x, weight, first > 0, top(grads_.hidden, m, row));
+      }
+      if (grads_.needs_weight()) multiply_into(transposed(x), hidden, row > 0, grad_weight);
+      if (grads_.needs_bias()) add_column_sums(m, n, bias_sums.data());
+    }
+    if (narrow_ && grads_.needs_weight()) {
+      Tensor out = top(grads_.weight, n, first);
+      torch::stable::copy_(out, grad_weight);
+    }
+    if (grads_.needs_bias()) store_bias(bias_sums, first);
+  }
+
+  void finish() {}
+
+ private:
+  Tensor matrix(int64_t rows, int64_t columns) const {
+    return empty_like_device(weight_, {rows, columns}, ScalarType::Float);
+  }
+
+  // Rows [from, from + count); nothing of an empty tensor
+  static Tensor top(Tensor rows, int64_t count, int64_t from = 0) {
+    return rows.numel() == 0 ? rows : torch::stable::narrow(rows, 0, from, count);
+  }
+
+  Tensor widened_weight(int64_t first, int64_t n) const {
+    const Tensor rows = top(weight_, n, first);
+    if (!narrow_) return rows;
+    Tensor wide = top(wide_weight_, n);
+    torch::stable::copy_(wide, rows);
+    return wide;
+  }
+
+  template <class RowGradient>
+  void logits_to_gradients(int64_t row, int64_t m, int64_t first, int64_t n,
+                           const RowGradient& row_gradient) {
+    float* x = logits_.mutable_data_ptr<float>();
+    constexpr int64_t kGrain = 16384;  // logits per thread
+    parallel_for(m, kGrain / n, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) row_gradient(row + i, x + i * tokens_, first, n);
+    });
+  }
+
+  // Within a block of rows in float32, from block to block in double
+  void add_column_sums(int64_t m, int64_t n, double* sums) const {
+    const float* x = logits_.const_data_ptr<float>();
+    std::vector<float> block_sums(n, 0.0f);
+    for (int64_t i = 0; i < m; ++i) {
+      tile_kernels<float>().add_scaled(block_sums.data(), x + i * tokens_, 1.0f, n);
+    }
+    for (int64_t j = 0; j < n; ++j) sums[j] += block_sums[j];
+  }
+
+  void store_bias(const std::vector<double>& sums, int64_t first) {
+    const std::vector<float> rounded(sums.begin(), sums.end());
+    dispatch_float(grads_.bias.scalar_type(), [&](auto element) {
+      using T = decltype(element);
+      T* out = static_cast<T*>(grads_.bias.mutable_data_ptr()) + first;
+      tile_kernels<T>().store_scaled(out, rounded.data(), 1.0f, rounded.size());
+    });
+  }
+
+  Tensor weight_;
+  LinearLossGradients grads_;
+  int64_t tokens_;      // of a full block, and the stride of its logits
+  bool narrow_;         // 16-bit inputs: a block of the weight and of its gradient are widened
+  Tensor hidden_;       // [rows, D]
+  Tensor logits_;       // [kRows, tokens_]
+  Tensor wide_weight_;  // [tokens_, D]
+  Tensor wide_grad_;    // [tokens_, D]
+};
+
+}  // namespace dmax::cpu

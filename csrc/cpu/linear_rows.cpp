@@ -1,0 +1,87 @@
+// linear_top1_confidence and linear_sample_tokens: a token per row, from the hidden states.
+#include "cpu/gumbel_race.h"
+#include "cpu/linear_stream.h"
+#include "cpu/row_stats.h"
+
+namespace dmax::cpu {
+
+namespace {
+
+struct RowSample {
+  RowStats stats;
+  PerturbedBest best{-std::numeric_limits<float>::infinity(), -1};
+  float logit = 0;  // of best.id
+
+  void merge(const RowSample& later, double temperature) {
+    stats.merge(later.stats, temperature);
+    if (later.best.score > best.score) {  // a tie stays with the lower id
+      best = later.best;
+      logit = later.logit;
+    }
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> linear_top1_confidence(Tensor hidden, Tensor weight, OptionalTensor bias,
+                                                  double temperature, int64_t suppress_token) {
+  check_linear_top1_confidence(hidden, weight, bias, temperature, suppress_token);
+  Tensor token = empty_like_device(hidden, leading_sizes(hidden), ScalarType::Long);
+  Tensor confidence = empty_like_device(hidden, leading_sizes(hidden), ScalarType::Float);
+  if (token.numel() == 0) return {token, confidence};
+  int64_t* token_out = token.mutable_data_ptr<int64_t>();
+  float* confidence_out = confidence.mutable_data_ptr<float>();
+  reduce_linear_rows<RowStats>(
+      hidden, weight, bias, suppress_token,
+      [&](int64_t, RowStats& stats, const TileKernels<float>& kernels, const float* x, int64_t n,
+          int64_t first_id) { stats.add(kernels, x, n, first_id, temperature); },
+      [&](RowStats& stats, const RowStats& later) { stats.merge(later, temperature); },
+      [&](int64_t row, const RowStats& stats) {
+        token_out[row] = stats.token;
+        confidence_out[row] = stats.confidence();
+      });
+  return {token, confidence};
+}
+
+std::tuple<Tensor, Tensor> linear_sample_tokens(Tensor hidden, Tensor weight, Tensor seed,
+                                                OptionalTensor bias, double temperature,
+                                                int64_t suppress_token) {
+  check_linear_sample_tokens(hidden, weight, seed, bias, temperature, suppress_token);
+  if (temperature == 0) {  // greedy
+    return linear_top1_confidence(hidden, weight, bias, 1, suppress_token);
+  }
+  Tensor token = empty_like_device(hidden, leading_sizes(hidden), ScalarType::Long);
+  Tensor probability = empty_like_device(hidden, leading_sizes(hidden), ScalarType::Float);
+  if (token.numel() == 0) return {token, probability};
+  int64_t* token_out = token.mutable_data_ptr<int64_t>();
+  float* probability_out = probability.mutable_data_ptr<float>();
+  const Tensor seed_c = torch::stable::contiguous(seed);
+  const int64_t* seeds = seed_c.const_data_ptr<int64_t>();
+  const bool seed_per_row = is_seed_per_row(seed);
+
+  reduce_linear_rows<RowSample>(
+      hidden, weight, bias, suppress_token,
+      [&](int64_t row, RowSample& sample, const TileKernels<float>& kernels, const float* x,
+          int64_t n, int64_t first_id) {
+        sample.stats.add(kernels, x, n, first_id, temperature);
+        const PerturbedBest best =
+            kernels.sample(x, n, first_id, noise_key(seeds, seed_per_row, row),
+                           static_cast<float>(temperature), sample.best);
+        if (best.id != sample.best.id) sample.logit = x[best.id - first_id];
+        sample.best = best;
+      },
+      [&](RowSample& sample, const RowSample& later) { sample.merge(later, temperature); },
+      [&](int64_t row, const RowSample& sample) {
+        const RowStats& stats = sample.stats;
+        token_out[row] = stats.defined() ? sample.best.id : stats.token;
+        probability_out[row] = stats.probability(sample.logit, temperature);
+      });
+  return {token, probability};
+}
+
+}  // namespace dmax::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(dmax, CPU, m) {
+  m.impl("linear_top1_confidence", TORCH_BOX(&dmax::cpu::linear_top1_confidence));
+  m.impl("linear_sample_tokens", TORCH_BOX(&dmax::cpu::linear_sample_tokens));
+}

@@ -1,0 +1,129 @@
+// One sampled token per row of logits: whole rows, shards of them, and the merge of shards.
+#include "checks/rows.h"
+#include "common/dispatch.h"
+#include "common/row_view.h"
+#include "cpu/gumbel_race.h"
+#include "cpu/shard_merge.h"
+#include "cpu/vocab_scan.h"
+
+namespace dmax::cpu {
+
+std::tuple<Tensor, Tensor> sample_tokens(Tensor logits, Tensor seed, double temperature,
+                                         int64_t suppress_token) {
+  const int64_t vocab = check_sample_tokens(logits, seed, temperature, suppress_token);
+  Tensor token = empty_like_device(logits, leading_sizes(logits), ScalarType::Long);
+  Tensor probability = empty_like_device(logits, leading_sizes(logits), ScalarType::Float);
+  const RowView view = row_view(logits);
+  const Tensor seed_c = torch::stable::contiguous(seed);
+  const int64_t* seeds = seed_c.const_data_ptr<int64_t>();
+  int64_t* token_out = token.mutable_data_ptr<int64_t>();
+  float* probability_out = probability.mutable_data_ptr<float>();
+  const bool greedy = temperature == 0;
+
+  dispatch_float(logits.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const VocabScan scan{vocab, suppress_token, greedy ? 1.0 : temperature};
+    const TileKernels<T>& kernels = tile_kernels<T>();
+    const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
+    const auto row_of = [&](int64_t row) { return data + row * view.row_stride; };
+    scan_rows<T>(view.rows, scan, row_of, [&](int64_t row, const RowStats& stats) {
+      token_out[row] = stats.token;
+      probability_out[row] = stats.confidence();
+      if (greedy || !stats.defined()) return;
+      const NoiseKey key = noise_key(seeds, is_seed_per_row(seed), row);
+      const int64_t sampled = sample_row(kernels, row_of(row), scan, stats, key).id;
+      token_out[row] = sampled;
+      probability_out[row] = stats.probability(kernels.value(row_of(row) + sampled), temperature);
+    });
+  });
+  return {token, probability};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_partial(Tensor logits_shard, Tensor seed,
+                                                                  int64_t vocab_start,
+                                                                  double temperature,
+                                                                  int64_t suppress_token) {
+  const auto sizes =
+      check_sample_partial(logits_shard, seed, vocab_start, temperature, suppress_token);
+  const Sizes out_sizes = leading_sizes(logits_shard);
+  Tensor maximum = empty_like_device(logits_shard, out_sizes, ScalarType::Float);
+  Tensor sum_exp = empty_like_device(logits_shard, out_sizes, ScalarType::Float);
+  Tensor token = empty_like_device(logits_shard, out_sizes, ScalarType::Long);
+  Tensor score = empty_like_device(logits_shard, out_sizes, ScalarType::Float);
+  Tensor weight = empty_like_device(logits_shard, out_sizes, ScalarType::Float);
+  const RowView view = row_view(logits_shard);
+  const Tensor seed_c = torch::stable::contiguous(seed);
+  const int64_t* seeds = seed_c.const_data_ptr<int64_t>();
+  float* maximum_out = maximum.mutable_data_ptr<float>();
+  float* sum_exp_out = sum_exp.mutable_data_ptr<float>();
+  int64_t* token_out = token.mutable_data_ptr<int64_t>();
+  float* score_out = score.mutable_data_ptr<float>();
+  float* weight_out = weight.mutable_data_ptr<float>();
+
+  dispatch_float(logits_shard.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const VocabScan scan{sizes.vocab, sizes.local_suppress, temperature};
+    const TileKernels<T>& kernels = tile_kernels<T>();
+    const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
+    const auto row_of = [&](int64_t row) { return data + row * view.row_stride; };
+    scan_rows<T>(view.rows, scan, row_of, [&](int64_t row, const RowStats& stats) {
+      maximum_out[row] = stats.maximum;
+      if (!stats.defined()) {  // NaN, +inf or nothing but -inf: the maximum says it all
+        const bool empty = stats.maximum == -std::numeric_limits<float>::infinity();
+        sum_exp_out[row] = weight_out[row] = empty ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+        token_out[row] = vocab_start + stats.token;
+        score_out[row] = stats.maximum;
+        return;
+      }
+      const NoiseKey key = noise_key(seeds, is_seed_per_row(seed), row);
+      const PerturbedBest best = sample_row(kernels, row_of(row), scan, stats, key, vocab_start);
+      const double logit = kernels.value(row_of(row) + (best.id - vocab_start));
+      sum_exp_out[row] = static_cast<float>(1.0 + stats.rest);
+      token_out[row] = best.id;
+      score_out[row] = best.score;
+      weight_out[row] = static_cast<float>(std::exp((logit - stats.maximum) / temperature));
+    });
+  });
+  return {maximum, sum_exp, token, score, weight};
+}
+
+std::tuple<Tensor, Tensor> sample_merge(Tensor maximum, Tensor sum_exp, Tensor token, Tensor score,
+                                        Tensor weight, double temperature) {
+  const auto sizes = check_sample_merge(maximum, sum_exp, token, score, weight, temperature);
+  const Sizes out_sizes(maximum.sizes().begin() + 1, maximum.sizes().end());
+  Tensor sampled = empty_like_device(maximum, out_sizes, ScalarType::Long);
+  Tensor probability = empty_like_device(maximum, out_sizes, ScalarType::Float);
+  const Tensor maximum_c = torch::stable::contiguous(maximum);
+  const Tensor sum_exp_c = torch::stable::contiguous(sum_exp);
+  const Tensor token_c = torch::stable::contiguous(token);
+  const Tensor score_c = torch::stable::contiguous(score);
+  const Tensor weight_c = torch::stable::contiguous(weight);
+  const float* scores = score_c.const_data_ptr<float>();
+  const float* weights = weight_c.const_data_ptr<float>();
+  int64_t* sampled_out = sampled.mutable_data_ptr<int64_t>();
+  float* probability_out = probability.mutable_data_ptr<float>();
+  const ShardRows shards{sizes.shards,
+                         sizes.rows,
+                         maximum_c.const_data_ptr<float>(),
+                         sum_exp_c.const_data_ptr<float>(),
+                         token_c.const_data_ptr<int64_t>(),
+                         temperature};
+  for_each_merged_row(shards, [&](int64_t row) {
+    const int64_t best = shards.winner(scores, row);
+    const float maximum = shards.maxima[shards.winner(shards.maxima, row)];
+    const double mass = weights[best] * shards.factor(best, maximum);
+    sampled_out[row] = shards.tokens[best];
+    probability_out[row] = is_finite(maximum)
+                               ? static_cast<float>(mass / shards.total(row, maximum))
+                               : std::numeric_limits<float>::quiet_NaN();
+  });
+  return {sampled, probability};
+}
+
+}  // namespace dmax::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(dmax, CPU, m) {
+  m.impl("sample_tokens", TORCH_BOX(&dmax::cpu::sample_tokens));
+  m.impl("sample_partial", TORCH_BOX(&dmax::cpu::sample_partial));
+  m.impl("sample_merge", TORCH_BOX(&dmax::cpu::sample_merge));
+}

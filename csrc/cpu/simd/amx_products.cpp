@@ -1,0 +1,196 @@
+// The products of amx_products.h (Sapphire Rapids on).
+//
+// One instruction multiplies 16 tokens x 32 columns by 32 columns x 16 rows and adds into float32.
+// The first operand is the weight as it lies in memory; the hidden rows are packed in pairs of
+// columns, once. Subnormal numbers count as 0 here: no logit's float32 sum notices.
+#include "cpu/simd/amx_products.h"
+#include "cpu/simd/simd.h"
+#include "cpu/simd/transpose.h"
+
+namespace dmax::cpu::DMAX_ISA {
+
+namespace {
+
+constexpr int64_t kStep = 32;                      // columns of one instruction
+constexpr int64_t kTileElements = kLanes * kStep;  // 16-bit elements of one tile: 1 KiB
+constexpr int64_t kPairRows = 2 * kLanes;          // rows and tokens of one call of the inner
+constexpr int64_t kPairTokens = 2 * kLanes;        // loop: four tiles of sums
+constexpr int64_t kTileBytes = kTileElements * 2;
+// Steps before the next pair of panels takes its turn: the tokens' part, 32 KiB, stays in L1
+constexpr int64_t kDepthSteps = 16;
+
+int64_t num_steps(int64_t dim) { return (dim + kStep - 1) / kStep; }
+int64_t num_pairs(int64_t rows) { return (rows + kPairRows - 1) / kPairRows; }
+
+int64_t packed_bytes(int64_t rows, int64_t dim) {
+  return num_pairs(rows) * 2 * num_steps(dim) * kTileBytes;
+}
+
+// Packed tokens, and four tiles of sums per pair of panels
+int64_t scratch_bytes(int64_t dim, int64_t rows) {
+  return (2 * num_steps(dim) + 4 * num_pairs(rows)) * kTileBytes;
+}
+
+// pack_rows() of a matrix whose rows are adjacent in memory: two columns become one line of pairs
+void pack_columns(MatrixView<BFloat16> hidden, int64_t rows, int64_t dim, BFloat16* out) {
+  const auto bits = [](const BFloat16* x) { return reinterpret_cast<const uint16_t*>(x); };
+  for (int64_t k = 0; k < dim; k += 2) {
+    const uint16_t* even = bits(hidden.data + k * hidden.column_stride);
+    const uint16_t* odd = even + hidden.column_stride;
+    for (int64_t row = 0; row < rows; row += kLanes) {
+      const int64_t tile = (row / kPairRows * num_steps(dim) + k / kStep) * 2 + row / kLanes % 2;
+      uint16_t* line =
+          reinterpret_cast<uint16_t*>(out + tile * kTileElements + k % kStep / 2 * kStep);
+      const int64_t count = rows - row < kLanes ? rows - row : kLanes;
+      if (count == kLanes && k + 1 < dim) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          line[2 * lane] = even[row + lane];
+          line[2 * lane + 1] = odd[row + lane];
+        }
+        continue;
+      }
+      for (int64_t lane = 0; lane < count; ++lane) {
+        line[2 * lane] = even[row + lane];
+        if (k + 1 < dim) line[2 * lane + 1] = odd[row + lane];
+      }
+    }
+  }
+}
+
+// packed[pair of panels][step][panel][column / 2][row][column % 2]
+void pack_rows(MatrixView<BFloat16> hidden, int64_t rows, int64_t dim, void* packed) {
+  BFloat16* out = static_cast<BFloat16*>(packed);
+  __builtin_memset(packed, 0, packed_bytes(rows, dim));
+  if (hidden.row_stride == 1) return pack_columns(hidden, rows, dim, out);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t pair = row / kPairRows, panel = row / kLanes % 2, lane = row % kLanes;
+    const BFloat16* x = hidden.row(row);
+    for (int64_t k = 0; k < dim; ++k) {
+      const int64_t tile = (pair * num_steps(dim) + k / kStep) * 2 + panel;
+      out[tile * kTileElements + k % kStep / 2 * kStep + lane * 2 + k % 2] =
+          x[k * hidden.column_stride];
+    }
+  }
+}
+
+// out[step][half][token of 16][column]: whole tiles, so that no two rows fight for a cache set
+void pack_tokens(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, BFloat16* out) {
+  for (int64_t t = 0; t < kPairTokens; ++t) {
+    BFloat16* to = out + (t / kLanes) * kTileElements + t % kLanes * kStep;
+    if (t >= tokens) {  // what a tail leaves unused
+      for (int64_t step = 0; step < num_steps(dim); ++step) {
+        __builtin_memset(to + step * 2 * kTileElements, 0, kStep * 2);
+      }
+      continue;
+    }
+    const BFloat16* x = weight.row(t);
+    const bool adjacent = weight.column_stride == 1;
+    for (int64_t step = 0; step < num_steps(dim); ++step) {
+      BFloat16* tile_row = to + step * 2 * kTileElements;
+      const int64_t begin = step * kStep;
+      const int64_t count = dim - begin < kStep ? dim - begin : kStep;
+      if (adjacent && count == kStep) {
+        __builtin_memcpy(tile_row, x + begin, kStep * 2);
+        continue;
+      }
+      for (int64_t k = 0; k < kStep; ++k) {
+        tile_row[k] = k < count ? x[(begin + k) * weight.column_stride] : BFloat16{0};
+      }
+    }
+  }
+}
+
+// Sixteen rows of 64 bytes in all eight tiles; the thread's tile state is cleared on the way out
+struct TileState {
+  TileState() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~TileState() { _tile_release(); }
+};
+
+void multiply(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, const void* packed,
+              int64_t rows, void* scratch, float* logits, int64_t logits_stride) {
+  const char* packed_rows = static_cast<const char*>(packed);
+  const char* packed_tokens = static_cast<const char*>(scratch);
+  const int64_t steps = num_steps(dim);
+  float* sums = static_cast<float*>(scratch) + 2 * steps * kTileBytes / sizeof(float);
+  constexpr int64_t kRowBytes = 64;
+  constexpr int64_t kSums = kLanes * kLanes;
+  const TileState state;
+  for (int64_t t = 0; t < tokens; t += kPairTokens) {
+    // Copied to be read by several pairs of panels; a single pair reads whole tiles where they lie
+    const bool in_place = num_pairs(rows) == 1 && weight.column_stride == 1 && dim % kStep == 0 &&
+                          tokens - t >= kPairTokens;
+    if (!in_place) {
+      const MatrixView<BFloat16> part{weight.row(t), weight.row_stride, weight.column_stride};
+      pack_tokens(part, tokens - t, dim, static_cast<BFloat16*>(scratch));
+      // gcc 12 does not know that _tile_loadd reads memory
+      __asm__ volatile("" ::: "memory");
+    }
+    const int64_t a_row_bytes = in_place ? weight.row_stride * 2 : kRowBytes;
+    const int64_t a_next_half = in_place ? kLanes * a_row_bytes : kTileBytes;
+    const int64_t a_next_step = in_place ? kStep * 2 : 2 * kTileBytes;
+    const int64_t pairs = num_pairs(rows);
+    const int64_t depth = pairs == 1 ? steps : kDepthSteps;
+    for (int64_t begin = 0; begin < steps; begin += depth) {
+      const int64_t end = steps - begin < depth ? steps : begin + depth;
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        const char* a = in_place ? reinterpret_cast<const char*>(weight.row(t)) : packed_tokens;
+        a += begin * a_next_step;
+        const char* b = packed_rows + (pair * steps + begin) * 2 * kTileBytes;
+        float* pair_sums = sums + pair * 4 * kSums;
+        if (begin == 0) {
+          _tile_zero(0);
+          _tile_zero(1);
+          _tile_zero(2);
+          _tile_zero(3);
+        } else {
+          _tile_loadd(0, pair_sums, kRowBytes);
+          _tile_loadd(1, pair_sums + kSums, kRowBytes);
+          _tile_loadd(2, pair_sums + 2 * kSums, kRowBytes);
+          _tile_loadd(3, pair_sums + 3 * kSums, kRowBytes);
+        }
+        for (int64_t step = begin; step < end; ++step) {
+          if (pair == 0) {  // into L2 while the tiles multiply: else the two would take turns
+            for (int64_t next = 0; next < kPairTokens; ++next) {
+              __builtin_prefetch(weight.row(t + kPairTokens + next) + step * kStep, 0, 2);
+            }
+          }
+          _tile_loadd(4, a, a_row_bytes);
+          _tile_loadd(5, a + a_next_half, a_row_bytes);
+          _tile_loadd(6, b, kRowBytes);
+          _tile_loadd(7, b + kTileBytes, kRowBytes);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(1, 4, 7);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+          a += a_next_step;
+          b += 2 * kTileBytes;
+        }
+        _tile_stored(0, pair_sums, kRowBytes);
+        _tile_stored(1, pair_sums + kSums, kRowBytes);
+        _tile_stored(2, pair_sums + 2 * kSums, kRowBytes);
+        _tile_stored(3, pair_sums + 3 * kSums, kRowBytes);
+        if (end < steps) continue;
+        for (int64_t tile = 0; tile < 4; ++tile) {
+          const int64_t row = pair * kPairRows + tile % 2 * kLanes;
+          const int64_t token = t + tile / 2 * kLanes;
+          if (row >= rows || token >= tokens) continue;
+          store_transposed(pair_sums + tile * kSums, rows - row, tokens - token,
+                           logits + row * logits_stride + token, logits_stride);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern const AmxProducts kProducts = {packed_bytes, scratch_bytes, pack_rows, multiply};
+
+}  // namespace dmax::cpu::DMAX_ISA

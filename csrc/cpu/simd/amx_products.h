@@ -1,0 +1,41 @@
+// Products of bfloat16 matrices with float32 sums, on the tile registers of AMX.
+//
+// PyTorch's own bfloat16 product rounds its result to bfloat16, and widening to float32 gives up an
+// eighth or less of AMX's rate. So this product is ours, and the only one that is.
+#pragma once
+
+#include <cstdint>
+
+#include "common/element_types.h"
+
+namespace dmax::cpu {
+
+// Tokens per call at most: at D = 2,048 their packed weights take 256 KiB of L2
+constexpr int64_t kProductTokens = 64;
+
+// A matrix of any strides, in elements
+template <class T>
+struct MatrixView {
+  const T* data;
+  int64_t row_stride;
+  int64_t column_stride;
+
+  const T* row(int64_t i) const { return data + i * row_stride; }
+  MatrixView from_row(int64_t i) const { return {row(i), row_stride, column_stride}; }
+};
+
+struct AmxProducts {
+  // Of `rows` packed rows, and of the scratch memory of one multiply()
+  int64_t (*packed_bytes)(int64_t rows, int64_t dim);
+  int64_t (*scratch_bytes)(int64_t dim, int64_t rows);
+  // Rows [0, rows) of width dim in the layout that multiply() reads; 64-byte aligned
+  void (*pack_rows)(MatrixView<BFloat16> hidden, int64_t rows, int64_t dim, void* packed);
+  // logits[row * logits_stride + token] for all rows and `tokens` <= kProductTokens rows of weight
+  void (*multiply)(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, const void* packed,
+                   int64_t rows, void* scratch, float* logits, int64_t logits_stride);
+};
+
+// Null where the CPU has no AMX
+const AmxProducts* amx_products();
+
+}  // namespace dmax::cpu

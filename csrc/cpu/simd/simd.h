@@ -1,0 +1,285 @@
+// Sixteen float32 lanes on every instruction set, by the vector extension of gcc and clang.
+//
+// tile_kernels_isa.cpp is compiled once per instruction set with this header. Everything lives in
+// a namespace named after the set (DMAX_ISA): the linker would otherwise merge the copies and run
+// AVX-512 code on a machine without it. For the same reason no function of the standard library
+// with a body of its own may be used from here.
+#pragma once
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+
+#include "common/element_types.h"
+
+#define DMAX_INLINE inline __attribute__((always_inline))
+
+namespace dmax::cpu::DMAX_ISA {
+
+// The lane count is the same everywhere, so sums are added in the same order on every set
+constexpr int kLanes = 16;
+
+#if defined(__AVX512F__)
+constexpr int kNativeBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kNativeBytes = 32;
+#else
+constexpr int kNativeBytes = 16;
+#endif
+constexpr int kParts = 64 / kNativeBytes;
+constexpr int kNativeLanes = kNativeBytes / 4;
+
+// gcc 12 turns comparisons of vectors wider than the machine's into scalar code, so the sixteen
+// lanes are spelled as an array of native ones
+template <class T>
+struct Vec {
+  typedef T Native __attribute__((vector_size(kNativeBytes)));
+  Native part[kParts];
+
+  DMAX_INLINE T operator[](int lane) const {
+    return part[lane / kNativeLanes][lane % kNativeLanes];
+  }
+};
+
+typedef Vec<float> VecF;
+typedef Vec<int32_t> VecI;
+typedef Vec<uint32_t> VecU;
+
+template <class T>
+DMAX_INLINE Vec<T> splat(T x) {
+  Vec<T> y;
+  for (int i = 0; i < kParts; ++i) y.part[i] = x - typename Vec<T>::Native{};
+  return y;
+}
+
+#define DMAX_VECTOR_OPERATOR(op)                                         \
+  template <class T>                                                     \
+  DMAX_INLINE Vec<T> operator op(Vec<T> a, Vec<T> b) {                   \
+    for (int i = 0; i < kParts; ++i) a.part[i] = a.part[i] op b.part[i]; \
+    return a;                                                            \
+  }                                                                      \
+  template <class T>                                                     \
+  DMAX_INLINE Vec<T> operator op(Vec<T> a, T b) {                        \
+    for (int i = 0; i < kParts; ++i) a.part[i] = a.part[i] op b;         \
+    return a;                                                            \
+  }
+DMAX_VECTOR_OPERATOR(+)
+DMAX_VECTOR_OPERATOR(-)
+DMAX_VECTOR_OPERATOR(*)
+DMAX_VECTOR_OPERATOR(/)
+DMAX_VECTOR_OPERATOR(&)
+DMAX_VECTOR_OPERATOR(|)
+DMAX_VECTOR_OPERATOR(^)
+#undef DMAX_VECTOR_OPERATOR
+
+#define DMAX_VECTOR_COMPARISON(op)                                                           \
+  template <class T>                                                                         \
+  DMAX_INLINE VecI operator op(Vec<T> a, Vec<T> b) {                                         \
+    VecI lanes;                                                                              \
+    for (int i = 0; i < kParts; ++i) lanes.part[i] = (VecI::Native)(a.part[i] op b.part[i]); \
+    return lanes;                                                                            \
+  }
+DMAX_VECTOR_COMPARISON(<)
+DMAX_VECTOR_COMPARISON(>)
+DMAX_VECTOR_COMPARISON(>=)
+DMAX_VECTOR_COMPARISON(==)
+DMAX_VECTOR_COMPARISON(!=)
+#undef DMAX_VECTOR_COMPARISON
+
+template <class T>
+DMAX_INLINE Vec<T> shift_left(Vec<T> a, int bits) {
+  for (int i = 0; i < kParts; ++i) a.part[i] = a.part[i] << bits;
+  return a;
+}
+
+template <class T>
+DMAX_INLINE Vec<T> shift_right(Vec<T> a, int bits) {
+  for (int i = 0; i < kParts; ++i) a.part[i] = a.part[i] >> bits;
+  return a;
+}
+
+template <class T>
+DMAX_INLINE Vec<T> select(VecI lanes, Vec<T> a, Vec<T> b) {
+  for (int i = 0; i < kParts; ++i) a.part[i] = lanes.part[i] ? a.part[i] : b.part[i];
+  return a;
+}
+
+// The same bits as another type
+template <class To, class From>
+DMAX_INLINE Vec<To> bits_as(Vec<From> x) {
+  Vec<To> y;
+  for (int i = 0; i < kParts; ++i) y.part[i] = (typename Vec<To>::Native)x.part[i];
+  return y;
+}
+
+// The same numbers as another type
+template <class To, class From>
+DMAX_INLINE Vec<To> convert(Vec<From> x) {
+  Vec<To> y;
+  for (int i = 0; i < kParts; ++i) {
+    y.part[i] = __builtin_convertvector(x.part[i], typename Vec<To>::Native);
+  }
+  return y;
+}
+
+DMAX_INLINE VecI lane_index() {
+  constexpr int32_t index[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  VecI x;
+  __builtin_memcpy(&x, index, sizeof(x));
+  return x;
+}
+
+// High and low words of the 64-bit products a * b
+DMAX_INLINE void multiply_wide(VecU a, uint32_t b, VecU* high, VecU* low) {
+  typedef uint64_t Wide __attribute__((vector_size(kNativeBytes)));
+  constexpr uint64_t kLow = 0xffffffffu;
+  for (int i = 0; i < kParts; ++i) {
+    const Wide words = (Wide)a.part[i];
+    const Wide even = (words & kLow) * b;
+    const Wide odd = (words >> 32) * b;
+    high->part[i] = (VecU::Native)((even >> 32) | (odd & ~kLow));
+    low->part[i] = (VecU::Native)((even & kLow) | (odd << 32));
+  }
+}
+
+// ---- loads and stores: rows start anywhere, so none asks for alignment ----
+
+template <class Word>
+DMAX_INLINE VecU load_words(const Word* p) {
+  typedef Word Narrow __attribute__((vector_size(kNativeLanes * sizeof(Word))));
+  VecU x;
+  for (int i = 0; i < kParts; ++i) {
+    Narrow words;
+    __builtin_memcpy(&words, p + i * kNativeLanes, sizeof(words));
+    x.part[i] = __builtin_convertvector(words, VecU::Native);
+  }
+  return x;
+}
+
+DMAX_INLINE void store_words(uint16_t* p, VecU x) {
+  typedef uint16_t Narrow __attribute__((vector_size(kNativeLanes * 2)));
+  for (int i = 0; i < kParts; ++i) {
+    const Narrow words = __builtin_convertvector(x.part[i], Narrow);
+    __builtin_memcpy(p + i * kNativeLanes, &words, sizeof(words));
+  }
+}
+
+// Part by part: a copy of all 64 bytes at once goes through the stack where a register holds fewer
+DMAX_INLINE VecF load(const float* p) {
+  VecF x;
+  for (int i = 0; i < kParts; ++i) {
+    __builtin_memcpy(&x.part[i], p + i * kNativeLanes, kNativeBytes);
+  }
+  return x;
+}
+
+DMAX_INLINE void store(float* p, VecF x) {
+  for (int i = 0; i < kParts; ++i) {
+    __builtin_memcpy(p + i * kNativeLanes, &x.part[i], kNativeBytes);
+  }
+}
+
+DMAX_INLINE VecF load(const BFloat16* p) {
+#if defined(__AVX512F__)  // gcc 12 widens in two halves
+  VecU words;
+  const __m512i wide =
+      _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  __builtin_memcpy(&words, &wide, sizeof(words));
+#else
+  const VecU words = load_words(&p->bits);
+#endif
+  return bits_as<float>(shift_left(words, 16));
+}
+
+DMAX_INLINE void store(BFloat16* p, VecF x) {
+  const VecU bits = bits_as<uint32_t>(x);
+  const VecU odd = shift_right(bits, 16) & 1u;
+  const VecU rounded = shift_right(bits + odd + 0x7fffu, 16);  // to nearest even
+  const VecU quiet_nan = shift_right(bits, 16) | 0x40u;  // rounding could carry it to infinity
+  store_words(&p->bits, select(x == x, rounded, quiet_nan));
+}
+
+#if defined(__AVX512F__)
+DMAX_INLINE VecF load(const Float16* p) {
+  VecF x;
+  const __m512 wide =
+      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  __builtin_memcpy(&x, &wide, sizeof(x));
+  return x;
+}
+DMAX_INLINE void store(Float16* p, VecF x) {
+  __m512 wide;
+  __builtin_memcpy(&wide, &x, sizeof(x));
+  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, wide, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+}
+#elif defined(__F16C__)
+DMAX_INLINE VecF load(const Float16* p) {
+  const __m128i* half = reinterpret_cast<const __m128i*>(p);
+  const __m256 parts[2] = {_mm256_cvtph_ps(_mm_loadu_si128(half)),
+                           _mm256_cvtph_ps(_mm_loadu_si128(half + 1))};
+  VecF x;
+  __builtin_memcpy(&x, parts, sizeof(x));
+  return x;
+}
+DMAX_INLINE void store(Float16* p, VecF x) {
+  __m256 parts[2];
+  __builtin_memcpy(parts, &x, sizeof(x));
+  __m128i* half = reinterpret_cast<__m128i*>(p);
+  _mm_storeu_si128(half, _mm256_cvtps_ph(parts[0], _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(half + 1, _mm256_cvtps_ph(parts[1], _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+DMAX_INLINE VecF load(const Float16* p) {
+  const VecU bits = load_words(&p->bits);
+  const VecU sign = shift_left(bits & 0x8000u, 16);
+  const VecU exponent = shift_right(bits, 10) & 0x1fu;
+  const VecU normal = shift_left(bits & 0x7fffu, 13) + (112u << 23);
+  const VecU special = shift_left(bits & 0x7fffu, 13) + (224u << 23);  // infinity and NaN
+  const VecF subnormal = convert<float>(bits_as<int32_t>(bits & 0x3ffu)) * 5.9604644775390625e-8f;
+  VecU magnitude = select(exponent == splat(31u), special, normal);
+  magnitude = select(exponent == splat(0u), bits_as<uint32_t>(subnormal), magnitude);
+  return bits_as<float>(magnitude | sign);
+}
+DMAX_INLINE void store(Float16* p, VecF x) {
+  const VecU bits = bits_as<uint32_t>(x);
+  const VecU sign = shift_right(bits, 16) & 0x8000u;
+  const VecU magnitude = bits & 0x7fffffffu;
+  const VecU odd = shift_right(magnitude, 13) & 1u;
+  const VecU normal = shift_right(magnitude + odd + (0xfffu - (112u << 23)), 13);
+  // Adding 0.5 leaves a subnormal half's bits, correctly rounded, at the end of the sum
+  const VecU subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
+  VecU half = select(magnitude < splat(113u << 23), subnormal, normal);
+  half = select(magnitude >= splat(0x477ff000u), splat(0x7c00u), half);  // 65520 and up: infinity
+  half = select(magnitude > splat(0x7f800000u), splat(0x7e00u), half);   // NaN
+  store_words(&p->bits, half | sign);
+}
+#endif
+
+DMAX_INLINE float load_one(const float* p) { return *p; }
+
+template <class T>
+DMAX_INLINE float load_one(const T* p) {
+  T lanes[kLanes] = {};
+  lanes[0] = *p;
+  return load(lanes)[0];
+}
+
+// The last, partial vector of a range: `count` < 16 elements, the other lanes `filler`
+template <class T>
+DMAX_INLINE VecF load_tail(const T* p, int count, float filler) {
+  T lanes[kLanes] = {};
+  for (int i = 0; i < count; ++i) lanes[i] = p[i];
+  return select(lane_index() < splat(count), load(lanes), splat(filler));
+}
+
+template <class T>
+DMAX_INLINE void store_tail(T* p, int count, VecF x) {
+  T lanes[kLanes];
+  store(lanes, x);
+  for (int i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+}  // namespace dmax::cpu::DMAX_ISA

@@ -1,0 +1,72 @@
+// The loops over adjacent elements, in the best instruction set of the CPU we run on.
+//
+// Row kernels (csrc/cpu/<family>.cpp) cut the vocabulary into tiles of kTile elements and call
+// these; the table is looked up once per op call. All arithmetic is float32.
+#pragma once
+
+#include <cstdint>
+
+#include "common/element_types.h"
+
+namespace dmax::cpu {
+
+// Fixed, whatever the number of threads and rows, so that a row's bits never depend on them.
+// 2,048 elements are 8 KiB of float32: a tile stays in L1 between two loops over it.
+constexpr int64_t kTile = 2048;
+
+// Counter-based noise of one row (Philox4x32-10; see dmax_kernels/reference/sample.py)
+struct NoiseKey {
+  uint64_t seed;
+  uint64_t offset;
+  uint32_t row;
+};
+
+struct PerturbedBest {
+  float score;
+  int64_t id;
+};
+
+// Sums over w = 2^t with t = (x - maximum) * scale
+struct EntropySums {
+  float weight;    // of w: the bits of sum_exp
+  float exponent;  // of t * w, which is 0 where w is
+};
+
+template <class T>
+struct TileKernels {
+  // One element as float32
+  float (*value)(const T* x);
+  // Largest of x[0, n): NaN if any is NaN, -inf if n is 0
+  float (*maximum)(const T* x, int64_t n);
+  // Place of the first element equal to `value` (of the first NaN if value is NaN); n if none
+  int64_t (*find)(const T* x, int64_t n, float value);
+  // Place of the first element above `threshold` or NaN; n if none
+  int64_t (*find_above)(const T* x, int64_t n, float threshold);
+  // Sum of 2^((x - maximum) * scale)
+  float (*sum_exp)(const T* x, int64_t n, float maximum, float scale);
+  // The same, and what the entropy needs beside it
+  EntropySums (*entropy_sums)(const T* x, int64_t n, float maximum, float scale);
+  // Sum of x - shift; the difference comes first, so that a common offset costs no precision
+  double (*sum)(const T* x, int64_t n, float shift);
+  // y = factor * 2^((x - maximum) * log2(e)) + shift; y may be x
+  void (*softmax_grad)(const T* x, T* y, int64_t n, float maximum, float factor, float shift);
+  // Arg-max of x / temperature + Gumbel noise over ids first_id..first_id + n, if above `best`
+  PerturbedBest (*sample)(const T* x, int64_t n, int64_t first_id, NoiseKey key, float temperature,
+                          PerturbedBest best);
+  // Sum of a * b
+  double (*dot)(const T* a, const T* b, int64_t n);
+  // sum += factor * x
+  void (*add_scaled)(float* sum, const T* x, float factor, int64_t n);
+  // y = factor * x, the one rounding to T
+  void (*store_scaled)(T* y, const float* x, float factor, int64_t n);
+  // y = x, exactly
+  void (*widen)(float* y, const T* x, int64_t n);
+  // products[i * stride + t] = a_i . x_t: num_rows float32 rows `dim` apart, tokens x_stride apart
+  void (*row_products)(const T* x, int64_t x_stride, int64_t tokens, const float* a,
+                       int64_t num_rows, int64_t dim, float* products, int64_t stride);
+};
+
+template <class T>
+const TileKernels<T>& tile_kernels();
+
+}  // namespace dmax::cpu

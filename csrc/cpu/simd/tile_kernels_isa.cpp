@@ -1,0 +1,335 @@
+// The loops of tile_kernels.h; compiled once per instruction set (DMAX_ISA).
+#include "common/constants.h"
+#include "cpu/simd/noise.h"
+#include "cpu/simd/tile_kernels.h"
+#include "cpu/simd/vector_math.h"
+
+namespace dmax::cpu::DMAX_ISA {
+
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+
+// f(vector, place) over x[0, n), the last vector filled up with `filler`
+template <class T, class F>
+DMAX_INLINE void for_each_vector(const T* x, int64_t n, float filler, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(load(x + i), i);
+  if (i < n) f(load_tail(x + i, static_cast<int>(n - i), filler), i);
+}
+
+template <class T>
+float value(const T* x) {
+  return load_one(x);
+}
+
+template <class T>
+float maximum(const T* x, int64_t n) {
+  // Two chains hide the latency of the comparison. The maximum drops NaN, so they are looked for
+  // beside it, in two vectors by one comparison.
+  VecF best0 = splat(-kInfinity), best1 = best0;
+  VecI nan = splat<int32_t>(0);
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const VecF first = load(x + i), second = load(x + i + kLanes);
+    best0 = max(first, best0);
+    best1 = max(second, best1);
+    nan = nan | unordered(first, second);
+  }
+  for (; i < n; i += kLanes) {
+    const int64_t left = n - i;
+    const VecF last =
+        left >= kLanes ? load(x + i) : load_tail(x + i, static_cast<int>(left), -kInfinity);
+    best0 = max(last, best0);
+    nan = nan | unordered(last, last);
+  }
+  if (any(nan)) return __builtin_nanf("");
+  return reduce_max(max(best0, best1));
+}
+
+// 16-bit floats are compared as integers, without widening: with the magnitude of negative numbers
+// inverted, their bits sort as their values do. NaNs sort beyond the infinities, at both ends.
+template <class T>
+float maximum_of_bits(const T* x, int64_t n, int16_t infinity) {
+  constexpr int kShorts = kNativeBytes / 2;
+  typedef int16_t Shorts __attribute__((vector_size(kNativeBytes)));
+  const int16_t minus_infinity = static_cast<int16_t>(~infinity);
+  const auto larger = [](Shorts a, Shorts b) { return a > b ? a : b; };
+  const auto smaller = [](Shorts a, Shorts b) { return a < b ? a : b; };
+  const auto sortable = [](Shorts bits) { return bits ^ ((bits >> 15) & 0x7fff); };
+  // Two chains of plain values: what has its address taken, gcc stores in every turn of the loop
+  Shorts most0 = Shorts{} + minus_infinity, most1 = most0;
+  Shorts least0 = Shorts{} + infinity, least1 = least0;
+  int64_t i = 0;
+  for (; i + 2 * kShorts <= n; i += 2 * kShorts) {
+    Shorts bits[2];
+    __builtin_memcpy(bits, x + i, sizeof(bits));
+    const Shorts first = sortable(bits[0]), second = sortable(bits[1]);
+    most0 = larger(first, most0);
+    least0 = smaller(first, least0);
+    most1 = larger(second, most1);
+    least1 = smaller(second, least1);
+  }
+  int16_t lanes[2][kShorts];
+  const Shorts most = larger(most0, most1), least = smaller(least0, least1);
+  __builtin_memcpy(lanes[0], &most, sizeof(most));
+  __builtin_memcpy(lanes[1], &least, sizeof(least));
+  int16_t best = minus_infinity;
+  int16_t worst = infinity;
+  for (int lane = 0; lane < kShorts; ++lane) {
+    best = lanes[0][lane] > best ? lanes[0][lane] : best;
+    worst = lanes[1][lane] < worst ? lanes[1][lane] : worst;
+  }
+  for (; i < n; ++i) {
+    int16_t bits;
+    __builtin_memcpy(&bits, x + i, sizeof(bits));
+    const int16_t value = bits ^ ((bits >> 15) & 0x7fff);
+    best = value > best ? value : best;
+    worst = value < worst ? value : worst;
+  }
+  if (best > infinity || worst < minus_infinity) return __builtin_nanf("");
+  const T result{static_cast<uint16_t>(best ^ ((best >> 15) & 0x7fff))};
+  return load_one(&result);
+}
+
+template <>
+float maximum(const BFloat16* x, int64_t n) {
+  return maximum_of_bits(x, n, 0x7f80);
+}
+
+template <>
+float maximum(const Float16* x, int64_t n) {
+  return maximum_of_bits(x, n, 0x7c00);
+}
+
+template <class T, class Test>
+DMAX_INLINE int64_t find_first(const T* x, int64_t n, const Test& test) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int count = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+    const VecF v = count == kLanes ? load(x + i) : load_tail(x + i, count, 0.0f);
+    const VecI hit = test(v);
+    if (!any(hit)) continue;
+    for (int lane = 0; lane < count; ++lane) {
+      if (hit[lane]) return i + lane;
+    }
+  }
+  return n;
+}
+
+template <class T>
+int64_t find(const T* x, int64_t n, float value) {
+  if (value != value) {
+    return find_first(x, n, [](VecF v) { return v != v; });
+  }
+  const VecF wanted = splat(value);
+  return find_first(x, n, [&](VecF v) { return v == wanted; });
+}
+
+template <class T>
+int64_t find_above(const T* x, int64_t n, float threshold) {
+  const VecF bound = splat(threshold);
+  return find_first(x, n, [&](VecF v) { return (v > bound) | (v != v); });
+}
+
+// One loop for both, so that the sum of exponentials has the same bits with and without the other.
+// Native vectors go one by one through all of it, and few sums are kept: constants, sums and what
+// is at work fit AVX2's sixteen registers (a test reads the object code).
+template <bool kWithExponents, class T>
+DMAX_INLINE EntropySums exp_sums(const T* x, int64_t n, float maximum, float scale) {
+  constexpr int64_t kBlock = 512;  // elements in one float32 sum per lane: 32 additions
+  const VecF::Native top = maximum - VecF::Native{}, factor = scale - VecF::Native{};
+  VecF total = splat(0.0f), total_weighted = splat(0.0f);
+  const auto add = [&](VecF v, VecF* sum, VecF* weighted) {
+    for (int i = 0; i < kParts; ++i) {
+      // The difference first: it is exact near the maximum, where an offset of 1e4 would cancel
+      const VecF::Native exponent = (v.part[i] - top) * factor;
+      const VecF::Native weight = exp2_part(exponent);
+      sum->part[i] += weight;
+      if (kWithExponents) {  // bounded as in exp2: -inf * 0 would be a NaN
+        weighted->part[i] += max_part(exponent, -126.0f - VecF::Native{}) * weight;
+      }
+    }
+  };
+  int64_t i = 0;
+  while (i + kLanes <= n) {
+    const int64_t end = n - i < kBlock ? n - kLanes : i + kBlock - kLanes;
+    VecF sum = splat(0.0f), weighted = splat(0.0f);
+#pragma GCC unroll 1
+    for (; i <= end; i += kLanes) add(load(x + i), &sum, &weighted);
+    total = total + sum;
+    total_weighted = total_weighted + weighted;
+  }
+  if (i < n) {
+    const int count = static_cast<int>(n - i);
+    VecF sum = splat(0.0f), weighted = splat(0.0f);
+    add(load_tail(x + i, count, -kInfinity), &sum, &weighted);
+    const VecI used = lane_index() < splat(count);
+    total = total + select(used, sum, splat(0.0f));
+    total_weighted = total_weighted + select(used, weighted, splat(0.0f));
+  }
+  return {reduce_add(total), kWithExponents ? reduce_add(total_weighted) : 0.0f};
+}
+
+template <class T>
+float sum_exp(const T* x, int64_t n, float maximum, float scale) {
+  return exp_sums<false>(x, n, maximum, scale).weight;
+}
+
+template <class T>
+EntropySums entropy_sums(const T* x, int64_t n, float maximum, float scale) {
+  return exp_sums<true>(x, n, maximum, scale);
+}
+
+template <class T>
+double sum(const T* x, int64_t n, float shift) {
+  // A double per 256 elements keeps the error flat in n
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += 256) {
+    const int64_t count = n - begin < 256 ? n - begin : 256;
+    VecF part = splat(0.0f);
+    for_each_vector(x + begin, count, shift, [&](VecF v, int64_t) { part = part + (v - shift); });
+    total += reduce_add(part);
+  }
+  return total;
+}
+
+template <class T>
+void softmax_grad(const T* x, T* y, int64_t n, float maximum, float factor, float shift) {
+  const auto gradient = [&](VecF v) {
+    for (int i = 0; i < kParts; ++i) {
+      v.part[i] = exp2_part((v.part[i] - maximum) * kLog2E) * factor + shift;
+    }
+    return v;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, gradient(load(x + i)));
+  if (i < n) {
+    const int count = static_cast<int>(n - i);
+    store_tail(y + i, count, gradient(load_tail(x + i, count, maximum)));
+  }
+}
+
+template <class T>
+PerturbedBest sample(const T* x, int64_t n, int64_t first_id, NoiseKey key, float temperature,
+                     PerturbedBest best) {
+  // No noise exceeds -log(-log1p(-2^-33)) = 22.9: whatever lies further below cannot win, and
+  // needs no random numbers
+  constexpr float kMostNoise = 23.0f;
+  constexpr int64_t kChunk = 64;
+  float noise[kChunk];
+  const int64_t end_id = first_id + n;
+  for (int64_t chunk = first_id / kChunk; chunk * kChunk < end_id; ++chunk) {
+    const int64_t begin = chunk * kChunk > first_id ? chunk * kChunk : first_id;
+    const int64_t end = (chunk + 1) * kChunk < end_id ? (chunk + 1) * kChunk : end_id;
+    const T* logits = x + (begin - first_id);
+    if (!(maximum(logits, end - begin) / temperature + kMostNoise >= best.score)) continue;
+    exponential_noise(static_cast<uint32_t>(chunk), key, noise);
+    for (int64_t i = 0; i < end - begin; i += kLanes) {
+      const int64_t left = end - begin - i;
+      const int count = left < kLanes ? static_cast<int>(left) : kLanes;
+      const VecF logit =
+          count == kLanes ? load(logits + i) : load_tail(logits + i, count, -kInfinity);
+      const VecF e = load_tail(noise + (begin - chunk * kChunk) + i, count, 1.0f);
+      const VecF score = logit / temperature - log(e);
+      for (int lane = 0; lane < count; ++lane) {
+        const int64_t id = begin + i + lane;
+        if (score[lane] > best.score || (score[lane] == best.score && id < best.id)) {
+          best = {score[lane], id};
+        }
+      }
+    }
+  }
+  return best;
+}
+
+template <class T>
+double dot(const T* a, const T* b, int64_t n) {
+  // Block sums in double: the norm of a long row keeps float32's precision
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += 512) {
+    const int64_t end = n - begin < 512 ? n : begin + 512;
+    VecF part = splat(0.0f);
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
+      part = part + load(a + i) * load(b + i);
+    }
+    if (i < end) {
+      const int count = static_cast<int>(end - i);
+      part = part + load_tail(a + i, count, 0.0f) * load_tail(b + i, count, 0.0f);
+    }
+    total += reduce_add(part);
+  }
+  return total;
+}
+
+template <class T>
+void add_scaled(float* sum, const T* x, float factor, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(sum + i, load(sum + i) + load(x + i) * factor);
+  for (; i < n; ++i) sum[i] += load_one(x + i) * factor;
+}
+
+template <class T>
+void store_scaled(T* y, const float* x, float factor, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i) * factor);
+  if (i < n) {
+    const int count = static_cast<int>(n - i);
+    store_tail(y + i, count, load_tail(x + i, count, 0.0f) * factor);
+  }
+}
+
+template <class T>
+void widen(float* y, const T* x, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i));
+  for (; i < n; ++i) y[i] = load_one(x + i);
+}
+
+template <class T>
+void row_products(const T* x, int64_t x_stride, int64_t tokens, const float* a, int64_t num_rows,
+                  int64_t dim, float* products, int64_t stride) {
+  // Eight chains of sums in native registers: enough to hide the latency of an addition. A token's
+  // sum never meets another's, so its bits depend on its own row alone.
+  constexpr int kTokens = 8 / kParts;
+  for (int64_t t = 0; t < tokens; t += kTokens) {
+    const T* token[kTokens];
+    for (int j = 0; j < kTokens; ++j) {
+      token[j] = x + (t + j < tokens ? t + j : tokens - 1) * x_stride;
+    }
+    for (int64_t row = 0; row < num_rows; ++row) {
+      const float* values = a + row * dim;
+      VecF sum[kTokens];
+      for (int j = 0; j < kTokens; ++j) sum[j] = splat(0.0f);
+      int64_t k = 0;
+      for (; k + kLanes <= dim; k += kLanes) {
+        const VecF factor = load(values + k);
+        for (int j = 0; j < kTokens; ++j) sum[j] = sum[j] + load(token[j] + k) * factor;
+      }
+      if (k < dim) {
+        const int count = static_cast<int>(dim - k);
+        const VecF factor = load_tail(values + k, count, 0.0f);
+        for (int j = 0; j < kTokens; ++j) {
+          sum[j] = sum[j] + load_tail(token[j] + k, count, 0.0f) * factor;
+        }
+      }
+      float* out = products + row * stride + t;
+      for (int j = 0; j < kTokens && t + j < tokens; ++j) out[j] = reduce_add(sum[j]);
+    }
+  }
+}
+
+template <class T>
+constexpr TileKernels<T> kernels() {
+  return {value<T>,        maximum<T>,      find<T>,         find_above<T>,  sum_exp<T>,
+          entropy_sums<T>, sum<T>,          softmax_grad<T>, sample<T>,      dot<T>,
+          add_scaled<T>,   store_scaled<T>, widen<T>,        row_products<T>};
+}
+
+}  // namespace
+
+extern const TileKernels<float> kFloat32Kernels = kernels<float>();
+extern const TileKernels<BFloat16> kBFloat16Kernels = kernels<BFloat16>();
+extern const TileKernels<Float16> kFloat16Kernels = kernels<Float16>();
+
+}  // namespace dmax::cpu::DMAX_ISA

@@ -1,0 +1,61 @@
+// The k largest logits of a row; shared by topk_confidence and the top-k embeddings of spd_step_.
+#pragma once
+
+#include "checks/rows.h"
+#include "cpu/vocab_scan.h"
+
+namespace dmax::cpu {
+
+// Descending, NaN before all, equal values by id
+struct TopK {
+  int64_t size = 0;
+  int64_t token[kMaxTopK];
+  float logit[kMaxTopK];
+
+  static bool before(float a, float b) { return std::isnan(a) ? !std::isnan(b) : a > b; }
+
+  // Ids arrive in ascending order, so an equal value goes behind those already here
+  void insert(int64_t k, int64_t id, float value) {
+    if (size == k && !before(value, logit[k - 1])) return;
+    int64_t place = size < k ? size++ : k - 1;
+    for (; place > 0 && before(value, logit[place - 1]); --place) {
+      token[place] = token[place - 1];
+      logit[place] = logit[place - 1];
+    }
+    token[place] = id;
+    logit[place] = value;
+  }
+};
+
+template <class T>
+TopK top_k_of_row(const TileKernels<T>& kernels, const T* row, const VocabScan& scan, int64_t k) {
+  TopK best;
+  // A suppressed token ranks as -inf, so it may still fill a list that nothing else fills
+  for (int64_t id = 0; id < k; ++id) {
+    const float visible =
+        id == scan.suppress ? -std::numeric_limits<float>::infinity() : kernels.value(row + id);
+    best.insert(k, id, visible);
+  }
+  for_each_range(k, scan.vocab, scan.suppress, -1, [&](int64_t from, int64_t to) {
+    while (from < to) {
+      // Nothing lies above NaN; a NaN at the end of the list can not be displaced
+      if (std::isnan(best.logit[k - 1])) return;
+      from += kernels.find_above(row + from, to - from, best.logit[k - 1]);
+      if (from >= to) return;
+      best.insert(k, from, kernels.value(row + from));
+      ++from;
+    }
+  });
+  return best;
+}
+
+// exp((x - lse) / temperature) of each; NaN throughout where the row's softmax is not defined
+inline void top_k_confidences(const TopK& best, const RowStats& stats, const VocabScan& scan,
+                              int64_t k, int64_t* tokens, float* confidences) {
+  for (int64_t j = 0; j < k; ++j) {
+    tokens[j] = best.token[j];
+    confidences[j] = stats.probability(best.logit[j], scan.temperature);
+  }
+}
+
+}  // namespace dmax::cpu

@@ -1,0 +1,189 @@
+// Top-1 and softmax normaliser of rows of logits.
+//
+// A row is read from memory once. First the maximum of every tile; then, with the row's maximum
+// known, the exponentials of the tiles that can matter, from a cache that still holds the row.
+// Tiles and their order are fixed, so a row's bits depend neither on the number of threads nor on
+// how many rows there are, and a tile far below the maximum is never exponentiated.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "cpu/row_stats.h"
+#include "cpu/simd/tile_kernels.h"
+
+namespace dmax::cpu {
+
+// Which logits count: `suppress` is left out (-1: none)
+struct VocabScan {
+  int64_t vocab;
+  int64_t suppress = -1;
+  double temperature = 1.0;
+
+  int64_t num_tiles() const { return (vocab + kTile - 1) / kTile; }
+  float scale() const { return softmax_scale(temperature); }
+};
+
+// f(begin, end) over the tile without the places `a` and `b` (-1 or outside: no such place)
+template <class F>
+void for_each_range(int64_t begin, int64_t end, int64_t a, int64_t b, const F& f) {
+  if (a > b) std::swap(a, b);
+  for (int64_t hole : {a, b}) {
+    if (hole < begin || hole >= end) continue;
+    if (hole > begin) f(begin, hole);
+    begin = hole + 1;
+  }
+  if (begin < end) f(begin, end);
+}
+
+template <class T>
+float tile_maximum(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+                   int64_t tile) {
+  float best = -std::numeric_limits<float>::infinity();
+  const int64_t end = std::min(scan.vocab, (tile + 1) * kTile);
+  for_each_range(tile * kTile, end, scan.suppress, -1, [&](int64_t from, int64_t to) {
+    const float maximum = kernels.maximum(row + from, to - from);
+    if (maximum > best || std::isnan(maximum)) best = maximum;
+  });
+  return best;
+}
+
+// The row's maximum and its first place, from the maxima of the tiles
+template <class T>
+RowStats find_top1(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+                   const float* tile_maxima) {
+  int64_t best_tile = 0;
+  for (int64_t tile = 0; tile < scan.num_tiles(); ++tile) {
+    if (std::isnan(tile_maxima[tile])) {
+      best_tile = tile;
+      break;
+    }
+    if (tile_maxima[tile] > tile_maxima[best_tile]) best_tile = tile;
+  }
+  RowStats stats{tile_maxima[best_tile], 0, -1};
+  if (stats.maximum == -std::numeric_limits<float>::infinity()) {
+    stats.token = 0;  // nothing visible has any mass
+    return stats;
+  }
+  const int64_t end = std::min(scan.vocab, (best_tile + 1) * kTile);
+  for_each_range(best_tile * kTile, end, scan.suppress, -1, [&](int64_t from, int64_t to) {
+    if (stats.token >= 0) return;
+    const int64_t place = kernels.find(row + from, to - from, stats.maximum);
+    if (place < to - from) stats.token = from + place;
+  });
+  return stats;
+}
+
+// How far a tile's maximum lies below the row's, in nats
+inline double depth_of(float tile_max, const RowStats& stats, const VocabScan& scan) {
+  return (static_cast<double>(stats.maximum) - tile_max) / scan.temperature;
+}
+
+// One tile's share of `rest`
+template <class T>
+double tile_rest(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+                 const RowStats& stats, float tile_max, int64_t tile) {
+  if (!(depth_of(tile_max, stats, scan) < kNegligibleDepth)) return 0;
+  double rest = 0;
+  const int64_t end = std::min(scan.vocab, (tile + 1) * kTile);
+  for_each_range(tile * kTile, end, scan.suppress, stats.token, [&](int64_t from, int64_t to) {
+    rest += kernels.sum_exp(row + from, to - from, stats.maximum, scan.scale());
+  });
+  return rest;
+}
+
+// What a scan collects of a row: its start, from the maxima of the tiles, and then a sum per tile.
+// Other kinds (row_statistics.cpp) start with the same top-1 and sum more.
+struct Top1 {
+  using Row = RowStats;
+  using Tile = double;
+
+  template <class T>
+  static RowStats start(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+                        const float* tile_maxima) {
+    return find_top1(kernels, row, scan, tile_maxima);
+  }
+  template <class T>
+  static double tile(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+                     const RowStats& stats, float tile_max, int64_t tile) {
+    return tile_rest(kernels, row, scan, stats, tile_max, tile);
+  }
+  static void add(RowStats* stats, double rest) { stats->rest += rest; }
+};
+
+// Statistics of one row on the calling thread; `tile_maxima` has room for scan.num_tiles()
+template <class T, class Kind = Top1>
+typename Kind::Row scan_row(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+                            float* tile_maxima) {
+  const int64_t num_tiles = scan.num_tiles();
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    tile_maxima[tile] = tile_maximum(kernels, row, scan, tile);
+  }
+  auto stats = Kind::start(kernels, row, scan, tile_maxima);
+  if (!stats.defined()) return stats;
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    Kind::add(&stats, Kind::tile(kernels, row, scan, stats, tile_maxima[tile], tile));
+  }
+  return stats;
+}
+
+// Logits that a thread should have at least: about a third of a millisecond of work. A thread that
+// another process keeps from running holds up the whole call, for milliseconds.
+constexpr int64_t kLogitsPerThread = 1 << 19;
+
+// f(begin, end) over rows of logits, each thread given whole rows
+template <class F>
+void parallel_for_rows(int64_t count, int64_t vocab, const F& f) {
+  parallel_for(count, (kLogitsPerThread + vocab - 1) / vocab, f);
+}
+
+// Statistics of rows row_of(0..count): stats_of(i, stats) receives each once.
+//
+// With rows enough for every thread, a thread takes whole rows; with few and long ones, all threads
+// share the tiles of every row. Both add the same tiles in the same order.
+template <class T, class Kind = Top1, class RowOf, class StatsOf>
+void scan_rows(int64_t count, const VocabScan& scan, const RowOf& row_of, const StatsOf& stats_of) {
+  const TileKernels<T>& kernels = tile_kernels<T>();
+  const int64_t num_tiles = scan.num_tiles();
+  const bool worth_sharing = count * scan.vocab >= 2 * kLogitsPerThread;
+  if (count >= 2 * num_threads() || num_threads() == 1 || !worth_sharing) {
+    parallel_for_rows(count, scan.vocab, [&](int64_t begin, int64_t end) {
+      std::vector<float> tile_maxima(num_tiles);
+      for (int64_t i = begin; i < end; ++i) {
+        stats_of(i, scan_row<T, Kind>(kernels, row_of(i), scan, tile_maxima.data()));
+      }
+    });
+    return;
+  }
+  constexpr int64_t kGrain = kLogitsPerThread / kTile;
+  std::vector<float> tile_maxima(count * num_tiles);
+  std::vector<typename Kind::Tile> sums(count * num_tiles);
+  std::vector<typename Kind::Row> stats(count);
+  parallel_for(count * num_tiles, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      tile_maxima[i] = tile_maximum(kernels, row_of(i / num_tiles), scan, i % num_tiles);
+    }
+  });
+  for (int64_t row = 0; row < count; ++row) {
+    stats[row] = Kind::start(kernels, row_of(row), scan, &tile_maxima[row * num_tiles]);
+  }
+  parallel_for(count * num_tiles, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / num_tiles;
+      if (!stats[row].defined()) continue;
+      sums[i] = Kind::tile(kernels, row_of(row), scan, stats[row], tile_maxima[i], i % num_tiles);
+    }
+  });
+  for (int64_t row = 0; row < count; ++row) {
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
+      Kind::add(&stats[row], sums[row * num_tiles + tile]);
+    }
+    stats_of(row, stats[row]);
+  }
+}
+
+}  // namespace dmax::cpu

@@ -1,0 +1,169 @@
+// Rows split among blocks: who works on which tiles, and how their statistics become the row's.
+//
+// Every tile leaves one partial result: in shared memory if one block has the whole row, otherwise
+// in global scratch. The last block of a row to finish merges them. Neither which block that is nor
+// how many there are changes a bit: lane l takes the tiles l, l + 32, ... in order, then a
+// butterfly joins the lanes.
+#pragma once
+
+#include "cuda/tile.cuh"
+
+namespace dmax::cuda {
+
+constexpr int kRowWarps = 8;
+constexpr int kRowThreads = kRowWarps * kWarpSize;
+
+struct RowSplit {
+  int tiles;           // of a row
+  int splits;          // blocks per row
+  void* partials;      // [rows, tiles], if splits > 1
+  unsigned* counters;  // [rows], zero before and after the launch, if splits > 1
+};
+
+struct TileRange {
+  int64_t row;
+  int begin, end;
+};
+
+__device__ __forceinline__ TileRange block_tiles(const RowSplit& split) {
+  const int64_t row = blockIdx.x / static_cast<unsigned>(split.splits);
+  const auto part = static_cast<int64_t>(blockIdx.x % static_cast<unsigned>(split.splits));
+  return {row, static_cast<int>(split.tiles * part / split.splits),
+          static_cast<int>(split.tiles * (part + 1) / split.splits)};
+}
+
+// Where tile `index` of this block's row leaves its partial result
+template <class Partial>
+__device__ __forceinline__ Partial* partial_of(const RowSplit& split, int64_t row, int index) {
+  if (split.splits == 1) return reinterpret_cast<Partial*>(dynamic_shared) + index;
+  return static_cast<Partial*>(split.partials) + row * split.tiles + index;
+}
+
+// True on all threads of the last of `blocks` blocks to get here. The counter resets itself, which
+// lets a captured graph be replayed without a memset.
+__device__ __forceinline__ bool last_to_arrive(unsigned* counter, int blocks) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();  // what this block wrote comes before its count
+    const auto top = static_cast<unsigned>(blocks - 1);
+    last = atomicInc(counter, top) == top;
+    __threadfence();  // what the others wrote before theirs is read after it
+  }
+  __syncthreads();
+  return last;
+}
+
+// True in the block that can read all partial results of its row
+__device__ __forceinline__ bool last_of_row(const RowSplit& split, int64_t row) {
+  if (split.splits > 1) return last_to_arrive(split.counters + row, split.splits);
+  __syncthreads();
+  return true;
+}
+
+// The row's result, by one warp, the same on every lane. Partial has empty(), merge(a, b, scale)
+// and shuffle_xor(lanes), and its size is a multiple of 16 bytes.
+template <class Partial>
+__device__ __forceinline__ Partial merge_row(const RowSplit& split, int64_t row, float scale) {
+  Partial merged = Partial::empty();
+  for (int t = lane_id(); t < split.tiles; t += kWarpSize) {
+    const Partial* p = partial_of<Partial>(split, row, t);
+    merged = Partial::merge(merged, split.splits == 1 ? *p : load_other_block(p), scale);
+  }
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2)
+    merged = Partial::merge(merged, merged.shuffle_xor(lanes), scale);
+  return merged;
+}
+
+struct alignas(16) Top1Partial {
+  SoftmaxStats stats;
+
+  static __device__ __forceinline__ Top1Partial empty() { return {empty_stats()}; }
+  static __device__ __forceinline__ Top1Partial merge(const Top1Partial& a, const Top1Partial& b,
+                                                      float scale) {
+    return {merge_stats(a.stats, b.stats, [=](float d) { return exp2_approx(d * scale); })};
+  }
+  __device__ __forceinline__ Top1Partial shuffle_xor(int lanes) const {
+    return {{__shfl_xor_sync(kFullMask, stats.max, lanes),
+             __shfl_xor_sync(kFullMask, stats.rest, lanes),
+             __shfl_xor_sync(kFullMask, stats.id, lanes)}};
+  }
+};
+
+// Logits [rows, vocab] in memory; the stride is in elements
+template <class T>
+struct LogitsView {
+  const T* data;
+  int64_t row_stride;
+  int vocab;
+  int suppress;  // id read as -inf, or -1
+  float scale;   // log2(e) / temperature
+
+  __device__ __forceinline__ Row<T> row(int64_t index) const {
+    return make_row(data + index * row_stride, vocab);
+  }
+};
+
+// Leaves the partial results of all of this block's tiles
+template <class T>
+__device__ __forceinline__ void scan_tiles(const LogitsView<T>& logits, const RowSplit& split,
+                                           const TileRange& range) {
+  const Row<T> row = logits.row(range.row);
+  for (int t = range.begin + warp_id(); t < range.end; t += kRowWarps) {
+    Tile<T> tile;
+    load_tile(tile, row, t, logits.suppress);
+    const SoftmaxStats stats = tile_stats(tile, row, logits.suppress, logits.scale);
+    if (lane_id() == 0) *partial_of<Top1Partial>(split, range.row, t) = {stats};
+  }
+}
+
+// ---- Host side ----
+
+// What an op asks of a launch over rows
+struct RowWork {
+  int64_t rows;
+  int64_t vocab;
+  int resident;               // blocks of its kernel that share a multiprocessor
+  int64_t more_counters = 0;  // for the op itself, after those of RowSplit
+};
+
+struct RowLaunch {
+  LaunchShape shape;
+  RowSplit split;        // its pointers are null until the caller has memory for them
+  size_t partial_bytes;  // for split.partials; 0 if shared memory holds them
+  int64_t row_counters;  // for split.counters; 0 if a block has a whole row
+};
+
+// Chosen by arithmetic, not yet measured. With fewer rows than the GPU holds blocks, a row is split
+// into as many parts as fit at once: one block too many would start when the others end, and run
+// alone. One tile per warp is the finest split. Two blocks per multiprocessor keep 64 KB of loads
+// in flight, three times what hides 600 ns at 36 GB/s per multiprocessor (H200).
+template <class T, class Partial>
+RowLaunch choose_row_launch(const RowWork& work, const Device& device) {
+  const auto tiles = static_cast<int>((work.vocab + kTileSize<T> - 1) / kTileSize<T>);
+  const size_t row_bytes = tiles * sizeof(Partial);
+  const int64_t at_once = static_cast<int64_t>(work.resident) * device.multiprocessors;
+  const int64_t finest = (tiles + kRowWarps - 1) / kRowWarps;
+  int64_t splits = at_once / work.rows;
+  const int64_t least = row_bytes > kDefaultDynamicShared ? 2 : 1;
+  if (splits < least) splits = least;
+  if (splits > finest) splits = finest;
+
+  RowLaunch launch{};
+  const bool split = splits > 1;
+  launch.shape = {static_cast<unsigned>(work.rows * splits), kRowThreads, split ? 0 : row_bytes};
+  launch.split = {tiles, static_cast<int>(splits), nullptr, nullptr};
+  launch.partial_bytes = split ? static_cast<size_t>(work.rows) * row_bytes : 0;
+  launch.row_counters = split ? work.rows : 0;
+  return launch;
+}
+
+template <class T>
+LogitsView<T> make_logits_view(const void* data, int64_t row_stride, int64_t vocab,
+                               int64_t suppress_token, double temperature) {
+  return {static_cast<const T*>(data), row_stride, static_cast<int>(vocab),
+          static_cast<int>(suppress_token), softmax_scale(temperature)};
+}
+
+}  // namespace dmax::cuda

@@ -1,0 +1,40 @@
+#include "cuda/statistics.cuh"
+
+#include "checks/rows.h"
+#include "cuda/host.h"
+
+namespace dmax::cuda {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(Tensor logits, double temperature,
+                                                                  int64_t suppress_token) {
+  check_row_statistics(logits, temperature, suppress_token);
+  const Call call("row_statistics", logits);
+  const Sizes out_sizes = leading_sizes(logits);
+  Tensor token = empty_like_device(logits, out_sizes, ScalarType::Long);
+  Tensor confidence = empty_like_device(logits, out_sizes, ScalarType::Float);
+  Tensor runner_up = empty_like_device(logits, out_sizes, ScalarType::Float);
+  Tensor entropy = empty_like_device(logits, out_sizes, ScalarType::Float);
+  Tensor logsumexp = empty_like_device(logits, out_sizes, ScalarType::Float);
+  const RowView rows = row_view(logits);
+  if (rows.rows == 0) return {token, confidence, runner_up, entropy, logsumexp};
+  const RowStatisticsOutput out{
+      token.mutable_data_ptr<int64_t>(),   confidence.mutable_data_ptr<float>(),
+      runner_up.mutable_data_ptr<float>(), entropy.mutable_data_ptr<float>(),
+      logsumexp.mutable_data_ptr<float>(), 1.0 / temperature};
+
+  dispatch_float(logits.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const LogitsView<T> view = logits_view<T>(rows, suppress_token, temperature);
+    launch_rows<T, StatisticsPartial>(
+        call, logits, {rows.rows, rows.width, kStatisticsResident}, [&](const RowLaunch& run) {
+          return launch(run.shape, call.stream, row_statistics_kernel<T>, view, run.split, out);
+        });
+  });
+  return {token, confidence, runner_up, entropy, logsumexp};
+}
+
+}  // namespace dmax::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(dmax, CUDA, m) {
+  m.impl("row_statistics", TORCH_BOX(&dmax::cuda::row_statistics));
+}

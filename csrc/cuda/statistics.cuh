@@ -1,0 +1,134 @@
+// row_statistics: top-1, runner-up, entropy and logsumexp of every row, in one read.
+//
+// With t = (x - max) * scale in powers of two and w = 2^t, the entropy is
+// log(sum w) - log(2) * sum(t w) / sum(w). No t is positive, hence nothing cancels. The winner's
+// own term is 0, which leaves the small entropy of a sure row its digits beside log1p(rest).
+#pragma once
+
+#include "cuda/rows.cuh"
+
+namespace dmax::cuda {
+
+// Below this, 2^t underflows to 0. Clamping t here makes t * 2^t 0 as well, instead of
+// -inf * 0 = NaN.
+constexpr float kLeastExponent = -150.0f;
+
+struct alignas(16) StatisticsPartial {
+  SoftmaxStats stats;
+  float second;    // the largest logit, the one at stats.id left out
+  float exponent;  // sum of t w, relative to stats.max
+  int32_t unused[3];
+
+  static __device__ __forceinline__ StatisticsPartial empty() {
+    return {empty_stats(), -INFINITY, 0.0f, {0, 0, 0}};
+  }
+  // Symmetric in a and b to the last bit
+  static __device__ __forceinline__ StatisticsPartial merge(const StatisticsPartial& a,
+                                                            const StatisticsPartial& b,
+                                                            float scale) {
+    const bool a_first = ranks_before(a.stats.max, a.stats.id, b.stats.max, b.stats.id);
+    const float top_exponent = a_first ? a.exponent : b.exponent;
+    const float low_exponent = a_first ? b.exponent : a.exponent;
+    const float low_max = a_first ? b.stats.max : a.stats.max;
+    const float low_rest = a_first ? b.stats.rest : a.stats.rest;
+    const float shift = (low_max - (a_first ? a.stats.max : b.stats.max)) * scale;
+    const float weight = low_max == -INFINITY ? 0.0f : exp2_approx(shift);
+    // Relative to the larger maximum, every t of the lower part is smaller by the shift
+    const float shifted = fmaf(fmaxf(shift, kLeastExponent), 1.0f + low_rest, low_exponent);
+    return {merge_stats(a.stats, b.stats, [=](float d) { return exp2_approx(d * scale); }),
+            fmaxf(low_max, a_first ? a.second : b.second),
+            fmaf(shifted, weight, top_exponent),
+            {0, 0, 0}};
+  }
+  __device__ __forceinline__ StatisticsPartial shuffle_xor(int lanes) const {
+    return {{__shfl_xor_sync(kFullMask, stats.max, lanes),
+             __shfl_xor_sync(kFullMask, stats.rest, lanes),
+             __shfl_xor_sync(kFullMask, stats.id, lanes)},
+            __shfl_xor_sync(kFullMask, second, lanes),
+            __shfl_xor_sync(kFullMask, exponent, lanes),
+            {0, 0, 0}};
+  }
+};
+
+// This lane's largest element, the one at `id` left out
+template <class T>
+__device__ __forceinline__ float lane_second(const Tile<T>& tile, const VectorMaxima<T>& maxima,
+                                             int id) {
+  float second = -INFINITY;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int place = id - tile.id(v, 0);
+    if (place >= 0 && place < kWidth<T>) {
+#pragma unroll
+      for (int e = 0; e < kWidth<T>; ++e)
+        if (e != place) second = fmaxf(second, tile.at(v, e));
+    } else {
+      second = fmaxf(second, maxima.of[v]);
+    }
+  }
+  return second;
+}
+
+template <class T>
+__device__ __forceinline__ StatisticsPartial statistics_of_tile(const Tile<T>& tile,
+                                                                const Row<T>& row, int suppress,
+                                                                float scale) {
+  const VectorMaxima<T> maxima = vector_maxima(tile);
+  StatisticsPartial partial = StatisticsPartial::empty();
+  float exponents[2] = {0.0f, 0.0f};
+  partial.stats =
+      tile_stats(tile, maxima, row, suppress, scale, [&](int /*v*/, int e, float d, float weight) {
+        exponents[e % 2] = fmaf(fmaxf(d * scale, kLeastExponent), weight, exponents[e % 2]);
+      });
+  partial.exponent = warp_sum(exponents[0] + exponents[1]);
+  partial.second = warp_max(lane_second(tile, maxima, partial.stats.id));
+  return partial;
+}
+
+struct RowStatisticsOutput {
+  int64_t* token;
+  float* confidence;
+  float* runner_up;
+  float* entropy;
+  float* logsumexp;
+  double inverse_temperature;
+
+  __device__ __forceinline__ void store(int64_t row, const StatisticsPartial& all,
+                                        float scale) const {
+    const SoftmaxStats& stats = all.stats;
+    const float top = top1_probability(stats);
+    const bool broken = top != top;
+    const float log_sum = log1pf(stats.rest);
+    constexpr float kLog2 = 0.693147182f;
+    token[row] = stats.id;
+    confidence[row] = top;
+    runner_up[row] = broken ? NAN : exp2_approx((all.second - stats.max) * scale) * top;
+    entropy[row] = broken ? NAN : log_sum - kLog2 * all.exponent * top;
+    // In double: the two parts may be large and cancel
+    logsumexp[row] =
+        broken ? stats.max
+               : static_cast<float>(stats.max * inverse_temperature + static_cast<double>(log_sum));
+  }
+};
+
+constexpr int kStatisticsResident = 3;  // blocks per multiprocessor: 80 registers a thread
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, kStatisticsResident)
+    row_statistics_kernel(const __grid_constant__ LogitsView<T> logits,
+                          const __grid_constant__ RowSplit split,
+                          const __grid_constant__ RowStatisticsOutput out) {
+  const TileRange range = block_tiles(split);
+  const Row<T> row = logits.row(range.row);
+  for (int t = range.begin + warp_id(); t < range.end; t += kRowWarps) {
+    Tile<T> tile;
+    load_tile(tile, row, t, logits.suppress);
+    const StatisticsPartial partial = statistics_of_tile(tile, row, logits.suppress, logits.scale);
+    if (lane_id() == 0) *partial_of<StatisticsPartial>(split, range.row, t) = partial;
+  }
+  if (!last_of_row(split, range.row) || warp_id() != 0) return;
+  const StatisticsPartial all = merge_row<StatisticsPartial>(split, range.row, logits.scale);
+  if (lane_id() == 0) out.store(range.row, all, logits.scale);
+}
+
+}  // namespace dmax::cuda

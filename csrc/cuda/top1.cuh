@@ -1,0 +1,136 @@
+// Top-1 and top-k of every row, of a whole vocabulary or of one shard, and how the partial results
+// of the shards become one.
+#pragma once
+
+#include "cuda/top_list.cuh"
+
+namespace dmax::cuda {
+
+// ---- top1_confidence, top1_partial ----
+
+constexpr int kTop1Resident = 4;  // blocks per multiprocessor: 64 registers a thread
+
+// finish(row, stats) stores what the op makes of a row's statistics; one thread calls it
+template <class T, class Finish>
+__global__ void __launch_bounds__(kRowThreads, kTop1Resident)
+    top1_rows_kernel(const __grid_constant__ LogitsView<T> logits,
+                     const __grid_constant__ RowSplit split,
+                     const __grid_constant__ Finish finish) {
+  const TileRange range = block_tiles(split);
+  scan_tiles(logits, split, range);
+  if (!last_of_row(split, range.row) || warp_id() != 0) return;
+  const SoftmaxStats stats = merge_row<Top1Partial>(split, range.row, logits.scale).stats;
+  if (lane_id() == 0) finish(range.row, stats);
+}
+
+struct Top1ConfidenceFinish {
+  int64_t* token;
+  float* confidence;
+
+  __device__ __forceinline__ void operator()(int64_t row, const SoftmaxStats& stats) const {
+    token[row] = stats.id;
+    confidence[row] = top1_probability(stats);
+  }
+};
+
+struct Top1PartialFinish {
+  float* maximum;
+  float* sum_exp;
+  int64_t* token;
+  int64_t vocab_start;
+
+  __device__ __forceinline__ void operator()(int64_t row, const SoftmaxStats& stats) const {
+    maximum[row] = stats.max;
+    sum_exp[row] = is_finite(stats.max) ? 1.0f + stats.rest : stats.max == -INFINITY ? 0.0f : NAN;
+    token[row] = vocab_start + stats.id;
+  }
+};
+
+// ---- topk_confidence ----
+
+constexpr int kTopkResident = 3;  // 80 registers a thread
+
+struct TopkOutput {
+  int64_t* tokens;     // [rows, k]
+  float* confidences;  // [rows, k]
+  int k;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, kTopkResident)
+    topk_rows_kernel(const __grid_constant__ LogitsView<T> logits,
+                     const __grid_constant__ RowSplit split, Rank* lists,
+                     const __grid_constant__ TopkOutput out) {
+  const TileRange range = block_tiles(split);
+  scan_tiles_and_list(logits, split, range, lists, out.k);
+  if (!last_of_row(split, range.row) || warp_id() != 0) return;
+  const SoftmaxStats stats = merge_row<Top1Partial>(split, range.row, logits.scale).stats;
+  const TopList list = merge_lists(split, lists, range.row, out.k);
+  if (lane_id() >= out.k) return;
+  const int64_t place = range.row * out.k + lane_id();
+  out.tokens[place] = id_of(list.mine);
+  out.confidences[place] = listed_probability(list.mine, stats, logits.scale);
+}
+
+// ---- top1_merge, sample_merge ----
+
+// Partial results of a vocabulary's shards, [shards, rows] each
+struct ShardRows {
+  const float* maximum;
+  const float* sum_exp;
+  const int64_t* token;
+  const float* score;   // of the samples; null: the likeliest token wins
+  const float* weight;  // exp((sample's logit - maximum) / temperature); null if score is
+  int64_t shards, rows;
+  float scale;  // log2(e) / temperature
+
+  // Index of the row's largest of `values`: a NaN before all, the lowest token among equals
+  __device__ __forceinline__ int64_t winner(const float* values, int64_t row) const {
+    int64_t best = row;
+    for (int64_t s = 1; s < shards; ++s) {
+      const int64_t at = s * rows + row;
+      if (ranks_before(values[at], token[at], values[best], token[best])) best = at;
+    }
+    return best;
+  }
+
+  // exp((maximum - best) / temperature). For a shard of nothing but -inf that may be
+  // -inf - -inf = NaN, but such a shard holds no mass.
+  __device__ __forceinline__ float factor(int64_t at, float best) const {
+    return maximum[at] == -INFINITY ? 0.0f : exp2_approx((maximum[at] - best) * scale);
+  }
+
+  // Adds the shards in order, which gives the sum the same bits in every launch
+  __device__ __forceinline__ float total(int64_t row, float best) const {
+    float sum = 0.0f;
+    for (int64_t s = 0; s < shards; ++s)
+      sum = fmaf(sum_exp[s * rows + row], factor(s * rows + row, best), sum);
+    return sum;
+  }
+};
+
+constexpr int kMergeWarps = 4;
+
+// One thread per row
+__global__ void __launch_bounds__(kMergeWarps* kWarpSize)
+    merge_shards_kernel(const __grid_constant__ ShardRows shards, int64_t* token,
+                        float* probability) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kMergeWarps * kWarpSize + threadIdx.x;
+  if (row >= shards.rows) return;
+  const int64_t likeliest = shards.winner(shards.maximum, row);
+  const float best = shards.maximum[likeliest];
+  int64_t winner = likeliest;
+  float mass = 1.0f;
+  if (shards.score != nullptr) {
+    winner = shards.winner(shards.score, row);
+    mass = shards.weight[winner] * shards.factor(winner, best);
+  }
+  token[row] = shards.token[winner];
+  probability[row] = is_finite(best) ? mass / shards.total(row, best) : NAN;
+}
+
+inline LaunchShape merge_shape(int64_t rows) {
+  return warps_shape((rows + kWarpSize - 1) / kWarpSize, kMergeWarps);
+}
+
+}  // namespace dmax::cuda

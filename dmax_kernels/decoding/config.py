@@ -1,0 +1,191 @@
+"""Every option of a decoding, with its meaning, its default and its check.
+
+`spd_generate(**options)` and the options of `python -m dmax_kernels generate` are these fields.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass
+from types import ModuleType
+from typing import Any
+
+from dmax_kernels._checks import (
+    document_fields,
+    one_of,
+    option,
+    read_integer,
+    read_number,
+    require,
+)
+from dmax_kernels._numbers import as_integer, shown
+from dmax_kernels.decoding.embedding import check_model
+from dmax_kernels.models.end_tokens import end_token_ids
+from dmax_kernels.ops.spd_step import SEMANTICS
+
+CONVERGENCE = ("both", "consistency", "confidence")
+OPS = {"fused": "dmax_kernels", "reference": "dmax_kernels.reference"}
+MAX_TOP_K = 8  # of topk_confidence
+
+
+@document_fields
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How to decode. The defaults are the paper's; `for_model` fills in what only a model knows.
+
+    A mistake is a ValueError of one sentence. The rule is looked up by `rules.find_rule`.
+    """
+
+    max_new_tokens: int = option(
+        MISSING, "length of each answer; decoding runs to the end of the block in which it falls"
+    )
+    block_length: int = option(
+        32, "positions that are decoded together; use the length the model was trained with"
+    )
+    tau_dec: float = option(
+        0.5, "a masked position is promoted when its confidence is greater than this"
+    )
+    tau_acc: float = option(
+        0.9, "a block is accepted when all of its confidences are greater than this"
+    )
+    rule: object = option(
+        "spd",
+        "spd; an ablation of it: hybrid (no prefix), hard_prefix, hard (tokens instead of soft "
+        "embeddings), threshold (no revision: tau_acc and convergence do not apply); or another "
+        "decoder: factor, hierarchical, top_n, autoregressive, random, entropy_bound, margin, "
+        "uniform, parallel_forced. In Python also an instance of a rule's class, which has its "
+        "options (Hierarchical(low_threshold=0.4)), or a Rule of your own",
+    )
+    semantics: str = option(
+        "settled",
+        "when repeated predictions end a block. settled: if no mask was left before the step. "
+        "paper: always, which is line 12 of Algorithm 1 to the letter; near tau_dec 1 that is "
+        "faster and less accurate (docs/semantics.md). released: as in the authors' code, which "
+        "may leave mask tokens in the result when tau_dec > tau_acc",
+    )
+    top_k: int = option(
+        1, f"candidates that a soft embedding mixes, 1 to {MAX_TOP_K} (the paper mixes 1)"
+    )
+    convergence: str = option(
+        "both",
+        "what ends a block: both criteria, or one alone (the paper's Table 4). consistency: the "
+        "same predictions twice in a row; confidence: all of them above tau_acc",
+    )
+    suppress_mask: bool = option(True, "never predict the mask token itself")
+    max_steps_per_block: int | None = option(
+        None,
+        "steps after which a block is committed with its current predictions (default: the block "
+        "length)",
+    )
+    mask_token_id: int | None = option(None, "the mask token (default: the model config's)")
+    eos_token_id: int | Iterable[int] | None = option(
+        None,
+        "what ends an answer, in Python one id or several (default: each that the tokenizer or "
+        "the model's configs name)",
+    )
+    pad_token_id: int | None = option(
+        None,
+        "what fills a sequence after its end (default: the model config's, or else the first end "
+        "token)",
+    )
+    ops: str = option("fused", "fused: this package's kernels; reference: eager PyTorch")
+    use_cache: bool = option(
+        True, "keep keys and values of committed blocks; otherwise forward whole sequences"
+    )
+    cuda_graph: bool | None = option(
+        None,
+        "capture forward pass and step as one CUDA graph, and fail where the model does not allow "
+        "it (default: on a GPU, capture where the model allows it)",
+    )
+    poll_lag: int = option(
+        0,
+        "steps that the host may launch before it looks which rows have converged. 0 waits for "
+        "each step; 1 keeps a GPU busy where a step takes less time than the host's part of it, "
+        "at the cost of one more pass per block. The tokens are the same",
+    )
+
+    def __post_init__(self) -> None:
+        positive = "a positive integer"
+        self._keep_integer("max_new_tokens", positive)
+        self._keep_integer("block_length", positive)
+        for name in ("tau_dec", "tau_acc"):
+            value = read_number(
+                f"spd_generate: {name}", getattr(self, name), "in [0, 1]", lambda x: 0 <= x <= 1
+            )
+            object.__setattr__(self, name, value)
+        for name, names in (("semantics", SEMANTICS), ("convergence", CONVERGENCE), ("ops", OPS)):
+            value = getattr(self, name)
+            require(value in names, f"spd_generate: {name}", one_of(names), repr(value))
+        self._keep_integer("top_k", f"an integer in [1, {MAX_TOP_K}]", below=MAX_TOP_K + 1)
+        self._keep_integer("max_steps_per_block", f"{positive} or None")
+        self._keep_integer("mask_token_id", "a token id", least=None)
+        self._keep_integer("pad_token_id", "a token id", least=None)
+        self._keep_integer("poll_lag", "a non-negative integer", least=0)
+        if self.eos_token_id is not None:
+            ids = read_ids("eos_token_id", self.eos_token_id)
+            object.__setattr__(self, "eos_token_id", ids)
+
+    def _keep_integer(self, name: str, need: str, **bounds: int | None) -> None:
+        """Keep a number as Python's own, whatever library it came from, or a blank as it is."""
+        value = getattr(self, name)
+        if value is not None or getattr(DecodeConfig, name, MISSING) is not None:
+            number = read_integer(f"spd_generate: {name}", value, need, **bounds)
+            object.__setattr__(self, name, number)  # frozen, but not yet made
+
+    def for_model(self, model: Any) -> RunConfig:
+        """Fill in what the model's config knows, and check the rest against the model."""
+        vocabulary = check_model(model)
+        mask = self.mask_token_id
+        if mask is None:
+            mask = getattr(model.config, "mask_token_id", None)
+        if mask is None:
+            raise ValueError(
+                "spd_generate: the model has no mask token (config.mask_token_id); pass "
+                "mask_token_id, or use a model trained for masked diffusion"
+            )
+        in_vocabulary = f"in [0, {vocabulary}), the model's vocabulary"
+        mask = read_integer("spd_generate: mask_token_id", mask, in_vocabulary, 0, vocabulary)
+        ends = self.eos_token_id
+        ends = end_token_ids(model) if ends is None else read_ids("eos_token_id", ends)
+        pads = (self.pad_token_id, getattr(model.config, "pad_token_id", None), *ends, mask)
+        filled = {
+            "mask_token_id": mask,
+            "eos_token_id": ends,
+            "pad_token_id": next(each for each in pads if each is not None),
+            "max_steps_per_block": self.max_steps_per_block or self.block_length,
+        }
+        return RunConfig(**{**vars(self), **filled})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(DecodeConfig):
+    """A `DecodeConfig` without blanks, for one model: what the loop and the rules read."""
+
+    mask_token_id: int
+    eos_token_id: tuple[int, ...]
+    pad_token_id: int
+    max_steps_per_block: int
+
+    @property
+    def suppress_token(self) -> int:
+        """The token that is never predicted; -1 for none."""
+        return self.mask_token_id if self.suppress_mask else -1
+
+    @property
+    def functions(self) -> ModuleType:
+        """`dmax_kernels` or `dmax_kernels.reference`, which have the same functions."""
+        return importlib.import_module(OPS[self.ops])
+
+
+def read_ids(name: str, value: Any) -> tuple[int, ...]:
+    """One token id, or several."""
+    single = as_integer(value)
+    if single is not None:
+        return (single,)
+    try:
+        ids = [as_integer(each) for each in value]
+    except TypeError:
+        ids = [None]
+    require(None not in ids, f"spd_generate: {name}", "a token id or several", shown(value))
+    return tuple(each for each in ids if each is not None)

@@ -1,0 +1,356 @@
+"""Decoding rules: which masked positions a step turns into token positions.
+
+`RULES` has them by name. A class's `promote` is the rule's formula; the step around it is
+`step.ComposedRule`. All formulas keep four promises:
+
+- only masked positions are promoted, and at least one wherever any is masked (the progress rule);
+- no row reads another one: its result is the same alone and in any batch;
+- ties go to the leftmost position;
+- a position whose statistics are NaN is promoted by the progress rule alone, when nothing better
+  is masked: the leftmost of them (by the left-to-right rule, when it stands leftmost).
+
+No formula waits for the device. Rules without `revise` keep a token once it is decoded, which is
+what models trained by plain masked diffusion need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dmax_kernels._checks import one_of, read_integer, read_number, require
+from dmax_kernels.decoding.config import DecodeConfig, RunConfig
+from dmax_kernels.decoding.state import LiveBlocks
+from dmax_kernels.decoding.step import ComposedRule, Rule, Seen
+from dmax_kernels.reference.sample import MASK32, philox4x32
+
+
+class SoftParallel(Rule):
+    """The paper's rule (Algorithm 1) as one fused step, `spd_step_`."""
+
+    def update_(
+        self, logits: Tensor, embedding: Tensor, state: LiveBlocks, config: RunConfig
+    ) -> None:
+        if config.convergence != "both":
+            ABLATIONS["spd"].update_(logits, embedding, state, config)
+            return
+        config.functions.spd_step_(
+            logits,
+            embedding,
+            **state.spd_buffers(),
+            mask_token_id=config.mask_token_id,
+            tau_dec=config.tau_dec,
+            tau_acc=config.tau_acc,
+            semantics=config.semantics,
+            top_k=config.top_k,
+            suppress_token=config.suppress_token,
+            thresholds=state.thresholds,
+        )
+
+
+@dataclass(frozen=True)
+class Ablation(ComposedRule):
+    """Every masked position with c > tau_dec, and the paper's Table 3 by three switches.
+
+    prefix: promote only the leftmost run of confident masked positions. Where none is confident,
+        the leftmost is promoted, or without `prefix` the most confident one.
+    revise, soft: see `ComposedRule`.
+
+    Without any of them this is the confidence-aware parallel decoding of Fast-dLLM (arXiv
+    2505.22618, section 3.3), and the default of LLaDA 2.0 with tau_dec 0.95.
+    """
+
+    prefix: bool
+    revise: bool
+    soft: bool
+
+    def promote(self, seen: Seen) -> Tensor:
+        confident = seen.confidence > seen.tau_dec
+        if self.prefix:
+            # The function's threshold is one number, and each row has its own tau_dec
+            return seen.functions.prefix_promote(confident.float(), seen.masked, 0.5)
+        return or_best(seen.masked & confident, seen.confidence, seen.masked)
+
+
+@dataclass(frozen=True)
+class Factor(ComposedRule):
+    """The n most confident masked positions, for the largest n with (n + 1)(1 - c_(n)) < factor.
+
+    c_(n) is the n-th largest confidence of the row's masked positions. Parallel and sequential
+    greedy decoding agree on n tokens when (n + 1)(1 - c) <= 1 for all of them: the more tokens at
+    once, the surer each has to be (Fast-dLLM, arXiv 2505.22618, Theorem 1 and section 3.3). It
+    reads no threshold.
+    """
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        keep_number(self, "factor", "positive", lambda value: value > 0)
+
+    def promote(self, seen: Seen) -> Tensor:
+        # Both factors grow with the rank: whatever follows a position that fails, fails too
+        n = rank_within(seen.confidence, seen.masked) + 1
+        passes = (n + 1) * (1 - seen.confidence) < self.factor
+        return or_best(seen.masked & passes, seen.confidence, seen.masked)
+
+
+@dataclass(frozen=True)
+class Hierarchical(ComposedRule):
+    """The most confident position of each run of masked ones: divide the run and conquer it.
+
+    promoted = (best of its run and c > low_threshold) or c > tau_dec, and the row's best. Tokens
+    that are far apart depend less on each other, and each one splits its run in two. This is
+    dInfer's hierarchical decoder (arXiv 2510.08666; low_threshold is 0.4 there and 0.2 in DMax's
+    Table 1), except that dInfer promotes every tied best of a run, and this rule the leftmost.
+    """
+
+    low_threshold: float = 0.2
+
+    def __post_init__(self) -> None:
+        keep_number(self, "low_threshold", "in [0, 1]", lambda value: 0 <= value <= 1)
+
+    def promote(self, seen: Seen) -> Tensor:
+        masked, c = seen.masked, seen.confidence
+        starts = masked & ~F.pad(masked[..., :-1], (1, 0))
+        best_of_run = rank_within(c, masked, starts.cumsum(dim=-1)) == 0
+        promoted = (best_of_run & (c > self.low_threshold)) | (c > seen.tau_dec)
+        return or_best(masked & promoted, c, masked)
+
+
+@dataclass(frozen=True)
+class FixedCount(ComposedRule):
+    """A rule that promotes a fixed number of tokens per step. It reads no threshold."""
+
+    tokens_per_step: int = 1
+
+    def __post_init__(self) -> None:
+        keep_integer(self, "tokens_per_step", "a positive integer")
+
+
+@dataclass(frozen=True)
+class TopN(FixedCount):
+    """The `tokens_per_step` most confident masked positions, however sure they are.
+
+    LLaDA's low-confidence remasking with a fixed number of steps (arXiv 2502.09992, section 2.4),
+    and the arbitrary order (AO) of arXiv 2602.23225, section 4.2.
+    """
+
+    def promote(self, seen: Seen) -> Tensor:
+        return best_of_groups(seen.confidence, seen.masked, self.tokens_per_step)
+
+
+@dataclass(frozen=True)
+class Autoregressive(FixedCount):
+    """The leftmost `tokens_per_step` masked positions: AR order (arXiv 2602.23225, section 4.2).
+
+    The leftmost is promoted whatever its confidence; the run after it ends at a NaN.
+    """
+
+    def promote(self, seen: Seen) -> Tensor:
+        place = seen.masked.cumsum(dim=-1) - 1
+        passes = (place == 0) | ((place < self.tokens_per_step) & ~seen.confidence.isnan())
+        return seen.masked & ((seen.masked & ~passes).cumsum(dim=-1) == 0)
+
+
+@dataclass(frozen=True)
+class Random(FixedCount):
+    """`tokens_per_step` masked positions drawn uniformly: a control of low ARness.
+
+    (arXiv 2602.23225, section 4.2.) The draws repeat: position j draws word 0 of Philox4x32-10 with
+    key `seed` and counter (j, step, salt), and the largest draws win. The salt is a checksum of the
+    row's own predictions, by which blocks and rows draw differently although no row knows its place
+    in the batch.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        keep_integer(self, "seed", "an integer in [0, 2^64)", least=0, below=2**64)
+
+    def promote(self, seen: Seen) -> Tensor:
+        masked = seen.masked
+        position = torch.arange(masked.shape[-1], device=masked.device)
+        salt = (seen.token * (2 * position + 1)).sum(dim=-1, keepdim=True)
+        words = (position, seen.step.long().unsqueeze(-1), salt & MASK32, (salt >> 32) & MASK32)
+        counter = tuple(word.expand_as(masked) for word in words)
+        key = (
+            torch.full_like(counter[0], self.seed & MASK32),
+            torch.full_like(counter[0], self.seed >> 32),
+        )
+        draw = (philox4x32(counter, key)[0] >> 8).float()  # 24 bits: exact in float32
+        draw = draw.masked_fill(seen.confidence.isnan(), torch.nan)
+        return best_of_groups(draw, masked, self.tokens_per_step)
+
+
+@dataclass(frozen=True)
+class EntropyBound(ComposedRule):
+    """Masked positions in ascending order of entropy, while the entropies before sum to <= bound.
+
+    With H_(1) <= H_(2) <= ... of the masked positions, the k-th is promoted when
+    H_(1) + ... + H_(k-1) <= entropy_bound. The sum bounds how much the tokens taken together can
+    depend on each other (EB-sampler, arXiv 2505.24857; the default of DiffusionGemma, with 0.1).
+    """
+
+    entropy_bound: float = 0.1
+    reads = "row_statistics"
+
+    def __post_init__(self) -> None:
+        keep_number(self, "entropy_bound", "at least 0", lambda value: value >= 0)
+
+    def promote(self, seen: Seen) -> Tensor:
+        known = seen.masked & ~seen.entropy.isnan()
+        ascending, order = seen.entropy.masked_fill(~known, torch.inf).sort(dim=-1, stable=True)
+        before = F.pad(ascending.cumsum(dim=-1)[..., :-1], (1, 0))
+        within = torch.zeros_like(known).scatter(-1, order, before <= self.entropy_bound)
+        return or_best(known & within, -seen.entropy, seen.masked)
+
+
+@dataclass(frozen=True)
+class Margin(ComposedRule):
+    """Every masked position whose lead over the runner-up exceeds tau_dec; else the widest lead.
+
+    The lead tells one clear winner from two close ones, which the confidence alone does not (arXiv
+    2502.06768; the early commits of Prophet, 2508.19982).
+    """
+
+    reads = "row_statistics"
+
+    def promote(self, seen: Seen) -> Tensor:
+        lead = seen.confidence - seen.runner_up
+        return or_best(seen.masked & (lead > seen.tau_dec), lead, seen.masked)
+
+
+@dataclass(frozen=True)
+class Uniform(ComposedRule):
+    """Every masked position at once; what follows is revision alone.
+
+    With hard tokens predicted anew at every position of every step until the block converges, this
+    is how DMax decodes its uniform-diffusion baseline (arXiv 2604.08302, Table 1 and section 4.1).
+    The block starts fully masked, as there, and not from random tokens.
+    """
+
+    revise: bool = True
+
+    def promote(self, seen: Seen) -> Tensor:
+        return or_best(seen.masked & ~seen.confidence.isnan(), seen.confidence, seen.masked)
+
+
+@dataclass(frozen=True)
+class ParallelForced(FixedCount):
+    """The `tokens_per_step` most confident masked positions of every slot: no slot waits.
+
+    NAP's macro-parallel, micro-confidence updates (arXiv 2602.23225, section 5.3): the budget is
+    spread over all slots at every step, and inside a slot confidence decides. Here the slots are
+    equal parts of each block; `extra.nap_generate` decodes the paper's canvas, with headers and a
+    summary.
+    """
+
+    num_slots: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        keep_integer(self, "num_slots", "a positive integer")
+
+    def promote(self, seen: Seen) -> Tensor:
+        length = seen.masked.shape[-1]
+        slots = torch.arange(length, device=seen.masked.device) * self.num_slots // length
+        return best_of_groups(seen.confidence, seen.masked, self.tokens_per_step, slots)
+
+
+def or_best(promoted: Tensor, score: Tensor, masked: Tensor) -> Tensor:
+    """`promoted`, or a row's best masked position where that is nothing: a step must advance."""
+    key = sort_key(score, masked)
+    is_best = key == key.amax(dim=-1, keepdim=True)
+    best = masked & is_best & (is_best.cumsum(dim=-1) == 1)
+    return torch.where(promoted.any(dim=-1, keepdim=True), promoted, best)
+
+
+def best_of_groups(
+    score: Tensor, masked: Tensor, count: int, group: Tensor | None = None
+) -> Tensor:
+    """The `count` masked positions of highest score, of the row or of each group of positions.
+
+    A NaN is taken only where its row or group has no number: the leftmost.
+    """
+    rank = rank_within(score, masked, group)
+    return masked & (((rank < count) & ~score.isnan()) | (rank == 0))
+
+
+def rank_within(score: Tensor, masked: Tensor, group: Tensor | None = None) -> Tensor:
+    """Rank of every masked position by descending score, 0 for the best; in its group if given.
+
+    NaN scores come last of the masked; positions that are not masked rank after all of these. Two
+    stable sorts, by score and then by group, because argmax leaves ties open on a GPU.
+    """
+    order = sort_key(score, masked).argsort(dim=-1, descending=True, stable=True)
+    place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    if group is not None:
+        group, by_group = group.expand_as(order).gather(-1, order).sort(dim=-1, stable=True)
+        order = order.gather(-1, by_group)
+        is_first = F.pad(group[..., 1:] != group[..., :-1], (1, 0), value=True)
+        place = place - (place * is_first).cummax(dim=-1).values
+    return torch.empty_like(order).scatter_(-1, order, place)
+
+
+def sort_key(score: Tensor, masked: Tensor) -> Tensor:
+    """score with NaN below every number, and positions that are not masked below NaN."""
+    lowest = torch.finfo(score.dtype).min
+    return score.nan_to_num(nan=lowest, neginf=lowest).masked_fill(~masked, -torch.inf)
+
+
+def keep_number(rule: Rule, name: str, need: str, accepts: Callable[[float], bool]) -> None:
+    """Check an option that is a number, and keep it as a Python float."""
+    what = f"{type(rule).__name__}: {name}"
+    value = read_number(what, getattr(rule, name), f"a number, {need}", accepts)
+    object.__setattr__(rule, name, value)  # the rules are frozen
+
+
+def keep_integer(rule: Rule, name: str, need: str, **bounds: int) -> None:
+    """Check an option that is an integer, and keep it as a Python int."""
+    value = read_integer(f"{type(rule).__name__}: {name}", getattr(rule, name), need, **bounds)
+    object.__setattr__(rule, name, value)
+
+
+# SPD with one idea after another taken away (the paper's Tables 3 and 4)
+ABLATIONS = {
+    "spd": Ablation(prefix=True, revise=True, soft=True),
+    "hybrid": Ablation(prefix=False, revise=True, soft=True),
+    "hard_prefix": Ablation(prefix=True, revise=True, soft=False),
+    "hard": Ablation(prefix=False, revise=True, soft=False),
+    "threshold": Ablation(prefix=False, revise=False, soft=False),
+}
+# What `spd_generate(rule=name)` knows by name; for other options, pass an instance
+RULES: dict[str, Rule] = {
+    **ABLATIONS,
+    "spd": SoftParallel(),
+    "factor": Factor(),
+    "hierarchical": Hierarchical(),
+    "top_n": TopN(),
+    "autoregressive": Autoregressive(),
+    "random": Random(),
+    "entropy_bound": EntropyBound(),
+    "margin": Margin(),
+    "uniform": Uniform(),
+    "parallel_forced": ParallelForced(),
+}
+
+
+def find_rule(config: DecodeConfig) -> Rule:
+    """The rule that a configuration names or holds."""
+    rule = RULES.get(config.rule) if isinstance(config.rule, str) else config.rule
+    need = f"{one_of(RULES)}, or a Rule"
+    require(isinstance(rule, Rule), "spd_generate: rule", need, repr(config.rule))
+    assert isinstance(rule, Rule)
+    require(
+        config.semantics != "released"
+        or (isinstance(rule, SoftParallel) and config.convergence == "both"),
+        "spd_generate: semantics",
+        "'settled' or 'paper' unless rule is 'spd' and convergence is 'both'",
+        f"'released' with rule '{config.rule}' and convergence '{config.convergence}'",
+    )
+    return rule

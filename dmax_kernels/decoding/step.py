@@ -1,0 +1,160 @@
+"""The seam between the batch loop and what decides tokens, and the step that most rules share.
+
+Shapes: B rows, K positions of a block, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import ModuleType
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dmax_kernels import reference
+from dmax_kernels.decoding.config import RunConfig
+from dmax_kernels.decoding.state import LiveBlocks
+
+
+class Rule(ABC):
+    """What happens between two forward passes. Pass an instance as `spd_generate(rule=...)`.
+
+    The loop runs the model over the live blocks, calls `update_` once, and looks at
+    `state.converged`: a row that is True there has finished its block, whose tokens are then
+    `state.token` at its editable positions. The loop does the rest (cache, batches, end of
+    sequence, step cap, trace, streaming), which leaves a rule a function of one block's state.
+
+    A rule gets B live rows, each in a block of its own sequence. Rows may be in different blocks,
+    and row i of one step may be a different request at the next. A rule therefore keeps nothing per
+    row itself: what is fixed for a row is in the state (`state.row`, `state.start`,
+    `state.thresholds`), and `state.step` counts the block's steps. It runs the same operations
+    whatever the values are, and never reads one on the host (no `.item()`, no `if tensor`, no
+    boolean index): on a GPU the step is captured once as a CUDA graph and replayed.
+    """
+
+    def begin_(  # noqa: B027 - most rules begin with a block that is fully masked
+        self, state: LiveBlocks, rows: Tensor, embedding: Tensor, config: RunConfig
+    ) -> None:
+        """Change the start of a block where rows, bool [B], is True: it is all masks until now.
+
+        Called outside of any graph. By default this does nothing.
+        """
+
+    @abstractmethod
+    def update_(
+        self, logits: Tensor, embedding: Tensor, state: LiveBlocks, config: RunConfig
+    ) -> None:
+        """One step, in place: logits [B, K, V] of the live blocks, embedding [V, D].
+
+        Reads all of `state` and `config` (`mask_token_id`, `suppress_token`, `functions`: the fused
+        or the reference functions, ...). Writes `masked`, `token`, `confidence`, `converged` and
+        `inputs_embeds` (what the next pass reads: e(mask), a token's or a hybrid embedding), and
+        adds 1 to `step`, for the rows that are not converged. A row that is converged on entry
+        stays as it is, to the last bit. `editable`, `row`, `start` and `thresholds` are read only.
+        Each step should decide at least one masked position, or the step cap ends the block.
+        """
+
+
+UNREAD = torch.empty(0)  # a statistic that the rule does not read
+
+
+class Seen(NamedTuple):
+    """What a forward pass said about a block, and the block's state: what a formula may read."""
+
+    masked: Tensor  # bool [..., K]
+    token: Tensor = UNREAD  # int64 [..., K]: the top-1
+    confidence: Tensor = UNREAD  # float32 [..., K]: its probability
+    runner_up: Tensor = UNREAD  # float32 [..., K]: the second largest probability
+    entropy: Tensor = UNREAD  # float32 [..., K], in nats
+    tau_dec: float | Tensor = 0.5  # one number, or each row's [..., 1]
+    step: Tensor = UNREAD  # int32 [...]: steps that the block has taken
+    editable: Tensor = UNREAD  # bool [..., K]: False at the prompt's tail
+    functions: ModuleType = reference  # or dmax_kernels
+
+
+class ComposedRule(Rule):
+    """A rule that says which masked positions to promote; the rest of the step is common.
+
+    revise: predict token positions anew at each step, until the block converges by
+        `config.convergence`; otherwise a token once decoded stays, and the block ends when no mask
+        is left.
+    soft: token positions enter the next pass as hybrid embeddings (Eqs. 8-10); otherwise as the
+        plain embedding of their token.
+    reads: the function that makes the statistics: "top1_confidence", or "row_statistics" for a rule
+        that reads the runner-up or the entropy too.
+    """
+
+    revise: bool = False
+    soft: bool = False
+    reads: ClassVar[str] = "top1_confidence"
+
+    @abstractmethod
+    def promote(self, seen: Seen) -> Tensor:
+        """bool [..., K]: the masked positions that become token positions.
+
+        At least one position is promoted in every row that has a masked one.
+        """
+
+    def update_(
+        self, logits: Tensor, embedding: Tensor, state: LiveBlocks, config: RunConfig
+    ) -> None:
+        """The paper's step with the parts that this rule and the configuration name.
+
+        With nothing taken away and both criteria this is `spd_step_`, which a test checks.
+        """
+        functions = config.functions
+        statistics = getattr(functions, self.reads)(logits, suppress_token=config.suppress_token)
+        y, c = statistics[:2]
+        others = statistics[2:4] if self.reads == "row_statistics" else (UNREAD, UNREAD)
+        seen = Seen(
+            state.masked,
+            y,
+            c,
+            runner_up=others[0],
+            entropy=others[1],
+            tau_dec=state.tau_dec,
+            step=state.step,
+            editable=state.editable,
+            functions=functions,
+        )
+        promoted = self.promote(seen)
+        if not self.revise:
+            y = torch.where(state.masked, y, state.token)
+            c = torch.where(state.masked, c, state.confidence)
+
+        # Leave the mask, then look for convergence row by row
+        masked = state.masked & ~promoted
+        if self.revise:
+            repeated = y == state.token
+            if config.semantics == "settled":  # at a mask, a repeated prediction decides nothing
+                repeated &= ~state.masked
+            same = (repeated | ~state.editable).all(dim=-1) & (state.step >= 1)
+            sure = ((c > state.tau_acc) | ~state.editable).all(dim=-1)
+            criteria = {"both": same | sure, "consistency": same, "confidence": sure}
+            converged = criteria[config.convergence]
+        else:
+            converged = ~masked.any(dim=-1)
+        masked = masked & ~converged.unsqueeze(-1)  # a commit takes every position
+
+        # Inputs of the next pass
+        token = torch.where(state.editable, y, state.token)
+        embeds = F.embedding(token.masked_fill(masked, config.mask_token_id), embedding)
+        if self.soft:
+            top = (y, c)
+            if config.top_k > 1:
+                top = functions.topk_confidence(
+                    logits, config.top_k, suppress_token=config.suppress_token
+                )
+            hybrid = functions.hybrid_embedding(embedding, *top, masked, config.mask_token_id)
+            embeds = torch.where(state.editable.unsqueeze(-1), hybrid, embeds)
+
+        # Rows that had converged before this step keep all of their state
+        active = ~state.converged.unsqueeze(-1)
+        state.masked.copy_(torch.where(active, masked, state.masked))
+        state.token.copy_(torch.where(active, token, state.token))
+        state.confidence.copy_(torch.where(active & state.editable, c, state.confidence))
+        state.inputs_embeds.copy_(torch.where(active.unsqueeze(-1), embeds, state.inputs_embeds))
+        state.step.add_(~state.converged)
+        state.converged.logical_or_(converged)

@@ -1,0 +1,236 @@
+"""Tokens and losses from the hidden states and the LM head: the logits are never stored."""
+
+import torch
+from torch import Tensor
+
+from dmax_kernels.ops._register import (
+    empty_per_row,
+    register_autograd,
+    register_fake,
+    register_not_differentiable,
+)
+from dmax_kernels.reduction import autocast_operands, reduce_loss
+
+
+def linear_top1_confidence(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """:func:`dmax_kernels.top1_confidence` of ``hidden @ weight.T + bias`` (Algorithm 1, line 4).
+
+    ``x = hidden @ weight.T + bias``, ``token = argmax_v x_v``,
+    ``confidence = softmax(x / temperature)[token]``. The products of the inputs' dtype are summed
+    in float32 and the logits stay float32: a 16-bit LM head rounds them, so its ids may differ
+    where two logits round to the same number. Memory beside the results: below 8 MB on the GPU; on
+    the CPU at D = 2,048 below 5 MB, and 1 MB per thread, whatever V.
+
+    Args:
+        hidden: [..., D], float32, bfloat16 or float16. Pass only the rows you need.
+        weight: [V, D], the LM head, in hidden's dtype.
+        bias: [V] in hidden's dtype, or None.
+        temperature, suppress_token: as in :func:`dmax_kernels.top1_confidence`.
+
+    Returns:
+        token int64 [...] and confidence float32 [...]; ties, NaN and infinities as in
+        :func:`dmax_kernels.top1_confidence`. Repeated calls give the same bits. On the CPU a row's
+        bits depend neither on the other rows nor on the number of threads; on the GPU a
+        different number of rows may change the order of summation within the matrix product.
+
+    Raises:
+        RuntimeError: dtypes or shapes that do not fit, a temperature or token id out of range.
+    """
+    return torch.ops.dmax.linear_top1_confidence(
+        hidden, weight, bias, temperature=temperature, suppress_token=suppress_token
+    )
+
+
+@register_fake("linear_top1_confidence")
+def _(hidden, weight, bias=None, *, temperature=1.0, suppress_token=-1):
+    return empty_per_row(hidden, torch.int64, torch.float32)
+
+
+register_not_differentiable("linear_top1_confidence", "detach the hidden states and the weight")
+
+
+def linear_sample_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    seed: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """:func:`dmax_kernels.sample_tokens` of ``hidden @ weight.T + bias`` (Eq. 3's rollout).
+
+    The noise is keyed by (seed, offset, row, id) as there, so that a sample depends neither on how
+    the product is tiled nor, with a seed per row, on which other rows are asked for: pass
+    ``hidden[masked]`` to draw for the masked positions alone. Logits are float32, as in
+    :func:`dmax_kernels.linear_top1_confidence`.
+
+    Args:
+        hidden: [..., D], float32, bfloat16 or float16.
+        weight: [V, D], the LM head, in hidden's dtype.
+        seed: int64 on hidden's device, [2] or [..., 2], as in :func:`dmax_kernels.sample_tokens`.
+        bias: [V] in hidden's dtype, or None.
+        temperature: 0 (greedy: exactly :func:`dmax_kernels.linear_top1_confidence`) or 1e-30 to
+            1e30.
+        suppress_token: an id that is never sampled; -1 for none.
+
+    Returns:
+        token int64 [...] and its probability float32 [...].
+
+    Raises:
+        RuntimeError: dtypes or shapes that do not fit, a temperature or token id out of range.
+    """
+    return torch.ops.dmax.linear_sample_tokens(
+        hidden, weight, seed, bias, temperature=temperature, suppress_token=suppress_token
+    )
+
+
+@register_fake("linear_sample_tokens")
+def _(hidden, weight, seed, bias=None, *, temperature=1.0, suppress_token=-1):
+    return empty_per_row(hidden, torch.int64, torch.float32)
+
+
+register_not_differentiable("linear_sample_tokens", "detach the hidden states and the weight")
+
+
+def linear_oput_loss(
+    hidden_masked: Tensor | None,
+    hidden_predicted: Tensor | None,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    pass_weights: tuple[float, float] = (1.0, 1.0),
+    reduction: str = "none",
+    num_tokens: Tensor | float | None = None,
+) -> Tensor | tuple[Tensor | None, Tensor | None]:
+    """:func:`dmax_kernels.oput_loss` of ``hidden @ weight.T + bias`` of both passes (Eq. 6).
+
+    Eq. 6 of the paper, jointly: ``loss = w_masked CE(masked) + w_predicted CE(predicted)``, per
+    position and pass, with x = h W^T + b, lse = log sum_v exp(x_v), s = ``label_smoothing``,
+    z = ``z_loss``::
+
+        loss = (1 - s) (lse - x_target) + s (lse - mean(x)) + z lse^2
+        dx   = grad [(1 + 2 z lse) softmax(x) - (1 - s) onehot(target) - s / V]
+        dh = dx W,   dW = sum over positions of both passes of dx^T h,   db = sum of dx
+
+    The logits are never stored: the forward pass keeps running sums per row, the backward pass
+    computes them again block by block. Products of the inputs' dtype are summed in float32, logits
+    stay float32, and each gradient is accumulated in float32 over all blocks and rounded once.
+    Repeated calls give the same bits (on the CPU: for one number of threads).
+
+    Memory beside inputs and gradients, with R rows (both passes together). CPU: forward 2 KB D and
+    a little per thread; backward 8 R D bytes (16-bit inputs: 10 R D), 8 KB D and 2 MB. GPU: forward
+    below 16 MB; backward R (10 D + 2 C) + 4 C D bytes, with a vocabulary chunk of C = 16,384 tokens
+    (0.57 GB at R = 8,192, D = 2,048). Eager took 7 R V bytes in bench/memory.py: 9 GB there.
+
+    Args:
+        hidden_masked, hidden_predicted: [..., D], float32, bfloat16 or float16, one shape and
+            dtype; either may be None.
+        weight: [V, D], the LM head, in hidden's dtype.
+        target: int64 or int32 [...]; ``ignore_index`` rows read no hidden states and have loss and
+            gradient 0. Another id outside [0, V) is an error on the CPU; on the GPU it makes that
+            row's loss and gradients NaN.
+        bias: [V] in hidden's dtype, or None.
+        token_weight, pass_weights, reduction, num_tokens: as in :func:`dmax_kernels.oput_loss`.
+
+    Under autocast, hidden states, weight and bias are cast to autocast's dtype, as ``nn.Linear``
+    casts them.
+
+    Returns:
+        As :func:`dmax_kernels.oput_loss`; differentiable once in both hiddens, weight and bias.
+
+    Raises:
+        ValueError: an unknown reduction, a token_weight of a different shape, a num_tokens that is
+            no count or that comes with a reduction other than the mean.
+        RuntimeError: wrong dtypes, shapes, devices, options or (CPU) targets.
+    """
+    hidden_masked, hidden_predicted, weight, bias = autocast_operands(
+        hidden_masked, hidden_predicted, weight, bias
+    )
+    loss_masked, loss_predicted, _, _ = torch.ops.dmax.linear_oput_loss(
+        hidden_masked,
+        hidden_predicted,
+        weight,
+        target,
+        bias,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
+    losses = (
+        None if hidden_masked is None else loss_masked,
+        None if hidden_predicted is None else loss_predicted,
+    )
+    return reduce_loss(
+        "linear_oput_loss", losses, target, ignore_index, token_weight, pass_weights, reduction,
+        num_tokens,
+    )  # fmt: skip
+
+
+@register_fake("linear_oput_loss")
+def _(hidden_masked, hidden_predicted, weight, target, bias=None, **options):
+    def loss(hidden):
+        return weight.new_empty((0,) if hidden is None else target.shape, dtype=torch.float32)
+
+    return tuple(loss(hidden) for hidden in (hidden_masked, hidden_predicted) * 2)
+
+
+@register_fake("linear_oput_loss_backward")
+def _(
+    grad_masked, grad_predicted, hidden_masked, hidden_predicted, weight, target,
+    logsumexp_masked, logsumexp_predicted, bias=None, *, needs_masked=True, needs_predicted=True,
+    needs_weight=True, needs_bias=True, **options,
+):  # fmt: skip
+    def grad(of, needed):
+        return weight.new_empty(of.shape if needed and of is not None else (0,))
+
+    return (
+        grad(hidden_masked, needs_masked),
+        grad(hidden_predicted, needs_predicted),
+        grad(weight, needs_weight),
+        grad(bias, needs_bias),
+    )
+
+
+def _setup_context(ctx, inputs, options, output):
+    _, _, logsumexp_masked, logsumexp_predicted = output
+    ctx.options = options
+    ctx.mark_non_differentiable(logsumexp_masked, logsumexp_predicted)
+    ctx.save_for_backward(*inputs, logsumexp_masked, logsumexp_predicted)
+
+
+def _backward(ctx, grad_masked, grad_predicted, *_):
+    *inputs, bias, logsumexp_masked, logsumexp_predicted = ctx.saved_tensors
+    masked, predicted, weight, _, biased = ctx.needs_input_grad[:5]
+    needed = (masked, predicted, weight, biased)
+    grads = torch.ops.dmax.linear_oput_loss_backward(
+        grad_masked,
+        grad_predicted,
+        *inputs,
+        logsumexp_masked,
+        logsumexp_predicted,
+        bias,
+        **ctx.options,
+        needs_masked=needed[0],
+        needs_predicted=needed[1],
+        needs_weight=needed[2],
+        needs_bias=needed[3],
+    )
+    *grads, grad_bias = (g if need else None for g, need in zip(grads, needed, strict=True))
+    return *grads, None, grad_bias  # none for the target
+
+
+register_autograd("linear_oput_loss", _backward, _setup_context)
+register_not_differentiable("linear_oput_loss_backward", "second derivatives are not there")

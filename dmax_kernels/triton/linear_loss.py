@@ -1,0 +1,327 @@
+"""oput_loss of hidden @ weight^T + bias without stored logits, and its gradients.
+
+With R rows of both passes there are four products of 2 R V D operations each: the logits in the
+forward pass and again in the backward pass, the gradient of the hidden states, and that of the
+weight. At 2 x 4,096 rows, V = 157,184 and D = 2,048 that is 21.1 TFLOP. The logits are computed
+twice because a token's upstream gradient is only known when the backward pass begins.
+
+The backward pass goes through the vocabulary in chunks of C tokens (16,384 at this R). A Triton
+kernel writes the gradient of the chunk's logits [R, C] in the inputs' dtype, and two library
+products with float32 results follow. One is the chunk's gradient of the weight: it is complete,
+over all rows, and is rounded and written once, so that no float32 [V, D] exists, no atomics are
+needed, and the error does not depend on C. The other is the chunk's share of the hidden states'
+gradient, which is added to a float32 [R, D]. The workspace at these sizes is 0.57 GB: 268 MB for
+the chunk, 134 MB for its weight gradient in float32, 168 MB for three [R, D]. The traffic, beside
+what the products themselves read and write of weight, chunk and results (V R 2 bytes x 3 for the
+chunk, 7.7 GB), is 10 x 0.2 GB of additions and 3.2 GB to round the weight's gradient. These 13 GB
+take 2.7 ms at 4.8 TB/s, mostly under the products.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dmax_kernels.triton.launch import Rows, device_of, next_power_of_2, row_view
+from dmax_kernels.triton.linear_chunks import float32_product
+from dmax_kernels.triton.linear_rows import choose_linear_tiles, logits_tile, precision_of
+from dmax_kernels.triton.loss import grad_of_logits, loss_of_row, merge_log_sums
+from dmax_kernels.triton.stats import LOG2_E, finite_or_zero
+
+# Elements of one chunk of logit gradients, and the most and the fewest tokens of a chunk
+CHUNK_ELEMENTS = 1 << 27
+MOST_CHUNK_TOKENS = 16384
+LEAST_CHUNK_TOKENS = 2048
+
+
+@triton.jit(do_not_specialize=["num_rows", "blocks_per_pass", "ignore_index", "num_groups",
+                               "tiles_per_program"])
+def linear_loss_partials_kernel(
+    hidden_masked, masked_stride, hidden_predicted, predicted_stride, weight, weight_stride, bias,
+    target, num_rows, blocks_per_pass, vocab, dim, ignore_index, log2_e,
+    partial_max, partial_sum, partial_total, target_logit, num_groups, tiles_per_program,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, SMOOTHED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """Blocks of the masked pass, then of the predicted one, which share each weight tile in L2."""
+    block = tl.program_id(0)
+    group = tl.program_id(1)
+    predicted = block >= blocks_per_pass
+    hidden = tl.where(predicted, hidden_predicted, hidden_masked)
+    hidden_stride = tl.where(predicted, predicted_stride, masked_stride)
+    block -= tl.where(predicted, blocks_per_pass, 0)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    safe_row = tl.minimum(row, num_rows - 1).to(tl.int64)
+    target_ids = tl.load(target + safe_row).to(tl.int64)
+    if tl.max((target_ids != ignore_index).to(tl.int32), axis=0) == 0:
+        return
+    hidden_rows = hidden + safe_row * hidden_stride
+
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    sum_exp = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    logit_of_target = tl.zeros([BLOCK_M], tl.float32)
+    first_tile = group * tiles_per_program
+    last_tile = tl.minimum(first_tile + tiles_per_program, tl.cdiv(vocab, BLOCK_N))
+    for tile in range(first_tile, last_tile):
+        first = tile * BLOCK_N
+        ids, x = logits_tile(
+            hidden_rows, weight, weight_stride, bias, first, vocab, dim, -1,
+            PRECISION, EVEN_K, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K,
+        )
+        new_max = tl.maximum(maximum, tl.max(x, axis=1))
+        reference = finite_or_zero(new_max)
+        tile_sum = tl.sum(tl.exp2((x - reference[:, None]) * log2_e), axis=1)
+        sum_exp = sum_exp * tl.exp2((maximum - reference) * log2_e) + tile_sum
+        maximum = new_max
+        if SMOOTHED:
+            total += tl.sum(tl.where((ids < vocab)[None, :], x, 0.0), axis=1)
+        # Most tiles hold no row's target
+        here = (target_ids >= first) & (target_ids < first + BLOCK_N)
+        if tl.max(here.to(tl.int32), axis=0) > 0:
+            logit_of_target += tl.sum(tl.where(ids[None, :] == target_ids[:, None], x, 0.0), axis=1)
+
+    valid = row < num_rows
+    stacked = safe_row + tl.where(predicted, num_rows, 0)
+    at = stacked * num_groups + group
+    tl.store(partial_max + at, maximum, mask=valid)
+    tl.store(partial_sum + at, sum_exp, mask=valid)
+    if SMOOTHED:
+        tl.store(partial_total + at, total, mask=valid)
+    mine = (target_ids >= first_tile * BLOCK_N) & (target_ids < last_tile * BLOCK_N)
+    tl.store(target_logit + stacked, logit_of_target, mask=valid & mine)
+
+
+@triton.jit(do_not_specialize=["first_row", "ignore_index", "num_groups"])
+def linear_loss_kernel(
+    target, first_row, vocab, ignore_index, log2_e, label_smoothing, z_loss,
+    partial_max, partial_sum, partial_total, target_logit, num_groups, loss, logsumexp,
+    SMOOTHED: tl.constexpr, GROUPS: tl.constexpr,
+):
+    """The loss of one pass, whose partial results begin at first_row of those of both passes."""
+    row = tl.program_id(0).to(tl.int64)
+    target_id = tl.load(target + row).to(tl.int64)
+    if target_id == ignore_index:
+        tl.store(loss + row, 0.0)
+        tl.store(logsumexp + row, 0.0)
+        return
+
+    # Merge the groups in one order: logsumexp = maximum + log(sum of exponentials)
+    groups = tl.arange(0, GROUPS)
+    valid = groups < num_groups
+    at = (first_row + row) * num_groups + groups
+    maxima = tl.load(partial_max + at, mask=valid, other=float("-inf"))
+    sums = tl.load(partial_sum + at, mask=valid, other=0.0)
+    best, log_sum = merge_log_sums(maxima, sums, log2_e)
+
+    # A target outside the vocabulary has no logit and makes this row's loss NaN
+    known = (target_id >= 0) & (target_id < vocab)
+    x = tl.load(target_logit + first_row + row, mask=known, other=float("nan"))
+    mean_below = 0.0
+    if SMOOTHED:
+        totals = tl.load(partial_total + at, mask=valid, other=0.0)
+        mean_below = best - tl.sum(totals, axis=0) / vocab
+    value, lse = loss_of_row(best, log_sum, x, mean_below, label_smoothing, z_loss, SMOOTHED)
+    tl.store(loss + row, tl.where(known, value, float("nan")))
+    tl.store(logsumexp + row, lse)
+
+
+@triton.jit(do_not_specialize=["num_rows", "first_token", "ignore_index"])
+def logits_grad_kernel(
+    hidden, weight, weight_stride, bias, target, grad_loss, logsumexp,
+    num_rows, first_token, vocab, dim, ignore_index, log2_e, label_smoothing, z_loss,
+    grad_logits, grad_stride,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """grad_logits[row, id - first_token] of one tile; hidden rows lie dim apart."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N
+    safe_row = tl.minimum(row, num_rows - 1).to(tl.int64)
+    ids, x = logits_tile(
+        hidden + safe_row * dim, weight, weight_stride, bias, first_token + column, vocab, dim, -1,
+        PRECISION, EVEN_K, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K,
+    )
+
+    target_ids = tl.load(target + safe_row).to(tl.int64)
+    lse = tl.load(logsumexp + safe_row)
+    g = tl.load(grad_loss + safe_row)
+    grad = grad_of_logits(
+        tl.exp2((x - lse[:, None]) * log2_e), ids[None, :] == target_ids[:, None], g[:, None],
+        lse[:, None], vocab, label_smoothing, z_loss,
+    )
+
+    # Rows without a gradient: 0 where ignored, NaN where the target is no token
+    known = (target_ids >= 0) & (target_ids < vocab)
+    grad = tl.where(known[:, None], grad, float("nan"))
+    grad = tl.where((target_ids != ignore_index)[:, None], grad, 0.0)
+    at = grad_logits + safe_row[:, None] * grad_stride + (ids - first_token)[None, :]
+    valid = (row < num_rows)[:, None] & (ids < vocab)[None, :]
+    tl.store(at, grad.to(grad_logits.dtype.element_ty), mask=valid)
+
+
+@contextlib.contextmanager
+def plain_products(t: Tensor) -> Iterator[None]:
+    """On t's device, and without autocast, which would take a float32 product to 16 bits."""
+    with device_of(t), torch.autocast(t.device.type, enabled=False):
+        yield
+
+
+def linear_oput_loss(
+    hidden_masked: Tensor | None,
+    hidden_predicted: Tensor | None,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    vocab = weight.shape[0]
+    device, num_rows = weight.device, target.numel()
+
+    def float32(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+
+    hidden = (hidden_masked, hidden_predicted)
+    losses = [float32(0) if h is None else float32(*target.shape) for h in hidden]
+    logsumexps = [torch.empty_like(loss) for loss in losses]
+    if num_rows == 0:
+        return *losses, *logsumexps
+    present = [i for i, h in enumerate(hidden) if h is not None]
+    rows = [row_view(hidden[i]) for i in present]
+    weight_rows = row_view(weight)
+    bias = None if bias is None else bias.contiguous()
+    target = target.contiguous()
+    smoothed = label_smoothing > 0
+    total_rows = len(present) * num_rows
+    tiles = choose_linear_tiles(total_rows, vocab, weight.dtype, device, sampling=False)
+    num_groups = -(-vocab // (tiles.block_n * tiles.tiles_per_program))
+    partials = [float32(len(present), num_rows, num_groups) for _ in range(2 + smoothed)]
+    if not smoothed:
+        partials.append(partials[0])  # never read or written
+    partials.append(float32(len(present), num_rows))  # the targets' logits
+    blocks = -(-num_rows // tiles.block_m)
+    first, last = rows[0], rows[-1]
+    with device_of(weight):
+        linear_loss_partials_kernel[(blocks * len(present), num_groups)](
+            first.tensor, first.stride, last.tensor, last.stride,
+            weight_rows.tensor, weight_rows.stride, bias, target, num_rows, blocks, vocab,
+            first.width, ignore_index, LOG2_E, *partials, num_groups, tiles.tiles_per_program,
+            PRECISION=precision_of(weight.dtype), EVEN_K=first.width % tiles.block_k == 0,
+            HAS_BIAS=bias is not None, SMOOTHED=smoothed,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )
+        for place, i in enumerate(present):
+            linear_loss_kernel[(num_rows,)](
+                target, place * num_rows, vocab, ignore_index, LOG2_E, float(label_smoothing),
+                float(z_loss), *partials, num_groups, losses[i], logsumexps[i],
+                SMOOTHED=smoothed, GROUPS=next_power_of_2(num_groups), num_warps=1,
+            )
+    return *losses, *logsumexps
+
+
+def write_logits_grad(
+    hidden: Tensor, weight: Rows, bias: Tensor | None, target: Tensor, grad_loss: Tensor,
+    logsumexp: Tensor, first_token: int, num_tokens: int, out: Tensor, ignore_index: int,
+    label_smoothing: float, z_loss: float,
+) -> None:
+    """out[:, :num_tokens] := gradient of the logits of tokens first_token, first_token + 1, ..."""
+    num_rows, dim = hidden.shape
+    tiles = choose_linear_tiles(num_rows, num_tokens, hidden.dtype, hidden.device, sampling=False)
+    grid = (-(-num_rows // tiles.block_m), -(-num_tokens // tiles.block_n))
+    logits_grad_kernel[grid](
+        hidden, weight.tensor, weight.stride, bias, target, grad_loss, logsumexp,
+        num_rows, first_token, weight.count, dim, ignore_index, LOG2_E, float(label_smoothing),
+        float(z_loss), out, out.stride(0),
+        PRECISION=precision_of(hidden.dtype), EVEN_K=dim % tiles.block_k == 0,
+        HAS_BIAS=bias is not None,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )
+
+
+def linear_oput_loss_backward(
+    grad_masked: Tensor,
+    grad_predicted: Tensor,
+    hidden_masked: Tensor | None,
+    hidden_predicted: Tensor | None,
+    weight: Tensor,
+    target: Tensor,
+    logsumexp_masked: Tensor,
+    logsumexp_predicted: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    needs_masked: bool = True,
+    needs_predicted: bool = True,
+    needs_weight: bool = True,
+    needs_bias: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    vocab = weight.shape[0]
+    passes = [
+        one_pass
+        for one_pass in (
+            (hidden_masked, grad_masked, logsumexp_masked, needs_masked),
+            (hidden_predicted, grad_predicted, logsumexp_predicted, needs_predicted),
+        )
+        if one_pass[0] is not None
+    ]
+
+    def grad_like(t: Tensor | None, needed: bool) -> Tensor:
+        shape = t.shape if needed and t is not None else (0,)
+        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+
+    grad_weight = grad_like(weight, needs_weight)
+    grad_bias = grad_like(bias, needs_bias)
+    grads_hidden = [
+        grad_like(hidden_masked, needs_masked), grad_like(hidden_predicted, needs_predicted)
+    ]
+    if target.numel() == 0:
+        return *grads_hidden, grad_weight, grad_bias
+
+    with plain_products(weight):
+        # Both passes as one matrix; ignored rows as 0, since 0 times a NaN would not be 0
+        ignored = (target == ignore_index).view(-1, 1)
+        num_rows, dim = target.numel(), weight.shape[1]
+        hidden = torch.cat([h.reshape(num_rows, dim).masked_fill(ignored, 0) for h, *_ in passes])
+        grad_loss = torch.cat([g.reshape(-1) for _, g, _, _ in passes])
+        logsumexp = torch.cat([lse.reshape(-1) for _, _, lse, _ in passes])
+        target_ids = target.reshape(-1).repeat(len(passes))
+        weight_rows = row_view(weight)
+        bias_values = None if bias is None else bias.contiguous()
+
+        needs_hidden = any(needed for *_, needed in passes)
+        grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else (0,), dtype=torch.float32)
+        chunk = CHUNK_ELEMENTS // len(hidden) // LEAST_CHUNK_TOKENS * LEAST_CHUNK_TOKENS
+        chunk = min(vocab, max(LEAST_CHUNK_TOKENS, min(MOST_CHUNK_TOKENS, chunk)))
+        # Rows at 16-byte steps, which the library's products want
+        grad_logits = hidden.new_empty(len(hidden), -(-chunk // 8) * 8)
+        for first in range(0, vocab, chunk):
+            n = min(chunk, vocab - first)
+            write_logits_grad(
+                hidden, weight_rows, bias_values, target_ids, grad_loss, logsumexp, first, n,
+                grad_logits, ignore_index, label_smoothing, z_loss,
+            )
+            grad_chunk = grad_logits[:, :n]
+            if needs_hidden:
+                grad_hidden += float32_product(grad_chunk, weight[first : first + n])
+            if needs_weight:
+                grad_weight[first : first + n] = float32_product(grad_chunk.t(), hidden)
+            if bias is not None and needs_bias:
+                grad_bias[first : first + n] = grad_chunk.sum(dim=0, dtype=torch.float32)
+        if needs_hidden:
+            rows = iter(grad_hidden.split(num_rows))
+            for h, grad in zip((hidden_masked, hidden_predicted), grads_hidden, strict=True):
+                if h is not None:
+                    of_pass = next(rows)
+                    if grad.numel():
+                        grad.view(num_rows, dim).copy_(of_pass)
+    return *grads_hidden, grad_weight, grad_bias
