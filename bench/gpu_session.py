@@ -46,22 +46,6 @@ LIBRARIES = ROOT / "dmax_kernels" / "lib"
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 LOST_CONTEXT = 75  # bench/run.py's exit code after an error that ends a process's use of the GPU
 TIMED_OUT = 124
-# With -m gpu; and those that run Triton's kernels wherever they can, with no mark
-MARKED_TESTS = (
-    "test_gpu_values.py",
-    "test_gpu_runtime.py",
-    "test_triton_gpu.py",
-    "test_spd_semantics.py",
-    "test_decoding_batch.py",
-    "test_fuzz.py",
-)
-TRITON_TESTS = (
-    "test_triton_decoding.py",
-    "test_triton_loss.py",
-    "test_linear_top1_confidence.py",
-    "test_linear_sample_tokens.py",
-    "test_linear_oput_loss.py",
-)
 
 
 def gpu_facts() -> dict | str:
@@ -213,13 +197,13 @@ class Session:
         else:
             base += ["-n", "6", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
             base += ["--timeout", "120"] if importlib.util.find_spec("pytest_timeout") else []
-        groups = {"marked": (["-m", "gpu"], MARKED_TESTS), "triton": ([], TRITON_TESTS)}
+        marked, triton = gpu_tests()
+        groups = {"marked": ["-m", "gpu", *marked], "triton": ["-k", "not simt", *triton]}
         code, found = 0, {}
-        for name, (options, files) in groups.items():
+        for name, arguments in groups.items():
             log = f"test-{name}.log"
-            paths = [f"python_tests/{file}" for file in files]
             # Ten random inputs for each op: one that fails is not made smaller (conftest.py)
-            ended = self.run(log, [*base, *options, *paths], {"DMAX_FUZZ_EXAMPLES": "10"})
+            ended = self.run(log, [*base, *arguments], {"DMAX_FUZZ_EXAMPLES": "10"})
             code = code or ended
             found[name] = {"exit code": ended, **outcomes(self.text(log))}
         return code, found
@@ -265,6 +249,19 @@ class Session:
                     break
             found[name] = sanitizer_verdict(self.text(log)) if tool else "walked"
         return 0, found
+
+
+def gpu_tests() -> tuple[list[str], list[str]]:
+    """The files with tests that need a GPU, which have the mark or get it from fuzzing; and the
+    others that run Triton's kernels on a GPU where there is one."""
+    marked, triton = [], []
+    for path in sorted(Path(ROOT, "python_tests").glob("test_*.py")):
+        text = path.read_text()
+        if "pytest.mark.gpu" in text or "from fuzzing import" in text:
+            marked.append(f"python_tests/{path.name}")
+        elif "from triton_device import" in text:
+            triton.append(f"python_tests/{path.name}")
+    return marked, triton
 
 
 def libraries_serve(capability: str, carried: bool) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,6 @@ from dmax_kernels.bench.timer import Machine, measure
 from dmax_kernels.bench.workload import Work
 
 ROOT = Path(__file__).parent.parent
-TESTS = ROOT / "python_tests"
 
 
 def test_dry_run_walks_the_stages_and_keeps_their_files(tmp_path):
@@ -148,16 +146,12 @@ def test_verdict_of_the_sanitizer(log, verdict):
     assert ("clean" in sanitizer_verdict(log)) == (verdict == "clean")
 
 
-def test_every_file_with_a_test_for_the_gpu_is_run():
-    """Those with the mark, and fuzzing's, which has it in a helper; Triton's run there unmarked."""
-    marked = {
-        path.name
-        for path in TESTS.glob("test_*.py")
-        if re.search(r"pytest\.mark\.gpu", path.read_text()) and path.name != Path(__file__).name
-    }
-    assert marked | {"test_fuzz.py"} == set(gpu_session.MARKED_TESTS)
-    for name in gpu_session.TRITON_TESTS:
-        assert "triton_device" in (TESTS / name).read_text()
+def test_files_that_a_gpu_runs():
+    marked, triton = (set(names) for names in gpu_session.gpu_tests())
+    for name in ("gpu_values", "gpu_runtime", "triton_gpu", "fuzz", "decoding_batch"):
+        assert f"python_tests/test_{name}.py" in marked
+    assert {name for name in triton if "linear" in name}
+    assert not marked & triton
 
 
 def gpu_measure(works, **options):
