@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dmax_kernels.triton.launch import Rows, device_of, next_power_of_2, row_view
 from dmax_kernels.triton.linear_chunks import float32_product
-from dmax_kernels.triton.linear_rows import choose_linear_tiles, logits_tile, precision_of
+from dmax_kernels.triton.linear_rows import any_of, choose_linear_tiles, logits_tile, precision_of
 from dmax_kernels.triton.loss import grad_of_logits, loss_of_row, merge_log_sums
 from dmax_kernels.triton.stats import LOG2_E, finite_or_zero
 
@@ -56,7 +56,7 @@ def linear_loss_partials_kernel(
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     safe_row = tl.minimum(row, num_rows - 1).to(tl.int64)
     target_ids = tl.load(target + safe_row).to(tl.int64)
-    if tl.max((target_ids != ignore_index).to(tl.int32), axis=0) == 0:
+    if not any_of(target_ids != ignore_index):
         return
     hidden_rows = hidden + safe_row * hidden_stride
 
@@ -81,7 +81,7 @@ def linear_loss_partials_kernel(
             total += tl.sum(tl.where((ids < vocab)[None, :], x, 0.0), axis=1)
         # Most tiles hold no row's target
         here = (target_ids >= first) & (target_ids < first + BLOCK_N)
-        if tl.max(here.to(tl.int32), axis=0) > 0:
+        if any_of(here):
             logit_of_target += tl.sum(tl.where(ids[None, :] == target_ids[:, None], x, 0.0), axis=1)
 
     valid = row < num_rows
@@ -199,7 +199,7 @@ def linear_oput_loss(
     target = target.contiguous()
     smoothed = label_smoothing > 0
     total_rows = len(present) * num_rows
-    tiles = choose_linear_tiles(total_rows, vocab, weight.dtype, device, sampling=False)
+    tiles = choose_linear_tiles(total_rows, vocab, weight.dtype, device)
     num_groups = -(-vocab // (tiles.block_n * tiles.tiles_per_program))
     partials = [float32(len(present), num_rows, num_groups) for _ in range(2 + smoothed)]
     if not smoothed:
@@ -233,7 +233,10 @@ def write_logits_grad(
 ) -> None:
     """out[:, :num_tokens] := gradient of the logits of tokens first_token, first_token + 1, ..."""
     num_rows, dim = hidden.shape
-    tiles = choose_linear_tiles(num_rows, num_tokens, hidden.dtype, hidden.device, sampling=False)
+    # The gradient needs registers beside the accumulators: the wide tile spills up to 656 bytes
+    tiles = choose_linear_tiles(
+        num_rows, num_tokens, hidden.dtype, hidden.device, wide=False
+    )
     grid = (-(-num_rows // tiles.block_m), -(-num_tokens // tiles.block_n))
     logits_grad_kernel[grid](
         hidden, weight.tensor, weight.stride, bias, target, grad_loss, logsumexp,

@@ -62,7 +62,8 @@ def compiles_for_hopper() -> bool:
 
 
 def choose_linear_tiles(
-    num_rows: int, vocab: int, dtype: torch.dtype, device: torch.device, sampling: bool
+    num_rows: int, vocab: int, dtype: torch.dtype, device: torch.device, *, sampling: bool = False,
+    wide: bool = True,
 ) -> LinearTiles:
     """Few rows are bound by reading the weight: small tiles, several programs per multiprocessor,
     each with four stages of loads in flight. Many rows are bound by the tensor cores: the largest
@@ -79,7 +80,7 @@ def choose_linear_tiles(
             block_k, num_stages = 128, 3
     elif num_rows <= 128:
         block_n, block_k, num_warps, num_stages = 128, 64, 4 if num_rows <= 64 else 8, 4
-    elif compiles_for_hopper():  # twice as wide spills elsewhere
+    elif wide and compiles_for_hopper():  # spills elsewhere
         block_n, block_k, num_warps, num_stages = 256, 64, 8, 3
     else:
         block_n, block_k, num_warps, num_stages = 128, 64, 8, 3
@@ -120,6 +121,16 @@ def logits_tile(
         x += tl.load(bias + token).to(tl.float32)[None, :]
     visible = (ids < vocab) & (ids != suppress_token)
     return ids, tl.where(visible[None, :], x, float("-inf"))
+
+
+@triton.jit
+def any_of(flags):
+    """Whether any of the flags [M] is set.
+
+    They are reduced as a matrix of one row: reduced as they are, flags that come from a product's
+    rows stop Triton 3.7 on Blackwell ("parent layout must have at least rank >= 2").
+    """
+    return tl.max(tl.max(flags.to(tl.int32)[None, :], axis=1), axis=0) > 0
 
 
 @triton.jit
@@ -195,7 +206,7 @@ def linear_statistics_kernel(
         maximum = new_max
 
         # A NaN, which is rare: the first one's id
-        if tl.max((tile_sum != tile_sum).to(tl.int32), axis=0) > 0:
+        if any_of(tile_sum != tile_sum):
             first_nan = tl.min(tl.where(x != x, ids[None, :], NO_ID), axis=1)
             nan_token = tl.minimum(nan_token, first_nan)
 
@@ -262,7 +273,9 @@ def linear_statistics(
         span = slice(first, min(first + most_rows, hidden.count))
         count = span.stop - first
         rows = Rows(flat[span], count, hidden.width, hidden.stride)
-        tiles = choose_linear_tiles(count, weight.count, dtype, device, sampling)
+        tiles = choose_linear_tiles(
+            count, weight.count, dtype, device, sampling=sampling
+        )
         group_tokens = CHUNK_TILE if chunked else tiles.block_n * tiles.tiles_per_program
         num_groups = -(-weight.count // group_tokens)
         kinds = [torch.float32, torch.float32, torch.int32] + [torch.float32] * 2 * sampling
