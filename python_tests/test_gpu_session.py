@@ -194,3 +194,10 @@ def test_roofs_of_the_machine_are_of_reads_and_of_copies():
     assert machine.seconds_to_move(read) == (1 << 20) / machine.read_bandwidth
     assert machine.seconds_to_move(write) == (1 << 20) / machine.copy_bandwidth
     assert machine.matrix_rate(torch.float32) > 0
+
+
+def test_the_stand_in_has_what_the_timer_calls():
+    def public(kind):
+        return {name for name in vars(kind) if not name.startswith("_")} - {"flush_bytes"}
+
+    assert public(FakeGpu) == public(gpu_timer.Gpu)
