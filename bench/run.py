@@ -120,8 +120,6 @@ def run_cases(
                 print(f"{case.name}: {text}", file=sys.stderr)
             if machine.gpu is None:
                 row["threads"] = count
-            else:
-                machine.gpu.release()
             rows.append(row)
             save(rows, [f"{case.name}, {count} threads" for case, count in cells[index + 1 :]])
             if lost_context(row):

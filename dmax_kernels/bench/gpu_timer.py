@@ -36,7 +36,6 @@ class Gpu:
 
     def __init__(self) -> None:
         self.flushed = torch.ones(self.flush_bytes // 4, device="cuda")
-        # One pool for all graphs: they never run at once, and nobody reads their results
         self.pool = torch.cuda.graph_pool_handle()
 
     def large_buffer(self) -> torch.Tensor:
@@ -87,6 +86,7 @@ class Gpu:
             return graph.replay, "graph"
         except RuntimeError:
             torch.cuda.synchronize()
+            self.pool = torch.cuda.graph_pool_handle()
             return lambda: [call() for call in calls], "eager"
 
     def peak_bytes(self, call: Candidate) -> int:
@@ -99,7 +99,13 @@ class Gpu:
         return torch.cuda.max_memory_allocated() - before
 
     def release(self) -> None:
+        """Before a case: gives back the memory of the last one.
+
+        The graphs of a case share a pool of memory, since they never run at once and nobody reads
+        their results. PyTorch refuses a pool whose graphs are all gone, hence a new one.
+        """
         torch.cuda.empty_cache()
+        self.pool = torch.cuda.graph_pool_handle()
 
     def clocks(self) -> str:
         """Of the multiprocessors and of the memory, and the power drawn, where the driver tells."""
@@ -129,6 +135,7 @@ def gpu_rows(
     failed: dict[str, str],
 ) -> tuple[Work, dict[str, dict[str, Any]], dict[str, Any]]:
     """(the work, a row for each candidate, what else was seen). See the top of this file."""
+    gpu.release()
     works = copies_of(make, gpu)
     work = works[0]
     restores = [each.restore for each in works if each.restore]
@@ -152,7 +159,6 @@ def gpu_rows(
             if name == "fused":
                 raise
             failed[name] = f"failed: {type(error).__name__}: {error}".splitlines()[0]
-            gpu.release()
     empties = gpu.captured([gpu.empty])[0], gpu.captured([gpu.empty] * NODES)[0]
     plans[EMPTY] = {"once": empties[0], "many": empties[1], "calls": NODES, "run": "graph"}
     times: dict[str, dict[str, list[float]]] = {
