@@ -58,16 +58,20 @@ fuzz: build-cpu ## Test every op on random inputs and for growing memory, for so
 train: build-cpu ## Train the demo's three checkpoints from nothing.
 	$(PYTHON) -m dmax_kernels train --config ring_walk
 
-bench: build-cpu ## Time every op beside eager PyTorch; print a table, write JSON and pictures.
-	$(PYTHON) bench/run.py --output build/bench/results.json
+# This takes about 15 minutes. BENCH=--quick takes one: a shape an op, without torch.compile.
+bench: build-cpu ## Time every op beside its best peer; print a table, write JSON and pictures.
+	$(PYTHON) bench/run.py --output build/bench/results.json $(BENCH)
 
 docs: build-cpu ## Render the pages and the docstrings as HTML into build/docs.
 	$(PYTHON) -m sphinx -q -W --keep-going docs build/docs
 
-# This downloads nothing: GPU_PYTHON is the Python that has this machine's CUDA build of PyTorch
+# This downloads nothing: GPU_PYTHON is the Python that has this machine's CUDA build of PyTorch.
+# GPU="smoke key test --seconds 540" runs some of the stages within nine minutes. Libraries built
+# elsewhere for every architecture (make build; with CUDAFLAGS=-lineinfo for the profiler) are used
+# with GPU=--carried.
 GPU_PYTHON ?= python3
-gpu: ## Build, test, sanitize and measure on this machine's NVIDIA GPU.
-	$(GPU_PYTHON) bench/gpu_session.py
+gpu: ## Build, check, measure, test and sanitize on this machine's NVIDIA GPU.
+	$(GPU_PYTHON) bench/gpu_session.py $(GPU)
 
 CXX_FILES = git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'
 

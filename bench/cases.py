@@ -48,50 +48,80 @@ class Case:
 
 
 FLOATS = ("float32", "bfloat16")
+ROWS = (32, 1, 256)
 BLOCK_ROWS = (32, VOCAB)
+LINEAR = ("linear_top1_confidence", "linear_sample_tokens")
 
-# One row where threads share the vocabulary, a block of rows, and rows that leave every cache
+# Workload -> the sizes of so many rows. A step has a block of 32 positions for each sequence, or a
+# block of one; the joint loss has two passes over so many positions.
+OF_ROWS = {
+    "top1_confidence": lambda rows: (rows, VOCAB),
+    "topk_confidence": lambda rows: (rows, VOCAB, 4),
+    "row_statistics": lambda rows: (rows, VOCAB),
+    "sample_tokens": lambda rows: (rows, VOCAB),
+    "draw_with_entropy": lambda rows: (rows, VOCAB),
+    "top1_partial": lambda rows: (rows, VOCAB, 8),
+    "sample_partial": lambda rows: (rows, VOCAB, 8),
+    "spd_step_": lambda rows: (rows // min(rows, 32), min(rows, 32)),
+    "oput_loss": lambda rows: (rows, VOCAB),
+    "oput_loss_and_grad_": lambda rows: (rows, VOCAB),
+    "hybrid_embedding": lambda rows: (rows,),
+    "hybrid_embedding_backward": lambda rows: (rows,),
+    "linear_top1_confidence": lambda rows: (rows, DIM, VOCAB),
+    "linear_sample_tokens": lambda rows: (rows, DIM, VOCAB),
+}
+WITHOUT_LOGITS = ("hybrid_embedding", "hybrid_embedding_backward", *LINEAR)  # nothing to be peaked
+
+
+def cpu_targets(workload: str, rows: int, dtype: str, values: str) -> dict[str, float]:
+    """What the design asks of a cell, over eager and of bandwidth."""
+    if workload == "top1_confidence" and rows >= 32:
+        speedup = {"speedup_target": 8 if dtype == "float32" else 25}
+        return speedup | ({"bandwidth_target": 0.8} if values == "peaked" else {})
+    if workload == "spd_step_" and rows == 32:
+        return {"speedup_target": 8}
+    if workload == "oput_loss" and rows >= 32:
+        return {"speedup_target": 2}
+    return {"speedup_target": 1} if workload == "linear_top1_confidence" and rows >= 32 else {}
+
+
+def cell(workload: str, rows: int, dtype: str, values: str) -> Case:
+    targets = cpu_targets(workload, rows, dtype, values)
+    return Case(workload, OF_ROWS[workload](rows), dtype, values, **targets)
+
+
+# Every op x dtype x rows x values; the loops at the end. A run that may not take as long as all of
+# them leaves the last ones out.
 CPU_CASES = [
-    Case("hybrid_embedding", (32,)),
-    Case("hybrid_embedding", (512,)),
-    Case("hybrid_embedding", (512,), "float32"),
-    Case("hybrid_embedding_backward", (512,), "float32"),
-    *(Case("linear_oput_loss", (64, DIM, VOCAB), dtype) for dtype in FLOATS),
-    *(Case("linear_sample_tokens", (32, DIM, VOCAB), dtype) for dtype in FLOATS),
     *(
-        Case("linear_top1_confidence", (rows, DIM, VOCAB), dtype, speedup_target=1)
-        for rows in (32, 256)
+        cell(workload, rows, dtype, values)
+        for rows in ROWS
+        for workload in OF_ROWS
+        if workload not in LINEAR
         for dtype in FLOATS
+        for values in (VALUES[:1] if workload in WITHOUT_LOGITS else VALUES)
     ),
-    *(Case("oput_loss", (64, VOCAB), dtype, speedup_target=2) for dtype in FLOATS),
-    Case("oput_loss_and_grad_", (64, VOCAB)),
+    *(Case("prefix_promote", (blocks, 32), "float32") for blocks in (1, 32, 1024)),
+    *(cell(name, rows, dtype, "flat") for rows in ROWS for name in LINEAR for dtype in FLOATS),
     Case("oput_step", (8,), "float32"),
-    *(Case("prefix_promote", (blocks, 32)) for blocks in (1, 1024)),
-    *(
-        Case("row_statistics", (rows, VOCAB), dtype, values)
-        for rows in (1, 32)
-        for dtype in FLOATS
-        for values in VALUES
-    ),
-    *(Case("sample_partial", (*BLOCK_ROWS, 8), dtype) for dtype in FLOATS),
-    *(Case("sample_tokens", BLOCK_ROWS, dtype, values) for dtype in FLOATS for values in VALUES),
     Case("spd_generate", (8, 96), "float32"),
     *(
-        Case("spd_step_", (1, 32), dtype, values, speedup_target=8)
+        Case("linear_oput_loss", (tokens, DIM, VOCAB), dtype)
+        for tokens in (64, 128, 512)
         for dtype in FLOATS
-        for values in VALUES
     ),
-    Case("spd_step_", (4, 32), "bfloat16", "peaked"),
-    Case("top1_confidence", (1, VOCAB)),
-    Case("top1_confidence", BLOCK_ROWS, "float32", "flat", speedup_target=8, compiled=True),
-    Case("top1_confidence", BLOCK_ROWS, "float32", "peaked", 8, bandwidth_target=0.8),
-    Case("top1_confidence", BLOCK_ROWS, "bfloat16", "flat", speedup_target=25, compiled=True),
-    Case("top1_confidence", BLOCK_ROWS, "bfloat16", "peaked", 25, bandwidth_target=0.8),
-    Case("top1_confidence", (256, VOCAB), "bfloat16", "flat"),
-    Case("top1_confidence", (256, VOCAB), "bfloat16", "peaked", bandwidth_target=0.8),
-    *(Case("top1_partial", (*BLOCK_ROWS, 8), dtype) for dtype in FLOATS),
-    *(Case("topk_confidence", (*BLOCK_ROWS, k), dtype) for dtype in FLOATS for k in (3, 8)),
 ]
+
+
+def is_quick(case: Case) -> bool:
+    """A block of rows, unsure, of what takes no matrix product: an idea of every op in a minute."""
+    many = case.workload in OF_ROWS and case.sizes == OF_ROWS[case.workload](32)
+    return (
+        case.values == "flat"
+        and case.workload not in LINEAR
+        and (many or case.workload == "prefix_promote")
+    )
+
 
 GPU_CASES = [
     Case("hybrid_embedding", (32,), target_us=3.0),
@@ -109,6 +139,10 @@ GPU_CASES = [
             compiled=rows in (32, 4096),
         )
         for rows in (1, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
+    ),
+    *(
+        Case("linear_top1_confidence", (rows, DIM, VOCAB), "float32")
+        for rows in (1, 16, 32, 64, 256, 1024)
     ),
     Case("oput_loss", (4096, VOCAB), target_us=1700.0, compiled=True),
     Case("oput_loss_and_grad_", (4096, VOCAB), target_us=1200.0, predicted_us=1250.0),
@@ -130,6 +164,26 @@ GPU_CASES = [
     Case("top1_partial", (*BLOCK_ROWS, 8)),
     Case("topk_confidence", (*BLOCK_ROWS, 4)),
 ]
+
+# The ten figures that say most, in order of their worth: what a GPU session measures first
+KEY_CASES = (
+    ("top1_confidence", (32, VOCAB)),
+    ("top1_confidence", (4096, VOCAB)),
+    ("spd_step_", (1, 32)),
+    ("spd_step_", (16, 32)),
+    ("sample_tokens", (32, VOCAB)),
+    ("oput_loss", (4096, VOCAB)),
+    ("oput_loss_and_grad_", (4096, VOCAB)),
+    ("linear_top1_confidence", (32, DIM, VOCAB)),
+    ("linear_top1_confidence", (4096, DIM, VOCAB)),
+    ("linear_oput_loss", (4096, DIM, VOCAB)),
+)
+
+
+def key_cases() -> list[Case]:
+    by_shape = {(case.workload, case.sizes, case.dtype): case for case in GPU_CASES}
+    return [by_shape[(*key, "bfloat16")] for key in KEY_CASES]
+
 
 # How cost grows: workload, the size that grows, its values, all sizes at a value; powers of 4
 # around LLaDA-2.0-mini's shapes

@@ -1,38 +1,51 @@
-"""``make gpu``: build for this machine's GPU, test, sanitize, measure; one JSON with the figures.
+"""``make gpu``: what a machine with a GPU is asked for, in stages, the most valuable first.
 
-Nothing is downloaded: the PyTorch, nvcc, CMake, ninja and pytest of this machine are used. The JSON
-goes to ``$OUT`` where that is set, else to ``bench/results/``. Stages run in this order, and the
-first that fails ends the session with its exit code, after the JSON of what was done.
+    build      the libraries for this GPU; left out where dmax_kernels/lib already serves it
+    smoke      every op on small inputs against the CPU's results
+    key        the ten cases that matter most, timed
+    test       the tests that run on a GPU
+    bench      all the other cases
+    profile    the kernels of the key cases under ncu
+    sanitize   the CUDA kernels under compute-sanitizer
+
+``python bench/gpu_session.py key test --seconds 540`` does those two within nine minutes: the time
+left is shared out among the cases, and a command that outlasts it is ended. Nothing is downloaded.
+Only a failed build ends the session: whatever else fails is written down. Files go
+to ``$OUT`` where that is set, else the figures to ``bench/results/`` and the rest to ``build/gpu``;
+they are written after every case and every stage, so that a session cut off keeps what it has.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import contextlib
 import importlib.util
 import json
+import math
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.machine import commit  # noqa: E402
+from bench.session_logs import outcomes, sanitizer_verdict  # noqa: E402
+from dmax_kernels._gpus import runs_on  # noqa: E402
+from dmax_kernels.files import save_json  # noqa: E402
 
+STAGES = ("build", "smoke", "key", "test", "bench", "profile", "sanitize")
 BUILD = ROOT / "build" / "gpu"
-STAGES = ("build", "test", "sanitize", "bench")
-SANITIZERS = ("memcheck", "racecheck")
-# compute-sanitizer's own message where a machine does not let it attach
-NOT_SUPPORTED = ("Device not supported", "not supported on this device", "Unable to initialize")
-
-
-def command(arguments: list[str], **options) -> subprocess.CompletedProcess:
-    print("$", " ".join(map(str, arguments)), flush=True)
-    return subprocess.run(arguments, cwd=ROOT, check=False, text=True, **options)
+LIBRARIES = ROOT / "dmax_kernels" / "lib"
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
+LOST_CONTEXT = 75  # bench/run.py's exit code after an error that ends a process's use of the GPU
+TIMED_OUT = 124
 
 
 def gpu_facts() -> dict | str:
@@ -50,125 +63,269 @@ def gpu_facts() -> dict | str:
         return (
             f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, 8.0 is needed"
         )
-    for tool in ("nvcc", "cmake", "ninja"):
-        if shutil.which(tool) is None and not Path("/usr/local/cuda/bin", tool).exists():
-            return f"{tool} is not installed"
-    driver = command(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True
-    )
+    properties = torch.cuda.get_device_properties(0)
     return {
         "device": torch.cuda.get_device_name(),
         "compute capability": f"{major}.{minor}",
-        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
-        "driver": driver.stdout.strip().splitlines()[0] if driver.returncode == 0 else "unknown",
+        "multiprocessors": properties.multi_processor_count,
+        "L2 bytes": properties.L2_cache_size,
         "torch": torch.__version__,
         "CUDA of torch": torch.version.cuda,
         "python": sys.version.split()[0],
     }
 
 
-def build(capability: str) -> int:
-    architecture = capability.replace(".", "")
-    architecture = "90a" if architecture == "90" else architecture
-    configure = ["cmake", "-S", ".", "-B", str(BUILD), "-G", "Ninja",
-                 f"-DPython_EXECUTABLE={sys.executable}",
-                 f"-DDMAX_CUDA_ARCHITECTURES={architecture}"]  # fmt: skip
-    for step in (
-        configure,
-        ["cmake", "--build", str(BUILD)],
-        ["cmake", "--install", str(BUILD), "--prefix", str(ROOT)],
-    ):
-        if code := command(step).returncode:
-            return code
-    return 0
+class Session:
+    """One run of some stages: where its files go, what is left of its time, what it found."""
 
+    def __init__(self, facts: dict[str, Any], seconds: float, dry_run: bool, carried: bool) -> None:
+        self.facts, self.dry_run, self.carried = facts, dry_run, carried
+        self.device = "cpu" if dry_run else "cuda"
+        self.end = time.perf_counter() + seconds
+        out = os.environ.get("OUT")
+        self.files = Path(out) if out else BUILD
+        self.files.mkdir(parents=True, exist_ok=True)
+        self.logs: set[str] = set()  # of this session
+        figures = self.files if out or dry_run else ROOT / "bench" / "results"
+        name = facts["device"].lower().replace(" ", "-")
+        self.figures = figures / f"gpu-{name}.json"
+        self.record: dict[str, Any] = {"machine": facts | {"commit": commit()}, "stages": {}}
+        earlier = self.files / "session.json"
+        if earlier.exists():  # the stages that were asked for before, of the same commit
+            found = json.loads(earlier.read_text())
+            self.record = found if found["machine"] == self.record["machine"] else self.record
 
-def test() -> int:
-    return command(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "python_tests", "-q", "--tb=short"]
-    ).returncode
+    def left(self) -> float:
+        return self.end - time.perf_counter()
 
+    def save(self) -> None:
+        save_json(self.files / "session.json", self.record)
 
-def sanitize(record: dict) -> int:
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(tool).exists():
-        record["sanitize"] = "compute-sanitizer is not installed"
-        return 0
-    record["sanitize"] = {}
-    for name in SANITIZERS:
-        done = command(
-            [tool, "--tool", name, "--error-exitcode", "9", sys.executable,
-             "bench/gpu_small_cases.py"], capture_output=True,
+    def run(self, log: str, arguments: list, environment: dict[str, str] | None = None) -> int:
+        """Runs a command to its end or that of the session's time, which is code 124; what it
+        prints goes to the log as it comes."""
+        print("$", " ".join(map(str, arguments)), flush=True)
+        with (self.files / log).open("ab" if log in self.logs else "wb") as file:
+            self.logs.add(log)
+            process = subprocess.Popen(
+                list(map(str, arguments)), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                return process.wait(None if self.left() == math.inf else max(self.left(), 1))
+            except subprocess.TimeoutExpired:
+                return TIMED_OUT
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def text(self, log: str) -> str:
+        return (self.files / log).read_text(errors="replace")
+
+    def tool(self, name: str) -> str | None:
+        beside_nvcc = Path("/usr/local/cuda/bin", name)
+        return shutil.which(name) or (str(beside_nvcc) if beside_nvcc.exists() else None)
+
+    # ---- stages: each returns an exit code and what it found ----
+
+    def build(self) -> tuple[int, Any]:
+        if served := libraries_serve(self.facts["compute capability"], self.carried):
+            return 0, f"not built: {served}"
+        if missing := [tool for tool in ("nvcc", "cmake", "ninja") if not self.tool(tool)]:
+            return 1, f"{missing[0]} is not installed"
+        architecture = self.facts["compute capability"].replace(".", "")
+        architecture = "90a" if architecture == "90" else architecture
+        steps = (
+            ["cmake", "-S", ".", "-B", BUILD, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+             "-DCMAKE_CUDA_FLAGS=-lineinfo", f"-DPython_EXECUTABLE={sys.executable}",
+             f"-DDMAX_CUDA_ARCHITECTURES={architecture}"],
+            ["cmake", "--build", BUILD],
+            ["cmake", "--install", BUILD, "--prefix", ROOT],
         )  # fmt: skip
-        output = done.stdout + done.stderr
-        print(output[-2000:])
-        if any(text in output for text in NOT_SUPPORTED):
-            record["sanitize"][name] = "refused by this machine"
-            continue
-        record["sanitize"][name] = "clean" if done.returncode == 0 else output[-4000:]
-        if done.returncode:
-            return done.returncode
-    return 0
+        for step in steps:
+            if self.dry_run:
+                print("would run", " ".join(map(str, step)))
+            elif code := self.run("build.log", step):
+                return code, self.text("build.log")[-4000:]
+        return 0, f"for sm_{architecture}"
+
+    def smoke(self) -> tuple[int, Any]:
+        code = self.run("smoke.log", self.calls("check"))
+        off = [line for line in self.text("smoke.log").splitlines() if ": " in line]
+        off = [line for line in off if not line.endswith((": as on the CPU", ": done"))]
+        return code, off or "every op as on the CPU"
+
+    def calls(self, what: str) -> list:
+        return [sys.executable, "bench/gpu_calls.py", what, "--device", self.device]
+
+    def key(self) -> tuple[int, Any]:
+        return self.bench("--key")
+
+    def bench(self, *options: str) -> tuple[int, Any]:
+        """bench/run.py in a process of its own, begun anew where an error took the GPU from it."""
+        arguments = [sys.executable, "bench/run.py", "--append", "--output", self.figures, *options]
+        arguments += ["--repetitions", "3" if self.dry_run else "100"]
+        arguments += ["--device", "fake" if self.dry_run else "cuda"]
+        # What a changed tree has written before this session may be of other sources
+        known = re.fullmatch(r"[0-9a-f]+", self.record["machine"]["commit"])
+        if not known and "bench.log" not in self.logs:
+            self.figures.unlink(missing_ok=True)
+        code = LOST_CONTEXT
+        while code == LOST_CONTEXT and self.left() > 0:
+            seconds = [] if self.left() == math.inf else ["--seconds", f"{self.left() - 5:.0f}"]
+            code = self.run("bench.log", [*arguments, *seconds])
+        print(self.text("bench.log")[-6000:])
+        found = json.loads(self.figures.read_text()) if self.figures.exists() else {"results": []}
+        failed = [row["case"] for row in found["results"] if "failed" in row]
+        return code, {"cases": len(found["results"]), "failed": failed}
+
+    def test(self) -> tuple[int, Any]:
+        base = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-o",
+            "addopts=--strict-markers",
+            "-v",
+            "--tb=short",
+        ]
+        base += ["-p", "no:cacheprovider", "--maxfail", "40"]
+        if self.dry_run:
+            base += ["--collect-only", "-q"]
+        else:
+            base += ["-n", "6", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
+            base += ["--timeout", "120"] if importlib.util.find_spec("pytest_timeout") else []
+        marked, triton = gpu_tests()
+        groups = {"marked": ["-m", "gpu", *marked], "triton": ["-k", "not simt", *triton]}
+        code, found = 0, {}
+        for name, arguments in groups.items():
+            log = f"test-{name}.log"
+            # Ten random inputs for each op: one that fails is not made smaller (conftest.py)
+            ended = self.run(log, [*base, *arguments], {"DMAX_FUZZ_EXAMPLES": "10"})
+            code = code or ended
+            found[name] = {"exit code": ended, **outcomes(self.text(log))}
+        return code, found
+
+    def profile(self) -> tuple[int, Any]:
+        prefix = []
+        if not self.dry_run:
+            tool = self.tool("ncu")
+            if tool is None:
+                return 0, "ncu is not installed"
+            prefix = [tool, "--clock-control", "none", "--kernel-name-base", "mangled",
+                      "-k", "regex:dmax|linear_|chunk_", "--set", "basic"]  # fmt: skip
+        return self.run("profile.log", [*prefix, *self.calls("key")]), "profile.log"
+
+    def sanitize(self) -> tuple[int, Any]:
+        """Each tool on our kernels alone; without the filter where a version knows no such option.
+
+        With PyTorch's caching of memory an access behind a tensor stays inside the same block.
+        """
+        tool = None if self.dry_run else self.tool("compute-sanitizer")
+        if tool is None and not self.dry_run:
+            return 0, "compute-sanitizer is not installed"
+        found = {}
+        for name in SANITIZERS:
+            log = f"{name}.log"
+            for kernels in (["--kernel-regex", "kns=dmax"], []):
+                self.logs.discard(log)
+                prefix = [
+                    tool,
+                    "--tool",
+                    name,
+                    "--report-api-errors",
+                    "no",
+                    "--error-exitcode",
+                    "9",
+                ]
+                self.run(
+                    log,
+                    ([*prefix, *kernels] if tool else []) + self.calls("small"),
+                    {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                )
+                if "SUMMARY" in self.text(log) or not tool or self.left() <= 0:
+                    break
+            found[name] = sanitizer_verdict(self.text(log)) if tool else "walked"
+        return 0, found
 
 
-def bench(record: dict) -> int:
-    """The GPU cases of every op, and how cost grows; pictures where matplotlib is installed."""
-    import torch
+def gpu_tests() -> tuple[list[str], list[str]]:
+    """The files with tests that need a GPU, which have the mark or get it from fuzzing; and the
+    others that run Triton's kernels on a GPU where there is one."""
+    marked, triton = [], []
+    for path in sorted(Path(ROOT, "python_tests").glob("test_*.py")):
+        text = path.read_text()
+        if "pytest.mark.gpu" in text or "from fuzzing import" in text:
+            marked.append(f"python_tests/{path.name}")
+        elif "from triton_device import" in text:
+            triton.append(f"python_tests/{path.name}")
+    return marked, triton
 
-    from bench.linear_ways import run_linear_ways
-    from bench.machine import machine_facts
-    from bench.run import cases_of, print_table, run_cases, run_series
-    from dmax_kernels.bench.timer import Machine
 
-    machine = Machine("cuda")
-    record["machine"] = machine_facts() | record["machine"]
-    record["copy GB/s"] = round(machine.copy_bandwidth / 1e9, 1)
-    record["matrix TFLOP/s"] = round(machine.matrix_rate(torch.bfloat16) / 1e12, 1)
-    record["results"] = run_cases(cases_of(device="cuda"), machine, repetitions=100)
-    print_table(record["results"])
-    record["scaling"] = run_series(machine)
-    record["linear ways"] = run_linear_ways()
-    return 0
+def libraries_serve(capability: str, carried: bool) -> str:
+    """Why nothing need be built, or nothing: the libraries are there, with code for this GPU, and
+    newer than the sources, which `carried` says in place of the dates."""
+    report = LIBRARIES / "libdmax_cuda.json"
+    needed = [report, LIBRARIES / "libdmax_cuda.so", LIBRARIES / "libdmax_cpu.so"]
+    if not all(path.exists() for path in needed):
+        return ""
+    architectures = json.loads(report.read_text())["architectures"]
+    version = tuple(map(int, capability.split(".")))
+    if not any(runs_on(each, version) for each in architectures):
+        return ""
+    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    if not carried and min(path.stat().st_mtime for path in needed) < newest:
+        return ""
+    return f"dmax_kernels/lib has kernels for sm_{' '.join(architectures)}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stages", nargs="*", help=f"some of {', '.join(STAGES)} (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stages", nargs="*", help="some of them (default: all), in the order above")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of all stages together")
+    parser.add_argument(
+        "--carried", action="store_true", help="use dmax_kernels/lib as it is, whatever its date"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="walk every stage with a stand-in for the GPU"
+    )
     options = parser.parse_args()
-    stages = options.stages or STAGES
-    if unknown := set(stages) - set(STAGES):
+    if unknown := set(options.stages) - set(STAGES):
         parser.error(f"no stage {', '.join(sorted(unknown))}; there are: {', '.join(STAGES)}")
-    facts = gpu_facts()
+    if options.dry_run:
+        from bench.fake_gpu import FACTS as facts
+    else:
+        facts = gpu_facts()
     if isinstance(facts, str):
         print(f"make gpu: {facts}", file=sys.stderr)
         return 1
-    record = {"machine": facts | {"commit": commit(), "date": datetime.date.today().isoformat()}}
-    code = 0
-    for stage in stages:
+    session = Session(facts, options.seconds, options.dry_run, options.carried)
+    failed = []
+    for stage in STAGES:
+        if options.stages and stage not in options.stages:
+            continue
+        if session.left() <= 0:
+            session.record["stages"][stage] = "not begun: the time was over"
+            continue
         begin = time.perf_counter()
-        if stage == "build":
-            code = build(facts["compute capability"])
-        elif stage == "test":
-            code = test()
-        elif stage == "sanitize":
-            code = sanitize(record)
-        else:
-            code = bench(record)
+        try:
+            code, found = getattr(session, stage)()
+        except Exception as error:  # a fault of the session's own must not cost the next stages
+            code, found = 1, f"{type(error).__name__}: {error}"
         seconds = round(time.perf_counter() - begin, 1)
-        record.setdefault("stages", {})[stage] = {"exit code": code, "seconds": seconds}
-        if code:
+        session.record["stages"][stage] = {"exit code": code, "seconds": seconds, "found": found}
+        session.save()
+        print(f"{stage}: exit code {code}, {seconds} s: {json.dumps(found, indent=1)}", flush=True)
+        failed += [stage] if code else []
+        if code and stage == "build":
             break
-    folder = Path(os.environ.get("OUT") or ROOT / "bench" / "results")
-    folder.mkdir(parents=True, exist_ok=True)
-    name = facts["device"].lower().replace(" ", "-")
-    path = folder / f"gpu-{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    if "results" in record and importlib.util.find_spec("matplotlib"):
-        from bench.pictures import draw
-
-        print(*draw(record, path.with_suffix("")), sep="\n")
-    print(f"make gpu: {'failed at ' + stage if code else 'done'}; {path}")
-    return code
+    session.save()
+    print(f"make gpu: {'failed: ' + ', '.join(failed) if failed else 'done'}; {session.files}")
+    return min(len(failed), 1)
 
 
 if __name__ == "__main__":

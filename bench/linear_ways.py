@@ -1,75 +1,44 @@
-"""The two ways of Triton's linear ops at every row count: the figures that set their dispatch.
+"""The two ways of Triton's linear_top1_confidence, as candidates in the GPU cases.
 
-``python bench/gpu_session.py bench`` runs this and prints, per dtype, the row count from which on
-the products of chunks were faster: what LEAST_CHUNKED_ROWS in dmax_kernels/triton/linear_rows.py
-should say. The whole product followed by top1_confidence is the bar that neither way may miss.
+Their times set LEAST_CHUNKED_ROWS in dmax_kernels/triton/linear_rows.py. The whole
+product followed by top1_confidence, a candidate of the workload, is the bar for both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
-import torch
+from dmax_kernels.bench.workload import Work
 
-import dmax_kernels
-from dmax_kernels.bench.timer import captured, flush_buffer, timed
-from dmax_kernels.bench.workload import DIM, DTYPES, VOCAB, Inputs
-
-ROWS = {
-    "bfloat16": (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
-    "float32": (1, 16, 32, 64, 128, 256, 512, 1024),
-}
-FUSED, CHUNKED, PRODUCT = "fused kernel", "chunks", "product, then top1_confidence"
+FUSED, CHUNKED = "one kernel", "products of chunks"
 
 
-def run_linear_ways(repetitions: int = 30) -> list[dict]:
+def add_linear_ways(work: Work) -> None:
     from dmax_kernels.triton import IMPLEMENTATIONS
     from dmax_kernels.triton.linear_rows import LEAST_CHUNKED_ROWS
 
-    op = IMPLEMENTATIONS["linear_top1_confidence"]
-    flush = flush_buffer()
-    found = []
-    for name, counts in ROWS.items():
-        dtype = DTYPES[name]
-        before = LEAST_CHUNKED_ROWS[dtype]
-        weight = Inputs(dtype, "cuda").normal(VOCAB, DIM, scale=DIM**-0.5)
-        for rows in counts:
-            hidden = Inputs(dtype, "cuda").normal(rows, DIM)
-            times = {}
-            for way, least in ((FUSED, None), (CHUNKED, 1)):
-                LEAST_CHUNKED_ROWS[dtype] = least
-                times[way] = microseconds(partial(op, hidden, weight), repetitions, flush)
-            LEAST_CHUNKED_ROWS[dtype] = before
-            times[PRODUCT] = microseconds(
-                partial(product_then_top1, hidden, weight), repetitions, flush
-            )
-            found.append({"dtype": name, "rows": rows, "us": times, "faster": faster(times)})
-            print(f"linear_top1_confidence {rows} {name}: {times}; faster: {faster(times)}")
-        print(f"LEAST_CHUNKED_ROWS of {name}: {least_chunked_rows(found, name)}, now {before}")
-        torch.cuda.empty_cache()
-    return found
+    op, hidden, weight = IMPLEMENTATIONS["linear_top1_confidence"], *work.given.values()
+
+    def run(least: int | None):
+        before = LEAST_CHUNKED_ROWS[hidden.dtype]
+        LEAST_CHUNKED_ROWS[hidden.dtype] = least
+        try:
+            return op(hidden, weight)
+        finally:
+            LEAST_CHUNKED_ROWS[hidden.dtype] = before
+
+    work.candidates[FUSED] = lambda: run(None)
+    work.candidates[CHUNKED] = lambda: run(1)
 
 
-def product_then_top1(hidden, weight):
-    return dmax_kernels.top1_confidence(hidden @ weight.t())
-
-
-def microseconds(function, repetitions: int, flush: torch.Tensor) -> float:
-    run, _ = captured(function)
-    return timed(run, repetitions, flush=flush).microseconds
-
-
-def faster(times: dict[str, float]) -> str:
-    return min((FUSED, CHUNKED), key=times.__getitem__)
-
-
-def least_chunked_rows(found: Sequence[dict], dtype: str) -> int | None:
+def least_chunked_rows(results: Sequence[dict], dtype: str) -> int | None:
     """The count from which on chunks were faster at all counts measured; None: at not even the
     largest."""
     least = None
-    for row in reversed([each for each in found if each["dtype"] == dtype]):
-        if row["faster"] != CHUNKED:
+    rows = [row for row in results if CHUNKED in row.get("candidates", ()) and dtype in row["case"]]
+    for row in sorted(rows, key=lambda row: -row["sizes"][0]):
+        candidates = row["candidates"]
+        if FUSED not in candidates or candidates[CHUNKED]["us"] >= candidates[FUSED]["us"]:
             break
-        least = row["rows"]
+        least = row["sizes"][0]
     return least

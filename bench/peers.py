@@ -1,9 +1,9 @@
-"""Other packages' way to the same results, as candidates beside eager and ours.
+"""Other packages' way to the same results on a GPU, as candidates beside eager and ours.
 
-Each adapter calls a package's public function on tensors of the case's sizes and dtype. A package
-that is not installed, or a call that fails, is listed as such in the results: a figure is only ever
-one that was measured. All of these packages are for GPUs. Signatures as of liger-kernel 0.8.5 and
-cut-cross-entropy 25.1.1 (their calls were tried), QuACK and FlashInfer as of 2026 (read).
+Each adapter calls a package's public function on what the workload works on. A package that is not
+installed, or a call that fails, is listed as such in the results: a figure is only ever one that
+was measured. Signatures as of liger-kernel 0.8.5 and cut-cross-entropy 25.1.1 (their calls were
+tried), QuACK and FlashInfer as of 2026 (read). bench/cpu_peers has what runs on a CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dmax_kernels.bench.workload import Inputs, Work
+from dmax_kernels.bench.workload import Work
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Peer:
     workload: str
     name: str
     package: str  # what Python imports
-    build: Callable[..., Callable[[], object]]  # (inputs, *sizes) -> candidate
+    build: Callable[..., Callable[[], object]]  # (**given) -> candidate
 
 
 PEERS: list[Peer] = []
@@ -36,25 +36,19 @@ def peer(workload: str, name: str, package: str) -> Callable:
     return register
 
 
-def add_peers(work: Work, workload: str, inputs: Inputs, sizes: tuple[int, ...]) -> dict[str, str]:
-    """Puts the peers that run here among the candidates; why each of the others does not."""
+def add_peers(work: Work, workload: str) -> dict[str, str]:
+    """Puts the peers that are installed among the candidates; why each of the others is not."""
     absent = {}
     for each in PEERS:
         if each.workload != workload:
             continue
         if importlib.util.find_spec(each.package) is None:
             absent[each.name] = "not installed"
-        elif inputs.device != "cuda":
-            absent[each.name] = "needs a GPU"
-        else:
-            try:
-                candidate = each.build(inputs, *sizes)
-                candidate()
-                torch.cuda.synchronize()
-            except Exception as error:  # a peer's failure is a result, not ours to fix
-                absent[each.name] = f"failed: {type(error).__name__}: {error}".splitlines()[0]
-            else:
-                work.candidates[each.name] = candidate
+            continue
+        try:
+            work.candidates[each.name] = each.build(**work.given)
+        except Exception as error:  # a peer's failure is a result, not ours to fix
+            absent[each.name] = f"failed: {type(error).__name__}: {error}".splitlines()[0]
     return absent
 
 
@@ -78,13 +72,11 @@ def flashinfer_softmax(x):
 
 def register_top1(name: str, package: str, softmax: Callable) -> None:
     @peer("top1_confidence", f"{name} softmax, then max", package)
-    def _(inputs, rows, vocab):
-        logits = inputs.logits(rows, vocab)
+    def _(logits):
         return lambda: softmax(logits).max(dim=-1)
 
     @peer("linear_top1_confidence", f"product, then {name} softmax and max", package)
-    def _(inputs, rows, dim, vocab):
-        hidden, weight = inputs.normal(rows, dim), inputs.normal(vocab, dim, scale=dim**-0.5)
+    def _(hidden, weight):
         return lambda: softmax(hidden @ weight.t()).max(dim=-1)
 
 
@@ -94,19 +86,18 @@ register_top1("FlashInfer", "flashinfer", flashinfer_softmax)
 
 
 @peer("sample_tokens", "FlashInfer sampling_from_logits (no probability)", "flashinfer")
-def _(inputs, rows, vocab):
+def _(logits):
     from flashinfer.sampling import sampling_from_logits
 
-    logits, (seed, offset) = inputs.logits(rows, vocab), inputs.seed().split(1)
+    seed, offset = torch.tensor([1, 2], device=logits.device).split(1)
     return lambda: sampling_from_logits(logits, seed=seed, offset=offset)
 
 
 @peer("linear_sample_tokens", "product, then FlashInfer sampling (no probability)", "flashinfer")
-def _(inputs, rows, dim, vocab):
+def _(hidden, weight):
     from flashinfer.sampling import sampling_from_logits
 
-    hidden, weight = inputs.normal(rows, dim), inputs.normal(vocab, dim, scale=dim**-0.5)
-    seed, offset = inputs.seed().split(1)
+    seed, offset = torch.tensor([1, 2], device=hidden.device).split(1)
     return lambda: sampling_from_logits(hidden @ weight.t(), seed=seed, offset=offset)
 
 
@@ -115,54 +106,39 @@ def both_passes(loss: Callable, leaves: list[torch.Tensor], *more: torch.Tensor)
     return lambda: torch.autograd.grad(sum(loss(x) for x in leaves), [*leaves, *more])
 
 
-def logits_of_both(inputs, tokens, vocab):
-    return [inputs.logits(tokens, vocab).requires_grad_() for _ in range(2)]
-
-
 @peer("oput_loss", "Liger cross_entropy", "liger_kernel")
-def _(inputs, tokens, vocab):
+def _(masked, predicted, target):
     from liger_kernel.transformers.functional import liger_cross_entropy
 
-    # Overwrites the logits with their gradients: later repetitions read those, which costs the same
-    leaves, target = logits_of_both(inputs, tokens, vocab), inputs.ids(tokens, below=vocab)
+    # Overwrites the logits with their gradients, hence the copies: later repetitions read those,
+    # which costs the same
+    leaves = [x.detach().clone().requires_grad_() for x in (masked, predicted)]
     return both_passes(lambda x: liger_cross_entropy(x, target), leaves)
 
 
 @peer("oput_loss", "QuACK cross_entropy", "quack")
-def _(inputs, tokens, vocab):
+def _(masked, predicted, target):
     from quack.cross_entropy import cross_entropy
 
-    leaves, target = logits_of_both(inputs, tokens, vocab), inputs.ids(tokens, below=vocab)
-    return both_passes(lambda x: cross_entropy(x, target), leaves)
-
-
-def head_of_both(inputs, tokens, dim, vocab):
-    hidden = [inputs.normal(tokens, dim).requires_grad_() for _ in range(2)]
-    weight = inputs.normal(vocab, dim, scale=dim**-0.5).requires_grad_()
-    return hidden, weight, inputs.ids(tokens, below=vocab)
+    return both_passes(lambda x: cross_entropy(x, target), [masked, predicted])
 
 
 @peer("linear_oput_loss", "Liger fused_linear_cross_entropy", "liger_kernel")
-def _(inputs, tokens, dim, vocab):
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+def _(masked, predicted, weight, target):
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as loss
 
-    hidden, weight, target = head_of_both(inputs, tokens, dim, vocab)
-    return both_passes(
-        lambda x: liger_fused_linear_cross_entropy(x, weight, target), hidden, weight
-    )
+    return both_passes(lambda x: loss(x, weight, target), [masked, predicted], weight)
 
 
 @peer("linear_oput_loss", "QuACK chunked_linear_cross_entropy", "quack")
-def _(inputs, tokens, dim, vocab):
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+def _(masked, predicted, weight, target):
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy as loss
 
-    hidden, weight, target = head_of_both(inputs, tokens, dim, vocab)
-    return both_passes(lambda x: chunked_linear_cross_entropy(x, weight, target), hidden, weight)
+    return both_passes(lambda x: loss(x, weight, target), [masked, predicted], weight)
 
 
 @peer("linear_oput_loss", "cut-cross-entropy", "cut_cross_entropy")
-def _(inputs, tokens, dim, vocab):
-    from cut_cross_entropy import linear_cross_entropy
+def _(masked, predicted, weight, target):
+    from cut_cross_entropy import linear_cross_entropy as loss
 
-    hidden, weight, target = head_of_both(inputs, tokens, dim, vocab)
-    return both_passes(lambda x: linear_cross_entropy(x, weight, target), hidden, weight)
+    return both_passes(lambda x: loss(x, weight, target), [masked, predicted], weight)

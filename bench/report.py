@@ -15,7 +15,13 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def main() -> None:
-    page = render(records())
+    found = records()
+    for name, record in found.items():
+        if is_gpu(record) and "results" in record:  # a GPU's minutes are not spent on pictures
+            from bench.pictures import draw
+
+            print(*draw(record, RESULTS / name.removesuffix(".json")), sep="\n")
+    page = render(found)
     (RESULTS / "README.md").write_text(page)
     print(f"wrote {RESULTS / 'README.md'}")
 
@@ -80,15 +86,21 @@ def section(name: str, record: dict) -> list[str]:
         facts.append(machine["CPU instruction set"])
     facts += [f"commit {machine['commit']}", machine["date"], f"[{name}]({name})"]
     lines += ["; ".join(facts), ""]
-    lines += ["| case | us | speed-up | torch.compile | of bandwidth | of matrix rate | target |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    heads = ("case", "us", "speed-up", "torch.compile", "over the best peer", "of bandwidth")
+    lines += [f"| {' | '.join(heads)} | of matrix rate | target |", "|---" * 8 + "|"]
     for row in record["results"]:
+        if "failed" in row:
+            lines.append(f"| {row['case']} | failed | | | | | | {row['failed']} |")
+            continue
         fused, compiled = row["candidates"]["fused"], row["candidates"].get("torch.compile")
         rate = row.get("share of matrix rate")
         share = f"{row['share of bandwidth']:.0%}" if row["bytes"] else ""
+        threads = f", {row['threads']} threads" if "threads" in row else ""
+        speedup = f"{fused['speed-up']:.1f}" if "speed-up" in fused else ""  # eager may fail
+        best = f"{row['to best peer']} ({row['best peer']})" if "best peer" in row else ""
         lines.append(
-            f"| {row['case']} | {fused['us']:.1f} | {fused['speed-up']:.1f} | "
-            f"{compiled['speed-up'] if compiled else ''} | {share} | "
+            f"| {row['case']}{threads} | {fused['us']:.1f} | {speedup} | "
+            f"{compiled['speed-up'] if compiled else ''} | {best} | {share} | "
             f"{f'{rate:.0%}' if rate else ''} | {'; '.join(verdicts(row))} |"
         )
     return lines + pictures_of(f"{name.removesuffix('.json')}-*.png")
@@ -127,6 +139,8 @@ def verdicts(row: dict) -> list[str]:
     texts = []
     for name, target in row["targets"].items():
         value = row["candidates"]["fused"].get(name, row.get(name))
+        if value is None:  # eager failed
+            continue
         met = value <= target if name == "us" else value >= target
         by = f"missed by {abs(value / target - 1):.0%}"
         texts.append(f"{name} {target:g}: {'met' if met else by}")

@@ -1,14 +1,19 @@
 """``python bench/run.py`` (``make bench``): every case's candidates in turn, in one run.
 
-Prints a table; with --output writes JSON with the machine, and pictures beside it. Times are
-printed but not to be quoted: compare candidates within a run, never runs.
+Prints each cell beside eager PyTorch and beside the best peer, the cells that lose to one, and the
+geometric mean; with --output writes JSON after every case, and pictures at the end. Times are
+printed but not to be quoted: compare candidates within a run, never runs. When --seconds are over
+the run ends, and says which cells it has left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,87 +22,273 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.cases import SERIES, Case, cases_of  # noqa: E402
+from bench.cases import SERIES, Case, cases_of, is_quick, key_cases  # noqa: E402
+from bench.cpu_peers import add_cpu_peers  # noqa: E402
+from bench.fake_gpu import FakeGpu, small  # noqa: E402
+from bench.linear_ways import add_linear_ways, least_chunked_rows  # noqa: E402
 from bench.machine import machine_facts  # noqa: E402
 from bench.peers import add_peers  # noqa: E402
-from dmax_kernels.bench.timer import Machine, measure  # noqa: E402
+from dmax_kernels.bench.timer import COMPILE_MODES, Machine, measure  # noqa: E402
+from dmax_kernels.bench.workload import Work  # noqa: E402
+from dmax_kernels.files import check_output, save_json  # noqa: E402
+
+# An error after which this process can use the GPU no longer; another process can
+LOST_CONTEXT_CODE = 75  # of this program, then
+LOST_CONTEXT = ("CUDA error", "device-side assert", "CUBLAS_STATUS")
 
 
-def run_cases(cases: list[Case], machine: Machine, repetitions: int) -> list[dict]:
-    rows = []
-    for case in tqdm(cases, desc="cases", disable=None):
+class Budget:
+    """The seconds left, shared out evenly among the cases still to come."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.perf_counter() + seconds
+
+    def left(self) -> float:
+        return self.end - time.perf_counter()
+
+    def share(self, cases: int) -> float:
+        """Of one of so many cases; its warm-up and compilation take about as long again."""
+        return min(10.0, max(0.3, self.left() / max(cases, 1) / 2))
+
+
+def measure_case(
+    case: Case,
+    machine: Machine,
+    repetitions: int,
+    compiled: Sequence[str],
+    at_most_seconds: float,
+) -> dict:
+    absent: dict[str, str] = {}
+
+    def make() -> Work:
         work = case.work(machine.device)
-        absent = add_peers(work, case.workload, case.inputs(machine.device), case.all_sizes)
-        result = measure(work, machine, repetitions=repetitions, compiled=case.compiled)
-        targets = {
-            "speed-up": case.speedup_target,
-            "share of bandwidth": case.bandwidth_target,
-            "us": case.target_us,
-        }
-        row = {"case": case.name, "op": case.workload, **result}
-        row["targets"] = {name: value for name, value in targets.items() if value is not None}
-        if absent:
-            row["peers without a time"] = absent
-        if case.predicted_us is not None:
-            row["predicted us"] = case.predicted_us
-        rows.append(row)
-        if machine.device == "cuda":
-            torch.cuda.empty_cache()
+        if machine.gpu is None:
+            add_cpu_peers(work, case.workload, compiled=bool(compiled))
+            return work
+        absent.update(add_peers(work, case.workload))
+        if case.workload == "linear_top1_confidence" and machine.device == "cuda":
+            add_linear_ways(work)
+        return work
+
+    result = measure(
+        make, machine, repetitions=repetitions,
+        compiled=compiled if case.compiled else (), at_most_seconds=at_most_seconds,
+    )  # fmt: skip
+    targets = {
+        "speed-up": case.speedup_target,
+        "share of bandwidth": case.bandwidth_target,
+        "us": case.target_us,
+    }
+    row = {"case": case.name, "op": case.workload, "sizes": case.all_sizes, **result}
+    row["targets"] = {name: value for name, value in targets.items() if value is not None}
+    if absent:
+        row["without a time"] = absent | row.get("without a time", {})
+    if case.predicted_us is not None:
+        row["predicted us"] = case.predicted_us
+    return row
+
+
+def run_cases(
+    cases: Sequence[Case],
+    machine: Machine,
+    *,
+    repetitions: int = 20,
+    budget: Budget | None = None,
+    compiled: Sequence[str] = tuple(COMPILE_MODES),
+    threads: Sequence[int] = (),
+    save: Callable[[list[dict], list[str]], object] = lambda rows, left_out: None,
+) -> list[dict]:
+    """A row for each case and number of CPU threads; `save` is told of them after each.
+
+    A case that fails has a row that says so, and ends the run only if the GPU is lost with it.
+    """
+    budget = budget or Budget(math.inf)
+    before = torch.get_num_threads()
+    cells = [(case, count) for count in threads or (before,) for case in cases]
+    rows: list[dict] = []
+    try:
+        for index, (case, count) in enumerate(tqdm(cells, desc="cases", disable=None)):
+            if budget.left() <= 0:
+                break
+            torch.set_num_threads(count)
+            seconds = budget.share(len(cells) - index)
+            try:
+                row = measure_case(case, machine, repetitions, compiled, seconds)
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}".splitlines()[0]
+                row = {"case": case.name, "op": case.workload, "failed": text}
+                print(f"{case.name}: {text}", file=sys.stderr)
+            if machine.gpu is None:
+                row["threads"] = count
+            else:
+                machine.gpu.release()
+            rows.append(row)
+            save(rows, [f"{case.name}, {count} threads" for case, count in cells[index + 1 :]])
+            if lost_context(row):
+                break
+    finally:
+        torch.set_num_threads(before)
     return rows
 
 
-def run_series(machine: Machine, repetitions: int = 7) -> list[dict]:
+def lost_context(row: dict) -> bool:
+    return any(text in row.get("failed", "") for text in LOST_CONTEXT)
+
+
+def run_series(
+    machine: Machine,
+    *,
+    repetitions: int = 7,
+    budget: Budget | None = None,
+    shrink: Callable[[Case], Case] = lambda case: case,
+) -> list[dict]:
     """How cost grows: time against rows and against the vocabulary, ours and eager's."""
+    budget = budget or Budget(math.inf)
     series = []
     for name, axis, values, sizes_of in tqdm(SERIES, desc="scaling", disable=None):
         points = []
         for value in values:
-            work = Case(name, sizes_of(value)).work(machine.device)
-            found = measure(work, machine, repetitions=repetitions)["candidates"]
+            if budget.left() <= 0:
+                return series
+            case = shrink(Case(name, sizes_of(value)))
+            found = measure(
+                lambda case=case: case.work(machine.device), machine,
+                repetitions=repetitions, at_most_seconds=1.0,
+            )["candidates"]  # fmt: skip
             points.append({axis: value} | {each: row["us"] for each, row in found.items()})
         series.append({"op": name, "axis": axis, "points": points})
     return series
 
 
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
 def print_table(rows: list[dict]) -> None:
+    """Every cell, then those that lose to a peer, then the mean."""
+    if not rows:
+        return
     width = max(len(row["case"]) for row in rows)
-    print(f"{'case':<{width}}  speed-up  torch.compile  of bandwidth  targets")
+    print(f"{'case':<{width}}  threads  of eager  of best peer (least)  of bandwidth  best peer")
     for row in rows:
-        candidates = row["candidates"]
-        compiled = candidates.get("torch.compile", {}).get("speed-up", "")
+        if "failed" in row:
+            print(f"{row['case']:<{width}}  failed: {row['failed']}")
+            continue
         share = f"{row['share of bandwidth']:.0%}" if row["bytes"] else ""
-        targets = ", ".join(f"{name} {value}" for name, value in row["targets"].items())
+        least = f"({row.get('to best peer, least times', '')})"
         print(
-            f"{row['case']:<{width}}  {candidates['fused']['speed-up']:>8}  {compiled:>13}  "
-            f"{share:>12}  {targets}"
+            f"{row['case']:<{width}}  {row.get('threads', ''):>7}  "
+            f"{row['candidates']['fused'].get('speed-up', ''):>8}  "
+            f"{row.get('to best peer', ''):>12} {least:>7}  {share:>12}  {row.get('best peer', '')}"
         )
+    compared = [row for row in rows if row.get("to best peer")]
+    if not compared:
+        return
+    lost = [row for row in compared if row["to best peer"] < 1]
+    print(f"\n{len(lost)} of {len(compared)} cells are below 1.0 times the best peer:")
+    for row in sorted(lost, key=lambda row: row["to best peer"]):
+        threads = f", {row['threads']} threads" if "threads" in row else ""
+        print(f"  {row['to best peer']:>5}  {row['case']}{threads}: {row['best peer']}")
+    mean = geometric_mean([row["to best peer"] for row in compared])
+    print(f"geometric mean over the best peer: {mean:.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ops", nargs="*", help="only these ops (default: all, and how cost grows)")
     parser.add_argument("--repetitions", type=int, default=20, help="rounds per case (default 20)")
-    parser.add_argument("--threads", type=int, help="CPU threads, for all candidates alike")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: 2, then 1)")
+    parser.add_argument("--seconds", type=float, default=720, help="of the cases (default 720)")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+        "--quick", action="store_true", help="one shape an op, without torch.compile: a minute"
+    )
+    parser.add_argument("--key", action="store_true", help="the ten GPU cases that matter most")
+    parser.add_argument(
+        "--append", action="store_true", help="leave out what --output has of this commit already"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda", "fake"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="fake: walk the GPU's path on a CPU, with small sizes",
     )
     parser.add_argument("--output", type=Path, help="write JSON here, pictures beside it")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    machine = Machine(options.device)
-    rows = run_cases(cases_of(options.ops, options.device), machine, options.repetitions)
-    print_table(rows)
-    record = {"machine": machine_facts(), "results": rows}
-    if not options.ops:
-        record["scaling"] = run_series(machine)
     if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        check_output("--output", options.output)
+    sys.exit(run(options))
+
+
+def run(options: argparse.Namespace) -> int:
+    fake, on_cpu = options.device == "fake", options.device == "cpu"
+    machine = Machine("cpu", gpu=FakeGpu()) if fake else Machine(options.device)
+    cases = key_cases() if options.key else cases_of(options.ops, "cpu" if on_cpu else "cuda")
+    if fake:
+        cases = list({case.name: case for case in map(small, cases)}.values())
+    if options.quick:
+        cases = [case for case in cases if is_quick(case)]
+    threads = [options.threads or 2] if options.threads or options.quick else [2, 1]
+    record: dict = {"machine": machine_facts(), "results": []}
+    if options.append:
+        record["results"] = earlier_results(options.output, record["machine"])
+        names = {row["case"] for row in record["results"]}
+        cases = [case for case in cases if case.name not in names]
+    earlier, budget = record["results"], Budget(options.seconds)
+    compiled = () if options.quick or fake else tuple(COMPILE_MODES)[: 1 if options.key else 2]
+    if not on_cpu:
+        record |= {
+            "read GB/s": round(machine.read_bandwidth / 1e9, 1),
+            "copy GB/s": round(machine.copy_bandwidth / 1e9, 1),
+            "matrix TFLOP/s": round(machine.matrix_rate(torch.bfloat16) / 1e12, 1),
+        }
+
+    def save(rows: list[dict], left_out: list[str]) -> None:
+        record.update({"results": earlier + rows, "left out": left_out})
+        if options.output:
+            save_json(options.output, record)
+
+    rows = run_cases(
+        cases, machine, repetitions=options.repetitions, budget=budget,
+        compiled=compiled, threads=threads if on_cpu else (), save=save,
+    )  # fmt: skip
+    print_table(rows)
+    left_out = record.get("left out", [])
+    for name in left_out:
+        print(f"left out, since --seconds were over: {name}")
+    if rows and lost_context(rows[-1]):
+        return LOST_CONTEXT_CODE
+    if not (options.ops or options.quick or options.key):
+        record["scaling"] = run_series(
+            machine, budget=None if on_cpu else budget, **({"shrink": small} if fake else {})
+        )
+        if on_cpu:
+            from bench.loops import busy_core, loop_shares
+
+            record["a core taken"], record["loops"] = busy_core(), loop_shares()
+            print(json.dumps([record["a core taken"], record["loops"]], indent=1))
+    if machine.device == "cuda" and not options.key:
+        for dtype in ("bfloat16", "float32"):
+            least = least_chunked_rows(record["results"], dtype)
+            print(f"LEAST_CHUNKED_ROWS of {dtype} should be {least}")
+    if options.output:
+        save(rows, left_out)
+        print(f"wrote {options.output}")
+    if options.output and on_cpu:  # those of a GPU's record are drawn elsewhere, by bench/report.py
         from bench.pictures import draw
 
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=1) + "\n")
-        for path in (options.output, *draw(record, options.output.with_suffix(""))):
+        for path in draw(record, options.output.with_suffix("")):
             print(f"wrote {path}")
+    return 0
+
+
+def earlier_results(path: Path, machine: dict) -> list[dict]:
+    """Those of a record of the same commit on the same machine."""
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    same = all(record["machine"].get(key) == machine[key] for key in ("commit", "GPU", "CPU"))
+    return record["results"] if same else []
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ SMALL = {
     "linear_oput_loss": (3, 16, 100),
     "oput_loss": (3, 64),
     "oput_loss_and_grad_": (3, 64),
+    "draw_with_entropy": (3, 64),
     "top1_confidence": (3, 64),
     "topk_confidence": (3, 64, 2),
     "row_statistics": (3, 64),
@@ -32,7 +33,11 @@ SMALL = {
     "top1_partial": (3, 64, 4),
     "sample_partial": (3, 64, 4),
 }
-RANDOM = {"sample_tokens", "linear_sample_tokens"}  # eager draws from another generator
+RANDOM = {
+    "sample_tokens",
+    "linear_sample_tokens",
+    "draw_with_entropy",
+}  # eager draws from another generator
 
 
 def flat(result):
@@ -67,37 +72,39 @@ def test_cases_name_workloads(device):
 
 
 def test_peers_that_cannot_run_are_named_and_not_timed(monkeypatch):
-    """Absent packages, no GPU, a call that fails: a reason each, and no candidate."""
+    """Absent packages, a call that fails: a reason each, and no candidate."""
     from bench import peers
 
     assert {each.workload for each in peers.PEERS} <= {*WORKLOADS, "linear_oput_loss"}
     work = WORKLOADS["top1_confidence"].work(Inputs(torch.float32), (3, 64))
     before = set(work.candidates)
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    absent = peers.add_peers(work, "top1_confidence", Inputs(torch.float32), (3, 64))
+    absent = peers.add_peers(work, "top1_confidence")
     assert len(absent) == 3
     assert set(absent.values()) == {"not installed"}
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
-    absent = peers.add_peers(work, "top1_confidence", Inputs(torch.float32), (3, 64))
-    assert set(absent.values()) == {"needs a GPU"}
-    monkeypatch.setattr(peers, "PEERS", [peers.Peer("x", "x", "x", lambda *_: 1 / 0)])
-    device = Inputs(torch.float32)
-    device.device = "cuda"
-    assert peers.add_peers(work, "x", device, ()) == {
-        "x": "failed: ZeroDivisionError: division by zero"
-    }
+    monkeypatch.setattr(peers, "PEERS", [peers.Peer("x", "x", "x", lambda **_: 1 / 0)])
+    assert peers.add_peers(work, "x") == {"x": "failed: ZeroDivisionError: division by zero"}
     assert set(work.candidates) == before
 
 
 def test_row_count_of_the_dispatch():
     from bench.linear_ways import CHUNKED, FUSED, least_chunked_rows
 
-    def rows(*ways):
-        return [{"dtype": "float32", "rows": 2**i, "faster": w} for i, w in enumerate(ways)]
+    def rows(*faster):
+        return [
+            {
+                "case": "linear_top1_confidence float32",
+                "sizes": (2**i,),
+                "candidates": {way: {"us": 1 if way == fast else 2} for way in (FUSED, CHUNKED)},
+            }
+            for i, fast in enumerate(faster)
+        ]
 
     assert least_chunked_rows(rows(FUSED, CHUNKED, FUSED, CHUNKED, CHUNKED), "float32") == 8
     assert least_chunked_rows(rows(CHUNKED, FUSED), "float32") is None
     assert least_chunked_rows(rows(CHUNKED, CHUNKED), "float32") == 1
+    assert least_chunked_rows(rows(CHUNKED, CHUNKED), "bfloat16") is None
 
 
 def test_command_prints_a_table_and_writes_json(capsys, tmp_path):
@@ -136,7 +143,7 @@ def test_pictures_and_page(tmp_path):
     from bench.pictures import draw
 
     case = Case("top1_confidence", (8, 65536), speedup_target=1e9, bandwidth_target=1e-9)
-    rows = run_cases([case], Machine(), repetitions=5)
+    rows = run_cases([case], Machine(), repetitions=5, compiled=())
     rows[0]["share of bandwidth"] = 0.5  # whatever this machine does just now
     machine = {"CPU": "a CPU", "CPU threads": 2, "GPU": "none", "commit": "abc", "date": "today",
                "torch": "2", "triton": "3", "python": "3.11",

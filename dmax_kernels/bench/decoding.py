@@ -7,6 +7,7 @@ logits; the fused ops keep theirs in float32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ def top1_confidence(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
             "fused": lambda: dmax_kernels.top1_confidence(logits),
         },
         logits.nbytes,
+        given={"logits": logits},
     )
 
 
@@ -38,6 +40,7 @@ def topk_confidence(inputs: Inputs, rows: int = 32, vocab: int = VOCAB, k: int =
             "fused": lambda: dmax_kernels.topk_confidence(logits, k),
         },
         logits.nbytes,
+        given={"logits": logits, "k": k},
     )
 
 
@@ -60,6 +63,7 @@ def row_statistics(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
             "top1_confidence": lambda: dmax_kernels.top1_confidence(logits),
         },
         logits.nbytes,
+        given={"logits": logits},
     )
 
 
@@ -74,6 +78,7 @@ def sample_tokens(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
             "top1_confidence": lambda: dmax_kernels.top1_confidence(logits),
         },
         logits.nbytes,
+        given={"logits": logits},
     )
 
 
@@ -83,6 +88,24 @@ def exponential_race(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return token, probability.gather(-1, token)
 
 
+@workload
+def draw_with_entropy(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
+    """What a rule that draws asks of a row: its top-1, its entropy, and a sample."""
+    logits, seed = inputs.logits(rows, vocab), inputs.seed()
+
+    def eager():
+        x = logits.float()
+        probability = torch.softmax(x, dim=-1)
+        entropy = torch.special.entr(probability).sum(dim=-1)
+        return x.argmax(dim=-1), torch.multinomial(probability, 1)[..., 0], entropy
+
+    def fused():
+        found = dmax_kernels.row_statistics(logits)
+        return found.token, dmax_kernels.sample_tokens(logits, seed)[0], found.entropy
+
+    return Work({"eager": eager, "fused": fused}, logits.nbytes, given={"logits": logits})
+
+
 def merged_shards(inputs: Inputs, rows: int, vocab: int, shards: int, run: Callable) -> Work:
     """run(backend, [(columns, first id)]) of every shard, as tensor-parallel ranks run them."""
     parts = inputs.logits(rows, vocab).chunk(shards, dim=-1)
@@ -90,6 +113,7 @@ def merged_shards(inputs: Inputs, rows: int, vocab: int, shards: int, run: Calla
     return Work(
         {"eager": lambda: run(reference, cut), "fused": lambda: run(dmax_kernels, cut)},
         sum(part.nbytes for part in parts),
+        given={"shards": cut},
     )
 
 
@@ -130,6 +154,7 @@ def prefix_promote(inputs: Inputs, blocks: int = 16, block: int = BLOCK) -> Work
             "fused": lambda: dmax_kernels.prefix_promote(confidence, masked, 0.5),
         },
         confidence.nbytes + 2 * masked.nbytes,
+        given={"confidence": confidence, "masked": masked, "threshold": 0.5},
     )
 
 
@@ -137,14 +162,16 @@ def prefix_promote(inputs: Inputs, blocks: int = 16, block: int = BLOCK) -> Work
 def hybrid_embedding(inputs: Inputs, rows: int = 32, dim: int = DIM, vocab: int = VOCAB) -> Work:
     """Gather, mix and rescale."""
     embedding = inputs.normal(vocab, dim)
-    run = hybrid_arguments(inputs, embedding, rows)
+    given = hybrid_arguments(inputs, embedding, rows)
     row_bytes = dim * embedding.element_size()
     return Work(
         {
-            "eager": lambda: run(reference.hybrid_embedding),
-            "fused": lambda: run(dmax_kernels.hybrid_embedding),
+            "eager": lambda: reference.hybrid_embedding(**given),
+            "fused": lambda: dmax_kernels.hybrid_embedding(**given),
         },
         2 * rows * row_bytes,
+        given=given,
+        writes=True,
     )
 
 
@@ -154,25 +181,33 @@ def hybrid_embedding_backward(
 ) -> Work:
     """Forward and the dense gradient of the embedding table."""
     embedding = inputs.normal(vocab, dim).requires_grad_()
-    run = hybrid_arguments(inputs, embedding, rows)
+    given = hybrid_arguments(inputs, embedding, rows)
     grad = inputs.normal(rows, dim)
+
+    def run(op: Callable) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(op(**given), embedding, grad)
+
     return Work(
         {
-            "eager": lambda: torch.autograd.grad(run(reference.hybrid_embedding), embedding, grad),
-            "fused": lambda: torch.autograd.grad(
-                run(dmax_kernels.hybrid_embedding), embedding, grad
-            ),
+            "eager": lambda: run(reference.hybrid_embedding),
+            "fused": lambda: run(dmax_kernels.hybrid_embedding),
         },
         3 * grad.nbytes + embedding.nbytes,
+        given={**given, "grad": grad},
+        writes=True,
     )
 
 
-def hybrid_arguments(inputs, embedding, rows):
-    """The op on fixed arguments, three in ten of the rows masked."""
+def hybrid_arguments(inputs: Inputs, embedding: torch.Tensor, rows: int) -> dict[str, Any]:
+    """Three in ten of the rows are masked."""
     vocab = embedding.shape[0]
-    token, confidence = inputs.ids(rows, below=vocab), inputs.uniform(rows)
-    masked = inputs.uniform(rows) < 0.3
-    return lambda op: op(embedding, token, confidence, masked, min(MASK, vocab - 1))
+    return {
+        "embedding": embedding,
+        "token": inputs.ids(rows, below=vocab),
+        "confidence": inputs.uniform(rows),
+        "masked": inputs.uniform(rows) < 0.3,
+        "mask_token_id": min(MASK, vocab - 1),
+    }
 
 
 @workload
@@ -199,14 +234,21 @@ def spd_step_(
         for name, tensor in start.items():
             state[name].copy_(tensor)
 
-    def run(op):
-        op(logits, embedding, editable=editable, **state, mask_token_id=mask_token_id,
-           tau_dec=0.5, tau_acc=0.9)  # fmt: skip
-
+    given: dict[str, Any] = {
+        "logits": logits,
+        "embedding": embedding,
+        "editable": editable,
+        **state,
+    }
+    given |= {"mask_token_id": mask_token_id, "tau_dec": 0.5, "tau_acc": 0.9}
     return Work(
-        {"eager": lambda: run(reference.spd_step_), "fused": lambda: run(dmax_kernels.spd_step_)},
+        {
+            "eager": lambda: reference.spd_step_(**given),
+            "fused": lambda: dmax_kernels.spd_step_(**given),
+        },
         logits.nbytes + 3 * state["inputs_embeds"].nbytes,
         restore=restore,
+        given=given,
     )
 
 
@@ -227,6 +269,7 @@ def linear_top1_confidence(
         hidden.nbytes + weight.nbytes,
         2 * rows * dim * vocab,
         inputs.dtype,
+        given={"hidden": hidden, "weight": weight},
     )
 
 
@@ -248,6 +291,7 @@ def linear_sample_tokens(
         hidden.nbytes + weight.nbytes,
         2 * rows * dim * vocab,
         inputs.dtype,
+        given={"hidden": hidden, "weight": weight},
     )
 
 

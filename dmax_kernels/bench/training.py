@@ -31,6 +31,8 @@ def oput_loss(inputs: Inputs, tokens: int = 64, vocab: int = VOCAB) -> Work:
             ),
         },
         3 * sum(x.nbytes for x in leaves),  # read, read again for the gradient, write it
+        given={"masked": masked, "predicted": predicted, "target": target},
+        writes=True,
     )
 
 
@@ -59,6 +61,8 @@ def oput_loss_and_grad_(inputs: Inputs, tokens: int = 64, vocab: int = VOCAB) ->
         },
         2 * sum(x.nbytes for x in logits),
         restore=restore,
+        given={"masked": masked, "predicted": predicted, "target": target, "weight": weight},
+        writes=True,
     )
 
 
@@ -82,6 +86,8 @@ def linear_oput_loss(inputs: Inputs, tokens: int = 256, dim: int = DIM, vocab: i
         2 * sum(x.nbytes for x in leaves),  # read, and their gradients written
         3 * 2 * (2 * tokens) * dim * vocab,  # what the gradients need, once
         inputs.dtype,
+        given={"masked": masked, "predicted": predicted, "weight": weight, "target": target},
+        writes=True,
     )
 
 

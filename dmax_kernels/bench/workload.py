@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ MASK = 156895
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VALUES = ("flat", "peaked")
+# Candidates that are no peers of ours: the op itself, the cheaper op it is held against, its ways
+OURS = ("fused", "top1_confidence", "one kernel", "products of chunks")
 
 
 @dataclass
@@ -62,6 +65,8 @@ class Work:
     flops: int = 0  # of matrix products; the rest is bound by bytes
     dtype: torch.dtype = torch.float32  # of those products
     restore: Callable[[], object] | None = None  # untimed: what the candidates overwrite
+    given: dict[str, Any] = field(default_factory=dict)  # what they work on, for further candidates
+    writes: bool = False  # as many bytes, about, as it reads: then a copy is the roof, else a read
 
 
 @dataclass

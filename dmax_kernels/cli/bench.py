@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from dmax_kernels.bench.timer import Machine, measure
-from dmax_kernels.bench.workload import DTYPES, VALUES, WORKLOADS, Inputs
+from dmax_kernels.bench.workload import DTYPES, VALUES, WORKLOADS, Inputs, Work
 from dmax_kernels.cli.info import collect
 from dmax_kernels.files import check_output, save_json
 
 EPILOGUE = """\
-Candidates run in turn, so compare them within a run, never runs. On a GPU: graph replays with a
-cold L2. "of bandwidth" is the least time to move the op's bytes, measured beside it, over its own.
+Candidates run in turn, so compare them within a run, never runs. On a GPU: calls of one graph that
+goes round more inputs than the L2 cache holds. "of bandwidth" is the least time to move the op's
+bytes, measured beside it, over its own.
 
   python -m dmax_kernels bench                                      what there is
   python -m dmax_kernels bench top1_confidence                      32 x 157184, bfloat16
@@ -73,12 +74,15 @@ def run(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     workload, sizes = WORKLOADS[options.op], parse_shape(options.shape)
-    inputs = Inputs(DTYPES[options.dtype], options.device, options.values)
+
+    def make() -> Work:
+        return workload.work(Inputs(DTYPES[options.dtype], options.device, options.values), sizes)
+
     result = measure(
-        workload.work(inputs, sizes),
+        make,
         Machine(options.device),
         repetitions=options.repetitions,
-        compiled=options.compile,
+        compiled=("torch.compile",) if options.compile else (),
     )
     shape = " x ".join(map(str, workload.all_sizes(sizes)))
     print(f"{options.op}, {shape} ({workload.shape_names}), {options.dtype}, {options.values}")
@@ -105,7 +109,7 @@ def table(result: dict) -> str:
     width = max(map(len, rows))
     lines = [f"{'':<{width}}  {'median':>12}  {'spread':>6}  {'speed-up':>8}"]
     for name, row in rows.items():
-        figures = f"{row['us']:>9.1f} us  {row['spread']:>6.0%}  {row['speed-up']:>7.2f}x"
+        figures = f"{row['us']:>9.1f} us  {row['spread']:>6.0%}  {row.get('speed-up', 0):>7.2f}x"
         lines.append(f"{name:<{width}}  {figures}")
     if not result["bytes"]:  # a loop
         return "\n".join(lines)

@@ -1,0 +1,91 @@
+"""Of rows of logits: a draw."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from bench.cpu_peers import entropy_bound_worker
+from bench.cpu_peers.registry import expert
+from bench.cpu_peers.rows import statistics
+from dmax_kernels.bench.decoding import stack_columns
+
+
+@expert("sample_tokens", "Gumbel noise", compiled=True)
+def gumbel_sample(logits):
+    x = logits.float()
+    noise = torch.empty_like(x).exponential_().log_()
+    token = (x - noise).argmax(dim=-1, keepdim=True)
+    probability = (x.gather(-1, token) - x.logsumexp(dim=-1, keepdim=True)).exp()
+    return token.squeeze(-1), probability.squeeze(-1)
+
+
+@expert("sample_tokens", "softmax and multinomial")
+def _(logits):
+    probability = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    token = torch.multinomial(probability, 1)
+    return token.squeeze(-1), probability.gather(-1, token).squeeze(-1)
+
+
+@expert("sample_tokens", "softmax and cumulative sum", compiled=True)
+def cumulative_sample(logits):
+    probability = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    cumulative = probability.cumsum(dim=-1)
+    mark = torch.rand(len(logits), 1) * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, mark, right=True).clamp(max=logits.shape[-1] - 1)
+    return token.squeeze(-1), probability.gather(-1, token).squeeze(-1)
+
+
+@expert("sample_tokens", "numpy cumulative sum")
+def _(logits):
+    x = logits.float().numpy()
+    weight = np.exp(x - x.max(axis=-1, keepdims=True))
+    cumulative = weight.cumsum(axis=-1)
+    total, last = cumulative[:, -1], x.shape[-1] - 1
+    marks = np.random.random_sample(len(x)) * total
+    pairs = zip(cumulative, marks, strict=True)
+    token = [min(row.searchsorted(mark, "right"), last) for row, mark in pairs]
+    probability = weight[np.arange(len(x)), token] / total
+    return torch.tensor(token), torch.from_numpy(probability)
+
+
+@expert("draw_with_entropy", "one exponential and Gumbel noise", compiled=True)
+def _(logits):
+    x = logits.float()
+    noise = torch.empty_like(x).exponential_().log_()
+    token, _, _, entropy, _ = statistics(logits)
+    return token, (x - noise).argmax(dim=-1), entropy
+
+
+@expert("draw_with_entropy", "llama.cpp's entropy-bound worker, restated")
+def _(logits):
+    return entropy_bound_worker.run(
+        logits.float(), torch.rand(len(logits)), torch.get_num_threads()
+    )
+
+
+@expert("sample_partial", "Gumbel noise", compiled=True)
+def _(shards):
+    score, log_sum, token, logit = stack_columns([shard_draw(*each) for each in shards])
+    winner = score.argmax(dim=0, keepdim=True)
+    probability = (logit.gather(0, winner)[0] - log_sum.logsumexp(dim=0)).exp()
+    return token.gather(0, winner)[0], probability
+
+
+def shard_draw(part, start):
+    x = part.float()
+    perturbed = x - torch.empty_like(x).exponential_().log_()
+    score, token = perturbed.max(dim=-1, keepdim=True)
+    logit = x.gather(-1, token)
+    return score[:, 0], x.logsumexp(dim=-1), token[:, 0] + start, logit[:, 0]
+
+
+@expert("linear_sample_tokens", "F.linear and Gumbel noise", compiled=True)
+def _(hidden, weight):
+    return gumbel_sample(F.linear(hidden, weight))
+
+
+@expert("linear_sample_tokens", "F.linear, softmax and cumulative sum")
+def _(hidden, weight):
+    return cumulative_sample(F.linear(hidden, weight))
