@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import float64
@@ -128,28 +129,66 @@ def test_undefined_logits_leave_other_tokens_and_rows_alone(dtype):
     assert confidence.isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_cpu_bits_depend_on_the_row_alone(dtype):
-    """Not on the other rows, nor on the threads: 300 rows are two readings of the weight.
+@pytest.fixture
+def other_threads():
+    """A context in which PyTorch has a different number of threads."""
 
-    Up to 32 rows, bfloat16 weights are read where they lie (D is a multiple of 32), else copied.
-    """
+    @contextmanager
+    def changed():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1 if threads > 1 else 2)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    return changed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_cpu_bits_of_few_rows_depend_on_the_row_alone(dtype, other_threads):
+    """Up to 8 rows: neither on the other rows nor on the threads. 320 is a full vector, 331 not."""
+    generator = torch.manual_seed(0)
+    for dim in (320, 331):
+        hidden = torch.randn(8, dim, generator=generator).to(dtype)
+        weight = (0.1 * torch.randn(700, dim, generator=generator)).to(dtype)
+        expected = dmax_kernels.linear_top1_confidence(hidden, weight)
+        assert (expected[1] < 0.9).any()  # where a rounding shows
+        with other_threads():
+            for rows in (slice(0, 8), slice(7, 8), slice(2, 5)):
+                results = dmax_kernels.linear_top1_confidence(hidden[rows], weight)
+                for one, among_others in zip(results, expected, strict=True):
+                    assert torch.equal(one, among_others[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_cpu_many_rows(dtype):
+    """More rows go through PyTorch's product: the same call repeats its bits, and a row among
+    others agrees with the row alone to the product's rounding. 300 rows are two blocks of rows."""
     generator = torch.manual_seed(0)
     hidden = torch.randn(300, 320, generator=generator).to(dtype)
-    weight = torch.randn(700, 320, generator=generator).to(dtype)
+    weight = (0.1 * torch.randn(700, 320, generator=generator)).to(dtype)
     expected = dmax_kernels.linear_top1_confidence(hidden, weight)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = dmax_kernels.linear_top1_confidence(hidden, weight)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(alone[0], expected[0])
-    assert torch.equal(alone[1], expected[1])
+    again = dmax_kernels.linear_top1_confidence(hidden, weight)
+    assert all(torch.equal(*pair) for pair in zip(expected, again, strict=True))
     for rows in (slice(299, 300), slice(5, 38), slice(250, 266)):
         token, confidence = dmax_kernels.linear_top1_confidence(hidden[rows], weight)
         assert torch.equal(token, expected[0][rows])
-        assert torch.equal(confidence, expected[1][rows])
+        assert_close(confidence, expected[1][rows], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [3, 20])
+def test_cpu_strides_of_the_weight(dtype, rows):
+    """Rows apart in memory, a transposed weight, and neither rows nor columns adjacent."""
+    hidden, weight, _ = held_inputs(rows, 300, 40, dtype)
+    expected = dmax_kernels.linear_top1_confidence(hidden, weight)
+    padded = torch.full((300, 47), 7.0, dtype=dtype)[:, :40].copy_(weight)
+    sparse = torch.full((600, 80), 7.0, dtype=dtype)[::2, ::2].copy_(weight)
+    for strided in (padded, weight.t().contiguous().t(), sparse):
+        results = dmax_kernels.linear_top1_confidence(hidden, strided)
+        assert torch.equal(results[0], expected[0])
+        assert_close(results[1], expected[1], 1e-6)
 
 
 # All three; the value tests above have two

@@ -19,14 +19,10 @@ ROOT = Path(__file__).parent.parent
 OLDEST = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
 CACHE = ROOT / "build" / f"torch-{OLDEST}-headers"
 CSRC = ROOT / "csrc"
-# Those without torch are compiled in one way for every torch
-HOST_SOURCES = [
-    path
-    for path in (CSRC / "schemas.cpp", *sorted((CSRC / "cpu").glob("*.cpp")))
-    if path.stem != "tile_kernels" and not path.stem.endswith(("_isa", "_amx"))
-]
+# The sources of csrc/cpu/simd know no torch
+HOST_SOURCES = [CSRC / "schemas.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
 # The device guard, and a direct call of the C functions below the stable ABI
-CUDA_SOURCES = [CSRC / "cuda" / "host.cu", CSRC / "cuda" / "hybrid_embedding.cu"]
+CUDA_SOURCES = [CSRC / "cuda" / "host.cu", CSRC / "cuda" / "embedding.cu"]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 

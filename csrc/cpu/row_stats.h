@@ -24,15 +24,17 @@ struct RowStats {
   // False where a logit is NaN or +inf, or where all are -inf: there is no softmax then
   bool defined() const { return std::isfinite(maximum); }
 
+  // The sum with the winner's own term
+  double sum_exp() const { return defined() ? 1.0 + rest : kNan; }
   // log(1 + rest), what the row's logsumexp adds to its maximum (at temperature 1)
   double log_rest() const { return defined() ? std::log1p(rest) : kNan; }
   double log_sum_exp() const { return maximum + log_rest(); }
 
-  float confidence() const { return static_cast<float>(defined() ? 1.0 / (1.0 + rest) : kNan); }
+  float confidence() const { return static_cast<float>(1.0 / sum_exp()); }
   // Of a token with this logit
   float probability(float logit, double temperature) const {
     const double depth = (static_cast<double>(logit) - maximum) / temperature;
-    return static_cast<float>(defined() ? std::exp(depth) / (1.0 + rest) : kNan);
+    return static_cast<float>(std::exp(depth) / sum_exp());
   }
 
   // The logits x of the next tokens, first_id .. first_id + n

@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_partial(Tensor logits_
       const NoiseKey key = noise_key(seeds, is_seed_per_row(seed), row);
       const PerturbedBest best = sample_row(kernels, row_of(row), scan, stats, key, vocab_start);
       const double logit = kernels.value(row_of(row) + (best.id - vocab_start));
-      sum_exp_out[row] = static_cast<float>(1.0 + stats.rest);
+      sum_exp_out[row] = static_cast<float>(stats.sum_exp());
       token_out[row] = best.id;
       score_out[row] = best.score;
       weight_out[row] = static_cast<float>(std::exp((logit - stats.maximum) / temperature));

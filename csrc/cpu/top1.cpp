@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> top1_partial(Tensor logits_shard, int64_t voc
         [&](int64_t row, const RowStats& stats) {
           const bool empty = stats.maximum == -std::numeric_limits<float>::infinity();
           maximum_out[row] = stats.maximum;
-          sum_exp_out[row] = empty ? 0.0f : static_cast<float>(1.0 + stats.rest);
+          sum_exp_out[row] = empty ? 0.0f : static_cast<float>(stats.sum_exp());
           token_out[row] = vocab_start + stats.token;
         });
   });

@@ -152,7 +152,7 @@ def gather_shard_sizes(
     kinds = [kind for _, kind in by_rank]
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError(
-            f"{op}: the ranks' tensors must have one dtype and the same sizes but for the "
+            f"{op}: the ranks' tensors must have one dtype and the same sizes except the "
             f"vocabulary's, got {', '.join(f'{dtype} {sizes}' for dtype, sizes in kinds)}"
         )
     return tuple(size for size, _ in by_rank)

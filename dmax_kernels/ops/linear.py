@@ -36,9 +36,9 @@ def linear_top1_confidence(
 
     Returns:
         token int64 [...] and confidence float32 [...]; ties, NaN and infinities as in
-        :func:`dmax_kernels.top1_confidence`. Repeated calls give the same bits. On the CPU a row's
-        bits depend neither on the other rows nor on the number of threads; on the GPU a
-        different number of rows may change the order of summation within the matrix product.
+        :func:`dmax_kernels.top1_confidence`. Repeated calls give the same bits. On the CPU,
+        up to 8 rows have the bits of each row alone; beyond, and on the GPU, a different number of
+        rows may change the order of summation within the matrix product.
 
     Raises:
         RuntimeError: dtypes or shapes that do not fit, a temperature or token id out of range.
@@ -130,10 +130,11 @@ def linear_oput_loss(
     stay float32, and each gradient is accumulated in float32 over all blocks and rounded once.
     Repeated calls give the same bits (on the CPU: for one number of threads).
 
-    Memory beside inputs and gradients, with R rows (both passes together). CPU: forward 2 KB D and
-    a little per thread; backward 8 R D bytes (16-bit inputs: 10 R D), 8 KB D and 2 MB. GPU: forward
-    below 16 MB; backward R (10 D + 2 C) + 4 C D bytes, with a vocabulary chunk of C = 16,384 tokens
-    (0.57 GB at R = 8,192, D = 2,048). Eager took 7 R V bytes in bench/memory.py: 9 GB there.
+    Memory beside inputs and gradients, with R rows (both passes together). CPU: forward 2 KB D,
+    and 1 KB D and 0.3 MB per thread; backward 8 R D bytes (16-bit inputs: 10 R D), 8 KB D and 2 MB.
+    GPU: forward below 16 MB; backward R (10 D + 2 C) + 4 C D bytes, with a vocabulary chunk of
+    C = 16,384 tokens (0.57 GB at R = 8,192, D = 2,048). Eager took 7 R V
+    bytes in bench/memory.py: 9 GB there.
 
     Args:
         hidden_masked, hidden_predicted: [..., D], float32, bfloat16 or float16, one shape and

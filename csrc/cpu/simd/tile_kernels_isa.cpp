@@ -62,9 +62,11 @@ float maximum_of_bits(const T* x, int64_t n, int16_t infinity) {
   Shorts least0 = Shorts{} + infinity, least1 = least0;
   int64_t i = 0;
   for (; i + 2 * kShorts <= n; i += 2 * kShorts) {
-    Shorts bits[2];
-    __builtin_memcpy(bits, x + i, sizeof(bits));
-    const Shorts first = sortable(bits[0]), second = sortable(bits[1]);
+    Shorts first, second;
+    __builtin_memcpy(&first, x + i, sizeof(first));
+    __builtin_memcpy(&second, x + i + kShorts, sizeof(second));
+    first = sortable(first);
+    second = sortable(second);
     most0 = larger(first, most0);
     least0 = smaller(first, least0);
     most1 = larger(second, most1);
