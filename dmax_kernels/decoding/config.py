@@ -32,7 +32,7 @@ MAX_TOP_K = 8  # of topk_confidence
 @document_fields
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """How to decode. The defaults are the paper's, except `semantics`; `for_model` fills in the rest.
+    """How to decode. The defaults are the paper's except for `semantics`.
 
     A mistake is a ValueError of one sentence. The rule is looked up by `rules.find_rule`.
     """
