@@ -135,7 +135,8 @@ def linear_oput_loss(
     Memory beside inputs and gradients, with R rows (both passes together). CPU: forward 2 KB D,
     and 1 KB D and 0.3 MB per thread; backward 8 R D bytes (16-bit inputs: 10 R D), 8 KB D and 2 MB.
     GPU: forward below 16 MB; backward R (10 D + 2 C) + 4 C D bytes, with a vocabulary chunk of
-    C = 16,384 tokens (0.57 GB at R = 8,192, D = 2,048). Eager took 7 R V bytes in bench/memory.py: 9 GB there.
+    C = 16,384 tokens (0.57 GB at R = 8,192, D = 2,048). Eager took 7 R V bytes in bench/memory.py:
+    9 GB there.
 
     Args:
         hidden_masked, hidden_predicted: [..., D], float32, bfloat16 or float16, one shape and
