@@ -63,25 +63,29 @@ inline void multiply_into(const Tensor& a, const Tensor& b, bool accumulate, con
                                                          accumulate ? 1.0 : 0.0, 1.0));
 }
 
-// `rows` rows in float32: those of x themselves where they are, else a copy in `buffer`
+// y[i * columns + k] = x[i, k], whatever the strides of x
+template <class T>
+void widen_rows(MatrixView<T> x, int64_t rows, int64_t columns, float* y) {
+  const TileKernels<T>& kernels = tile_kernels<T>();
+  for (int64_t i = 0; i < rows; ++i, y += columns) {
+    if (x.column_stride == 1) {
+      kernels.widen(y, x.row(i), columns);
+    } else {
+      for (int64_t k = 0; k < columns; ++k) y[k] = kernels.value(x.row(i) + k * x.column_stride);
+    }
+  }
+}
+
+// x in float32, its layout free: x itself where it is float32, else a copy in `buffer`
 template <class T>
 MatrixView<float> widened(MatrixView<T> x, int64_t rows, int64_t columns, float* buffer) {
   if constexpr (std::is_same_v<T, float>) {
     return x;
   } else if (x.row_stride == 1 && x.column_stride != 1) {  // a transposed matrix stays one
-    const MatrixView<float> wide =
-        widened(MatrixView<T>{x.data, x.column_stride, 1}, columns, rows, buffer);
-    return {wide.data, wide.column_stride, wide.row_stride};
+    widen_rows(MatrixView<T>{x.data, x.column_stride, 1}, columns, rows, buffer);
+    return {buffer, 1, rows};
   } else {
-    const TileKernels<T>& kernels = tile_kernels<T>();
-    for (int64_t i = 0; i < rows; ++i) {
-      float* y = buffer + i * columns;
-      if (x.column_stride == 1) {
-        kernels.widen(y, x.row(i), columns);
-      } else {
-        for (int64_t k = 0; k < columns; ++k) y[k] = kernels.value(x.row(i) + k * x.column_stride);
-      }
-    }
+    widen_rows(x, rows, columns, buffer);
     return {buffer, columns, 1};
   }
 }
@@ -123,12 +127,7 @@ class LinearLogits {
       }
       return;
     }
-    const MatrixView<float> wide = widened(block, count, dim_, rows_.data);
-    for (int64_t i = 0; wide.data != rows_.data && i < count; ++i) {  // float32 is not copied above
-      for (int64_t k = 0; k < dim_; ++k) {
-        rows_.data[i * dim_ + k] = wide.row(i)[k * wide.column_stride];
-      }
-    }
+    widen_rows(block, count, dim_, rows_.data);
   }
 
   // Memory that one thread needs for compute()
