@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from dmax_kernels.models.remote_code import remote_code_shims
+from dmax_kernels.models.remote_code import dropped_imports, dropped_rotary
 
 CODE = Path(__file__).parent / "llada2_stand_in"
 AUTO_MAP = {
@@ -51,9 +51,10 @@ def new_model(folder: Path, seed: int):
     Sharp logits, so that confidences cross the thresholds; attention that tells positions apart;
     and experts that add little, whose choice would otherwise make another token of a rounding.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    with dropped_imports():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     torch.manual_seed(seed)
-    with remote_code_shims(config):
+    with dropped_imports(), dropped_rotary(config):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -20,8 +20,9 @@ from transformers.utils import cached_file, logging
 # Imported for its effect: it registers the shipped checkpoints' model with the Auto classes
 import dmax_kernels.ring_walk.model  # noqa: F401
 from dmax_kernels.models.remote_code import (
+    dropped_imports,
+    dropped_rotary,
     dtype_argument,
-    remote_code_shims,
     repair_loaded_model,
 )
 
@@ -95,12 +96,12 @@ def load_checkpoint(
         )
     trust = {} if shipped else {"trust_remote_code": True}
     try:
-        with no_progress_bar():
+        with no_progress_bar(), dropped_imports():
             config = AutoConfig.from_pretrained(path, **trust)
             tokenizer = AutoTokenizer.from_pretrained(path, **trust)
             options = {"config": config, "device_map": device_map, **trust, **dtype_argument(dtype)}
             load = partial(AutoModelForCausalLM.from_pretrained, path, **options)
-            with remote_code_shims(config):
+            with dropped_rotary(config):
                 try:
                     model = load(attn_implementation=attention)
                 except ValueError as error:  # it comes before the weights are read

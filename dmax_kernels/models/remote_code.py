@@ -7,7 +7,7 @@ nothing changes under 4.5x.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -20,28 +20,38 @@ from transformers.utils import import_utils
 
 
 @contextmanager
-def remote_code_shims(config: Any) -> Iterator[None]:
-    """Around the loading or building of a model of this config.
-
-    The names are taken back at the end, and models of transformers itself never see them: their
-    rotary embeddings would look up "default" in the table and find this one instead of their own.
-    """
-    if type(config).__module__.startswith("transformers."):
+def dropped_imports() -> Iterator[None]:
+    """Around the first import of a checkpoint's code, which its config may already cause."""
+    # transformers 5 dropped this function, which the code imports to guard a torch.fx wrapper that
+    # torch >= 1.13 does not need. Delete when the checkpoints' code no longer imports it.
+    if hasattr(import_utils, "is_torch_fx_available"):
         yield
         return
-    rope = modeling_rope_utils.ROPE_INIT_FUNCTIONS
-    with ExitStack() as undo:
-        # transformers 5 dropped this function, which the code imports to guard a torch.fx wrapper
-        # that torch >= 1.13 does not need. Delete when the checkpoints' code no longer imports it.
-        if not hasattr(import_utils, "is_torch_fx_available"):
-            import_utils.is_torch_fx_available = lambda: False
-            undo.callback(delattr, import_utils, "is_torch_fx_available")
-        # transformers 5 moved unscaled rotary embeddings from this table into each model's file.
-        # Delete when the checkpoints' code brings its own.
-        if "default" not in rope:
-            rope["default"] = unscaled_rotary_frequencies
-            undo.callback(rope.pop, "default")
+    import_utils.is_torch_fx_available = lambda: False
+    try:
         yield
+    finally:
+        del import_utils.is_torch_fx_available
+
+
+@contextmanager
+def dropped_rotary(config: Any) -> Iterator[None]:
+    """Around the building of a model of this config.
+
+    Models of transformers itself must not see it: they would look up "default" in the table and
+    find this function instead of their own.
+    """
+    # transformers 5 moved unscaled rotary embeddings from this table into each model's file.
+    # Delete when the checkpoints' code brings its own.
+    table = modeling_rope_utils.ROPE_INIT_FUNCTIONS
+    if "default" in table or type(config).__module__.startswith("transformers."):
+        yield
+        return
+    table["default"] = unscaled_rotary_frequencies
+    try:
+        yield
+    finally:
+        del table["default"]
 
 
 def dtype_argument(dtype: torch.dtype | None) -> dict[str, Any]:
@@ -85,7 +95,7 @@ def repair_loaded_model(model: Any) -> None:
         )
     )
     try:
-        with torch.random.fork_rng(devices=[]), remote_code_shims(model.config):
+        with torch.random.fork_rng(devices=[]), dropped_rotary(model.config):
             fresh = type(model)._from_config(deepcopy(model.config), **dtype_argument(model.dtype))
     finally:
         on_meta.remove()
