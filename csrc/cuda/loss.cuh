@@ -42,11 +42,14 @@ __device__ __forceinline__ LossPartial loss_tile(const Tile<T>& tile, const Row<
   LossPartial partial;
   const VectorMaxima<T> maxima = vector_maxima(tile);
   partial.max = warp_max(maxima.lane);
+  const float reference = finite_reference(partial.max);
   float distances[2] = {0.0f, 0.0f};
-  partial.rest =
-      tile_rest(tile, maxima, partial.max, kLog2E, [&](int v, int e, float d, float /*weight*/) {
-        if (kMean && tile.id(v, e) < row.vocab) distances[e % 2] -= d;
+  const Exponent exponent = exponent_from(reference, kLog2E);
+  const TileSums sums =
+      tile_sums(tile, maxima, partial.max, exponent, [&](int v, int e, float /*t*/, float /*w*/) {
+        if (kMean && tile.id(v, e) < row.vocab) distances[e % 2] -= tile.at(v, e) - reference;
       });
+  partial.rest = sums.rest(exponent);
   partial.below = kMean ? warp_sum(distances[0] + distances[1]) : 0.0f;
   partial.count = static_cast<float>(min(kTileSize<T>, row.vocab - tile.begin));
   return partial;
