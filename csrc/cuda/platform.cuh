@@ -128,6 +128,17 @@ __device__ __forceinline__ uint16_t float_to_half(float x) {
 __device__ __forceinline__ uint16_t float_to_bfloat16(float x) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
+// Both at once, `low` in the low bits
+__device__ __forceinline__ uint32_t floats_to_bfloat16x2(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+__device__ __forceinline__ uint32_t floats_to_half2(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
 
 // Clusters need sm_90; choose_loss_and_grad_launch asks for none on an older GPU
 __device__ __forceinline__ unsigned cluster_rank() {
@@ -191,6 +202,12 @@ inline uint16_t float_to_bfloat16(float x) {
   const uint32_t bits = __float_as_uint(x);
   if (x != x) return 0x7fff;
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest even
+}
+inline uint32_t floats_to_bfloat16x2(float low, float high) {
+  return float_to_bfloat16(low) | static_cast<uint32_t>(float_to_bfloat16(high)) << 16;
+}
+inline uint32_t floats_to_half2(float low, float high) {
+  return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
 }
 
 template <class ToFloat>
