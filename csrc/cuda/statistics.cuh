@@ -82,7 +82,7 @@ __device__ __forceinline__ StatisticsPartial statistics_of_tile(const Tile<T>& t
       tile_sums(tile, maxima, max, exponent, [&](int /*v*/, int e, float t, float weight) {
         exponents[e % 2] = fmaf(fmaxf(t, kLeastExponent), weight, exponents[e % 2]);
       });
-  partial.stats = tile_stats(tile, maxima, row, suppress, max, sums.rest(exponent));
+  partial.stats = tile_stats(tile, row, suppress, max, exponent, sums);
   // The sum of (t + correction) w, where w lacks the factor
   partial.exponent = fmaf(exponent.correction, sums.below, warp_sum(exponents[0] + exponents[1])) *
                      exponent.factor();

@@ -204,10 +204,11 @@ __device__ __forceinline__ Exponent exponent_from(float reference, float scale) 
   return {scale, offset, -fmaf(reference, scale, -offset)};
 }
 
-// SoftmaxStats::rest in two parts, the same on every lane
+// What one walk over a tile's elements finds
 struct TileSums {
-  float below;   // sum of 2^(x * scale - offset) over the elements below max
-  float others;  // number of elements at max, minus one
+  float below;   // sum of 2^(x * scale - offset) over the elements below max, on every lane
+  float others;  // number of elements at max, minus one, on every lane
+  int first;     // id of this lane's first element at max, or kNoId
 
   __device__ __forceinline__ float rest(const Exponent& exponent) const {
     return fmaf(below, exponent.factor(), others);
@@ -222,9 +223,16 @@ __device__ __forceinline__ TileSums tile_sums(const Tile<T>& tile, const VectorM
                                               const Also& also) {
   float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   float at_max = 0.0f;
+  int first = kNoId;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     if (maxima.of[v] == max) {  // few of the tile's 256 vectors
+      int place = 0;
+#pragma unroll
+      for (int e = kWidth<T> - 1; e > 0; --e)
+        if (tile.at(v, e) == max) place = e;
+      if (tile.at(v, 0) == max) place = 0;
+      first = min(first, tile.id(v, place));
 #pragma unroll
       for (int e = 0; e < kWidth<T>; ++e) {
         const float x = tile.at(v, e);
@@ -249,7 +257,7 @@ __device__ __forceinline__ TileSums tile_sums(const Tile<T>& tile, const VectorM
     }
   }
   const float others = warp_sum(at_max) - 1.0f;
-  return {warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3])), others};
+  return {warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3])), others, first};
 }
 
 struct NothingElse {
@@ -269,11 +277,11 @@ __device__ __forceinline__ void find_broken(const Tile<T>& tile, const Row<T>& r
 }
 
 template <class T>
-__device__ __forceinline__ SoftmaxStats tile_stats(const Tile<T>& tile,
-                                                   const VectorMaxima<T>& maxima, const Row<T>& row,
-                                                   int suppress, float max, float rest) {
-  SoftmaxStats stats{max, rest, warp_first(maxima.lane == max ? lane_argmax(tile, maxima) : kNoId)};
-  if (rest != rest) find_broken(tile, row, suppress, &stats);
+__device__ __forceinline__ SoftmaxStats tile_stats(const Tile<T>& tile, const Row<T>& row,
+                                                   int suppress, float max,
+                                                   const Exponent& exponent, const TileSums& sums) {
+  SoftmaxStats stats{max, sums.rest(exponent), warp_first(sums.first)};
+  if (stats.rest != stats.rest) find_broken(tile, row, suppress, &stats);
   return stats;
 }
 
@@ -284,7 +292,7 @@ __device__ __forceinline__ SoftmaxStats tile_stats(const Tile<T>& tile, const Ro
   const float max = warp_max(maxima.lane);
   const Exponent exponent = exponent_from(finite_reference(max), scale);
   const TileSums sums = tile_sums(tile, maxima, max, exponent, NothingElse{});
-  return tile_stats(tile, maxima, row, suppress, max, sums.rest(exponent));
+  return tile_stats(tile, row, suppress, max, exponent, sums);
 }
 
 }  // namespace dmax::cuda
