@@ -18,18 +18,38 @@ struct RowSplit {
   int splits;          // blocks per row
   void* partials;      // [rows, tiles], if splits > 1
   unsigned* counters;  // [rows], zero before and after the launch, if splits > 1
+
+  // Quotients that a block would otherwise compute before its first load
+  int fewest;           // each block of a row has this many tiles,
+  int with_one_more;    // and this many blocks, the first ones, have one more
+  uint32_t reciprocal;  // floor(2^32 / splits) + 1, if splits > 1
 };
+
+__host__ __device__ inline RowSplit make_row_split(int tiles, int splits) {
+  return {tiles,
+          splits,
+          nullptr,
+          nullptr,
+          tiles / splits,
+          tiles % splits,
+          static_cast<uint32_t>((uint64_t{1} << 32) / static_cast<unsigned>(splits) + 1)};
+}
 
 struct TileRange {
   int64_t row;
+  int part;  // of the row: 0 to splits - 1
   int begin, end;
 };
 
 __device__ __forceinline__ TileRange block_tiles(const RowSplit& split) {
-  const int64_t row = blockIdx.x / static_cast<unsigned>(split.splits);
-  const auto part = static_cast<int64_t>(blockIdx.x % static_cast<unsigned>(split.splits));
-  return {row, static_cast<int>(split.tiles * part / split.splits),
-          static_cast<int>(split.tiles * (part + 1) / split.splits)};
+  const unsigned block = blockIdx.x;
+  // The quotient is exact while blocks * splits < 2^32. A row is split only where blocks are few,
+  // or in two; a launch has fewer than 2^31 blocks.
+  const unsigned row =
+      split.splits == 1 ? block : static_cast<unsigned>(uint64_t{block} * split.reciprocal >> 32);
+  const auto part = static_cast<int>(block - row * static_cast<unsigned>(split.splits));
+  const int begin = part * split.fewest + min(part, split.with_one_more);
+  return {row, part, begin, begin + split.fewest + (part < split.with_one_more ? 1 : 0)};
 }
 
 // Where tile `index` of this block's row leaves its partial result
@@ -153,7 +173,7 @@ RowLaunch choose_row_launch(const RowWork& work, const Device& device) {
   RowLaunch launch{};
   const bool split = splits > 1;
   launch.shape = {static_cast<unsigned>(work.rows * splits), kRowThreads, split ? 0 : row_bytes};
-  launch.split = {tiles, static_cast<int>(splits), nullptr, nullptr};
+  launch.split = make_row_split(tiles, static_cast<int>(splits));
   launch.partial_bytes = split ? static_cast<size_t>(work.rows) * row_bytes : 0;
   launch.row_counters = split ? work.rows : 0;
   return launch;

@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kRowThreads, kSpdResident)
     spd_step_kernel(const __grid_constant__ LogitsView<T> logits,
                     const __grid_constant__ RowSplit split, const __grid_constant__ SpdArgs args) {
   const TileRange range = block_tiles(split);
-  const int64_t batch_row = range.row / args.block;
+  const int64_t batch_row = static_cast<unsigned>(range.row) / static_cast<unsigned>(args.block);
   if (args.converged[batch_row]) return;
 
   if constexpr (kTokens > 1) {

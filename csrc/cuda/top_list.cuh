@@ -119,8 +119,7 @@ __device__ __forceinline__ void scan_tiles_and_list(const LogitsView<T>& logits,
   if (warp_id() != 0) return;
   for (int i = k + lane_id(); i < kRowWarps * k + lane_id(); i += kWarpSize)
     list.offer(i < kRowWarps * k ? of_warps[i] : 0);
-  const auto part = static_cast<int64_t>(blockIdx.x % static_cast<unsigned>(split.splits));
-  if (lane_id() < k) lists_of(split, lists, range.row, k)[part * k + lane_id()] = list.mine;
+  if (lane_id() < k) lists_of(split, lists, range.row, k)[range.part * k + lane_id()] = list.mine;
 }
 
 // The row's k best elements, by one warp of its last block
