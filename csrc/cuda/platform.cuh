@@ -119,6 +119,17 @@ __device__ __forceinline__ uint64_t load_other_block_8(const uint64_t* p) {
   return __ldcg(reinterpret_cast<const unsigned long long*>(p));
 }
 
+// atomicInc, ordered for the whole GPU: what the caller wrote, or has seen written across a
+// barrier, comes before it, and what it reads afterwards comes after it
+__device__ __forceinline__ unsigned increment_acq_rel(unsigned* counter, unsigned limit) {
+  unsigned old;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(__cvta_generic_to_global(counter)), "r"(limit)
+               : "memory");
+  return old;
+}
+
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));
 }
@@ -186,6 +197,12 @@ T load_other_block(const T* p) {
   return *p;
 }
 inline uint64_t load_other_block_8(const uint64_t* p) { return *p; }
+inline unsigned increment_acq_rel(unsigned* counter, unsigned limit) {
+  __threadfence();
+  const unsigned old = atomicInc(counter, limit);
+  __threadfence();
+  return old;
+}
 
 inline float half_to_float(uint16_t bits) {
   _Float16 value;

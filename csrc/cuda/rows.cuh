@@ -61,14 +61,18 @@ __device__ __forceinline__ Partial* partial_of(const RowSplit& split, int64_t ro
 
 // True on all threads of the last of `blocks` blocks to get here. The counter resets itself, which
 // lets a captured graph be replayed without a memset.
+//
+// One atomic with acquire and release is enough: the barrier before it hands the whole block's
+// writes to thread 0, its release passes them on with the count, the last block's acquire takes in
+// those of every block that has counted, since each count reads the one before it, and the barrier
+// after it hands them to all threads. This order is causal, hence transitive; nothing here needs
+// the single order of all fences that __threadfence() pays for.
 __device__ __forceinline__ bool last_to_arrive(unsigned* counter, int blocks) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();  // what this block wrote comes before its count
     const auto top = static_cast<unsigned>(blocks - 1);
-    last = atomicInc(counter, top) == top;
-    __threadfence();  // what the others wrote before theirs is read after it
+    last = increment_acq_rel(counter, top) == top;
   }
   __syncthreads();
   return last;
