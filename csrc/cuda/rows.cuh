@@ -129,14 +129,17 @@ struct LogitsView {
   }
 };
 
-// Leaves the partial results of all of this block's tiles
-template <class T>
+// Leaves the partial results of all of this block's tiles. `skipped` rows are not wanted: whether a
+// row is one is known only a memory latency after the kernel's start, and the first tile's loads do
+// not wait for it.
+template <class T, bool kMaySkip = false>
 __device__ __forceinline__ void scan_tiles(const LogitsView<T>& logits, const RowSplit& split,
-                                           const TileRange& range) {
+                                           const TileRange& range, bool skipped = false) {
   const Row<T> row = logits.row(range.row);
   for (int t = range.begin + warp_id(); t < range.end; t += kRowWarps) {
     Tile<T> tile;
     load_tile(tile, row, t, logits.suppress);
+    if (kMaySkip && skipped_after_loads(tile, skipped)) return;
     const SoftmaxStats stats = tile_stats(tile, row, logits.suppress, logits.scale);
     if (lane_id() == 0) *partial_of<Top1Partial>(split, range.row, t) = {stats};
   }

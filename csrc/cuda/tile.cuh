@@ -121,6 +121,14 @@ __device__ __forceinline__ void load_tile(Tile<T>& tile, const Row<T>& row, int 
   }
 }
 
+// `skipped`, in a place that no compiler moves to before the tile's loads
+template <class T>
+__device__ __forceinline__ bool skipped_after_loads(Tile<T>& tile, bool skipped) {
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) forget(tile.raw[v]);
+  return skipped;
+}
+
 // ---- Statistics of a tile: the same on every lane ----
 
 // The largest element of each of this lane's vectors, NaN left out
