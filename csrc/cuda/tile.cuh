@@ -77,11 +77,16 @@ __device__ __forceinline__ uint4 load_edge_vector(const Row<T>& row, int first) 
   const T* p = row.data + first;
   const bool whole = first + kWidth<T> <= row.vocab;
   if (whole && row.aligned) return load_vector<kAccess>(p);
+  uint4 raw{0, 0, 0, 0};
+  if (first >= row.vocab) {  // no element by element: rows often end between two vectors
+#pragma unroll
+    for (int e = 0; e < kWidth<T>; ++e) set_element_bits<T>(raw, e, minus_infinity_bits<T>());
+    return raw;
+  }
   // The aligned vectors around p reach less than one vector to either side of it
   if (kAccess != Access::kInterleaved && whole && first >= kWidth<T> &&
       first + 2 * kWidth<T> <= row.vocab)
     return load_shifted<kAccess>(reinterpret_cast<const char*>(p));
-  uint4 raw{0, 0, 0, 0};
 #pragma unroll
   for (int e = 0; e < kWidth<T>; ++e) {
     const bool inside = first + e < row.vocab;
