@@ -65,6 +65,8 @@ __global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
     return;
   }
 
+  const float upstream = grad.of(pass, row_index);  // on its way long before it is needed
+
   // Read the slice into shared memory, with each tile's statistics
   constexpr int kTileVectors = kVectors * kWarpSize;
   uint4* slice = dynamic_shared;
@@ -104,7 +106,7 @@ __global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
   // Overwrite the slice with its gradient
   RowLoss loss;
   const GradScale scale =
-      finish_row<T>(of_row, x_target, target, grad.of(pass, row_index), rows.vocab, options, &loss);
+      finish_row<T>(of_row, x_target, target, upstream, rows.vocab, options, &loss);
   if (rank == 0 && threadIdx.x == 0) out.store(pass, row_index, loss);
   for (int t = begin + warp_id(); t < end; t += kRowWarps) {
     const uint4* kept = slice + (t - begin) * kTileVectors + lane_id();
@@ -137,6 +139,8 @@ __global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
     return;
   }
 
+  const float upstream = grad.of(pass, row_index);
+
   // The row's statistics
   const RowSplit whole = make_row_split(tiles, 1);
   const Row<T> row = make_row<T>(data, rows.vocab);
@@ -161,7 +165,7 @@ __global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
   // The row's gradient
   RowLoss loss;
   const GradScale scale =
-      finish_row<T>(of_row, x_target, target, grad.of(pass, row_index), rows.vocab, options, &loss);
+      finish_row<T>(of_row, x_target, target, upstream, rows.vocab, options, &loss);
   if (threadIdx.x == 0) out.store(pass, row_index, loss);
   for (int t = warp_id(); t < tiles; t += kRowWarps) {
     Tile<T> tile;
