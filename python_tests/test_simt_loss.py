@@ -138,6 +138,21 @@ def test_in_place(cluster, options):
         assert torch.equal(a, b)
 
 
+# The reference of every exponent is the row's maximum: an offset costs the loss and the gradient
+# none of their digits
+@pytest.mark.parametrize("gpu", [H200, A100], ids=["cluster", "two_pass"])
+@pytest.mark.parametrize("offset", [3e4, -1e6])
+def test_in_place_common_offset(gpu, offset):
+    steps = torch.randint(0, 60, (4, 3000), generator=torch.manual_seed(5))
+    logits = (offset - 0.125 * steps.double()).float()
+    target = steps.argmin(dim=-1)
+    written = logits.clone()
+    loss, _ = simt_ops.oput_loss_and_grad_(written, None, target, None, None, gpu=gpu)
+    assert_close(loss, float64.token_loss(logits, target), LOSS_RTOL, LOSS_ATOL)
+    expected = gradients_in_float64(logits, target, torch.ones(4))
+    assert_close(written, expected, ROUNDING[torch.float32], 1e-9)
+
+
 # Dtypes, tails and misaligned rows, an absent pass, ignored rows: on both kernels
 @pytest.mark.parametrize("gpu", [H200, A100], ids=["cluster", "two_pass"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,7 +6,7 @@ import simt_ops
 import torch
 from cases import DTYPES, SMALL_VOCABS, stacked_rows, strided_copies
 from simt_ops import A100, CHOSEN, H200, ONE_MULTIPROCESSOR
-from tolerances import CONFIDENCE_RTOL, assert_close
+from tolerances import CONFIDENCE_RTOL, ENTROPY_ATOL, ENTROPY_RTOL, assert_close
 
 from dmax_kernels import reference
 
@@ -91,6 +91,24 @@ def test_top1_temperature(temperature):
     assert torch.equal(token, expected_token)
     if temperature >= 1e-3:
         assert_close(confidence, expected, CONFIDENCE_RTOL)
+
+
+# The offset times the scale is 2^12 to 2^34. That product loses up to 2^9 powers of 2 to rounding,
+# and beyond 2^30 the kernels lower the scale.
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("units_per_temperature", [2.0**-12, 0.1, 1, 5, 40, 60, 100, 1000])
+def test_top1_common_offset(sign, units_per_temperature):
+    offset = 1.3700001e6
+    unit = 0.125  # of the last place at the offset
+    steps = torch.randint(0, 30, (3, 3000), generator=torch.manual_seed(3))
+    steps[1, 1234] = -1
+    logits = (sign * offset - unit * steps.double()).float()
+    temperature = unit / units_per_temperature
+    token, confidence = simt_ops.top1_confidence(logits, temperature=temperature)
+    assert_top1(logits, token, confidence, temperature=temperature)
+    entropy = simt_ops.row_statistics(logits, temperature=temperature)[3]
+    expected = float64.row_statistics(logits, temperature)[3]
+    assert_close(entropy, expected, ENTROPY_RTOL, ENTROPY_ATOL)
 
 
 # First, last, the winner itself, a NaN, a +inf, a tile's edge; on the odd V every second row is

@@ -108,14 +108,27 @@ __device__ __forceinline__ void set_element_bits(uint4& raw, int e, uint32_t bit
            e % 2 == 0 ? (pair & 0xffff0000u) | bits : (pair & 0x0000ffffu) | (bits << 16));
 }
 
+// Two elements of 16 bits in a word, the first in its low bits: one instruction converts both
+template <class T>
+__device__ __forceinline__ uint32_t pack_pair(float first, float second);
+template <>
+__device__ __forceinline__ uint32_t pack_pair<BFloat16>(float first, float second) {
+  return floats_to_bfloat16x2(first, second);
+}
+template <>
+__device__ __forceinline__ uint32_t pack_pair<Float16>(float first, float second) {
+  return floats_to_half2(first, second);
+}
+
 template <class T>
 __device__ __forceinline__ uint4 pack(const float (&values)[kWidth<T>]) {
   uint4 raw{0, 0, 0, 0};
 #pragma unroll
-  for (int e = 0; e < kWidth<T>; ++e) {
-    T out;
-    from_float(values[e], &out);
-    set_element_bits<T>(raw, e, bits_of(out));
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4)
+      set_word(raw, i, __float_as_uint(values[i]));
+    else
+      set_word(raw, i, pack_pair<T>(values[2 * i], values[2 * i + 1]));
   }
   return raw;
 }

@@ -42,11 +42,14 @@ __device__ __forceinline__ LossPartial loss_tile(const Tile<T>& tile, const Row<
   LossPartial partial;
   const VectorMaxima<T> maxima = vector_maxima(tile);
   partial.max = warp_max(maxima.lane);
+  const float reference = finite_reference(partial.max);
   float distances[2] = {0.0f, 0.0f};
-  partial.rest =
-      tile_rest(tile, maxima, partial.max, kLog2E, [&](int v, int e, float d, float /*weight*/) {
-        if (kMean && tile.id(v, e) < row.vocab) distances[e % 2] -= d;
+  const Exponent exponent = exponent_from(reference, kLog2E);
+  const TileSums sums =
+      tile_sums(tile, maxima, partial.max, exponent, [&](int v, int e, float /*t*/, float /*w*/) {
+        if (kMean && tile.id(v, e) < row.vocab) distances[e % 2] -= tile.at(v, e) - reference;
       });
+  partial.rest = sums.rest(exponent);
   partial.below = kMean ? warp_sum(distances[0] + distances[1]) : 0.0f;
   partial.count = static_cast<float>(min(kTileSize<T>, row.vocab - tile.begin));
   return partial;
@@ -85,11 +88,10 @@ __device__ __forceinline__ float target_logit(const Row<T>& row, int64_t target)
 }
 
 // d loss / d x = g [(1 + 2 z lse) softmax - (1 - s) onehot - s / V], softmax being
-// 2^((x - reference) * log2(e)) * inverse_sum
+// 2^((x - reference) * log2(e)) / sum
 struct GradScale {
-  float reference;
-  float inverse_sum;
-  float softmax;
+  Exponent exponent;
+  float weight;  // what the softmax is multiplied by, over what its exponential is divided by
   float uniform;
   float onehot;
   int target;
@@ -100,19 +102,9 @@ __device__ __forceinline__ GradScale grad_scale(float grad, float reference, flo
                                                 const LossOptions<float>& options) {
   if (target < 0 || target >= vocab) grad = NAN;
   const float s = options.label_smoothing;
-  return {reference,
-          1.0f / sum,
-          grad * (1.0f + 2.0f * options.z_loss * lse),
-          grad * s / static_cast<float>(vocab),
-          grad * (1.0f - s),
-          static_cast<int>(target)};
-}
-
-template <class T>
-__device__ __forceinline__ float logit_grad(const GradScale& scale, float x, int id) {
-  const float softmax = exp2_approx((x - scale.reference) * kLog2E) * scale.inverse_sum;
-  const float grad = fmaf(scale.softmax, softmax, -scale.uniform);
-  return id == scale.target ? grad - scale.onehot : grad;
+  const Exponent exponent = exponent_from(reference, kLog2E);
+  return {exponent, grad * (1.0f + 2.0f * options.z_loss * lse) * (exponent.factor() / sum),
+          grad * s / static_cast<float>(vocab), grad * (1.0f - s), static_cast<int>(target)};
 }
 
 // This lane's vector at id `first` of a row of gradients
@@ -136,7 +128,14 @@ __device__ __forceinline__ uint4 grad_vector(const GradScale& scale, const uint4
   float grads[kWidth<T>];
 #pragma unroll
   for (int e = 0; e < kWidth<T>; ++e)
-    grads[e] = logit_grad<T>(scale, element<T>(raw, e), first + e);
+    grads[e] =
+        fmaf(scale.weight, exp2_approx(scale.exponent.of(element<T>(raw, e))), -scale.uniform);
+  const int place = scale.target - first;
+  if (place >= 0 && place < kWidth<T>) {  // one of the row's vectors
+#pragma unroll
+    for (int e = 0; e < kWidth<T>; ++e)
+      if (e == place) grads[e] -= scale.onehot;
+  }
   return pack<T>(grads);
 }
 

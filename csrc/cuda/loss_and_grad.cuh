@@ -43,11 +43,6 @@ constexpr int kLossAndGradResident = 3;  // blocks per multiprocessor: 80 regist
 
 // ---- One read, one write: a cluster per row ----
 
-// First tile of the slice of `rank`
-__device__ __forceinline__ int slice_begin(int tiles, int cluster, int rank) {
-  return static_cast<int>(static_cast<int64_t>(tiles) * rank / cluster);
-}
-
 // Dynamic shared memory holds the slice's tiles as they are in memory, then their partial results
 template <class T, bool kMean>
 __global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
@@ -61,14 +56,16 @@ __global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
   const int pass = rows.pass(index);
   const int64_t row_index = rows.row_in_pass(index);
   T* data = rows.data(index);
-  const int begin = slice_begin(tiles, cluster, rank);
-  const int end = slice_begin(tiles, cluster, rank + 1);
+  const int begin = rank * slice_tiles;
+  const int end = min(begin + slice_tiles, tiles);
   const int64_t target = targets.of(row_index);
   if (target == options.ignore_index) {  // the whole cluster leaves here, before its barriers
     zero_tiles(data, rows.vocab, begin, end);
     if (rank == 0 && threadIdx.x == 0) out.store(pass, row_index, {0.0f, 0.0f});
     return;
   }
+
+  const float upstream = grad.of(pass, row_index);  // on its way long before it is needed
 
   // Read the slice into shared memory, with each tile's statistics
   constexpr int kTileVectors = kVectors * kWarpSize;
@@ -93,9 +90,8 @@ __global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
   if (warp_id() == 0) {
     LossPartial merged = LossPartial::empty();
     for (int t = lane_id(); t < tiles; t += kWarpSize) {
-      int owner = static_cast<int>(static_cast<int64_t>(t) * cluster / tiles);
-      while (slice_begin(tiles, cluster, owner + 1) <= t) ++owner;
-      const int place = t - slice_begin(tiles, cluster, owner);
+      const auto owner = static_cast<unsigned>(t) / static_cast<unsigned>(slice_tiles);
+      const unsigned place = t - owner * static_cast<unsigned>(slice_tiles);
       merged = LossPartial::merge(merged, in_cluster_rank(partials, owner)[place], kLog2E);
     }
 #pragma unroll
@@ -110,7 +106,7 @@ __global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
   // Overwrite the slice with its gradient
   RowLoss loss;
   const GradScale scale =
-      finish_row<T>(of_row, x_target, target, grad.of(pass, row_index), rows.vocab, options, &loss);
+      finish_row<T>(of_row, x_target, target, upstream, rows.vocab, options, &loss);
   if (rank == 0 && threadIdx.x == 0) out.store(pass, row_index, loss);
   for (int t = begin + warp_id(); t < end; t += kRowWarps) {
     const uint4* kept = slice + (t - begin) * kTileVectors + lane_id();
@@ -143,8 +139,10 @@ __global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
     return;
   }
 
+  const float upstream = grad.of(pass, row_index);
+
   // The row's statistics
-  const RowSplit whole{tiles, 1, nullptr, nullptr};
+  const RowSplit whole = make_row_split(tiles, 1);
   const Row<T> row = make_row<T>(data, rows.vocab);
   for (int t = warp_id(); t < tiles; t += kRowWarps) {
     Tile<T> tile;
@@ -167,7 +165,7 @@ __global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
   // The row's gradient
   RowLoss loss;
   const GradScale scale =
-      finish_row<T>(of_row, x_target, target, grad.of(pass, row_index), rows.vocab, options, &loss);
+      finish_row<T>(of_row, x_target, target, upstream, rows.vocab, options, &loss);
   if (threadIdx.x == 0) out.store(pass, row_index, loss);
   for (int t = warp_id(); t < tiles; t += kRowWarps) {
     Tile<T> tile;

@@ -119,6 +119,17 @@ __device__ __forceinline__ uint64_t load_other_block_8(const uint64_t* p) {
   return __ldcg(reinterpret_cast<const unsigned long long*>(p));
 }
 
+// atomicInc, ordered for the whole GPU: what the caller wrote, or has seen written across a
+// barrier, comes before it, and what it reads afterwards comes after it
+__device__ __forceinline__ unsigned increment_acq_rel(unsigned* counter, unsigned limit) {
+  unsigned old;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(__cvta_generic_to_global(counter)), "r"(limit)
+               : "memory");
+  return old;
+}
+
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));
 }
@@ -127,6 +138,17 @@ __device__ __forceinline__ uint16_t float_to_half(float x) {
 }
 __device__ __forceinline__ uint16_t float_to_bfloat16(float x) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+// Both at once, `low` in the low bits
+__device__ __forceinline__ uint32_t floats_to_bfloat16x2(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+__device__ __forceinline__ uint32_t floats_to_half2(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
 }
 
 // Clusters need sm_90; choose_loss_and_grad_launch asks for none on an older GPU
@@ -175,6 +197,12 @@ T load_other_block(const T* p) {
   return *p;
 }
 inline uint64_t load_other_block_8(const uint64_t* p) { return *p; }
+inline unsigned increment_acq_rel(unsigned* counter, unsigned limit) {
+  __threadfence();
+  const unsigned old = atomicInc(counter, limit);
+  __threadfence();
+  return old;
+}
 
 inline float half_to_float(uint16_t bits) {
   _Float16 value;
@@ -191,6 +219,12 @@ inline uint16_t float_to_bfloat16(float x) {
   const uint32_t bits = __float_as_uint(x);
   if (x != x) return 0x7fff;
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest even
+}
+inline uint32_t floats_to_bfloat16x2(float low, float high) {
+  return float_to_bfloat16(low) | static_cast<uint32_t>(float_to_bfloat16(high)) << 16;
+}
+inline uint32_t floats_to_half2(float low, float high) {
+  return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
 }
 
 template <class ToFloat>

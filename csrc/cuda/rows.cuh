@@ -18,18 +18,38 @@ struct RowSplit {
   int splits;          // blocks per row
   void* partials;      // [rows, tiles], if splits > 1
   unsigned* counters;  // [rows], zero before and after the launch, if splits > 1
+
+  // Quotients that a block would otherwise compute before its first load
+  int fewest;           // each block of a row has this many tiles,
+  int with_one_more;    // and this many blocks, the first ones, have one more
+  uint32_t reciprocal;  // floor(2^32 / splits) + 1, if splits > 1
 };
+
+__host__ __device__ inline RowSplit make_row_split(int tiles, int splits) {
+  return {tiles,
+          splits,
+          nullptr,
+          nullptr,
+          tiles / splits,
+          tiles % splits,
+          static_cast<uint32_t>((uint64_t{1} << 32) / static_cast<unsigned>(splits) + 1)};
+}
 
 struct TileRange {
   int64_t row;
+  int part;  // of the row: 0 to splits - 1
   int begin, end;
 };
 
 __device__ __forceinline__ TileRange block_tiles(const RowSplit& split) {
-  const int64_t row = blockIdx.x / static_cast<unsigned>(split.splits);
-  const auto part = static_cast<int64_t>(blockIdx.x % static_cast<unsigned>(split.splits));
-  return {row, static_cast<int>(split.tiles * part / split.splits),
-          static_cast<int>(split.tiles * (part + 1) / split.splits)};
+  const unsigned block = blockIdx.x;
+  // The quotient is exact while blocks * splits < 2^32. A row is split only where blocks are few,
+  // or in two; a launch has fewer than 2^31 blocks.
+  const unsigned row =
+      split.splits == 1 ? block : static_cast<unsigned>(uint64_t{block} * split.reciprocal >> 32);
+  const auto part = static_cast<int>(block - row * static_cast<unsigned>(split.splits));
+  const int begin = part * split.fewest + min(part, split.with_one_more);
+  return {row, part, begin, begin + split.fewest + (part < split.with_one_more ? 1 : 0)};
 }
 
 // Where tile `index` of this block's row leaves its partial result
@@ -41,14 +61,18 @@ __device__ __forceinline__ Partial* partial_of(const RowSplit& split, int64_t ro
 
 // True on all threads of the last of `blocks` blocks to get here. The counter resets itself, which
 // lets a captured graph be replayed without a memset.
+//
+// One atomic with acquire and release is enough: the barrier before it hands the whole block's
+// writes to thread 0, its release passes them on with the count, the last block's acquire takes in
+// those of every block that has counted, since each count reads the one before it, and the barrier
+// after it hands them to all threads. This order is causal, hence transitive; nothing here needs
+// the single order of all fences that __threadfence() pays for.
 __device__ __forceinline__ bool last_to_arrive(unsigned* counter, int blocks) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();  // what this block wrote comes before its count
     const auto top = static_cast<unsigned>(blocks - 1);
-    last = atomicInc(counter, top) == top;
-    __threadfence();  // what the others wrote before theirs is read after it
+    last = increment_acq_rel(counter, top) == top;
   }
   __syncthreads();
   return last;
@@ -105,14 +129,17 @@ struct LogitsView {
   }
 };
 
-// Leaves the partial results of all of this block's tiles
-template <class T>
+// Leaves the partial results of all of this block's tiles. `skipped` rows are not wanted: whether a
+// row is one is known only a memory latency after the kernel's start, and the first tile's loads do
+// not wait for it.
+template <class T, bool kMaySkip = false>
 __device__ __forceinline__ void scan_tiles(const LogitsView<T>& logits, const RowSplit& split,
-                                           const TileRange& range) {
+                                           const TileRange& range, bool skipped = false) {
   const Row<T> row = logits.row(range.row);
   for (int t = range.begin + warp_id(); t < range.end; t += kRowWarps) {
     Tile<T> tile;
     load_tile(tile, row, t, logits.suppress);
+    if (kMaySkip && skipped_after_loads(tile, skipped)) return;
     const SoftmaxStats stats = tile_stats(tile, row, logits.suppress, logits.scale);
     if (lane_id() == 0) *partial_of<Top1Partial>(split, range.row, t) = {stats};
   }
@@ -153,7 +180,7 @@ RowLaunch choose_row_launch(const RowWork& work, const Device& device) {
   RowLaunch launch{};
   const bool split = splits > 1;
   launch.shape = {static_cast<unsigned>(work.rows * splits), kRowThreads, split ? 0 : row_bytes};
-  launch.split = {tiles, static_cast<int>(splits), nullptr, nullptr};
+  launch.split = make_row_split(tiles, static_cast<int>(splits));
   launch.partial_bytes = split ? static_cast<size_t>(work.rows) * row_bytes : 0;
   launch.row_counters = split ? work.rows : 0;
   return launch;

@@ -6,7 +6,8 @@
 //   3. last block of a batch row: promotion, convergence, state, and the embeddings that phase 2
 //      guessed wrong
 // No block waits for another, so the kernel cannot deadlock, however few blocks are resident. Every
-// block leaves a row that had converged at once: it reads no logits and touches no counters.
+// block leaves a row that had converged after the loads of a first tile: it uses no logits and
+// touches no counters.
 #pragma once
 
 #include "common/semantics.h"
@@ -240,14 +241,15 @@ __global__ void __launch_bounds__(kRowThreads, kSpdResident)
     spd_step_kernel(const __grid_constant__ LogitsView<T> logits,
                     const __grid_constant__ RowSplit split, const __grid_constant__ SpdArgs args) {
   const TileRange range = block_tiles(split);
-  const int64_t batch_row = range.row / args.block;
-  if (args.converged[batch_row]) return;
+  const int64_t batch_row = static_cast<unsigned>(range.row) / static_cast<unsigned>(args.block);
+  const bool converged_before = args.converged[batch_row];
 
   if constexpr (kTokens > 1) {
-    scan_tiles_and_list(logits, split, range, args.lists, args.top_k);
+    scan_tiles_and_list<T, true>(logits, split, range, args.lists, args.top_k, converged_before);
   } else {
-    scan_tiles(logits, split, range);
+    scan_tiles<T, true>(logits, split, range, converged_before);
   }
+  if (converged_before) return;
   if (!last_of_row(split, range.row)) return;
 
   if (warp_id() == 0) predict<T, kTokens>(logits, split, args, range.row);

@@ -75,12 +75,17 @@ __device__ __forceinline__ StatisticsPartial statistics_of_tile(const Tile<T>& t
                                                                 float scale) {
   const VectorMaxima<T> maxima = vector_maxima(tile);
   StatisticsPartial partial = StatisticsPartial::empty();
+  const float max = warp_max(maxima.lane);
+  const Exponent exponent = exponent_from(finite_reference(max), scale);
   float exponents[2] = {0.0f, 0.0f};
-  partial.stats =
-      tile_stats(tile, maxima, row, suppress, scale, [&](int /*v*/, int e, float d, float weight) {
-        exponents[e % 2] = fmaf(fmaxf(d * scale, kLeastExponent), weight, exponents[e % 2]);
+  const TileSums sums =
+      tile_sums(tile, maxima, max, exponent, [&](int /*v*/, int e, float t, float weight) {
+        exponents[e % 2] = fmaf(fmaxf(t, kLeastExponent), weight, exponents[e % 2]);
       });
-  partial.exponent = warp_sum(exponents[0] + exponents[1]);
+  partial.stats = tile_stats(tile, row, suppress, max, exponent, sums);
+  // The sum of (t + correction) w, where w lacks the factor
+  partial.exponent = fmaf(exponent.correction, sums.below, warp_sum(exponents[0] + exponents[1])) *
+                     exponent.factor();
   partial.second = warp_max(lane_second(tile, maxima, partial.stats.id));
   return partial;
 }

@@ -77,11 +77,16 @@ __device__ __forceinline__ uint4 load_edge_vector(const Row<T>& row, int first) 
   const T* p = row.data + first;
   const bool whole = first + kWidth<T> <= row.vocab;
   if (whole && row.aligned) return load_vector<kAccess>(p);
+  uint4 raw{0, 0, 0, 0};
+  if (first >= row.vocab) {  // no element by element: rows often end between two vectors
+#pragma unroll
+    for (int e = 0; e < kWidth<T>; ++e) set_element_bits<T>(raw, e, minus_infinity_bits<T>());
+    return raw;
+  }
   // The aligned vectors around p reach less than one vector to either side of it
   if (kAccess != Access::kInterleaved && whole && first >= kWidth<T> &&
       first + 2 * kWidth<T> <= row.vocab)
     return load_shifted<kAccess>(reinterpret_cast<const char*>(p));
-  uint4 raw{0, 0, 0, 0};
 #pragma unroll
   for (int e = 0; e < kWidth<T>; ++e) {
     const bool inside = first + e < row.vocab;
@@ -119,6 +124,14 @@ __device__ __forceinline__ void load_tile(Tile<T>& tile, const Row<T>& row, int 
       }
     }
   }
+}
+
+// `skipped`, in a place that no compiler moves to before the tile's loads
+template <class T>
+__device__ __forceinline__ bool skipped_after_loads(Tile<T>& tile, bool skipped) {
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) forget(tile.raw[v]);
+  return skipped;
 }
 
 // ---- Statistics of a tile: the same on every lane ----
@@ -181,46 +194,83 @@ __device__ __forceinline__ float finite_reference(float max) {
   return max == -INFINITY ? 0.0f : max;
 }
 
-// SoftmaxStats::rest: the sum of 2^((x - max) * scale) over the elements below max, plus the number
-// of elements at max, minus one. The subtraction comes first, because x * scale - max * scale would
-// lose the digits of logits with a large common offset and overflow at extreme temperatures.
-//
-// also(v, e, d, weight) lets an op sum something else on the way, for element e of this lane's
-// vector v: d is x - max and weight is 2^(d * scale), or 0 at max.
+// 2^((x - reference) * scale) is 2^(x * scale - offset), times `correction` for what the product
+// reference * scale lost to become `offset`. An exponent takes one instruction and one rounding,
+// and the logits keep their digits under a large common offset.
+struct Exponent {
+  float scale;
+  float offset;      // reference * scale, rounded
+  float correction;  // in exponents: add it to x * scale - offset
+
+  __device__ __forceinline__ float of(float x) const { return fmaf(x, scale, -offset); }
+  __device__ __forceinline__ float factor() const { return exp2_approx(correction); }
+};
+
+// A correction is at most 2^-24 of its offset, hence 64: no power of 2 here overflows. Beyond that
+// offset the scale is lowered to it. Every element but those at the reference then has an exponent
+// of at most -64 instead of a lower one, and either vanishes beside the 1 of the maximum.
+constexpr float kLargestOffset = 0x1p30f;
+
+__device__ __forceinline__ Exponent exponent_from(float reference, float scale) {
+  if (!(fabsf(reference * scale) <= kLargestOffset)) scale = kLargestOffset / fabsf(reference);
+  const float offset = reference * scale;
+  return {scale, offset, -fmaf(reference, scale, -offset)};
+}
+
+// What one walk over a tile's elements finds
+struct TileSums {
+  float below;   // sum of 2^(x * scale - offset) over the elements below max, on every lane
+  float others;  // number of elements at max, minus one, on every lane
+  int first;     // id of this lane's first element at max, or kNoId
+
+  __device__ __forceinline__ float rest(const Exponent& exponent) const {
+    return fmaf(below, exponent.factor(), others);
+  }
+};
+
+// also(v, e, t, weight) lets an op sum something else on the way, for element e of this lane's
+// vector v: t is its exponent, x * scale - offset, and weight is 2^t, or 0 at max.
 template <class T, class Also>
-__device__ __forceinline__ float tile_rest(const Tile<T>& tile, const VectorMaxima<T>& maxima,
-                                           float max, float scale, const Also& also) {
-  const float reference = finite_reference(max);
+__device__ __forceinline__ TileSums tile_sums(const Tile<T>& tile, const VectorMaxima<T>& maxima,
+                                              float max, const Exponent& exponent,
+                                              const Also& also) {
   float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   float at_max = 0.0f;
+  int first = kNoId;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     if (maxima.of[v] == max) {  // few of the tile's 256 vectors
+      int place = 0;
+#pragma unroll
+      for (int e = kWidth<T> - 1; e > 0; --e)
+        if (tile.at(v, e) == max) place = e;
+      if (tile.at(v, 0) == max) place = 0;
+      first = min(first, tile.id(v, place));
 #pragma unroll
       for (int e = 0; e < kWidth<T>; ++e) {
         const float x = tile.at(v, e);
-        const float d = x - reference;
+        const float t = exponent.of(x);
         float weight = 0.0f;
         if (x == max) {
           at_max += 1.0f;
         } else {
-          weight = exp2_approx(d * scale);
+          weight = exp2_approx(t);
           sums[e % 4] += weight;
         }
-        also(v, e, d, weight);
+        also(v, e, t, weight);
       }
     } else {
 #pragma unroll
       for (int e = 0; e < kWidth<T>; ++e) {
-        const float d = tile.at(v, e) - reference;
-        const float weight = exp2_approx(d * scale);
+        const float t = exponent.of(tile.at(v, e));
+        const float weight = exp2_approx(t);
         sums[e % 4] += weight;
-        also(v, e, d, weight);
+        also(v, e, t, weight);
       }
     }
   }
   const float others = warp_sum(at_max) - 1.0f;
-  return warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + others;
+  return {warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3])), others, first};
 }
 
 struct NothingElse {
@@ -239,15 +289,11 @@ __device__ __forceinline__ void find_broken(const Tile<T>& tile, const Row<T>& r
   }
 }
 
-// `also`: see tile_rest
-template <class T, class Also>
-__device__ __forceinline__ SoftmaxStats tile_stats(const Tile<T>& tile,
-                                                   const VectorMaxima<T>& maxima, const Row<T>& row,
-                                                   int suppress, float scale, const Also& also) {
-  SoftmaxStats stats;
-  stats.max = warp_max(maxima.lane);
-  stats.rest = tile_rest(tile, maxima, stats.max, scale, also);
-  stats.id = warp_first(maxima.lane == stats.max ? lane_argmax(tile, maxima) : kNoId);
+template <class T>
+__device__ __forceinline__ SoftmaxStats tile_stats(const Tile<T>& tile, const Row<T>& row,
+                                                   int suppress, float max,
+                                                   const Exponent& exponent, const TileSums& sums) {
+  SoftmaxStats stats{max, sums.rest(exponent), warp_first(sums.first)};
   if (stats.rest != stats.rest) find_broken(tile, row, suppress, &stats);
   return stats;
 }
@@ -255,7 +301,11 @@ __device__ __forceinline__ SoftmaxStats tile_stats(const Tile<T>& tile,
 template <class T>
 __device__ __forceinline__ SoftmaxStats tile_stats(const Tile<T>& tile, const Row<T>& row,
                                                    int suppress, float scale) {
-  return tile_stats(tile, vector_maxima(tile), row, suppress, scale, NothingElse{});
+  const VectorMaxima<T> maxima = vector_maxima(tile);
+  const float max = warp_max(maxima.lane);
+  const Exponent exponent = exponent_from(finite_reference(max), scale);
+  const TileSums sums = tile_sums(tile, maxima, max, exponent, NothingElse{});
+  return tile_stats(tile, row, suppress, max, exponent, sums);
 }
 
 }  // namespace dmax::cuda

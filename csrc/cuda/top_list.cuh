@@ -100,27 +100,28 @@ __device__ __forceinline__ Rank* lists_of(const RowSplit& split, Rank* lists, in
 
 // scan_tiles that also lists the k best elements: every warp leaves its list in shared memory, and
 // warp 0 merges them into the block's, in `lists`
-template <class T>
+template <class T, bool kMaySkip = false>
 __device__ __forceinline__ void scan_tiles_and_list(const LogitsView<T>& logits,
                                                     const RowSplit& split, const TileRange& range,
-                                                    Rank* lists, int k) {
+                                                    Rank* lists, int k, bool skipped = false) {
   __shared__ Rank of_warps[kRowWarps * kMaxTopK];
   const Row<T> row = logits.row(range.row);
   TopList list(k);
   for (int t = range.begin + warp_id(); t < range.end; t += kRowWarps) {
     Tile<T> tile;
     load_tile(tile, row, t, logits.suppress);
+    if (kMaySkip && skipped_after_loads(tile, skipped)) break;
     const SoftmaxStats stats = tile_stats(tile, row, logits.suppress, logits.scale);
     if (lane_id() == 0) *partial_of<Top1Partial>(split, range.row, t) = {stats};
     list_tile(list, tile, stats, logits.vocab);
   }
+  if (kMaySkip && skipped) return;
   if (lane_id() < k) of_warps[warp_id() * k + lane_id()] = list.mine;
   __syncthreads();
   if (warp_id() != 0) return;
   for (int i = k + lane_id(); i < kRowWarps * k + lane_id(); i += kWarpSize)
     list.offer(i < kRowWarps * k ? of_warps[i] : 0);
-  const auto part = static_cast<int64_t>(blockIdx.x % static_cast<unsigned>(split.splits));
-  if (lane_id() < k) lists_of(split, lists, range.row, k)[part * k + lane_id()] = list.mine;
+  if (lane_id() < k) lists_of(split, lists, range.row, k)[range.part * k + lane_id()] = list.mine;
 }
 
 // The row's k best elements, by one warp of its last block
