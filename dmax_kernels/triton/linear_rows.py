@@ -80,6 +80,8 @@ def choose_linear_tiles(
             block_k, num_stages = 128, 3
     elif num_rows <= 128:
         block_n, block_k, num_warps, num_stages = 128, 64, 4 if num_rows <= 64 else 8, 4
+        if num_rows <= 32 and not compiles_for_hopper():  # steps of 64 spill on Blackwell
+            block_k, num_stages = 128, 3
     elif wide and compiles_for_hopper():  # spills elsewhere
         block_n, block_k, num_warps, num_stages = 256, 64, 8, 3
     else:
@@ -127,9 +129,12 @@ def logits_tile(
 def any_of(flags):
     """Whether any of the flags [M] is set.
 
-    They are reduced as a matrix of one row: reduced as they are, flags that come from a product's
-    rows stop Triton 3.7 on Blackwell ("parent layout must have at least rank >= 2").
+    From 64 rows on, where Blackwell's tensor cores write to their own memory, the flags are reduced
+    as a matrix of one row: reduced as they are, they stop the compiler of Triton 3.7 ("parent
+    layout must have at least rank >= 2"). With fewer rows that form would spill.
     """
+    if flags.shape[0] < 64:
+        return tl.max(flags.to(tl.int32), axis=0) > 0
     return tl.max(tl.max(flags.to(tl.int32)[None, :], axis=1), axis=0) > 0
 
 
