@@ -1,7 +1,7 @@
 """The table of what is measured: workloads at the shapes that are kept, and what they must reach.
 
 ``python bench/run.py`` (``make bench``) times the candidates of a case in turn, in one run, and
-writes the ratios: those are the figures to quote.
+writes the ratios, which are the figures to quote.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dmax_kernels.bench.workload import DIM, DTYPES, VALUES, VOCAB, WORKLOADS, Inputs, Work
 
-CANDIDATES = ("eager", "fused")  # in every workload, whatever else it has
+CANDIDATES = ("eager", "fused")  # that every workload has
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Case:
     dtype: str = "bfloat16"
     values: str = "flat"
     speedup_target: float | None = None  # over eager, on a CPU
-    bandwidth_target: float | None = None  # share of what is measured beside it
+    bandwidth_target: float | None = None  # share of the floor measured in the same run
     target_us: float | None = None  # on an H200
-    # Written before any run: bytes over 4.3 TB/s, the copy bandwidth expected of an H200, plus 2 us
-    # of launch, plus 2 us where a second phase follows the stream
+    # Predicted before any run: bytes over 4.3 TB/s, the copy bandwidth expected of an H200, plus 2
+    # us of launch, plus 2 us where a second phase follows the stream
     predicted_us: float | None = None
-    compiled: bool = False  # torch.compile is a candidate, too
+    compiled: bool = False  # torch.compile is a candidate too
 
     @property
     def all_sizes(self) -> tuple[int, ...]:
@@ -52,8 +52,8 @@ ROWS = (32, 1, 256)
 BLOCK_ROWS = (32, VOCAB)
 LINEAR = ("linear_top1_confidence", "linear_sample_tokens")
 
-# Workload -> the sizes of so many rows. A step has a block of 32 positions for each sequence, or a
-# block of one; the joint loss has two passes over so many positions.
+# Workload -> its sizes at a given number of rows. A step has one block per sequence, of 32
+# positions or of one; the joint loss runs two passes over that many positions.
 OF_ROWS = {
     "top1_confidence": lambda rows: (rows, VOCAB),
     "topk_confidence": lambda rows: (rows, VOCAB, 4),
@@ -70,11 +70,11 @@ OF_ROWS = {
     "linear_top1_confidence": lambda rows: (rows, DIM, VOCAB),
     "linear_sample_tokens": lambda rows: (rows, DIM, VOCAB),
 }
-WITHOUT_LOGITS = ("hybrid_embedding", "hybrid_embedding_backward", *LINEAR)  # nothing to be peaked
+WITHOUT_LOGITS = ("hybrid_embedding", "hybrid_embedding_backward", *LINEAR)  # has no logits to peak
 
 
 def cpu_targets(workload: str, rows: int, dtype: str, values: str) -> dict[str, float]:
-    """What the design asks of a cell, over eager and of bandwidth."""
+    """The design's targets for a cell: speed-up over eager and share of bandwidth."""
     if workload == "top1_confidence" and rows >= 32:
         speedup = {"speedup_target": 8 if dtype == "float32" else 25}
         return speedup | ({"bandwidth_target": 0.8} if values == "peaked" else {})
@@ -90,8 +90,8 @@ def cell(workload: str, rows: int, dtype: str, values: str) -> Case:
     return Case(workload, OF_ROWS[workload](rows), dtype, values, **targets)
 
 
-# Every op x dtype x rows x values; the loops at the end. A run that may not take as long as all of
-# them leaves the last ones out.
+# Every op x dtype x rows x values; the loops come last. A run with too little time leaves the last
+# ones out.
 CPU_CASES = [
     *(
         cell(workload, rows, dtype, values)
@@ -114,7 +114,7 @@ CPU_CASES = [
 
 
 def is_quick(case: Case) -> bool:
-    """A block of rows, unsure, of what takes no matrix product: an idea of every op in a minute."""
+    """One block of flat rows for every op without a matrix product: an overview in a minute."""
     many = case.workload in OF_ROWS and case.sizes == OF_ROWS[case.workload](32)
     return (
         case.values == "flat"
@@ -130,7 +130,8 @@ GPU_CASES = [
     # 21.1 TFLOP with the recomputed logits: 29 ms at 730 TFLOP/s, and 3 ms of rounding and adding
     Case("linear_oput_loss", (4096, DIM, VOCAB), target_us=24000.0, predicted_us=32000.0),
     *(Case("linear_sample_tokens", (n, DIM, VOCAB)) for n in (1, 32, 64, 256, 1024, 4096)),
-    # Every row count of the dispatch: the fused op may be slower than the product at none of them
+    # Every row count of the dispatch: the fused op must not be slower than the product at any of
+    # them
     *(
         Case(
             "linear_top1_confidence",
@@ -147,7 +148,7 @@ GPU_CASES = [
     Case("oput_loss", (4096, VOCAB), target_us=1700.0, compiled=True),
     Case("oput_loss_and_grad_", (4096, VOCAB), target_us=1200.0, predicted_us=1250.0),
     Case("prefix_promote", (16, 32), target_us=2.5),
-    # Predicted as top1_confidence: the same bytes
+    # The prediction is top1_confidence's, since the bytes are the same
     Case("row_statistics", BLOCK_ROWS, predicted_us=6.0, compiled=True),
     Case("row_statistics", (4096, VOCAB), predicted_us=310.0, compiled=True),
     Case("sample_partial", (*BLOCK_ROWS, 8)),
@@ -165,7 +166,7 @@ GPU_CASES = [
     Case("topk_confidence", (*BLOCK_ROWS, 4)),
 ]
 
-# The ten figures that say most, in order of their worth: what a GPU session measures first
+# The ten most informative cases, the best first: a GPU session starts with these
 KEY_CASES = (
     ("top1_confidence", (32, VOCAB)),
     ("top1_confidence", (4096, VOCAB)),
@@ -185,7 +186,7 @@ def key_cases() -> list[Case]:
     return [by_shape[(*key, "bfloat16")] for key in KEY_CASES]
 
 
-# How cost grows: workload, the size that grows, its values, all sizes at a value; powers of 4
+# How cost grows: (workload, the size that grows, its values, all sizes at one value), powers of 4
 # around LLaDA-2.0-mini's shapes
 SERIES = (
     ("top1_confidence", "rows", (1, 4, 16, 64, 256), lambda rows: (rows, VOCAB)),

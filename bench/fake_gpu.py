@@ -1,4 +1,4 @@
-"""A stand-in for a GPU, so that every stage of a session can be walked without one (--dry-run).
+"""A stand-in for a GPU, so that every stage of a session can run without one (--dry-run).
 
 The calls run on the CPU, at once; sizes are cut down, and the times mean nothing.
 """

@@ -1,7 +1,7 @@
 """Calls of the ops for a session's other stages: ``python bench/gpu_calls.py check|small|key``.
 
     check   every op on small inputs against the CPU's results; exit code 1 if one is off
-    small   the CUDA kernels on small inputs, as check, with nothing compared: for compute-sanitizer
+    small   the CUDA kernels on the inputs of check, with nothing compared: for compute-sanitizer
     key     the op of each key case, twice: for the profiler
 
 Inputs are made on the CPU, so that both devices get the same ones.
@@ -121,7 +121,7 @@ def step_call(dtype: torch.dtype, semantics: str, top_k: int) -> Call:
 
 
 def linear_calls() -> Iterator[tuple[str, torch.dtype, Call]]:
-    """Triton's: in every stage but the sanitizer's."""
+    """Triton's ops, which run in every stage but the sanitizer's."""
     for dtype in (torch.float32, torch.bfloat16):
         for rows in (3, 200):
             hidden, weight = torch.randn(rows, 64).to(dtype), torch.randn(300, 64).to(dtype) / 8
@@ -152,7 +152,7 @@ def check(device: str) -> int:
             actual = [x.cpu() for x in call(device)]
             for result, expected in zip(actual, call("cpu"), strict=True):
                 tolerance = 2e-4 if dtype == torch.float32 else 2e-2
-                tolerance *= expected.is_floating_point()  # ids are equal, or they are wrong
+                tolerance *= expected.is_floating_point()  # ids must be equal
                 torch.testing.assert_close(
                     result, expected, rtol=tolerance, atol=tolerance, equal_nan=True
                 )

@@ -1,4 +1,4 @@
-"""``make gpu``: what a machine with a GPU is asked for, in stages, the most valuable first.
+"""``make gpu``: what is run on a machine with a GPU, in stages, the most valuable first.
 
     build      the libraries for this GPU; left out where dmax_kernels/lib already serves it
     smoke      every op on small inputs against the CPU's results
@@ -10,7 +10,7 @@
 
 ``python bench/gpu_session.py key test --seconds 540`` does those two within nine minutes: the time
 left is shared out among the cases, and a command that outlasts it is ended. Nothing is downloaded.
-Only a failed build ends the session: whatever else fails is written down. Files go
+Only a failed build ends the session: any other failure is recorded. Files go
 to ``$OUT`` where that is set, else the figures to ``bench/results/`` and the rest to ``build/gpu``;
 they are written after every case and every stage, so that a session cut off keeps what it has.
 """
@@ -76,7 +76,7 @@ def gpu_facts() -> dict | str:
 
 
 class Session:
-    """One run of some stages: where its files go, what is left of its time, what it found."""
+    """One run of some stages: where its files go, how much time is left, what it found."""
 
     def __init__(self, facts: dict[str, Any], seconds: float, dry_run: bool, carried: bool) -> None:
         self.facts, self.dry_run, self.carried = facts, dry_run, carried
@@ -91,7 +91,7 @@ class Session:
         self.figures = figures / f"gpu-{name}.json"
         self.record: dict[str, Any] = {"machine": facts | {"commit": commit()}, "stages": {}}
         earlier = self.files / "session.json"
-        if earlier.exists():  # the stages that were asked for before, of the same commit
+        if earlier.exists():  # stages that earlier sessions ran at the same commit
             found = json.loads(earlier.read_text())
             self.record = found if found["machine"] == self.record["machine"] else self.record
 
@@ -102,8 +102,8 @@ class Session:
         save_json(self.files / "session.json", self.record)
 
     def run(self, log: str, arguments: list, environment: dict[str, str] | None = None) -> int:
-        """Runs a command to its end or that of the session's time, which is code 124; what it
-        prints goes to the log as it comes."""
+        """Runs a command until it ends or the session's time is over (exit code 124). Its output
+        goes to the log as it comes."""
         print("$", " ".join(map(str, arguments)), flush=True)
         with (self.files / log).open("ab" if log in self.logs else "wb") as file:
             self.logs.add(log)
@@ -164,11 +164,11 @@ class Session:
         return self.bench("--key")
 
     def bench(self, *options: str) -> tuple[int, Any]:
-        """bench/run.py in a process of its own, begun anew where an error took the GPU from it."""
+        """bench/run.py in its own process, restarted where an error cost it the GPU."""
         arguments = [sys.executable, "bench/run.py", "--append", "--output", self.figures, *options]
         arguments += ["--repetitions", "3" if self.dry_run else "100"]
         arguments += ["--device", "fake" if self.dry_run else "cuda"]
-        # What a changed tree has written before this session may be of other sources
+        # In a modified tree, records from before this session may come from different sources
         known = re.fullmatch(r"[0-9a-f]+", self.record["machine"]["commit"])
         if not known and "bench.log" not in self.logs:
             self.figures.unlink(missing_ok=True)
@@ -202,7 +202,7 @@ class Session:
         code, found = 0, {}
         for name, arguments in groups.items():
             log = f"test-{name}.log"
-            # Ten random inputs for each op: one that fails is not made smaller (conftest.py)
+            # Ten random inputs for each op: a failing one is not shrunk (conftest.py)
             ended = self.run(log, [*base, *arguments], {"DMAX_FUZZ_EXAMPLES": "10"})
             code = code or ended
             found[name] = {"exit code": ended, **outcomes(self.text(log))}
@@ -219,9 +219,9 @@ class Session:
         return self.run("profile.log", [*prefix, *self.calls("key")]), "profile.log"
 
     def sanitize(self) -> tuple[int, Any]:
-        """Each tool on our kernels alone; without the filter where a version knows no such option.
+        """Each tool on our kernels alone, or on all where the tool's version has no such filter.
 
-        With PyTorch's caching of memory an access behind a tensor stays inside the same block.
+        PyTorch's memory cache is off: with it, an access past a tensor stays inside the same block.
         """
         tool = None if self.dry_run else self.tool("compute-sanitizer")
         if tool is None and not self.dry_run:
@@ -314,7 +314,7 @@ def main() -> int:
         begin = time.perf_counter()
         try:
             code, found = getattr(session, stage)()
-        except Exception as error:  # a fault of the session's own must not cost the next stages
+        except Exception as error:  # our own fault must not cost the next stages
             code, found = 1, f"{type(error).__name__}: {error}"
         seconds = round(time.perf_counter() - begin, 1)
         session.record["stages"][stage] = {"exit code": code, "seconds": seconds, "found": found}

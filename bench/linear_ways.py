@@ -32,8 +32,8 @@ def add_linear_ways(work: Work) -> None:
 
 
 def least_chunked_rows(results: Sequence[dict], dtype: str) -> int | None:
-    """The count from which on chunks were faster at all counts measured; None: at not even the
-    largest."""
+    """Smallest row count at and above which chunks were always faster; None if they were not faster
+    even at the largest."""
     least = None
     rows = [row for row in results if CHUNKED in row.get("candidates", ()) and dtype in row["case"]]
     for row in sorted(rows, key=lambda row: -row["sizes"][0]):

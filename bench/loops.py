@@ -1,5 +1,5 @@
 """Two questions that no cell of the table answers: what happens to the smallest op when another
-process has one of the cores, and which share of a loop's time is not the model's own.
+process has one of the cores, and what share of a loop's time is not the model's own.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ MOST_SLOWDOWN = 2.0
 
 @contextmanager
 def core_taken() -> Iterator[None]:
-    """Another process computes on the last of the cores that this one may run on."""
+    """A second process computes on the last of the cores that this one may run on."""
     core = max(os.sched_getaffinity(0))
     other = subprocess.Popen([sys.executable, "-c", BUSY % core], stdout=subprocess.PIPE)
     try:
-        other.stdout.readline()  # it has begun
+        other.stdout.readline()  # wait until it has begun
         yield
     finally:
         other.kill()
@@ -39,7 +39,7 @@ def core_taken() -> Iterator[None]:
 def busy_core(vocab: int = VOCAB, repetitions: int = 50) -> list[dict]:
     """One row of top1_confidence, on a quiet machine and with a core taken.
 
-    Held: no more than twice its own time on the quiet machine, or than eager's on the busy one.
+    The target: at most twice its own time on the quiet machine, or at most eager's on the busy one.
     """
     found = []
     for dtype in ("float32", "bfloat16"):
@@ -61,8 +61,8 @@ def busy_core(vocab: int = VOCAB, repetitions: int = 50) -> list[dict]:
 
 
 class ModelClock:
-    """Seconds inside a model's forward passes, and of the backward pass from where the first
-    gradient of its output arrives (the loss's own backward pass comes before that) to the end."""
+    """Seconds inside a model's forward passes, and in its backward pass: from the first gradient of
+    its output (the loss's own backward pass comes before that) to the end."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model, self.forward, self.backward = model, 0.0, 0.0
@@ -103,9 +103,9 @@ class ModelClock:
 
 
 def loop_shares(prompts: int = 8, repetitions: int = 5) -> list[dict]:
-    """The demo's model in a decoding loop and in a training step: which share of the time is not in
-    its forward and backward passes. Of a training step the LM head, which is the fused loss's part,
-    and the optimizer are not, either."""
+    """The demo's model in a decoding loop and in a training step: what share of the time is outside
+    its forward and backward passes. In a training step that includes the LM head, which the fused
+    loss runs, and the optimizer."""
     from dmax_kernels import decoding
     from dmax_kernels.models.checkpoint import load_checkpoint
     from dmax_kernels.ring_walk import task
@@ -141,7 +141,7 @@ def loop_shares(prompts: int = 8, repetitions: int = 5) -> list[dict]:
 def share_outside(
     model: torch.nn.Module, run: Callable[[], object], repetitions: int
 ) -> dict[str, float]:
-    """Of the fastest of the repetitions."""
+    """The figures of the fastest repetition."""
     run()
     best: tuple[float, float] | None = None
     for _ in range(repetitions):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def machine_facts() -> dict:
-    from dmax_kernels.cli.info import collect  # imports torch, which `commit` must do without
+    from dmax_kernels.cli.info import collect  # it imports torch; `commit` must not
 
     facts = {"CPU": cpu_name(), "cores": os.cpu_count(), "commit": commit()}
     facts["date"] = datetime.date.today().isoformat()

@@ -6,8 +6,8 @@ Per size, on top of the inputs (hidden states, head, targets) and with the gradi
     alternating  one of the passes, as released training code does per micro-batch
     fused        both passes jointly by dmax_kernels.linear_oput_loss
 
-On the CPU each figure is the high-water mark of a process of its own over what it held before; on a
-GPU it is the allocator's. With --output JSON and a picture are written.
+On the CPU each figure is how far the high-water mark of a separate process rose above what it held
+before; on a GPU it is the allocator's. With --output, JSON and a picture are written.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def step(way: str, hidden: list[torch.Tensor], weight: torch.Tensor, target: tor
 
 
 def inputs(rows: int, dim: int, vocab: int, dtype: torch.dtype, device: str):
-    """Made in place: a copy on the way would raise the mark before the step does."""
+    """Made in place, since a temporary copy would raise the mark before the step does."""
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_().requires_grad_()
@@ -54,7 +54,7 @@ def inputs(rows: int, dim: int, vocab: int, dtype: torch.dtype, device: str):
 
 
 def gradient_bytes(rows: int, dim: int, vocab: int, dtype: str) -> int:
-    """Of both hidden states and the head: no way can take less."""
+    """The gradients of both hidden states and the head; no way can take less."""
     return (2 * rows + vocab) * dim * DTYPES[dtype].itemsize
 
 
@@ -63,7 +63,7 @@ def high_water() -> int:
 
 
 def peak_bytes(way: str, rows: int, dim: int, vocab: int, dtype: str) -> int:
-    """Of this process, which must not have done more before."""
+    """Peak bytes of this process, which must not have done anything else before."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     step(way, *inputs(8, dim, 512, DTYPES[dtype], device))  # libraries and threads start up
     arguments = inputs(rows, dim, vocab, DTYPES[dtype], device)
@@ -78,7 +78,7 @@ def peak_bytes(way: str, rows: int, dim: int, vocab: int, dtype: str) -> int:
 
 
 def measured(way: str, rows: int, options: argparse.Namespace) -> int:
-    """peak_bytes() of a fresh process."""
+    """peak_bytes() in a fresh process."""
     command = [sys.executable, __file__, "--measure", way, "--rows", str(rows)]
     for name in ("dim", "vocab", "dtype", "threads"):
         command += [f"--{name}", str(getattr(options, name))]

@@ -1,9 +1,9 @@
-"""Other packages' way to the same results on a GPU, as candidates beside eager and ours.
+"""Other packages' functions for the same results on a GPU, as candidates beside eager and ours.
 
-Each adapter calls a package's public function on what the workload works on. A package that is not
-installed, or a call that fails, is listed as such in the results: a figure is only ever one that
-was measured. Signatures as of liger-kernel 0.8.5 and cut-cross-entropy 25.1.1 (their calls were
-tried), QuACK and FlashInfer as of 2026 (read). bench/cpu_peers has what runs on a CPU.
+Each adapter calls a package's public function on the workload's tensors. A package that is not
+installed, or a call that fails, is listed as such in the results; only measured figures appear.
+Signatures as of liger-kernel 0.8.5 and cut-cross-entropy 25.1.1 (their calls were tried), QuACK and
+FlashInfer as of 2026 (read). bench/cpu_peers has what runs on a CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dmax_kernels.bench.workload import Work
 class Peer:
     workload: str
     name: str
-    package: str  # what Python imports
+    package: str  # the module's name in Python
     build: Callable[..., Callable[[], object]]  # (**given) -> candidate
 
 
@@ -37,7 +37,7 @@ def peer(workload: str, name: str, package: str) -> Callable:
 
 
 def add_peers(work: Work, workload: str) -> dict[str, str]:
-    """Puts the peers that are installed among the candidates; why each of the others is not."""
+    """Adds the installed peers to the candidates; returns why each of the others is missing."""
     absent = {}
     for each in PEERS:
         if each.workload != workload:

@@ -33,7 +33,7 @@ def caption(machine: dict) -> str:
 
 
 def measured(record: dict) -> list[dict]:
-    """From the bottom up; of cells with several numbers of CPU threads, those with the most."""
+    """From the bottom up; where a cell was run at several numbers of CPU threads, the largest."""
     rows = [row for row in record["results"] if "failed" not in row]
     rows = [row for row in rows if "speed-up" in row["candidates"]["fused"]]
     most = max((row.get("threads", 0) for row in rows), default=0)
@@ -41,7 +41,8 @@ def measured(record: dict) -> list[dict]:
 
 
 def speedups(record: dict):
-    """Ours over eager, a bar a case; red where the design sets a target, a dot at the best peer."""
+    """Ours over eager, one bar per case; red where the design sets a target, a dot at the best
+    peer."""
     rows = measured(record)
     figure, axes = plt.subplots(figsize=(9, 0.22 * len(rows) + 0.8))
     values = [row["candidates"]["fused"]["speed-up"] for row in rows]
@@ -62,7 +63,8 @@ def speedups(record: dict):
 
 
 def roofline(record: dict):
-    """How much of the time the bytes alone would take: ours, a bar a case that moves real bytes."""
+    """How much of the time the bytes alone would take: ours, one bar per case that moves real
+    bytes."""
     rows = [row for row in measured(record) if row["bytes"] >= 1 << 20]
     figure, axes = plt.subplots(figsize=(9, 0.22 * len(rows) + 0.8))
     for index, row in enumerate(rows):
@@ -104,7 +106,8 @@ def scaling(record: dict):
 
 
 def draw_memory(record: dict, path: Path) -> None:
-    """Peak bytes of each way that bench/memory.py measured, a group of bars a number of rows."""
+    """Peak bytes of each way that bench/memory.py measured, one group of bars per number of
+    rows."""
     colors = {"eager": OTHER, "alternating": "#c8d0d8", "fused": OURS}
     figure, axes = plt.subplots(figsize=(7, 3.5))
     rows = sorted({entry["rows"] for entry in record["memory"]})

@@ -17,7 +17,7 @@ RESULTS = ROOT / "bench" / "results"
 def main() -> None:
     found = records()
     for name, record in found.items():
-        if is_gpu(record) and "results" in record:  # a GPU's minutes are not spent on pictures
+        if is_gpu(record) and "results" in record:  # not drawn in a GPU's minutes
             from bench.pictures import draw
 
             print(*draw(record, RESULTS / name.removesuffix(".json")), sep="\n")
@@ -50,7 +50,7 @@ def render(found: dict[str, dict]) -> str:
 
 
 def gpu_targets() -> list[str]:
-    """What a GPU has to reach, where none has been measured."""
+    """The targets on a GPU, shown when none has been measured."""
     lines = [
         "No GPU figure is measured so far; `make gpu` measures them. These are the targets for an"
     ]

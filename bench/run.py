@@ -2,8 +2,8 @@
 
 Prints each cell beside eager PyTorch and beside the best peer, the cells that lose to one, and the
 geometric mean; with --output writes JSON after every case, and pictures at the end. Times are
-printed but not to be quoted: compare candidates within a run, never runs. When --seconds are over
-the run ends, and says which cells it has left out.
+printed but not to be quoted: compare candidates within a run, never runs. After --seconds the run
+ends and says which cells it left out.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from dmax_kernels.bench.timer import COMPILE_MODES, Machine, measure  # noqa: E4
 from dmax_kernels.bench.workload import Work  # noqa: E402
 from dmax_kernels.files import check_output, save_json  # noqa: E402
 
-# An error after which this process can use the GPU no longer; another process can
-LOST_CONTEXT_CODE = 75  # of this program, then
+# After such an error this process can no longer use the GPU, but a new one can
+LOST_CONTEXT_CODE = 75  # this program's exit code then
 LOST_CONTEXT = ("CUDA error", "device-side assert", "CUBLAS_STATUS")
 
 
@@ -47,7 +47,7 @@ class Budget:
         return self.end - time.perf_counter()
 
     def share(self, cases: int) -> float:
-        """Of one of so many cases; its warm-up and compilation take about as long again."""
+        """Half a case's share: warm-up and compilation take about as long again."""
         return min(10.0, max(0.3, self.left() / max(cases, 1) / 2))
 
 
@@ -98,9 +98,9 @@ def run_cases(
     threads: Sequence[int] = (),
     save: Callable[[list[dict], list[str]], object] = lambda rows, left_out: None,
 ) -> list[dict]:
-    """A row for each case and number of CPU threads; `save` is told of them after each.
+    """A row for each case and number of CPU threads; `save` gets them after each.
 
-    A case that fails has a row that says so, and ends the run only if the GPU is lost with it.
+    A case that fails gets a row that says so, and ends the run only if the GPU is lost too.
     """
     budget = budget or Budget(math.inf)
     before = torch.get_num_threads()
@@ -272,7 +272,7 @@ def run(options: argparse.Namespace) -> int:
     if options.output:
         save(rows, left_out)
         print(f"wrote {options.output}")
-    if options.output and on_cpu:  # those of a GPU's record are drawn elsewhere, by bench/report.py
+    if options.output and on_cpu:  # bench/report.py draws those of a GPU's record, elsewhere
         from bench.pictures import draw
 
         for path in draw(record, options.output.with_suffix("")):
@@ -281,7 +281,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def earlier_results(path: Path, machine: dict) -> list[dict]:
-    """Those of a record of the same commit on the same machine."""
+    """The rows of an earlier record, if it has the same commit and machine."""
     if not path.exists():
         return []
     record = json.loads(path.read_text())

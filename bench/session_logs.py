@@ -13,7 +13,7 @@ BY_WORKERS = re.compile(rf"\[gw\d+\] \[ *\d+%\] {OUTCOME} (.+)")  # and of pytes
 
 
 def outcomes(log: str) -> dict[str, Any]:
-    """Of a log of pytest, also of one that was cut off."""
+    """The outcome in a log of pytest, even one that was cut off."""
     results = {}
     for line in log.splitlines():
         if found := BY_WORKERS.match(line):

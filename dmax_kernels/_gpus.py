@@ -10,7 +10,7 @@ import ctypes
 
 
 def capabilities() -> list[tuple[int, int]]:
-    """Compute capability of every GPU; empty without one, without a driver, or in doubt."""
+    """Compute capability of every GPU; empty without a GPU or a driver, or if NVML fails."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -37,8 +37,8 @@ def capabilities() -> list[tuple[int, int]]:
 
 
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """Whether machine code for sm_<architecture> runs there: on its own major version, from its
-    minor version up; "90a" uses what only 9.0 has."""
+    """Whether machine code for sm_<architecture> runs there: it needs the same major version and at
+    least its minor version; "90a" runs on 9.0 alone."""
     number = int(architecture.rstrip("af"))
     if architecture.endswith("a"):
         return divmod(number, 10) == capability

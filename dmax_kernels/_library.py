@@ -22,7 +22,7 @@ CUDA_LIBRARY = "libdmax_cuda.so"
 
 
 class Libraries:
-    """What was loaded, and why what is absent is absent (one line each, for ``info``)."""
+    """What was loaded, and why the rest was not (one line each, for ``info``)."""
 
     def __init__(self) -> None:
         self.cpu: Path | None = None
@@ -97,7 +97,7 @@ def _load_cuda(libraries: Libraries) -> None:
 
 
 def _fits_no_gpu(path: Path) -> str:
-    """Why Triton should serve a machine none of whose GPUs the library was built for; else ""."""
+    """Why Triton should serve this machine: the library has code for none of its GPUs; else ""."""
     report = _report(path)
     gpus = sorted(set(_gpus.capabilities()))
     if report is None or not gpus or importlib.util.find_spec("triton") is None:
@@ -110,12 +110,13 @@ def _fits_no_gpu(path: Path) -> str:
 
 
 def _register_triton(libraries: Libraries) -> None:
-    """Triton where the CUDA slot is empty: without the CUDA library every op, with it those that
-    have no CUDA C++ (the ones with a matrix product). Triton is imported when an op first runs.
+    """Registers Triton where the CUDA slot is empty: every op without the CUDA library, otherwise
+    those that have no CUDA C++ (the ones with a matrix product). Triton is imported when an op
+    first runs.
 
     Plain registrations, not torch.library.triton_op: that would define the op a second time, in
-    Python (an error, tried with torch 2.13), where one schema in C++ serves every backend. What it
-    buys is that Inductor sees the kernels; but ours read and write their tensors once and have no
+    Python (an error, tried with torch 2.13), where one schema in C++ serves every backend. Its
+    advantage is that Inductor sees the kernels; but ours read and write their tensors once, have no
     elementwise neighbour to fuse with, and the launch code looks at strides, which a trace freezes.
     """
     if importlib.util.find_spec("triton") is None:

@@ -1,11 +1,11 @@
-"""``make wheels``: builds the CPU and (with nvcc) the CUDA wheel, audits them, tries them out.
+"""``make wheels``: builds, audits and tries out the CPU and (with nvcc) the CUDA wheel.
 
     dist/cpu/dmax_kernels-*.whl     one file for every Python 3 and every torch from 2.10 on
     dist/cuda/dmax_kernels-*.whl    the same with the CUDA C++ kernels
 
-Audited: LibTorch's stable ABI only, from 2.10 on, and nothing of CPython (torch-abi-audit); the
-oldest glibc it runs on (auditwheel, whose manylinux tag the wheel gets). Tried out: installed into
-an empty environment with torch alone, no compiler on PATH; ``info`` and an op run.
+The audit checks that a wheel uses only LibTorch's stable ABI, from 2.10 on, and nothing of CPython
+(torch-abi-audit), and which glibc it needs (auditwheel, whose manylinux tag the wheel gets). The
+trial installs it beside torch alone, without a compiler on PATH, and runs ``info`` and an op.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def run(*command: object, **options) -> subprocess.CompletedProcess:
 
 
 def build(folder: Path, *, cuda: bool) -> Path:
-    """A wheel of the tracked files, built as a user builds it: with isolation."""
+    """A wheel of the tracked files, built with isolation, as a user builds it."""
     shutil.rmtree(folder, ignore_errors=True)
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "source"

@@ -1,4 +1,4 @@
-"""Of rows of logits: a draw."""
+"""Peers for draws from rows of logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The list of peers, and how a workload gets its own among the candidates."""
+"""The list of peers, and how a workload's peers become candidates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def direct(function: Callable, given: dict[str, Any]) -> Callable[[], object]:
 
 
 def expert(workload: str, name: str, *, compiled: bool = False, call: Callable = direct):
-    """Registers a function of the workload's `given`; `compiled`: by torch.compile, besides."""
+    """Registers a function of the workload's `given`; `compiled`: also under torch.compile."""
 
     def register(function: Callable) -> Callable:
         CPU_PEERS.append(CpuPeer(workload, name, function, compiled, call))
@@ -38,7 +38,7 @@ def expert(workload: str, name: str, *, compiled: bool = False, call: Callable =
 
 
 def add_cpu_peers(work: Work, workload: str, *, compiled: bool) -> None:
-    """Puts them among the candidates; the timer names those that fail."""
+    """Adds them to the candidates; the timer names those that fail."""
     for peer in (each for each in CPU_PEERS if each.workload == workload):
         work.candidates[peer.name] = peer.call(peer.function, work.given)
         if compiled and peer.compiled:

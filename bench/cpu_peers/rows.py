@@ -1,4 +1,4 @@
-"""Of rows of logits: the top-1, the top-k, the statistics."""
+"""Peers over rows of logits: the top-1, the top-k, the statistics."""
 
 from __future__ import annotations
 

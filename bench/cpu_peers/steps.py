@@ -1,4 +1,4 @@
-"""Of a step of decoding: promotion, embeddings, all of it."""
+"""Peers for a decoding step: promotion, embeddings, the whole of it."""
 
 from __future__ import annotations
 

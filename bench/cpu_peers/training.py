@@ -1,4 +1,4 @@
-"""Of training: the loss with its gradients."""
+"""Peers for training: the loss with its gradients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _(masked, predicted, target):
 
 
 def softmax_minus_one_hot(logits, target):
-    """Of one pass: its losses and the gradient of their mean."""
+    """One pass: its losses and the gradient of their mean."""
     log_probability = logits.log_softmax(dim=-1, dtype=torch.float32)
     place = target.unsqueeze(-1)
     losses = -log_probability.gather(-1, place).squeeze(-1)

@@ -256,7 +256,7 @@ def spd_step_(
 def linear_top1_confidence(
     inputs: Inputs, rows: int = 32, dim: int = DIM, vocab: int = VOCAB
 ) -> Work:
-    """The head's product, then softmax and max; and the product, then our top1_confidence."""
+    """Head product, then softmax and max; head product, then our top1_confidence."""
     hidden, weight = inputs.normal(rows, dim), inputs.normal(vocab, dim, scale=dim**-0.5)
     return Work(
         {
@@ -299,7 +299,7 @@ def linear_sample_tokens(
 def spd_generate(inputs: Inputs, prompts: int = 8, new_tokens: int = 96) -> Work:
     """Soft Parallel Decoding of the demo's problems with its OPUT checkpoint, in float32.
 
-    So small a model's forward passes, which both candidates share, take most of the time: a large
+    The small model's forward passes, which both candidates share, take most of the time. A large
     model's share is different.
     """
     from dmax_kernels import decoding

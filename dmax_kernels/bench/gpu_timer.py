@@ -1,10 +1,10 @@
 """How candidates are timed on a GPU, where a launch costs as much as a kernel takes.
 
-"us" is a call's share of one graph that goes round several copies of the inputs, more than the L2
-cache holds: neither the events' nor the graph's own cost, which is some microseconds, is in it more
-than once in twenty calls. "cold us" and "hot us" are one call between two events, with that cost,
-after everything else was read through the cache and after the call itself. What an empty kernel
-takes in all three places is measured in the same rounds.
+"us" is a call's share of one graph of twenty calls that cycles through several copies of the
+inputs, more than the L2 cache holds. A call therefore carries a twentieth of the few microseconds
+that the events and the graph cost. "cold us" and "hot us" are one call between two events, cost
+included: "cold" after other memory has passed through the cache, "hot" right after the same call.
+An empty kernel is timed in all three ways in the same rounds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dmax_kernels.bench.workload import Work
 
 NODES = 20  # calls in one graph
 ROTATED_BYTES = 256 << 20  # of all copies together: several times any L2
-LONG_SECONDS = 1e-3  # from here on a launch is below a percent, and a call is its own graph
+LONG_SECONDS = 1e-3  # from here on a launch is below 1 %, and each call its own graph
 EMPTY = "empty kernel"
 
 
@@ -56,7 +56,7 @@ class Gpu:
         return free > total / 2
 
     def seconds(self, run: Candidate) -> float:
-        """By the events around it."""
+        """Seconds between the events around it."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         # keeps the GPU busy while the host queues both events, so that they bracket the work alone
         torch.cuda._sleep(200_000)
@@ -90,7 +90,7 @@ class Gpu:
             return lambda: [call() for call in calls], "eager"
 
     def peak_bytes(self, call: Candidate) -> int:
-        """Bytes that one call allocates at its highest, its results included."""
+        """Peak bytes that one call allocates, its results included."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -108,7 +108,7 @@ class Gpu:
         self.pool = torch.cuda.graph_pool_handle()
 
     def clocks(self) -> str:
-        """Of the multiprocessors and of the memory, and the power drawn, where the driver tells."""
+        """The multiprocessor and memory clocks and the power drawn, where the driver tells."""
         tool = shutil.which("nvidia-smi")
         if tool is None:
             return "unknown"
@@ -118,7 +118,7 @@ class Gpu:
 
 
 def copies_of(make: Callable[[], Work], gpu: Gpu) -> list[Work]:
-    """The work on as many sets of tensors as leave none of them in the cache, 20 at most."""
+    """The work on enough sets of tensors that none stays in the cache, at most 20."""
     works = [make()]
     bytes_moved = works[0].bytes_moved
     wanted = min(NODES, math.ceil(ROTATED_BYTES / bytes_moved)) if bytes_moved else 1

@@ -18,7 +18,7 @@ import torch
 from dmax_kernels.bench.workload import OURS, Work
 
 Candidate = Callable[[], object]
-# Whatever takes longer has replaced what another candidate left in the caches by itself
+# A longer call replaces what the previous candidate left in the caches by itself
 SETTLED_SECONDS = 0.02
 FEWEST_ROUNDS = 3
 COMPILE_MODES = {"torch.compile": "default", "torch.compile, tuned": "max-autotune-no-cudagraphs"}
@@ -58,7 +58,7 @@ def warm_up(
     before_each: Candidate | None = None,
     failed: dict[str, str] | None = None,
 ) -> dict[str, float]:
-    """Seconds of a first call of each, which may compile, and of one more where that was short.
+    """Seconds of a first call of each, which may compile, and of a second where that was short.
 
     A candidate that raises is named in `failed` with its reason, and is absent from the result.
     """
@@ -91,8 +91,8 @@ def compare(
 ) -> dict[str, Timing]:
     """Time every candidate ``repetitions`` times, one after the other in each round, on a CPU.
 
-    A short one runs once untimed right before its timed run, so that it meets the caches as its own
-    last run left them, not as another candidate did.
+    A short one runs once untimed right before its timed run, so that it finds the caches as its own
+    last run left them, not as a different candidate did.
 
     ``before_each`` runs untimed ahead of every repetition (restores inputs that a candidate
     overwrites). Rounds end early, but not below 3, when ``at_most_seconds`` are over. The
@@ -132,7 +132,7 @@ class Machine:
 
     @cached_property
     def copy_bandwidth(self) -> float:
-        """Bytes per second of a copy within the GPU, read and written."""
+        """Bytes per second of a copy within the GPU, reads and writes both counted."""
         source = self.gpu.large_buffer()
         target = torch.empty_like(source)
         return 2 * source.nbytes / self.gpu.median(lambda: target.copy_(source))
@@ -156,8 +156,8 @@ class Machine:
         return self._matrix_rates[dtype]
 
     def seconds_to_move(self, work: Work) -> float:
-        """The floor of work that moves so many bytes. On a CPU a read of as many by all threads,
-        cached if the candidates' input is."""
+        """The floor of work that moves this many bytes. On a CPU it is a read of as many bytes by
+        all threads, cached if the candidates' input is."""
         if self.gpu:
             return work.bytes_moved / (self.copy_bandwidth if work.writes else self.read_bandwidth)
         words = torch.ones(max(work.bytes_moved // 4, 1), dtype=torch.float32)
@@ -175,11 +175,11 @@ def measure(
     """Median, least time and spread of every candidate; speed-up over eager, ratio to the best
     peer, share of the floor.
 
-    ``make`` returns the same work on tensors of its own at each call: a GPU's timer goes round
-    several of them. ``compiled`` names modes of COMPILE_MODES in which the first candidate is
-    compiled, besides.
+    ``make`` returns the same work on new tensors at each call, because a GPU's timer cycles through
+    several sets. ``compiled`` names the modes of COMPILE_MODES in which the first candidate also
+    runs compiled.
     """
-    torch._dynamo.reset()  # else a function's second shape would be compiled with dynamic sizes
+    torch._dynamo.reset()  # else a second shape would be compiled with dynamic sizes
 
     def make_with_compiled() -> Work:
         work = make()

@@ -38,7 +38,7 @@ def oput_loss(inputs: Inputs, tokens: int = 64, vocab: int = VOCAB) -> Work:
 
 @workload
 def oput_loss_and_grad_(inputs: Inputs, tokens: int = 64, vocab: int = VOCAB) -> Work:
-    """The gradients overwrite the logits; eager copies them first, since it may not."""
+    """The gradients overwrite the logits; eager must not do that and copies them first."""
     start = [inputs.logits(tokens, vocab) for _ in range(2)]
     logits = masked, predicted = [x.clone() for x in start]
     target = inputs.ids(tokens, below=vocab)

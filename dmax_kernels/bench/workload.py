@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VOCAB = 157184  # LLaDA-2.0-mini: vocabulary, hidden size, block, mask token
+VOCAB = 157184  # LLaDA-2.0-mini's vocabulary, hidden size, block, mask token
 DIM = 2048
 BLOCK = 32
 MASK = 156895
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VALUES = ("flat", "peaked")
-# Candidates that are no peers of ours: the op itself, the cheaper op it is held against, its ways
+# Candidates that are not peers: the op itself, the cheaper op it is compared with, its variants
 OURS = ("fused", "top1_confidence", "one kernel", "products of chunks")
 
 
 @dataclass
 class Inputs:
-    """Makes a workload's tensors: always the same ones for the same sizes."""
+    """Makes a workload's tensors, always the same ones for the same sizes."""
 
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
@@ -33,8 +33,8 @@ class Inputs:
         self.generator = torch.Generator(self.device).manual_seed(0)
 
     def logits(self, rows: int, vocab: int) -> Tensor:
-        """Rows of a model that is not sure ("flat": every exponential counts), or that is
-        ("peaked": one logit stands far out of the noise, as late in decoding)."""
+        """Rows of an unsure model ("flat": every exponential counts) or of a sure one ("peaked":
+        one logit stands far above the noise, as late in decoding)."""
         if self.values == "flat":
             return self.normal(rows, vocab, scale=3.0)
         logits = self.normal(rows, vocab)
@@ -61,12 +61,12 @@ class Work:
     """What is timed. The first candidate is what others are compared with; "fused" is ours."""
 
     candidates: dict[str, Callable[[], object]]
-    bytes_moved: int = 0  # the fewest: every input read once, every output written once
-    flops: int = 0  # of matrix products; the rest is bound by bytes
+    bytes_moved: int = 0  # the minimum: every input read once, every output written once
+    flops: int = 0  # floating-point operations of matrix products; the rest is bound by bytes
     dtype: torch.dtype = torch.float32  # of those products
-    restore: Callable[[], object] | None = None  # untimed: what the candidates overwrite
+    restore: Callable[[], object] | None = None  # untimed: restores what the candidates overwrite
     given: dict[str, Any] = field(default_factory=dict)  # what they work on, for further candidates
-    writes: bool = False  # as many bytes, about, as it reads: then a copy is the roof, else a read
+    writes: bool = False  # about as much as it reads: the roof is then a copy, else a read
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Workload:
         return self.build(inputs, **dict(zip(self.sizes, self.all_sizes(sizes), strict=True)))
 
     def all_sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """The given sizes, the rest by default."""
+        """The given sizes, with defaults for the rest."""
         return (*sizes, *list(self.sizes.values())[len(sizes) :])
 
     @property

@@ -104,7 +104,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def table(result: dict) -> str:
-    """One line a candidate; what ours reaches of the machine below."""
+    """One line per candidate; below, how much of the machine's rate ours reaches."""
     rows = result["candidates"]
     width = max(map(len, rows))
     lines = [f"{'':<{width}}  {'median':>12}  {'spread':>6}  {'speed-up':>8}"]

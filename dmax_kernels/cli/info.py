@@ -50,7 +50,7 @@ def triton_state() -> str:
 
 
 def cuda_build() -> dict:
-    """What the CUDA library was built for and with; of each kernel, its most demanding build."""
+    """What the CUDA library was built for and with; for each kernel, its most demanding build."""
     report = libraries.cuda_report()
     if report is None:
         return {}

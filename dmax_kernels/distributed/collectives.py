@@ -57,7 +57,7 @@ def gather(
 
 
 def sum_of_disjoint(op: str, shard: VocabShard, rows: Tensor) -> Tensor:
-    """The sum over ranks, of tensors of which at most one is not zero at each position.
+    """The sum over ranks; at each position at most one rank's tensor is not zero.
 
     They are added as integers, which leaves the bits unchanged whatever the dtype is.
     """

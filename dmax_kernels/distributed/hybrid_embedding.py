@@ -82,7 +82,7 @@ def _check_tokens(token: Tensor, masked: Tensor, vocab_size: int) -> None:
 
 
 class _NeededRows(NamedTuple):
-    """The ids of a batch, each once: row i of a small table holds the id ``ids[i]``.
+    """A batch's distinct ids: row i of a small table holds the row of id ``ids[i]``.
 
     The ids are sorted, with the mask first and repetitions kept: no size depends on the data, and
     nothing waits for the GPU.

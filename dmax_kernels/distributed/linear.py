@@ -38,7 +38,7 @@ class ShardedHead(NamedTuple):
             yield Columns(min(begin, self.shard.width), width)
 
     def logits(self, hidden: Tensor, block: Columns) -> Tensor:
-        """[rows, width], float32: products of the inputs' dtype, summed in float32."""
+        """[rows, width], float32: products in the inputs' dtype, summed in float32."""
         weight = self.weight.narrow(0, *block)
         logits = float32_product(hidden, weight.t())
         return logits if self.bias is None else logits + self.bias.narrow(0, *block).float()

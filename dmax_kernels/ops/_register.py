@@ -17,7 +17,7 @@ FAMILY_OF: dict[str, str] = {}
 def register_fake(name: str) -> Callable:
     """The op's shapes and dtypes without data, for torch.compile and meta tensors.
 
-    The op's check reads data, which neither of the two has, and is left out there.
+    The op's check is left out, because it reads data, which neither of the two has.
     """
 
     def register(fake: Callable) -> Callable:
@@ -54,7 +54,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
         @staticmethod
         def forward(ctx, *args_keyset_options):
             *inputs, keyset, options = args_keyset_options
-            # A Function turns both off, yet an outer torch.func transform may record this call, too
+            # A Function turns both off, yet an outer torch.func transform may record this call too
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 output = below_autograd(keyset, inputs, options)
             setup_context(ctx, inputs, options, output)
@@ -83,7 +83,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
 
 
 def register_not_differentiable(name: str, advice: str) -> None:
-    """A backward pass through the op raises one clear line instead of a silent zero."""
+    """Make a backward pass through the op raise one clear line instead of giving a silent zero."""
 
     def backward(ctx, *grads):
         raise RuntimeError(f"{name}: has no gradient; {advice}")
@@ -94,7 +94,7 @@ def register_not_differentiable(name: str, advice: str) -> None:
 def register_in_place(name: str) -> None:
     """Tell autograd what the op writes, as PyTorch does for its own in-place ops.
 
-    Version counters go up, hence a backward pass that saved an overwritten tensor raises instead of
+    The version counters rise, so a backward pass that saved an overwritten tensor raises instead of
     using the new values. A written tensor that requires a gradient is an error: its history would
     no longer be true.
     """

@@ -58,7 +58,7 @@ def spd_step_(
         step: int32 [B]; written.
         inputs_embeds: [B, K, D], embedding's dtype: the next forward pass's input; written.
         mask_token_id, tau_dec, tau_acc: run-time values; a new one recompiles nothing.
-        semantics: "settled" as above; "paper" is line 12 to the letter, which ends a block while
+        semantics: "settled" as above; "paper" is line 12 as written, which ends a block while
             it has masks if all predictions repeat; "released" gives the ids of the authors'
             released ``decode_uniform``: >= in both tests, convergence when no updated position
             changed, only promoted positions committed, embeddings left alone on the stopping step.

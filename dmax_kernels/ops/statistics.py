@@ -40,8 +40,8 @@ def row_statistics(
         A named tuple :class:`RowStatistics` of token int64 [...] and confidence, runner_up, entropy
         and logsumexp float32 [...]. Token and confidence are those of
         :func:`dmax_kernels.top1_confidence`, to the last bit. The runner-up equals the confidence
-        on a tie, and is 0 where no other token has any mass. The entropy is never negative; against
-        float64's it is within 1e-6 + 2e-6 of it, and where the row is sure within 2e-6 of it alone
+        on a tie, and is 0 where no other token has any mass. The entropy is never negative; it is
+        within 1e-6 + 2e-6 relative of float64's, and where the row is sure within 2e-6 relative
         (down to an entropy of 1e-8). A NaN in the row: its first id, all else NaN. A +inf: its
         first id, logsumexp +inf, all else NaN. Nothing but -inf: id 0, logsumexp -inf, all else
         NaN.

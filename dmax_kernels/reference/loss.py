@@ -26,7 +26,7 @@ def token_loss(
     keep = target != ignore_index
     safe_target = torch.where(keep, target, 0).long()
     logsumexp = x.logsumexp(dim=-1)
-    # A +inf leaves no softmax: the loss is NaN, as cross_entropy's is
+    # The softmax of a row with +inf is undefined: the loss is NaN, as in cross_entropy
     logsumexp = torch.where(logsumexp == torch.inf, torch.nan, logsumexp)
     nll = logsumexp - x.gather(-1, safe_target.unsqueeze(-1)).squeeze(-1)
     mean_logit = x.mean(dim=-1) if label_smoothing else None

@@ -70,7 +70,7 @@ def spd_step_(
         next_masked = masked & ~promoted
     nothing_to_decode = ~editable.any(dim=-1)
     now_converged = consistent | confident | nothing_to_decode
-    if not released:  # line 13: the commit takes every position, so no mask is left behind
+    if not released:  # line 13: the commit takes every position, so no mask is left
         next_masked = next_masked & ~now_converged.unsqueeze(-1)
 
     # Inputs of the next forward pass

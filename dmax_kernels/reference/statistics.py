@@ -1,4 +1,4 @@
-"""What decoding rules ask of a row: top-1, its rival, its entropy, its normaliser."""
+"""What decoding rules need of a row: top-1, runner-up, entropy and normaliser."""
 
 import torch
 from torch import Tensor
