@@ -1,4 +1,5 @@
-"""Rows of logits on which kernels go wrong; each op over the vocabulary is tried on them all."""
+"""Rows of logits on which kernels go wrong; every op over the vocabulary is tested on all of
+them."""
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ NAN, INF = float("nan"), float("inf")
 # 1: no neighbours. 7, 127: tails of every vector width. 2,048 +- 1: one tile of the CPU kernels, a
 # whole number of vectors of every backend, and one more or less. 5,000: several tiles and a tail.
 SMALL_VOCABS = (1, 7, 127, 2047, 2048, 2049, 5000)
-# LLaDA-2.0's vocabulary (divides by 512), and one less (odd: every second row is misaligned)
+# LLaDA-2.0's vocabulary (a multiple of 512), and one less (odd: every second row is misaligned)
 LARGE_VOCABS = (157183, 157184)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,7 +62,7 @@ def stacked_rows(vocab_size: int, dtype: torch.dtype) -> tuple[list[str], Tensor
 
 
 def strided_copies(x: Tensor) -> dict[str, Tensor]:
-    """The same values [N, M] behind other strides and alignments."""
+    """The same values [N, M] at other strides and alignments."""
     n, m = x.shape
     unaligned = torch.empty(n * m + 1, dtype=x.dtype, device=x.device)[1:].view(n, m).copy_(x)
     padded = torch.full((n, m + 5), 77.0, dtype=x.dtype, device=x.device)[:, :m].copy_(x)

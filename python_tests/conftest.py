@@ -10,8 +10,8 @@ import platform
 import random
 from collections import Counter
 
-# The test processes share the cores, but each has two threads at least, since one thread takes
-# other paths; waiting threads sleep instead of spinning. Read when torch is imported.
+# The test processes share the cores, but each has at least two threads, since one thread takes
+# different paths; waiting threads sleep instead of spinning. Read when torch is imported.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(2, (os.cpu_count() or 1) // workers)))
@@ -25,8 +25,8 @@ if not HAS_GPU:
 
 
 # The same examples in each run; `make fuzz` looks for new ones. `make gpu` may have no hypothesis.
-# On a GPU, whose minutes are few and where each try may compile a kernel, one that fails is not
-# made smaller.
+# On a GPU, whose minutes are few and where each try may compile a kernel, a failing example is not
+# shrunk.
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import Phase, settings
 

@@ -60,7 +60,7 @@ class RandomModel(nn.Module):
 
 
 class ScriptedModel:
-    """Plays logits [passes, B, K, V] back, whatever it is given, and keeps what it was given.
+    """Plays logits [passes, B, K, V] back whatever its inputs are, and records those inputs.
 
     Rows may leave the batch between passes: row r is known by its block's first token, 2 + r.
     """
@@ -95,8 +95,8 @@ class ExactModel(RandomModel):
     """A `RandomModel` that computes in float64 and rounds its logits to float32.
 
     How a matrix product rounds depends on how many rows it has, so in float32 a row's logits may
-    differ between batches, and with them a token once in a while. Here such differences are lost in
-    the last rounding, and what a batch changes beyond them shows.
+    differ between batches, and occasionally a token with them. Here the last rounding removes such
+    differences, so that whatever else a batch changes shows.
     """
 
     def __init__(self, **arguments):

@@ -29,7 +29,7 @@ SEED = torch.tensor([1234567890123456789, 42])
 
 
 class Ranks:
-    """This process's rank, and one stream of random numbers that all ranks share."""
+    """This process's rank, and one random generator that all ranks share."""
 
     def __init__(self, rank: int, num_ranks: int):
         self.rank, self.num_ranks = rank, num_ranks
@@ -50,7 +50,7 @@ class Ranks:
         yield [vocab, *[7] * (self.num_ranks - 1)], vocab
 
     def cut(self, whole: torch.Tensor, sizes: list[int], dim: int) -> torch.Tensor:
-        """This rank's part; padding is NaN, which must never be seen."""
+        """This rank's part; padding is NaN, so that a read of it shows."""
         start = sum(sizes[: self.rank])
         missing = sum(sizes) - whole.shape[dim]
         if missing:
@@ -64,7 +64,7 @@ class Ranks:
 
 
 def assert_same(actual, expected, rtol=2 * CONFIDENCE_RTOL):
-    """Ids exactly, probabilities to rounding (float32 flushes far ones)."""
+    """Ids must be equal, probabilities equal to rounding (float32 flushes tiny ones)."""
     assert torch.equal(actual[0], expected[0]), (actual[0] - expected[0]).nonzero()
     assert_close(actual[1], expected[1], rtol, atol=1e-37)
 
@@ -106,7 +106,7 @@ def check_ties(ranks: Ranks) -> None:
 
 
 def check_linear(ranks: Ranks) -> None:
-    vocab, dim = 9001, 16  # several blocks of columns, of unlike number on the ranks
+    vocab, dim = 9001, 16  # several blocks of columns, in numbers that differ between ranks
     hidden, bias = ranks.randn(3, 5, dim), ranks.randn(vocab)
     weight = ranks.randn(vocab, dim)
     for sizes, vocab_size in ranks.layouts(vocab):
@@ -304,7 +304,7 @@ def assert_fails(call, message: str) -> None:
 
 
 def check_errors(ranks: Ranks) -> None:
-    """Every rank raises alike, or the others would wait for ever."""
+    """Every rank raises the same error; otherwise the others would wait for ever."""
     width = 4 if ranks.rank == 0 else 5
     uneven = torch.ones(2, width)
     widths = [4, *[5] * (ranks.num_ranks - 1)]

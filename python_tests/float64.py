@@ -1,4 +1,4 @@
-"""The ops' values in float64, from the definitions: what the references are held against."""
+"""The ops' values in float64, from the definitions: what the references are compared with."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def softmax_of(logits: Tensor, temperature: float = 1.0, suppress_token: int = -
 
 
 def top1_confidence(logits: Tensor, temperature: float = 1.0, suppress_token: int = -1):
-    """By a loop over the row: the first NaN, else the first maximum."""
+    """Loops over the row: the first NaN, else the first maximum."""
     probability = softmax_of(logits, temperature, suppress_token)
     tokens = []
     for row in logits.reshape(-1, logits.shape[-1]).double().tolist():
@@ -32,8 +32,9 @@ def top1_confidence(logits: Tensor, temperature: float = 1.0, suppress_token: in
 
 
 def row_statistics(logits: Tensor, temperature: float = 1.0, suppress_token: int = -1):
-    """(token, confidence, runner_up, entropy, logsumexp). The entropy from the differences to the
-    maximum, without the winner: -sum p log p would lose the digits of a sure row's.
+    """(token, confidence, runner_up, entropy, logsumexp). The entropy is summed from the
+    differences to the maximum, without the winner, because -sum p log p would lose a sure row's
+    digits.
     """
     token, confidence = top1_confidence(logits, temperature, suppress_token)
     x = logits.double() / temperature

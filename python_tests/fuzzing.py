@@ -125,7 +125,7 @@ def random_generator(draw):
 @st.composite
 def logits(draw, backend, shapes=((0,), (1,), (2,), (5,), (2, 3), (1, 1, 2)), widest=None):
     """Rows of logits [..., V]."""
-    if backend == "cuda, emulated":  # the host side, not emulated, launches nothing for no rows
+    if backend == "cuda, emulated":  # its host side launches nothing for no rows
         shapes = [shape for shape in shapes if 0 not in shape]
     rows = draw(st.sampled_from(shapes))
     vocab = draw(st.one_of(st.integers(1, 40), st.integers(41, widest or BACKENDS[backend][3])))
@@ -218,8 +218,8 @@ def check_choice(token, probability, x, scores, slack, rtol=REFERENCE_RTOL):
 
 
 def check_sample(token, probability, x, seed, error=0.0, rtol=REFERENCE_RTOL):
-    """Of logits / temperature x, good to ``error``: where two ids finish the Gumbel race within
-    float32's rounding of x + noise, backends may disagree, and no others."""
+    """Samples of x = logits / temperature, good to ``error``. Backends may disagree only where two
+    ids finish the Gumbel race within float32's rounding of x + noise."""
     noise = exponential_noise(seed, x.shape[:-1], x.shape[-1]).double().log()
     size = x.masked_fill(~x.isfinite(), 0.0).abs().amax(dim=-1)
     check_choice(token, probability, x, x - noise, error + 4e-7 * (size + 25), rtol)

@@ -33,7 +33,7 @@ class Memory:
     data: bytes
 
     def allocate(self) -> np.ndarray:
-        """In an allocation that ends where the array ends: AddressSanitizer then sees overruns."""
+        """The array in an allocation that ends with it, so that AddressSanitizer sees overruns."""
         block = np.zeros(self.lead + len(self.data), np.uint8)
         assert address_of(block) % 16 == 0
         block[self.lead :] = np.frombuffer(self.data, np.uint8)

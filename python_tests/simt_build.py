@@ -41,7 +41,7 @@ def compiler() -> str:
 
 
 def build(variant: str = "plain") -> Path:
-    """Path of the module, built where csrc/cuda or csrc/simt changed since the last time."""
+    """Path of the module, rebuilt if csrc/cuda or csrc/simt changed since the last time."""
     units = sorted((CSRC / "simt").glob("*.cpp"))
     folders = [CSRC / name for name in ("common", "cuda", "simt")]
     headers = sorted(p for f in folders for p in f.iterdir() if p.suffix in (".h", ".cuh"))
@@ -64,7 +64,7 @@ def compile_module(units: list[Path], flags: list[str], module: Path) -> None:
 
     import pybind11
 
-    launcher = shlex.split(os.environ.get("CMAKE_CXX_COMPILER_LAUNCHER", ""))  # ccache, for one
+    launcher = shlex.split(os.environ.get("CMAKE_CXX_COMPILER_LAUNCHER", ""))  # such as ccache
     includes = [f"-I{CSRC}", f"-isystem{pybind11.get_include()}",
                 f"-isystem{sysconfig.get_paths()['include']}"]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Soft Parallel Decoding in plain Python: what spd_step_ is held against."""
+"""Soft Parallel Decoding in plain Python: what spd_step_ is compared with."""
 
 import torch
 

@@ -49,7 +49,8 @@ def new_model(folder: Path, seed: int):
     """Random weights under which decoding settles as a trained model's does.
 
     Sharp logits, so that confidences cross the thresholds; attention that tells positions apart;
-    and experts that add little, whose choice would otherwise make another token of a rounding.
+    and experts that add little, since otherwise a rounding could change the expert and with it the
+    token.
     """
     with dropped_imports():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)

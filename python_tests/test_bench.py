@@ -1,4 +1,4 @@
-"""The benchmarks: candidates do the same work, the command's manners, the page and the pictures."""
+"""The benchmarks: candidates do the same work; the command, the page and the pictures."""
 
 import json
 
@@ -37,7 +37,7 @@ RANDOM = {
     "sample_tokens",
     "linear_sample_tokens",
     "draw_with_entropy",
-}  # eager draws from another generator
+}  # eager draws from a different generator
 
 
 def flat(result):
@@ -56,7 +56,7 @@ def test_candidates_do_the_same_work(name):
         if work.restore:
             work.restore()
         results[candidate] = run()
-    if name in RANDOM or results["eager"] is None:  # in place: the loss and the step have own tests
+    if name in RANDOM or results["eager"] is None:  # in place: tested elsewhere
         return
     if name == "oput_loss_and_grad_":  # eager returns gradients, ours the losses
         return
@@ -72,7 +72,7 @@ def test_cases_name_workloads(device):
 
 
 def test_peers_that_cannot_run_are_named_and_not_timed(monkeypatch):
-    """Absent packages, a call that fails: a reason each, and no candidate."""
+    """An absent package and a call that fails each give a reason and no candidate."""
     from bench import peers
 
     assert {each.workload for each in peers.PEERS} <= {*WORKLOADS, "linear_oput_loss"}

@@ -39,7 +39,7 @@ def test_peers_do_the_same_work(name):
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_peers_draw_by_the_probabilities(name):
-    """4,000 rows of the same logits: how often each token came, and what is told of the row."""
+    """4,000 rows of the same logits: how often each token came, and what is reported of the row."""
     rows = 4000
     sizes = {"sample_partial": (1, 8, 2), "linear_sample_tokens": (1, 4, 8)}.get(name, (1, 8))
     work = WORKLOADS[name].work(Inputs(torch.float32), sizes)
@@ -105,7 +105,7 @@ def test_candidates_that_fail_are_named_and_not_timed():
 def test_a_run_saves_every_case_and_goes_on_after_one_that_fails(capsys):
     cases = [
         Case("top1_confidence", (3, 64)),
-        Case("topk_confidence", (3, 64, 65)),  # more than there are
+        Case("topk_confidence", (3, 64, 65)),  # k exceeds the vocabulary
         Case("prefix_promote", (3, 8), "float32"),
     ]
     saved = []
@@ -151,7 +151,7 @@ def test_a_core_taken_by_another_process():
 
 
 def test_share_of_a_loop_outside_the_model():
-    """Forward and backward are counted; a wait beside them is what is outside."""
+    """Forward and backward are counted; a wait after them counts as outside."""
     model = torch.nn.Linear(8, 8)
 
     def run():

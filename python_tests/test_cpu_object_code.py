@@ -10,11 +10,11 @@ from dmax_kernels import _library
 
 OBJDUMP = shutil.which("objdump")
 STACK = re.compile(r"\(%r[sb]p\b")
-# Function, element -> the instruction that its main loop is known by, and how often it has it at
-# least: a loop over single vectors has half as many maxima
+# (function, element) -> the instruction by which its main loop is recognised, and the least count
+# of it: a loop over single vectors has half as many maxima
 LOOPS = {
     ("sum_exp", "float"): ("vpslld", 1),
-    ("sum_exp", "BFloat16"): ("vpslld", 2),  # widened by a shift, too
+    ("sum_exp", "BFloat16"): ("vpslld", 2),  # also widened by a shift
     ("softmax_grad", "float"): ("vpslld", 1),
     ("maximum", "float"): ("vmaxps", 2),
     ("maximum_of_bits", "BFloat16"): ("vpmaxsw", 2),

@@ -1,6 +1,6 @@
 """What the CUDA compiler made of the kernels: no spill, no stack, 16-byte loads in flight.
 
-Reads the report that the build of the CUDA library left behind (csrc/cuda/compile_report.py) and
+Reads the report that the build of the CUDA library left (csrc/cuda/compile_report.py) and
 the library's machine code. No GPU is needed; where nvcc was absent there is nothing to read.
 """
 

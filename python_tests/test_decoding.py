@@ -142,7 +142,7 @@ def test_eos_ends_a_row_and_pads_the_rest():
             assert response[length - 1] in (eos, 21)
         assert not {eos, 21} & set(response[: length - 1])
         assert response[length:] == [PAD] * (27 - length)
-        # A row takes part in blocks up to the one of its eos, and in no later one
+        # A row takes part in every block up to the one with its eos, and in none after it
         blocks = (11 + length - 1) // K - 11 // K + 1
         assert output.num_blocks[row] == blocks
     assert output.num_tokens[0] == free[0].tolist().index(eos) + 1

@@ -52,15 +52,15 @@ def padded():
 def test_what_a_tokenizer_returns(kind, as_lists):
     ids, mask, prompts = padded()
     expected = decode(RandomModel(), prompts)
-    given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": mask}
+    encoding = {"input_ids": ids, "attention_mask": mask, "token_type_ids": mask}
     if as_lists:
-        given = {name: value.tolist() for name, value in given.items()}
-    assert torch.equal(decode(RandomModel(), kind(given)).sequences, expected.sequences)
-    # A mask that is given counts, and not the mapping's
-    given["attention_mask"] = (1 - mask).tolist()
-    output = decode(RandomModel(), kind(given), attention_mask=mask)
+        encoding = {name: value.tolist() for name, value in encoding.items()}
+    assert torch.equal(decode(RandomModel(), kind(encoding)).sequences, expected.sequences)
+    # An explicit mask takes precedence over the mapping's
+    encoding["attention_mask"] = (1 - mask).tolist()
+    output = decode(RandomModel(), kind(encoding), attention_mask=mask)
     assert torch.equal(output.sequences, expected.sequences)
-    whole = kind({"input_ids": given["input_ids"]})
+    whole = kind({"input_ids": encoding["input_ids"]})
     assert torch.equal(decode(RandomModel(), whole).sequences, decode(RandomModel(), ids).sequences)
 
 
@@ -93,9 +93,9 @@ NUMBERS = {
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_of_numpy_and_torch(name, of):
     model, prompts = RandomModel(), random_prompts(2, 11)
-    given = of(NUMBERS[name])
+    number = of(NUMBERS[name])
     expected = decode(model, prompts, **{name: NUMBERS[name]})
-    assert torch.equal(decode(model, prompts, **{name: given}).sequences, expected.sequences)
+    assert torch.equal(decode(model, prompts, **{name: number}).sequences, expected.sequences)
 
 
 def test_several_ends_in_an_array():
@@ -103,8 +103,8 @@ def test_several_ends_in_an_array():
     ends = list(range(2, 8))
     expected = decode(model, prompts, eos_token_id=ends)
     assert expected.num_tokens.min() < 19
-    for given in (np.array(ends), torch.tensor(ends), [np.int32(end) for end in ends]):
-        output = decode(model, prompts, eos_token_id=given)
+    for several in (np.array(ends), torch.tensor(ends), [np.int32(end) for end in ends]):
+        output = decode(model, prompts, eos_token_id=several)
         assert output.num_tokens.tolist() == expected.num_tokens.tolist()
 
 
@@ -144,7 +144,7 @@ def test_what_is_no_such_number_is_refused(call, sentence):
 
 @pytest.fixture(params=[torch.bfloat16, torch.float64], ids=str)
 def other_default_dtype(request):
-    """A function that switches it on: what a test compares with is made before."""
+    """A function that switches it on, so that a test can compute what it compares with first."""
     yield lambda: torch.set_default_dtype(request.param)
     torch.set_default_dtype(torch.float32)
 
@@ -208,7 +208,7 @@ def test_the_cache_goes_by_the_models_own_name_for_it(make):
 
 
 def test_a_clean_run_prints_nobodys_deprecations():
-    """Of transformers' own, some are warnings and some go to its logger, once in a process."""
+    """Some of transformers' own are warnings, and some go to its logger, once in a process."""
     command = ["generate", "--model", "oput", "--max-new-tokens", "32", "--prompt"]
     run = subprocess.run(
         [

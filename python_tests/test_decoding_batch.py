@@ -152,7 +152,7 @@ def test_blocks_stream_in_order_and_add_up_to_the_answers(prompts):
         starts = [sum(len(b.token_ids) for b in own[:i]) for i in range(len(own))]
         assert [block.start for block in own] == starts
         assert [block.finished for block in own] == [False] * (len(own) - 1) + [True]
-    # They come while others are still at work, not row by row
+    # They come while other rows are still decoding, not row by row
     assert [block.row for block in blocks] != sorted(block.row for block in blocks)
 
 
@@ -176,7 +176,7 @@ def test_statistics_add_up(prompts):
 
 
 class Snap(Rule):
-    """Takes every prediction at once; the start of each block is noted."""
+    """Takes every prediction at once and records the start of each block."""
 
     def __init__(self):
         self.begun = []
@@ -207,7 +207,7 @@ def test_a_rule_of_ones_own(prompts):
 
 
 class FakeCapture:
-    """Captures as CUDA graphs do: where the buffers are is taken down, what is in them is not."""
+    """Captures as CUDA graphs do: it records where the buffers are, not what is in them."""
 
     def __init__(self):
         self.replays = 0

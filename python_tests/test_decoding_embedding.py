@@ -23,7 +23,7 @@ def _one_thread():
 
 
 class Wrapped(nn.Module):
-    """An adapter's layer: the base layer's `weight`, and another forward."""
+    """An adapter's layer: the base layer's `weight`, and a different forward."""
 
     def __init__(self, base, change):
         super().__init__()
@@ -120,7 +120,7 @@ def test_a_canvas_decodes_too(make):
 
 
 def test_a_look_up_costs_no_second_table():
-    """Its own weight comes back: of a plain embedding unseen, of another one after a comparison."""
+    """Its own weight comes back: unread if the embedding is plain, else after a comparison."""
     model = RandomModel()
     calls = []
     forward = nn.Embedding.forward

@@ -236,7 +236,7 @@ def test_a_quantised_embedding():
     assert (
         str(error.value) == f"spd_generate: the model's input embedding must be {need}, got {got}"
     )
-    del table.weight  # some quantised modules keep it under another name
+    del table.weight  # some quantised modules keep it under a different name
     with pytest.raises(ValueError, match="without quantising the embedding, got no weight"):
         run_once(model)
 

@@ -19,7 +19,7 @@ from dmax_kernels.decoding.extra import (
 )
 from dmax_kernels.models.checkpoint import load_checkpoint
 
-# Two paths of 4 and 6 tokens behind headers of 2 and 1, a summary of 3 behind a header of 2
+# Two paths of 4 and 6 tokens after headers of 2 and 1, a summary of 3 after a header of 2
 CANVAS = Canvas.build([[5, 6], [7]], [4, 6], [8, 9], 3)
 SLOT = [-1, -1, 0, 0, 0, 0, -1, 1, 1, 1, 1, 1, 1, -1, -1, 2, 2, 2]
 HEADERS = {0: 5, 1: 6, 6: 7, 13: 8, 14: 9}
@@ -125,7 +125,7 @@ def test_rows_do_not_depend_on_each_other_nor_on_an_eos_in_a_slot():
 
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_a_block_diffusion_model_takes_a_canvas_that_fits_its_block(use_cache):
-    """The shipped model, with its own block length: 32 positions behind whole blocks of prompt."""
+    """The shipped model, with its own block length: 32 positions after whole blocks of prompt."""
     model = load_checkpoint("base")[0]
     canvas = Canvas.build([[20], [21]], [12, 8], [22], 5)  # 28 positions
     prompts = torch.randint(4, 20, (2, 34), generator=torch.Generator().manual_seed(0))

@@ -271,14 +271,14 @@ def test_promises_all_rules_share(name, rows, option):
     assert torch.equal(promoted.any(dim=-1), masked.any(dim=-1))
     unknown = statistics["confidence"].isnan()
     for i in range(len(rows)):
-        # A NaN moves only where it must: one, and the leftmost of what the rule looks at
+        # A NaN moves only where it must: one position, the leftmost of those the rule looks at
         forced = positions(promoted[i] & unknown[i])
         if name in ("autoregressive", "prefix"):
             assert forced in ([], positions(masked[i])[:1])
         elif name not in ("parallel_forced", "canvas"):
             known = masked[i] & ~unknown[i]
             assert forced == ([] if known.any() else positions(masked[i])[:1])
-        # The same row alone, and among others in another order
+        # The same row alone, and among others in a different order
         alone = {key: value[i : i + 1] for key, value in statistics.items()}
         assert torch.equal(call(name, alone, masked[i : i + 1], option)[0], promoted[i])
     mirrored = {key: value.flip(0) for key, value in statistics.items()}

@@ -45,7 +45,7 @@ def random_script(seed, rows=1):
 
 
 def most_likely(logits, suppress):
-    """Token and probability of one position, in float64 and by hand; ties go to the lowest id."""
+    """Token and probability of one position, written out in float64; ties go to the lowest id."""
     values = logits.double().tolist()
     if suppress is not None:
         values[suppress] = -math.inf
@@ -129,7 +129,7 @@ def play(script, prompt_length, **arguments):
     return output, model
 
 
-# Thresholds on both sides of each other: tau_dec above tau_acc is where the semantics differ most
+# Each threshold above the other once: the semantics differ most where tau_dec is above tau_acc
 TAUS = [(0.95, 0.9), (0.5, 0.9), (0.0, 0.9), (0.5, 0.3)]
 
 
@@ -285,7 +285,7 @@ def copy_state(state):
     st.sampled_from(["settled", "paper"]),
 )
 def test_composed_ops_are_the_spd_step(seed, tau, top_k, semantics):
-    """The ablations' step, with nothing taken away, is `spd_step_`."""
+    """The ablations' step with nothing ablated is `spd_step_`."""
     expected, logits, embedding = random_state(seed, taus=(tau, 0.3 + tau / 2))
     actual = copy_state(expected)
     config = run_config(top_k=top_k, semantics=semantics)

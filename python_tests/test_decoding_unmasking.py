@@ -109,7 +109,7 @@ def test_left_to_right_is_fully_autoregressive_and_random_is_not():
     for rule in ("autoregressive", Autoregressive(3)):
         assert score(rule) == 1
         assert score(rule, scope="local") == 1
-    # Of a random order in blocks of 8: (1 + 1/2 + ... + 1/8) / 8 = 0.34
+    # The value of a random order in blocks of 8 is (1 + 1/2 + ... + 1/8) / 8 = 0.34
     assert score("random") == pytest.approx(0.34, abs=0.08)
     assert score("random", k=K) == 1
     assert score("parallel_forced") < 0.75
@@ -136,7 +136,7 @@ def constant_script(probabilities, steps=6):
     return torch.cat([script, mask_column], dim=-1).repeat(steps, 1, 1, 1)
 
 
-# What each rule promotes first of confidences .9 .3 .6 .95 behind a prompt token. What they compare
+# What each rule promotes first of confidences .9 .3 .6 .95 after a prompt token. What they compare
 # with tau or their option: confidences; the margin .6 - .4 / 21 = .58; (n + 1)(1 - c_n) = .1, .3;
 # entropies -p ln p - (1 - p) ln((1 - p) / 21) = .63, 2.74, 1.89, .35
 FIRST = [

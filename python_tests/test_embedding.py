@@ -18,7 +18,7 @@ MASK = 4
 
 
 def rounding_of(backend, dtype):
-    """Half a unit in the last place; a whole one of Triton's, whose interpreter cuts bits off."""
+    """Half a unit in the last place; a whole one for Triton, whose interpreter truncates."""
     return 2 * ROUNDING[dtype] if backend == "triton" else ROUNDING[dtype]
 
 
@@ -89,7 +89,7 @@ def test_exact_ends(backend, dtype):
 
 
 def test_infinite_mask_embedding_on_triton():
-    """It does not enter where the confidence is 1, and is the result where masked."""
+    """The mask row has no weight where the confidence is 1, and is the result where masked."""
     embedding, token, _, _ = inputs(torch.bfloat16, 100, None, (2, 6))
     token[token == MASK] = 0
     embedding[MASK] = torch.inf

@@ -1,4 +1,4 @@
-"""Files of the user: each is written whole or left as it was, and read as it was written."""
+"""User files are written whole or left as they were, and read as they were written."""
 
 import os
 import stat

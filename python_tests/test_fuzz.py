@@ -73,7 +73,7 @@ def test_sample_tokens(draw, backend):
 
 @on_every_backend("top1", "sample")
 def test_sharded_vocabulary(draw, backend, op):
-    """However the vocabulary is cut, the merged ids are the unsharded op's."""
+    """The merged ids are the unsharded op's, however the vocabulary is cut."""
     x = draw(logits(backend))
     vocab = x.shape[-1]
     keywords = draw(options(vocab))
@@ -151,7 +151,7 @@ def block_states(draw, x, embedding):
 
 
 def undecided_rows(x, state, taus, keywords):
-    """Rows where some confidence lies within rounding of a threshold, and so its test does."""
+    """Rows where a confidence, and therefore its test, lies within rounding of a threshold."""
     _, confidence = float64.top1_confidence(x, **keywords)
     distance = (confidence.unsqueeze(-1) - taus.double().view(-1, 1, 2)).abs()
     close = ((distance > 0) & (distance < 1e-5)).any(dim=-1) & state["editable"]
@@ -258,7 +258,7 @@ def test_oput_loss_and_grad_(draw, backend):
     assert torch.equal(again.nan_to_num(7.0), written[1].nan_to_num(7.0))
 
 
-NOT_LINEAR = ("cuda, emulated",)  # the ops with a matrix product are Triton's
+NOT_LINEAR = ("cuda, emulated",)  # Triton serves the ops with a matrix product
 
 
 @st.composite
@@ -308,7 +308,7 @@ def test_linear_choice(draw, backend, op):
 
 @on_every_backend(but=NOT_LINEAR)
 def test_linear_oput_loss(draw, backend):
-    """Losses and every gradient of both passes, each with a gradient of its own per token."""
+    """Losses and every gradient of both passes, each with a separate gradient per token."""
     hidden, weight, bias, _ = draw(linear_inputs(backend))
     other = draw(st.sampled_from([None, hidden.flip(0)]))
     passes = [hidden, other] if draw(st.booleans()) else [other, hidden]

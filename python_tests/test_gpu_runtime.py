@@ -56,7 +56,7 @@ def capture(function):
 
 
 def test_spd_graph_replays_1000_times_on_changing_inputs():
-    """Every replay as an eager step on the same state and logits, bit for bit."""
+    """Every replay equals an eager step on the same state and logits, bit for bit."""
     logits, embedding, state = gpu_step_case(vocab=20_000)
     start = copy_of(state)
     graph, _ = capture(lambda: dmax_kernels.spd_step_(logits, embedding, **state, **SPD))
@@ -94,7 +94,7 @@ def test_row_ops_in_a_graph():
     drawn = set()
     for replay in range(100):
         logits.normal_()
-        seed[1] = replay  # a replayed graph draws anew
+        seed[1] = replay  # a replayed graph draws new samples
         graph.replay()
         expected = (
             *dmax_kernels.top1_confidence(logits),
@@ -110,7 +110,7 @@ def test_row_ops_in_a_graph():
 
 
 def test_graphs_and_eager_calls_at_the_same_time():
-    """Each captured launch has counters of its own, and so has each stream."""
+    """Each captured launch has counters of its own, and so does each stream."""
     streams = [torch.cuda.Stream() for _ in range(3)]
     inputs = [torch.randn(4, 157184, device=DEVICE) for _ in range(4)]
     expected = [dmax_kernels.top1_confidence(x) for x in inputs]

@@ -1,4 +1,4 @@
-"""What a session on a GPU does around its kernels, walked without one."""
+"""What a session on a GPU does around its kernels, run without a GPU."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_only_a_failed_build_ends_the_session(tmp_path, monkeypatch, capsys):
 
 
 def test_a_command_is_ended_when_the_time_is_over(tmp_path, monkeypatch):
-    """With what it started; what it had printed is kept."""
+    """A command is ended with what it started; what it had printed is kept."""
     short = session(tmp_path, monkeypatch, seconds=1)
     script = "import subprocess, time; print('begun', flush=True); subprocess.run(['sleep', '60'])"
     assert short.run("x.log", [sys.executable, "-c", script]) == gpu_session.TIMED_OUT

@@ -1,6 +1,6 @@
 """Every op on the GPU against the CPU backend, on the edge cases, and bitwise repeatable.
 
-The CPU backend is itself held against float64 and the references (test_<op>.py).
+The CPU backend itself is compared with float64 and the references (test_<op>.py).
 """
 
 import pytest
@@ -39,7 +39,7 @@ def to(device, value):
 
 
 def on_both(op, *arguments, **options):
-    """Results on the CPU, and of the GPU as CPU tensors; the GPU's twice, to the same bits."""
+    """The CPU's and the GPU's results on the CPU; the GPU runs twice and must repeat its bits."""
     function = getattr(dmax_kernels, op)
     expected = function(*arguments, **options)
     moved = [to(DEVICE, each) for each in arguments], {k: to(DEVICE, v) for k, v in options.items()}
@@ -63,7 +63,8 @@ def bits(x):
 
 def assert_tokens(actual, expected, rtol=CONFIDENCE_RTOL):
     assert actual[0].tolist() == expected[0].tolist()
-    # each side has its own rounding, so twice the tolerance; far below the maximum 1e-9 is nothing
+    # each side has its own rounding, so twice the tolerance; far below the maximum 1e-9 is
+    # negligible
     assert_close(actual[1], expected[1], 2 * rtol, 1e-9)
 
 
@@ -163,7 +164,7 @@ def test_sampling(per_row, dtype, vocab_size):
         assert_close(actual[1][same], expected[1][same], 2 * CONFIDENCE_RTOL, 1e-9)
 
 
-# Starts that 4 divides, and that it does not
+# Starts that are multiples of 4, and starts that are not
 @pytest.mark.parametrize("width", [1024, 1021])
 def test_sample_of_shards(width):
     _, logits = stacked_rows(4096, torch.bfloat16)

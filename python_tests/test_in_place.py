@@ -75,14 +75,14 @@ def test_a_backward_pass_that_saved_an_overwritten_tensor_raises():
 def test_a_written_tensor_must_not_require_a_gradient(leaf):
     logits, target = losses()
     logits = logits.requires_grad_()
-    given = logits if leaf else logits * 1
-    before = given.detach().clone()
+    predicted = logits if leaf else logits * 1
+    before = predicted.detach().clone()
     with pytest.raises(RuntimeError, match="^oput_loss_and_grad_: logits_predicted is written in"):
-        dmax_kernels.oput_loss_and_grad_(None, given, target)
-    assert torch.equal(given, before)
+        dmax_kernels.oput_loss_and_grad_(None, predicted, target)
+    assert torch.equal(predicted, before)
     with torch.no_grad():  # as PyTorch's own
-        dmax_kernels.oput_loss_and_grad_(None, given, target)
-    assert not torch.equal(given, before)
+        dmax_kernels.oput_loss_and_grad_(None, predicted, target)
+    assert not torch.equal(predicted, before)
 
 
 def test_an_embedding_that_requires_a_gradient_is_only_read():

@@ -21,7 +21,7 @@ LOWER = list(SETS.items())[:OWN]
 # The families whose CPU kernels differ between instruction sets: all but promotion
 FAMILIES = ("top1", "statistics", "sample", "embedding", "spd_step", "loss", "linear_rows")
 FILES = [HERE / f"test_{family}.py" for family in (*FAMILIES, "linear_loss")]
-# What no instruction set changes, or takes long; of the large vocabularies one op's are enough
+# What no instruction set changes, or what takes long; one op at the large vocabularies is enough
 LEFT_OUT = "reference or triton or cuda or simt or compile or memory or distribution or gradcheck"
 CHOSEN = f"not ({LEFT_OUT}) and not (large_vocabulary and not test_top1_large_vocabulary)"
 

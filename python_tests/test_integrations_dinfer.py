@@ -84,7 +84,7 @@ def authors_step(logits, ids, active, embedding, embeds, mask_id, tau, top_k):
 
 
 # K, B and V small enough that ties of ids, repeated predictions and predicted masks all happen;
-# tau above tau_acc is the setting in which the authors' rule leaves masks behind.
+# tau above tau_acc is the setting in which the authors' rule leaves masks.
 trajectories = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 2**31),
@@ -209,7 +209,7 @@ def test_rows_are_independent_and_leave_no_mask_unless_released(case, semantics)
     batch, length = t.ids.shape
     layer = torch.nn.Embedding.from_pretrained(t.embedding)
     steps = [t.base + t.drift * t.normal(*t.base.shape) for _ in range(length)]
-    # A predicted mask is passed over under this semantics, at whatever place of the ranking
+    # This semantics skips a predicted mask, whatever its rank
     steps = [s.index_fill(-1, torch.tensor(t.mask_id), 50.0 * (i % 2)) for i, s in enumerate(steps)]
 
     def decode(rows):

@@ -1,4 +1,4 @@
-"""Where things stand: an op is found by two answers, its family and its backend.
+"""Where things are: an op's file follows from its family and its backend.
 
 A failure says what to do. The families are read from the ops themselves: FAMILY_OF holds the file
 of dmax_kernels/ops in which an op's fake kernel stands.
@@ -29,7 +29,7 @@ HELPERS = {
     | {"linear_chunks"},
     "csrc/cuda": {"host"},
 }
-# Ops that are tried and measured together with the op that makes their input
+# Ops that are tested and measured together with the op that makes their input
 MEASURED_AS = {"top1_merge": "top1_partial", "sample_merge": "sample_partial"}
 MOST_LINES = {"csrc": 350, "dmax_kernels": 350, "bench": 350, "release": 350, "python_tests": 450}
 LONGER = {

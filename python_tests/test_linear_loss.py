@@ -109,7 +109,7 @@ def test_loss_of_exact_products(backend, options, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, NARROW], ids=str)
 @pytest.mark.parametrize(("backend", "options"), COMBINATIONS, ids=str)
 def test_gradients(backend, options, dtype):
-    """Of both passes with a gradient of its own per token, then of the predicted pass alone."""
+    """Both passes with a separate gradient per token, then the predicted pass alone."""
     hidden, weight, bias, target = case(*sizes(backend)[-1], dtype)
     grads = torch.randn(2, len(target), generator=torch.manual_seed(1))
     grads[:, -1] = 0

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 
 
 def triton_from(least_chunked_rows):
-    """Triton's ops, which take the library's product of chunks of the vocabulary from so many rows
-    on, and else the fused kernel."""
+    """Triton's ops, which take the library's product of chunks of the vocabulary from this many
+    rows on, and the fused kernel below."""
 
     def op(name):
         def call(*arguments, **options):
@@ -116,7 +116,7 @@ def test_undefined_logits(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_undefined_logits_leave_other_tokens_and_rows_alone(dtype):
-    """A NaN weight reaches every row, a NaN row no other row: of 33 rows and 300 tokens."""
+    """With 33 rows and 300 tokens: a NaN weight reaches every row, a NaN row no other row."""
     hidden, weight, _ = held_inputs(33, 300, 40, dtype)
     hidden[17] = torch.nan
     token, confidence = dmax_kernels.linear_top1_confidence(hidden, weight)
@@ -147,7 +147,8 @@ def other_threads():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_cpu_bits_of_few_rows_depend_on_the_row_alone(dtype, other_threads):
-    """Up to 8 rows: neither on the other rows nor on the threads. 320 is a full vector, 331 not."""
+    """Up to 8 rows, a row depends neither on the others nor on the threads. 320 fills vectors, 331
+    does not."""
     generator = torch.manual_seed(0)
     for dim in (320, 331):
         hidden = torch.randn(8, dim, generator=generator).to(dtype)

@@ -104,7 +104,7 @@ def test_training_loads_what_generate_loads(stand_in):
         assert rotary.original_inv_freq.equal(rotary.inv_freq)
         for name, weight in loaded.model.state_dict().items():
             assert model.state_dict()[name].equal(weight), name
-    # LLaDA2's config names none: the tokenizer's ends an answer, and what is known of the family
+    # LLaDA2's config names none: the tokenizer's end token and the family's end an answer
     assert ends == loaded.eos_token_ids == (EOS, 156892)
     assert trained.config.mask_token_id == MASK
 
@@ -210,7 +210,7 @@ def test_special_tokens_without_a_chat_template(front, behind):
         single=words, special_tokens=special
     )
     ids, _ = prompt_ids(tokenizer, [{"role": "user", "content": "start 4 ="}])
-    # a token in front stays; an end token behind is where the answer goes
+    # a token in front stays; an end token after it is where the answer goes
     assert tokenizer.decode(ids) == f"{front}start 4 ="
     record = conversation({"prompt": "start 4 =", "response": "answer 5"})
     example = encode_for_training(record, tokenizer, tokenizer.eos_token_id)

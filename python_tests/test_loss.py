@@ -77,7 +77,7 @@ def test_rows_that_are_not_finite(vocab_size):
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 8])
 def test_large_vocabulary(num_tokens):
-    """Few tokens share the vocabulary among threads; the loss of a token keeps its bits."""
+    """With few tokens, threads share the vocabulary; the loss of a token keeps its bits."""
     generator = torch.manual_seed(6)
     logits = 4 * torch.randn(8, 157184, generator=generator).bfloat16()
     target = torch.randint(0, 157184, (8,), generator=generator)
@@ -91,7 +91,7 @@ def test_large_vocabulary(num_tokens):
 @pytest.mark.parametrize("vocab_size", [1, 7, 300, 2049])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_gradient(dtype, vocab_size, options):
-    """Of both passes with different weights per token, against float64 autograd."""
+    """Both passes with different weights per token, against float64 autograd."""
     logits, target = random_case(dtype, vocab_size)
     weights = torch.rand(2, len(target), generator=torch.manual_seed(1)) - 0.3
     leaves = [x.clone().requires_grad_() for x in logits]
@@ -320,7 +320,7 @@ def test_triton_loss_and_gradient(vocab_size, dtype, options):
     assert absent.shape == (0,)
     assert_close(loss, expected, LOSS_RTOL, 5 * LOSS_ATOL)  # float32 throughout
 
-    # Half a unit in the last place, a whole one where the interpreter cuts bfloat16 off
+    # Half a unit in the last place, a whole one where the interpreter truncates to bfloat16
     rounding = 2 * ROUNDING[dtype] if dtype == torch.bfloat16 else max(ROUNDING[dtype], 1e-5)
     atol = 2.0**-24 if dtype == torch.float16 else 1e-7  # float16's smallest step
     backward = triton.oput_loss_backward(grad, logits, target, logsumexp, **options)

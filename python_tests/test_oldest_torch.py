@@ -2,7 +2,7 @@
 
 The libraries run on any torch from there on, and so does what a user builds; but the headers of a
 newer torch have names that the oldest lacks. The headers are the same on every platform: they come
-from the wheel for macOS, which is 80 MB, where that for Linux is 900 MB.
+from the wheel for macOS, which is 80 MB; the one for Linux is 900 MB.
 """
 
 import fcntl
@@ -32,7 +32,7 @@ def flags():
         pytest.skip("no g++ here")
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one download, whatever the number of test processes
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one download, however many test processes there are
         if not (CACHE / "torch").is_dir():
             download()
     version = 0x0200000000000000 | int(OLDEST.split(".")[1]) << 48

@@ -40,7 +40,7 @@ def built(folder, *command):
 
 @pytest.fixture(scope="session")
 def sdist(tmp_path_factory):
-    """Of the tracked files."""
+    """The sdist of the tracked files."""
     source = tmp_path_factory.mktemp("tracked")
     tracked = run("git", "ls-files", cwd=ROOT)
     if tracked.returncode != 0:

@@ -83,7 +83,7 @@ def test_held_out_walks_occur_in_no_training_data():
 def test_the_same_seed_gives_the_same_problems():
     assert task.evaluation_problems(20) == task.evaluation_problems(20)
     assert task.evaluation_problems(20) != task.evaluation_problems(20, seed=1)
-    # Written out, so that a change of the generator, which would void the shipped figures, shows.
+    # Written out to catch a change of the generator, which would void the shipped figures.
     first = task.evaluation_problems(1)[0]
     assert " ".join(render_prompt(first)) == "s4 u1 s1 u1 s6 d1 s2 d1 s3 u2 s5 d1 start 2 ="
 

@@ -167,7 +167,7 @@ def test_every_part_of_the_key_matters():
         for seed in ([1, 0], [2, 0], [1 + 2**32, 0], [1, 1], [1, 2**32], [-1, -1])
     ]
     for i, first in enumerate(draws):
-        assert first.unique().numel() > 50  # the row matters, too
+        assert first.unique().numel() > 50  # the row matters too
         for second in draws[:i]:
             assert (first == second).sum() < 5
     assert torch.equal(dmax_kernels.sample_tokens(logits, torch.tensor([1, 0]))[0], draws[0])

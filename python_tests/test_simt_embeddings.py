@@ -113,7 +113,7 @@ def test_hybrid_embedding_backward(dtype, k, dim):
     embedding, token, confidence, masked = mix_case(
         k, positions=150, vocab=50, dtype=dtype, dim=dim
     )
-    embedding[5] = embedding[6]  # at a vanishing mix there is no gradient to compare
+    embedding[5] = embedding[6]  # no gradient to compare where the mix vanishes
     grad = torch.randn(150, dim, generator=torch.manual_seed(3)).to(dtype)
     actual = simt_ops.hybrid_embedding_backward(grad, embedding, token, confidence, masked, 49)
     leaves = [embedding.double().requires_grad_(), confidence.double().requires_grad_()]
@@ -183,7 +183,7 @@ def assert_step(logits, embedding, state, gpu=H200, **options):
     for name in ("masked", "token", "converged", "step"):
         assert torch.equal(actual[name], expected[name]), name
     assert_close(actual["confidence"], expected["confidence"], 1e-5)
-    # Where two of the eight embeddings nearly cancel, float32 sums in another order differ more
+    # Where two of the eight embeddings nearly cancel, float32 sums in a different order differ more
     assert_close(actual["inputs_embeds"], expected["inputs_embeds"],
                  ROUNDING[embedding.dtype], 1e-5)  # fmt: skip
     return actual

@@ -1,4 +1,4 @@
-"""The host executor itself: what runs right must pass, and every planted bug must be caught.
+"""The host executor itself: correct kernels must pass, and every planted bug must be caught.
 
 A kernel of csrc/simt/planted_bugs.cuh comes in a right and in a wrong version. The executor catches
 misuse of barriers and masks; poisoned shared memory shows a missing barrier as NaN;

@@ -15,7 +15,8 @@ OPTIONS = (
     {"label_smoothing": 0.3, "z_loss": 1e-2},
 )
 SPLIT_VOCAB = 9 * 2048 + 3
-# Clusters of 1, 2, 4 and 8 blocks hold 17, 34, 68 and 136 tiles of 4 KB in comfort; 8 up to 448
+# Clusters of 1, 2, 4 and 8 blocks hold 17, 34, 68 and 136 tiles of 4 KB with room to spare, and 8
+# blocks up to 448
 CLUSTER_VOCABS = {1: 2100, 2: 18 * 2048, 4: 35 * 2048 - 5, 8: 69 * 2048}
 
 
@@ -138,8 +139,8 @@ def test_in_place(cluster, options):
         assert torch.equal(a, b)
 
 
-# The reference of every exponent is the row's maximum: an offset costs the loss and the gradient
-# none of their digits
+# Every exponent is relative to the row's maximum: an offset costs the loss and the gradient no
+# digits
 @pytest.mark.parametrize("gpu", [H200, A100], ids=["cluster", "two_pass"])
 @pytest.mark.parametrize("offset", [3e4, -1e6])
 def test_in_place_common_offset(gpu, offset):

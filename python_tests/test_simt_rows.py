@@ -57,7 +57,7 @@ def test_top1_large_vocabulary(dtype, vocab_size):
         assert_close(confidence, float64.softmax_of(logits).amax(dim=-1), CONFIDENCE_RTOL)
 
 
-# A block more than the GPU holds at once would run alone, after all the others
+# One block more than the GPU holds at once would run alone, after all the others
 def test_split_rows_fit_the_gpu_at_once():
     multiprocessors, rows = 4, 5
     gpu = (multiprocessors, *H200[1:])
@@ -129,7 +129,7 @@ def test_top1_strides(dtype):
         assert_close(confidence, expected, CONFIDENCE_RTOL)
 
 
-# Alone, in a batch of another launch shape, at another alignment: the same bits
+# Alone, in a batch with a different launch shape, at a different alignment: the same bits
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_top1_bits_do_not_depend_on_the_launch(dtype):
     logits = random_rows(6, SPLIT_VOCAB, dtype)
@@ -251,8 +251,8 @@ def test_sample_split_rows(gpu, splits):
     assert token.tolist() == reference.sample_tokens(logits, seed)[0].tolist()
 
 
-# Starts that 4 divides and that it does not, so that four adjacent ids need one counter or two, in
-# every remainder; one tile, a split row and a tail; the ids and the scores of the unsharded race
+# Starts at every remainder of 4, so that four adjacent ids need one counter or two; one tile, a
+# split row and a tail; the ids and the scores of the unsharded race
 @pytest.mark.parametrize(
     ("dtype", "widths"),
     [

@@ -1,5 +1,5 @@
 """row_statistics on every backend: the reference and the CPU here, CUDA's source on the host
-(csrc/simt) and Triton under its interpreter. float64 is the judge of them all.
+(csrc/simt) and Triton under its interpreter. All are compared with float64.
 """
 
 import math
@@ -78,7 +78,7 @@ def same_bits(a, b):
 
 # Every edge case in every dtype at every small V: tails, tiles, ties at each level of the
 # reduction, NaN, infinities, offsets. Triton's interpreter is slow: one token, one V within a tile,
-# and two tiles, the second cut, each in another dtype
+# and two tiles, the second cut, each in a different dtype
 @pytest.mark.parametrize(
     ("name", "vocab_size", "dtype"),
     [(n, v, d) for n in ("reference", "cpu", "cuda") for v in SMALL_VOCABS for d in DTYPES]
@@ -100,7 +100,7 @@ def test_large_vocabulary(num_rows, vocab_size):
         assert_right(name, logits.bfloat16())
 
 
-# Rows whose tiles lie in several blocks, and in one: what ties, NaN and the runner-up meet
+# Rows whose tiles lie in several blocks, and in one: both merge ties, NaN and the runner-up
 @pytest.mark.parametrize(("gpu", "splits"), [(H200, 2), (ONE_MULTIPROCESSOR, 1)])
 def test_split_rows_of_cuda(gpu, splits):
     _, logits = stacked_rows(9 * 2048 + 3, torch.bfloat16)
@@ -252,8 +252,8 @@ def test_same_row_same_bits():
         for num_threads in (1, 2, 5):
             torch.set_num_threads(num_threads)
             for rows in (slice(7, 8), slice(5, 8), slice(0, 16)):
-                some = dmax_kernels.row_statistics(logits[rows])
-                assert all(torch.equal(a, b[rows]) for a, b in zip(some, everything, strict=True))
+                subset = dmax_kernels.row_statistics(logits[rows])
+                assert all(torch.equal(a, b[rows]) for a, b in zip(subset, everything, strict=True))
     finally:
         torch.set_num_threads(threads)
 

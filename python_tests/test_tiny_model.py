@@ -16,7 +16,7 @@ from dmax_kernels.ring_walk.model import TinyDlmConfig, TinyDlmForCausalLM
 
 BLOCK = 8
 
-# float32 sums in another order: 1e-5 is some ten times what is seen with logits near 1.
+# float32 sums in a different order: 1e-5 is some ten times what is seen with logits near 1.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 

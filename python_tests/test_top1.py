@@ -18,8 +18,8 @@ RTOL = {"reference": REFERENCE_RTOL, "cpu": CONFIDENCE_RTOL, "triton": CONFIDENC
 everywhere = pytest.mark.parametrize("backend", BACKENDS)
 compiled = pytest.mark.parametrize("backend", ["cpu", "triton"])
 WIDE = 2 * TILE + 801
-# Alone; inside one tile; one whole tile; whole tiles and a cut one. Of the 16-bit floats one size
-# each, since what differs is the conversion and the ties their rounding makes
+# Alone; inside one tile; one whole tile; whole tiles and a cut one. One size for each 16-bit float,
+# since only the conversion and the ties from rounding differ
 TRITON_CASES = [
     *((v, torch.float32) for v in (1, 7, TILE, WIDE)),
     *((127, torch.bfloat16), (WIDE - 1, torch.bfloat16), (127, torch.float16)),
@@ -110,7 +110,7 @@ def test_strides(backend, dtype):
     for name, copy in strided_copies(logits).items():
         token, confidence = op(copy)
         assert torch.equal(token, expected_token), name
-        # Triton's compiler may choose another order of summation for another alignment
+        # Triton's compiler may choose a different order of summation for a different alignment
         assert_close(confidence, expected, 0 if backend == "cpu" else CONFIDENCE_RTOL)
 
 
@@ -128,8 +128,7 @@ def test_leading_shapes(backend):
     assert torch.equal(op(shuffled)[0], token.permute(2, 0, 1))
 
 
-# The promise of batch invariance: alone, among 3 (tiled path) and among 64 (row path), on any
-# number of threads
+# Batch invariance: alone, among 3 (tiled path) and among 64 (row path), on any number of threads
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_row_same_bits(dtype):
     logits = (3 * torch.randn(64, 157184, generator=torch.manual_seed(2))).to(dtype)
@@ -277,7 +276,7 @@ def test_topk_strides_and_shapes():
 
 
 def sharded_top1(functions, logits, widths, **options):
-    """As tensor-parallel ranks would: each its columns, then the merge."""
+    """As on tensor-parallel ranks: each has its columns, then the merge."""
     starts = [sum(widths[:i]) for i in range(len(widths))]
     partials = [
         functions.top1_partial(shard, start, **options)

@@ -8,7 +8,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 import dmax_kernels
 from dmax_kernels import reference
 
-# The loop over the batch of an op without a batching rule is meant
+# Ops without a batching rule loop over the batch, which is intended
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 N, V, D = 5, 19, 6

@@ -112,7 +112,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(kind):
     expected = gradients(model)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        # The largest is the measure: a key's bias has gradient 0 but for rounding
+        # Relative to the largest entry; a key's bias has gradient 0 except for rounding
         bound = 1e-4 * gradient.abs().max() + 1e-6
         assert (found[name] - gradient).abs().max() < bound, name
 

@@ -33,7 +33,7 @@ def test_the_recipe_still_makes_the_shipped_checkpoints(tmp_path):
     rows = recipe.run_stage(
         stages.BASE_BLOCK16, model, None, tmp_path, ops="reference", stop_after=3
     )
-    # Rounding alone: another machine's matrix products may differ in the last bits
+    # Rounding alone: a different machine's matrix products may differ in the last bits
     assert [row["loss_masked"] for row in rows] == pytest.approx(FIRST_LOSSES, rel=1e-4)
 
 

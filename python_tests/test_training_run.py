@@ -117,9 +117,9 @@ def test_what_a_run_leaves(folder, whole):
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(folder, whole, tmp_path, capsys):
-    # 3 is not a multiple of save_every: leaving off writes a checkpoint of its own
+    # 3 is not a multiple of save_every: stopping there writes a checkpoint
     assert len(train(folder, tmp_path, "--stop-after", "3")) == 3
-    # What is beyond the checkpoint, as after a kill: dropped, and so is a line cut short
+    # Log lines past the checkpoint, as after a kill, are dropped, and so is a line cut short
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({**metrics(tmp_path)[0], "step": 3, "loss_masked": 99.0}) + "\n")
         file.write('{"step": 4, "loss_m')
@@ -127,7 +127,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(folder, whole, tmp_path, capsys):
     assert losses(rows) == losses(metrics(whole))
     assert [row["grad_norm"] for row in rows] == [row["grad_norm"] for row in metrics(whole)]
     assert_equal_weights(weights(tmp_path), weights(whole))
-    assert train(folder, tmp_path) == rows  # finished: nothing is trained anew
+    assert train(folder, tmp_path) == rows  # finished: nothing is trained again
 
 
 def test_a_run_is_not_resumed_as_another(folder, whole, tmp_path, capsys):
@@ -142,7 +142,7 @@ def test_a_run_is_not_resumed_as_another(folder, whole, tmp_path, capsys):
 
 
 def one_line(capsys):
-    """What the command says to a mistake."""
+    """What the command prints for a mistake."""
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return [line for line in error.splitlines() if not line.startswith(("\r", "reading"))][-1]
@@ -280,7 +280,7 @@ def test_a_model_of_transformers_with_a_mask_token_given(folder, tmp_path, capsy
 
 
 def test_two_processes_give_the_losses_of_one(folder, whole, tmp_path):
-    # FSDP2 over gloo; then one process goes on from what two have written
+    # FSDP2 over gloo; then one process continues from what two have written
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""Every Triton kernel, compiled for three generations of GPUs without one: what the compiler made.
+"""What the compiler makes of every Triton kernel for three GPU generations; no GPU is needed.
 
 A spill, a stack frame or a load narrower than 16 bytes costs more than any tuning gains, and a new
 Triton can bring one in.

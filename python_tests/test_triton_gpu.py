@@ -53,18 +53,18 @@ def test_row_statistics():
 def test_same_row_same_bits():
     logits = logits_of(4096)
     token, confidence = TRITON["top1_confidence"](logits)
-    for some in (slice(5, 6), slice(0, 32), slice(1000, 1256)):
-        some_token, some_confidence = TRITON["top1_confidence"](logits[some])
-        assert torch.equal(some_token, token[some])
-        assert torch.equal(some_confidence, confidence[some])
+    for rows in (slice(5, 6), slice(0, 32), slice(1000, 1256)):
+        token_alone, confidence_alone = TRITON["top1_confidence"](logits[rows])
+        assert torch.equal(token_alone, token[rows])
+        assert torch.equal(confidence_alone, confidence[rows])
 
 
 def test_more_than_2_to_31_elements():
     logits = torch.zeros(14000, V, dtype=torch.bfloat16, device="cuda")
-    wanted = torch.arange(14000, device="cuda") * 11
-    logits.scatter_(1, wanted[:, None], 5.0)
-    assert torch.equal(TRITON["top1_confidence"](logits)[0], wanted)
-    loss, *_ = TRITON["oput_loss"](logits, None, wanted)
+    target = torch.arange(14000, device="cuda") * 11
+    logits.scatter_(1, target[:, None], 5.0)
+    assert torch.equal(TRITON["top1_confidence"](logits)[0], target)
+    loss, *_ = TRITON["oput_loss"](logits, None, target)
     assert (loss == loss[0]).all()
 
 

@@ -1,4 +1,5 @@
-"""Where Triton meets the dispatcher: behind the checks in C++, imported late, of a known age."""
+"""Where Triton meets the dispatcher: after the checks in C++, imported late, in a supported
+version."""
 
 import builtins
 import subprocess
@@ -64,7 +65,7 @@ def test_triton_refuses_what_cpp_refuses_before_it_writes(op):
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e30])
 def test_a_row_of_minus_infinity_at_the_extreme_temperatures(temperature):
-    """At 1e46, which is refused, the inverse was 0 in float32, and the id that of no token."""
+    """1e46 is refused: its inverse is 0 in float32, and the op once returned an id of no token."""
     rows = torch.full((2, 301), -torch.inf)
     for op in ("sample_tokens", "sample_partial"):
         more = (0,) if op == "sample_partial" else ()

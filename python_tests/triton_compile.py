@@ -1,9 +1,9 @@
 """Compiles every Triton kernel for one GPU, without a GPU: `python triton_compile.py sm_90`.
 
-Runs the ops' own host code on CPU tensors, with a driver that names the wanted GPU and with every
-launch turned into a compilation, so that what is inspected is what a user's call launches. Prints
-one JSON object: kernel -> registers, stack, shared memory, 16-byte loads,
-matrix instructions.
+Runs the ops' own host code on CPU tensors, with a driver that reports the requested GPU and with
+every launch turned into a compilation: the kernels inspected are those that a user's call launches.
+Prints one JSON object: kernel -> registers, stack, shared memory, 16-byte loads, matrix
+instructions.
 """
 
 import json
@@ -147,7 +147,7 @@ def call_linear_ops() -> None:
 
 
 def call_linear_loss(rows: int, with_bias: bool, **options) -> None:
-    """Both passes; of the backward pass our kernel alone, since products would run here."""
+    """Both passes; in the backward pass only our kernel, since products would run here."""
     hidden, weight = torch.empty(rows, D).bfloat16(), torch.empty(V, D, dtype=torch.bfloat16)
     target = torch.zeros(rows, dtype=torch.int64)
     bias = weight[:, 0] if with_bias else None
@@ -159,7 +159,8 @@ def call_linear_loss(rows: int, with_bias: bool, **options) -> None:
 
 
 def call_with_other_values() -> None:
-    """Run-time values that Triton would compile a kernel anew for if it were let: 1, 16, others."""
+    """Run-time values for which Triton would recompile a kernel unless told not to: 1, 16,
+    others."""
     logits, hidden = torch.empty(ROWS, V, dtype=torch.bfloat16), torch.empty(32, D)
     confidence, masked = torch.empty(ROWS, K), torch.empty(ROWS, K, dtype=torch.bool)
     embedding = torch.empty(64, D, dtype=torch.bfloat16)
