@@ -70,7 +70,7 @@ OF_ROWS = {
     "linear_top1_confidence": lambda rows: (rows, DIM, VOCAB),
     "linear_sample_tokens": lambda rows: (rows, DIM, VOCAB),
 }
-WITHOUT_LOGITS = ("hybrid_embedding", "hybrid_embedding_backward", *LINEAR)  # has no logits to peak
+WITHOUT_LOGITS = ("hybrid_embedding", "hybrid_embedding_backward", *LINEAR)  # no logits to peak
 
 
 def cpu_targets(workload: str, rows: int, dtype: str, values: str) -> dict[str, float]:

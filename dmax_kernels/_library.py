@@ -90,7 +90,7 @@ def _load_cuda(libraries: Libraries) -> None:
         return
     try:
         torch.ops.load_library(str(path))
-    except OSError as error:  # say, a CUDA runtime of another major version
+    except OSError as error:  # e.g. a CUDA runtime of a different major version
         libraries.cuda_reason = f"{path.name} does not load: {error}"
         return
     libraries.cuda = path

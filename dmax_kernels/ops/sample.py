@@ -17,7 +17,7 @@ def sample_tokens(
 
     Args:
         logits: [..., V], float32, bfloat16 or float16, any strides.
-        seed: int64 on the logits' device, so that a replayed CUDA graph draws anew: [2] is
+        seed: int64 on the logits' device, so that a replayed graph draws new samples: [2] is
             (seed, offset) and the row's index enters the counter; [..., 2] gives each row its own,
             and its sample does not depend on its place in the batch.
         temperature: 0 (greedy: exactly :func:`dmax_kernels.top1_confidence`) or 1e-30 to 1e30.
