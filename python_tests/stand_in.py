@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from dmax_kernels.models.remote_code import dropped_imports, dropped_rotary
+from dmax_kernels.models.remote_code import code_for_transformers_4, dropped_rotary
 
 CODE = Path(__file__).parent / "llada2_stand_in"
 AUTO_MAP = {
@@ -52,10 +52,10 @@ def new_model(folder: Path, seed: int):
     and experts that add little, since otherwise a rounding could change the expert and with it the
     token.
     """
-    with dropped_imports():
+    with code_for_transformers_4():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     torch.manual_seed(seed)
-    with dropped_imports(), dropped_rotary(config):
+    with code_for_transformers_4(), dropped_rotary(config):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -20,7 +20,7 @@ from transformers.utils import cached_file, logging
 # Imported for its effect: it registers the shipped checkpoints' model with the Auto classes
 import dmax_kernels.ring_walk.model  # noqa: F401
 from dmax_kernels.models.remote_code import (
-    dropped_imports,
+    code_for_transformers_4,
     dropped_rotary,
     dtype_argument,
     repair_loaded_model,
@@ -96,7 +96,7 @@ def load_checkpoint(
         )
     trust = {} if shipped else {"trust_remote_code": True}
     try:
-        with no_progress_bar(), dropped_imports():
+        with no_progress_bar(), code_for_transformers_4():
             config = AutoConfig.from_pretrained(path, **trust)
             tokenizer = AutoTokenizer.from_pretrained(path, **trust)
             options = {"config": config, "device_map": device_map, **trust, **dtype_argument(dtype)}

@@ -6,6 +6,7 @@ nothing changes under 4.5x.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,18 +21,21 @@ from transformers.utils import import_utils
 
 
 @contextmanager
-def dropped_imports() -> Iterator[None]:
-    """Around the first import of a checkpoint's code, which its config may already cause."""
+def code_for_transformers_4() -> Iterator[None]:
+    """Around the import of a checkpoint's code, which its config may already cause."""
     # transformers 5 dropped this function, which the code imports to guard a torch.fx wrapper that
     # torch >= 1.13 does not need. Delete when the checkpoints' code no longer imports it.
-    if hasattr(import_utils, "is_torch_fx_available"):
-        yield
-        return
-    import_utils.is_torch_fx_available = lambda: False
+    dropped = not hasattr(import_utils, "is_torch_fx_available")
+    if dropped:
+        import_utils.is_torch_fx_available = lambda: False
     try:
-        yield
+        with warnings.catch_warnings():
+            # The config sets the old name, and transformers 5 takes it. Delete with the code.
+            warnings.filterwarnings("ignore", "`rope_scaling` is deprecated", FutureWarning)
+            yield
     finally:
-        del import_utils.is_torch_fx_available
+        if dropped:
+            del import_utils.is_torch_fx_available
 
 
 @contextmanager
