@@ -5,7 +5,7 @@
 
 namespace {
 
-// Turns `op(Tensor(a!) x) -> Tensor` into `_check_op(Tensor x) -> ()`: a check writes nothing
+// Turns `op(Tensor(a!) x) -> Tensor` into `_check_op(Tensor x) -> ()`, since a check writes nothing
 std::string check_schema(const std::string& schema) {
   std::string check = "_check_" + schema.substr(0, schema.rfind(" -> ")) + " -> ()";
   constexpr size_t kMarkLength = 4;  // the length of "(a!)"

@@ -1,5 +1,5 @@
 // `_check_<op>` for every device: what an op requires of its arguments, for kernels that are not
-// written in C++. They run it where they are registered (dmax_kernels/triton/__init__.py).
+// written in C++. Where those are registered (dmax_kernels/triton/__init__.py), they call it first.
 #include <type_traits>
 
 #include "checks/linear.h"
@@ -11,7 +11,7 @@ namespace dmax {
 
 namespace {
 
-// The check as a kernel: arguments by value, the sizes dropped
+// The check as a kernel: it takes arguments by value and drops the sizes
 template <auto check>
 struct CheckKernel;
 

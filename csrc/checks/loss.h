@@ -20,7 +20,7 @@ inline void check_target(const char* op, const Tensor& target, const char* logit
   check_same_device(op, "target", target, logits_name, logits);
 }
 
-// A float32 number per target
+// One float32 number per target
 inline void check_like_target(const char* op, const char* name, const Tensor& t,
                               const Tensor& target, const char* like_name, const Tensor& like) {
   check_dtype(op, name, t, ScalarType::Float);
@@ -28,7 +28,7 @@ inline void check_like_target(const char* op, const char* name, const Tensor& t,
   check_same_device(op, name, t, like_name, like);
 }
 
-// Both passes' logits [..., V], either of which may be absent; V is returned
+// Both passes' logits [..., V], either of which may be absent; returns V
 inline int64_t check_passes(const char* op, const OptionalTensor& logits_masked,
                             const OptionalTensor& logits_predicted, const Tensor& target,
                             double label_smoothing, double z_loss) {

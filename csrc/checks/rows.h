@@ -1,7 +1,7 @@
 // Ops on rows of logits, and on the partial results of vocabulary shards.
 //
-// In every header of this folder check_<op> takes the arguments of <op>, in its order, and returns
-// the sizes that the C++ kernels use.
+// In every header of this folder, check_<op> takes the arguments of <op> in the same order and
+// returns the sizes that the C++ kernels use.
 #pragma once
 
 #include "common/constants.h"
@@ -15,7 +15,7 @@ inline void check_top_k(const char* op, const char* name, int64_t k, int64_t voc
              k);
 }
 
-// ---- Whole rows: logits [..., V]; V is returned ----
+// ---- Whole rows: logits [..., V]; each check returns V ----
 
 inline int64_t check_rows(const char* op, const Tensor& logits, double temperature,
                           int64_t suppress_token) {
@@ -66,8 +66,8 @@ inline int64_t check_sample_tokens(const Tensor& logits, const Tensor& seed, dou
 // ---- One vocabulary shard: logits [..., V / S] of the ids from vocab_start on ----
 
 struct ShardSizes {
-  int64_t vocab;           // of this shard
-  int64_t local_suppress;  // suppress_token's place on this shard, -1 where it lies elsewhere
+  int64_t vocab;           // size of this shard
+  int64_t local_suppress;  // suppress_token's place on this shard, -1 if it is not here
 };
 
 inline ShardSizes check_shard(const char* op, const Tensor& logits_shard, int64_t vocab_start,

@@ -1,4 +1,4 @@
-// Ops of a decoding step that follow the top-1: prefix_promote, hybrid_embedding, spd_step_.
+// Ops of a decoding step after the top-1: prefix_promote, hybrid_embedding, spd_step_.
 #pragma once
 
 #include "checks/rows.h"

@@ -1,4 +1,4 @@
-// What the code of every backend agrees on, on the host and on the device.
+// Constants shared by the code of every backend, on the host and on the device.
 #pragma once
 
 #if defined(__CUDACC__)

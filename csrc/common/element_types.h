@@ -1,4 +1,4 @@
-// 16-bit floats as their bits: the host's kernels convert to float32 before any arithmetic.
+// 16-bit floats as their bits: the CPU kernels convert to float32 before any arithmetic.
 #pragma once
 
 #include <cstdint>

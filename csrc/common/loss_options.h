@@ -1,4 +1,4 @@
-// What the OPUT loss is asked for beside logits and targets.
+// Options of the OPUT loss.
 #pragma once
 
 #include <cstdint>

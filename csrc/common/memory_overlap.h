@@ -10,10 +10,10 @@ namespace dmax {
 
 struct NamedTensor {
   const char* name;
-  const Tensor* tensor;  // null where an optional one was not given
+  const Tensor* tensor;  // null if an optional one was not given
 };
 
-// The addresses from the first byte of a tensor to the end of its last one
+// The addresses from the first byte of a tensor to one past its last byte
 struct ByteRange {
   int64_t begin;
   int64_t end;
@@ -30,8 +30,8 @@ inline ByteRange byte_range(const Tensor& t) {
   return {begin, begin + (last + 1) * bytes};
 }
 
-// Whether an element of dimensions `dim` and up of t, the first of which lies at address `at`, has
-// a byte in `range`. Only slices that reach into the range are looked at.
+// Whether any element of the slice of t over dimensions `dim` and up, which begins at address `at`,
+// has a byte in `range`. Only slices that reach into the range are looked at.
 inline bool any_element_in(const ByteRange& range, const Tensor& t, int64_t dim, int64_t at) {
   if (dim == t.dim()) return true;
   const int64_t bytes = static_cast<int64_t>(t.element_size());
@@ -53,7 +53,7 @@ inline bool any_element_in(const ByteRange& range, const Tensor& t, int64_t dim,
 }
 
 // `written` has rows of adjacent elements at one stride. Rows of two tensors may alternate in
-// memory, as those of stacked[:, 0] and stacked[:, 1] do: ranges that meet need a closer look.
+// memory, as in stacked[:, 0] and stacked[:, 1], so overlapping ranges need a closer look.
 inline bool shares_memory(const Tensor& written, const ByteRange& range, const Tensor& other,
                           const ByteRange& other_range) {
   if (!range.meets(other_range)) return false;
@@ -76,7 +76,7 @@ inline bool shares_memory(const Tensor& written, const ByteRange& range, const T
 }
 
 // The result of an op whose arguments overlap would depend on the order in which it reads and
-// writes. PyTorch's own in-place ops refuse such arguments, too.
+// writes. PyTorch's own in-place ops refuse such arguments too.
 inline void check_no_overlap(const char* op, std::initializer_list<NamedTensor> written,
                              std::initializer_list<NamedTensor> read) {
   struct Argument {

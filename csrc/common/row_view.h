@@ -1,19 +1,19 @@
-// [..., width] as rows of one stride, without a copy wherever the strides allow it.
+// [..., width] as rows at one stride, without a copy if the strides allow it.
 #pragma once
 
 #include "common/tensor_checks.h"
 
 namespace dmax {
 
-// Strides are in elements, everywhere in csrc/.
+// Strides are in elements everywhere in csrc/.
 struct RowView {
-  Tensor tensor;  // keeps the memory alive, also where a copy had to be made
+  Tensor tensor;  // keeps the memory alive, including that of a copy
   int64_t rows;
   int64_t width;
   int64_t row_stride;
 };
 
-// True where the elements of a row are adjacent and the rows lie at one common stride
+// True if the elements of a row are adjacent and the rows lie at one common stride
 inline bool rows_collapse(const Tensor& t, int64_t* rows, int64_t* row_stride) {
   const auto sizes = t.sizes();
   const auto strides = t.strides();
@@ -46,7 +46,7 @@ inline RowView row_view(const Tensor& t) {
   return RowView{copy, width == 0 ? 0 : copy.numel() / width, width, width};
 }
 
-// For tensors that are written in place: a copy would lose the result, so it is an error
+// For tensors that are written in place: a copy would lose the result, so needing one is an error
 inline RowView mutable_row_view(const char* op, const char* name, const Tensor& t) {
   RowView view = row_view(t);
   const bool overlaps = view.rows > 1 && view.row_stride < view.width;

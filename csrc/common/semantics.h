@@ -19,8 +19,8 @@ DMAX_HOST_DEVICE bool passes(float confidence, float threshold, bool inclusive) 
 }
 
 // Algorithm 1, lines 5-8, from the row's first masked position and its first masked position that
-// fails: all masked positions before the failure are promoted, and the first masked one whatever
-// its confidence, so that every step decodes something.
+// fails: all masked positions before the failure are promoted, and so is the first masked one,
+// whatever its confidence, so that every step decodes something.
 DMAX_HOST_DEVICE bool is_promoted(int position, bool masked, int first_masked, int first_failed) {
   return masked && (position < first_failed || position == first_masked);
 }

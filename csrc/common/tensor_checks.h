@@ -10,8 +10,8 @@
 
 namespace dmax {
 
-// STD_TORCH_CHECK puts function, file and line before the message; a caller's mistake is the
-// caller's, so ours carries the sentence alone. Python sees a RuntimeError either way.
+// STD_TORCH_CHECK puts function, file and line before the message, which do not help with a
+// caller's mistake; our message is the sentence alone. Python sees a RuntimeError either way.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
@@ -108,7 +108,7 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& t) 
              " for shape ", shape_text(t.sizes()));
 }
 
-// Inside a row the GPU kernels count ids in int32; the margin keeps the end of the last tile in it
+// GPU kernels count ids within a row in int32; the margin keeps the last tile's end in range
 inline void check_vocab(const char* op, const Tensor& t, int64_t vocab) {
   constexpr int64_t kMost = (int64_t{1} << 31) - 8192;
   DMAX_CHECK(!t.is_cuda() || vocab <= kMost, op, ": V must be at most ", kMost, " on CUDA, got ",
@@ -126,8 +126,8 @@ inline int64_t check_logits(const char* op, const char* name, const Tensor& logi
   return vocab;
 }
 
-// Between these, the temperature and its inverse are normal float32 numbers: kernels may multiply
-// by the inverse. Were it 0, a logit of -inf would turn into NaN.
+// Between these, the temperature and its inverse are normal float32 numbers, so kernels may
+// multiply by the inverse. If it were 0, a logit of -inf would become NaN.
 constexpr double kLeastTemperature = 1e-30;
 constexpr double kMostTemperature = 1e30;
 
@@ -148,7 +148,7 @@ inline void check_mask_token_id(const char* op, int64_t mask_token_id, int64_t v
              ": mask_token_id must be a token id in [0, ", vocab, "), got ", mask_token_id);
 }
 
-// Thresholds are probabilities; a little room below 0 and above 1 means "always" and "never"
+// Thresholds are probabilities, but values below 0 ("always") and above 1 ("never") are allowed
 inline void check_threshold(const char* op, const char* name, double threshold) {
   DMAX_CHECK(!std::isnan(threshold), op, ": ", name, " must be a number, got NaN");
 }

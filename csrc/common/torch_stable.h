@@ -11,8 +11,8 @@
 #include <tuple>
 #include <vector>
 
-// torch 2.13 renamed this macro, and left the old name only in headers that the stable ABI does not
-// promise. The new name is used here; torch 2.10 to 2.12 have only the old one.
+// torch 2.13 renamed this macro and kept the old name only in headers that are not part of the
+// stable ABI. The new name is used here; torch 2.10 to 2.12 have only the old one.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 #endif

@@ -1,5 +1,5 @@
-// The loss of one row from its softmax statistics, and its gradient; for logits as they are stored
-// and for logits that exist one vocabulary block at a time.
+// The loss of one row from its softmax statistics, and its gradient; for stored logits and for
+// logits that exist one vocabulary block at a time.
 #pragma once
 
 #include <cmath>
@@ -29,7 +29,7 @@ inline Tensor checked_targets(const char* op, const Tensor& target, int64_t voca
   return wide;
 }
 
-// The rows that are not ignored: ignored rows load nothing
+// The rows that are not ignored, since nothing is loaded for ignored ones
 inline std::vector<int64_t> rows_with_target(const Tensor& target, int64_t ignore_index) {
   const int64_t* data = target.const_data_ptr<int64_t>();
   std::vector<int64_t> rows;
@@ -40,7 +40,7 @@ inline std::vector<int64_t> rows_with_target(const Tensor& target, int64_t ignor
 }
 
 // maximum - logit + log(sum): each part keeps its precision where the loss is close to 0.
-// mean_below_maximum(), maximum - mean(logits), is asked for only where labels are smoothed.
+// mean_below_maximum(), maximum - mean(logits), is called only if labels are smoothed.
 template <class Mean>
 double loss_of_row(double maximum, double log_rest, double target_logit, const LossOptions& options,
                    const Mean& mean_below_maximum) {
@@ -55,21 +55,22 @@ double loss_of_row(double maximum, double log_rest, double target_logit, const L
 }
 
 // grad * [(1 + 2 z lse) softmax - (1 - s) onehot(target) - s / V] over n of V logits; y may be the
-// logits themselves. `place` is the target's among them, -1 where it is elsewhere.
+// logits themselves. `place` is the target's index among them, or -1 if it is not one of them.
 template <class T>
 void loss_gradient(const TileKernels<T>& kernels, const T* x, T* y, int64_t n, int64_t vocab,
                    int64_t place, double log_sum_exp, float grad, const LossOptions& options) {
-  // A row without a softmax gets NaN throughout; the loop below would clamp it away
+  // A row without a softmax gets NaN throughout, which the loop below would clamp away
   const double mass = std::isnan(log_sum_exp) ? log_sum_exp : 1 + 2 * options.z_loss * log_sum_exp;
   const double shift = -options.label_smoothing / vocab;
   const double logit = place < 0 ? 0 : kernels.value(x + place);
-  // At logits of 65504 the rounding of log_sum_exp to float32 is 0.4% of the softmax: given back
+  // Rounding log_sum_exp to float32 changes the softmax by up to 0.4 % (at logits of 65504); this
+  // multiplies that factor back in
   const float rounded = static_cast<float>(log_sum_exp);
   const double scale = grad * mass * std::exp(rounded - log_sum_exp);
   kernels.softmax_grad(x, y, n, rounded, static_cast<float>(scale),
                        static_cast<float>(grad * shift));
   if (place < 0) return;
-  // p - 1 before the one rounding to T
+  // p - 1 in double, so that the result is rounded only once, to T
   const double at_target =
       std::exp(logit - log_sum_exp) * mass - (1 - options.label_smoothing) + shift;
   const float at_target_grad = static_cast<float>(grad * at_target);

@@ -39,7 +39,7 @@ Positions checked_positions(const char* op, const Tensor& token, const Tensor& c
   return positions;
 }
 
-// Position i's share of one row's gradient: factor_grad * g_i + sum_j factor_j e(y_j) + ...
+// What position i adds to one row's gradient: factor_grad * g_i + sum_j factor_j e(y_j) + ...
 //
 // With u = mix / |mix|, a = target / |mix|: d mix = a (g - u (u.g)), d target = g.u, and
 //   d e(y_j) = p_j (d mix + d target e(y_j) / |e(y_j)|),  d e(mask) likewise with the residual.
@@ -48,7 +48,7 @@ struct PositionGradient {
   float mix;     // coefficient of the mix in d mix: -a (mix.g) / |mix|^2
   float target;  // d target
   MixtureNorms norms;
-  float mask_dot;  // mix.g parts, for d p
+  float mask_dot;  // the parts of mix.g, for d p
   float token_dot[kMaxTopK];
 };
 
@@ -64,7 +64,7 @@ PositionGradient position_gradient(const EmbeddingTable<T>& table, const Mixture
   std::fill_n(grad_confidence, mixture.k, 0.0f);
   if (d.norms.mix == 0) return d;  // h is 0 there, and stays 0
 
-  // g . mix from the parts, which d p needs one by one
+  // g . mix as a sum of its parts, since d p needs each of them
   d.mask_dot = static_cast<float>(kernels.dot(e_mask, g, table.dim));
   double mix_dot = static_cast<double>(residual) * d.mask_dot;
   for (int64_t j = 0; j < mixture.k; ++j) {
@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor> hybrid_embedding_backward(Tensor grad_output, Tensor 
       }
     });
 
-    // Tokens: every row of the table sums its positions in ascending order, on one thread
+    // Tokens: one thread sums the positions of a table row, in ascending order
     struct Share {
       int64_t token;
       int64_t position;
@@ -223,7 +223,7 @@ std::tuple<Tensor, Tensor> hybrid_embedding_backward(Tensor grad_output, Tensor 
       }
     });
 
-    // The mask embedding: every position has a share, so the threads split the columns instead
+    // The mask embedding: every position adds to this row, so the threads split its columns instead
     constexpr int64_t kColumns = 64;
     parallel_for((sizes.dim + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
       const int64_t from = begin * kColumns;
@@ -236,7 +236,7 @@ std::tuple<Tensor, Tensor> hybrid_embedding_backward(Tensor grad_output, Tensor 
         }
         const Mixture mixture = positions.mixture(i);
         float weight = mixture.residual();
-        for (int64_t j = 0; j < sizes.k; ++j) {  // a predicted mask token is the same row
+        for (int64_t j = 0; j < sizes.k; ++j) {  // a predicted mask token is this row, too
           if (mixture.token[j] == mask_token_id) weight += mixture.confidence[j];
         }
         add_row_gradient(table, mixture, mask_token_id, gradients[i], grad_at(i), weight,

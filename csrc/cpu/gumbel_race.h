@@ -13,7 +13,7 @@ inline NoiseKey noise_key(const int64_t* seeds, bool seed_per_row, int64_t row) 
 }
 
 // The winner of the perturbed logits, whose ids begin at first_id. The tile with the largest logit
-// goes first: most rows are decided there, and the others then need few random numbers.
+// goes first: it decides most rows, and the other tiles then need few random numbers.
 template <class T>
 PerturbedBest sample_row(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
                          const RowStats& stats, const NoiseKey& key, int64_t first_id = 0) {

@@ -1,9 +1,9 @@
-// Gradients of linear_oput_loss by PyTorch's float32 product, one block of the vocabulary at a
-// time.
+// Gradients of linear_oput_loss by PyTorch's float32 product, one vocabulary block at a time.
 //
-// Within a block: the logits once more, their gradients in place, and from these the products for
-// the hidden states, the weight and the bias. The block's part of the weight's gradient is finished
-// and rounded before the next block begins. linear_gradients_amx.h does the same in bfloat16.
+// For each block, the logits are computed again and overwritten with their gradients, from which
+// the products for the hidden states, the weight and the bias follow. The block's part of the
+// weight's gradient is finished and rounded before the next block begins. linear_gradients_amx.h
+// does the same in bfloat16.
 #pragma once
 
 #include "cpu/linear_logits.h"
@@ -11,9 +11,9 @@
 
 namespace dmax::cpu {
 
-// What is asked for: an empty tensor is not
+// The gradients to compute; one that is not needed is an empty tensor
 struct LinearLossGradients {
-  Tensor hidden;  // of the stacked rows, float32
+  Tensor hidden;  // for the stacked rows, in float32
   Tensor weight;
   Tensor bias;
 
@@ -24,7 +24,8 @@ struct LinearLossGradients {
 
 class LibraryGradients {
  public:
-  // A block's products should outweigh the waits between them, and its logits fit a cache: 2 MiB
+  // Large enough that a block's products outweigh the waits between them, and small enough that its
+  // logits (2 MiB) fit in a cache
   static constexpr int64_t kTokens = 1024;
   static constexpr int64_t kRows = 512;
 
@@ -39,8 +40,8 @@ class LibraryGradients {
         wide_weight_(matrix(narrow_ ? tokens_ : 0, weight.size(1))),
         wide_grad_(matrix(narrow_ && grads.needs_weight() ? tokens_ : 0, weight.size(1))) {}
 
-  // row_gradient(i, x, first, n) turns the n logits x of stacked row i, from token `first` on, into
-  // their gradients
+  // row_gradient(i, x, first, n) overwrites x, the n logits of stacked row i from token `first` on,
+  // with their gradients
   template <class RowGradient>
   void block(int64_t first, int64_t n, const RowGradient& row_gradient) {
     const Tensor weight = widened_weight(first, n);
@@ -74,7 +75,7 @@ class LibraryGradients {
     return empty_like_device(weight_, {rows, columns}, ScalarType::Float);
   }
 
-  // Rows [from, from + count); nothing of an empty tensor
+  // Rows [from, from + count), or no rows if the tensor is empty
   static Tensor top(Tensor rows, int64_t count, int64_t from = 0) {
     return rows.numel() == 0 ? rows : torch::stable::narrow(rows, 0, from, count);
   }
@@ -97,7 +98,7 @@ class LibraryGradients {
     });
   }
 
-  // Within a block of rows in float32, from block to block in double
+  // Sums are float32 within a block of rows and double across blocks
   void add_column_sums(int64_t m, int64_t n, double* sums) const {
     const float* x = logits_.const_data_ptr<float>();
     std::vector<float> block_sums(n, 0.0f);
@@ -118,7 +119,7 @@ class LibraryGradients {
 
   Tensor weight_;
   LinearLossGradients grads_;
-  int64_t tokens_;      // of a full block, and the stride of its logits
+  int64_t tokens_;      // in a full block, and the stride of its logits
   bool narrow_;         // 16-bit inputs: a block of the weight and of its gradient are widened
   Tensor hidden_;       // [rows, D]
   Tensor logits_;       // [kRows, tokens_]

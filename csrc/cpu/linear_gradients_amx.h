@@ -1,10 +1,10 @@
-// Gradients of linear_oput_loss where the CPU multiplies bfloat16 as it is stored: the same steps
+// Gradients of linear_oput_loss on CPUs that multiply bfloat16 directly (AMX), in the same steps
 // as in linear_gradients.h.
 //
 // The gradient of a logit is rounded to bfloat16 before the two products that use it, as the GPU
-// implementations and eager PyTorch do: a gradient's error grows by at most 2^-8 of the sum of its
-// products' magnitudes, whatever the number of blocks. All sums are float32, and each gradient is
-// rounded once.
+// implementations and eager PyTorch do. This adds at most 2^-8 of the sum of its products'
+// magnitudes to a gradient's error, whatever the number of blocks. All sums are float32, and each
+// gradient is rounded once.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ namespace dmax::cpu {
 
 class AmxGradients {
  public:
-  // Tokens per block: two parallel regions each. The block's gradients take 8 KiB per row.
+  // Tokens per block. Each block runs two parallel regions, and its gradients take 8 KiB per row.
   static constexpr int64_t kTokens = 2048;
 
   AmxGradients(const StackedRows& stacked, const Tensor& weight, const LinearLossGradients& grads)
@@ -60,8 +60,8 @@ class AmxGradients {
   }
 
  private:
-  // Rows, tokens and columns of what a thread multiplies at once: at D = 2,048 a packed operand
-  // takes 1 MiB of a 2 MiB L2
+  // The most rows, tokens or columns that a thread multiplies at once: at D = 2,048 a packed
+  // operand takes 1 MiB of a 2 MiB L2
   static constexpr int64_t kPart = 256;
 
   struct TokenBuffers {
@@ -78,7 +78,7 @@ class AmxGradients {
 
   BFloat16* grad_logits() const { return static_cast<BFloat16*>(grad_logits_.mutable_data_ptr()); }
 
-  // values[j * kPart + t] of `count` packed rows and of rows [0, n) of a matrix, n <= kPart
+  // values[j * kPart + t] = packed row j . matrix row t, for j < count and t < n <= kPart
   void multiply(MatrixView<BFloat16> matrix, int64_t n, int64_t depth, const AlignedBuffer& packed,
                 int64_t count, AlignedBuffer& scratch, float* values) const {
     for (int64_t t = 0; t < n; t += kProductTokens) {
@@ -88,7 +88,8 @@ class AmxGradients {
     }
   }
 
-  // n tokens of a block from its t-th on: their logits' gradients, and from these the weight's
+  // Computes the gradients of the logits of n of the block's tokens, from its t-th on, and from
+  // them the weight's
   template <class RowGradient>
   void tokens(const RowGradient& row_gradient, int64_t first, int64_t t, int64_t n,
               TokenBuffers& buffers) const {
@@ -128,9 +129,9 @@ class AmxGradients {
     }
   }
 
-  // The block's part of the gradients of the hidden states, one column of them per row
+  // Adds the block's part of the hidden states' gradients, which are stored transposed
   void add_to_hidden(int64_t first, int64_t n) {
-    // Of a width that leaves no thread idle; it changes no bit
+    // A width that leaves no thread idle; it does not change the result
     const int64_t width = std::min(kPart, (dim_ / num_threads() + 31) / 32 * 32 + 32);
     const int64_t stride = grad_logits_.size(1);
     float* sums = grad_columns_.mutable_data_ptr<float>();

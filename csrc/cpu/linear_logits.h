@@ -1,20 +1,20 @@
 // Logits of a block of rows and of a few tokens at a time, hidden x weight^T, in float32.
 //
 // Inputs of 16 bits are multiplied exactly and summed in float32: PyTorch's own 16-bit product
-// would round the logits. Who multiplies:
+// would round the logits. Which product is used:
 //
 //   rows        float32, float16, bfloat16          bfloat16 where the CPU has AMX
 //   1 to 8      our dot products (row_products)     the same
 //   from 9 on   PyTorch's float32 product           our AMX product (amx_products.h)
 //
-// Few rows are bound by the reading of the weight, which the dot products read once and as it is
-// stored. PyTorch's product packs its operands first, and reads 16-bit weights from a widened copy
-// of kLinearTokens tokens. On one thread of a Zen 4 (AVX-512, float32, D = 1,024), beside PyTorch's
-// product of all tokens and our top1_confidence of its result, the dot products were 2.4 to 5 times
-// as fast for 1, 2, 4 and 8 rows, and PyTorch's product in blocks 1.6, 1.5 and 1.1 times for 16, 32
-// and 256. At 16 rows both ways took the same time. AMX was 1.6 times eager's bfloat16 for 32 rows
-// on a Sapphire Rapids (bench/results/cpu-sapphire-rapids.json); a float32 product has a fraction
-// of its rate.
+// With few rows, the time goes into reading the weight, which the dot products read once and as it
+// is stored. PyTorch's product packs its operands first, and reads 16-bit weights from a widened
+// copy of kLinearTokens tokens. On one thread of a Zen 4 (AVX-512, float32, D = 1,024), compared
+// with PyTorch's product of all tokens followed by our top1_confidence, the dot products were 2.4
+// to 5 times as fast for 1, 2, 4 and 8 rows, and PyTorch's product in blocks was 1.6, 1.5 and 1.1
+// times as fast for 16, 32 and 256. At 16 rows both ways took the same time. AMX was 1.6 times as
+// fast as eager bfloat16 for 32 rows on a Sapphire Rapids (bench/results/cpu-sapphire-rapids.json);
+// a float32 product has a fraction of its rate.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -42,7 +42,7 @@ MatrixView<T> matrix_view(const Tensor& matrix) {
   return {static_cast<const T*>(matrix.const_data_ptr()), matrix.strides()[0], matrix.strides()[1]};
 }
 
-// The same memory as a tensor that does not own it. Unlike narrow() it passes by the dispatcher,
+// The same memory as a tensor that does not own it. Unlike narrow(), this bypasses the dispatcher,
 // whose state (autograd, autocast) the worker threads do not share.
 inline Tensor borrowed_matrix(const float* data, int64_t rows, int64_t columns, int64_t row_stride,
                               int64_t column_stride) {
@@ -57,7 +57,7 @@ inline Tensor borrowed_matrix(const float* data, int64_t rows, int64_t columns, 
 
 inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
-// out = a b + (accumulate ? out : 0) in float32, past the dispatcher and so past autocast
+// out = a b + (accumulate ? out : 0) in float32, bypassing the dispatcher and therefore autocast
 inline void multiply_into(const Tensor& a, const Tensor& b, bool accumulate, const Tensor& out) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(),
                                                          accumulate ? 1.0 : 0.0, 1.0));
@@ -76,7 +76,7 @@ void widen_rows(MatrixView<T> x, int64_t rows, int64_t columns, float* y) {
   }
 }
 
-// x in float32, its layout free: x itself where it is float32, else a copy in `buffer`
+// x in float32 with any strides: x itself if it is float32, otherwise a copy in `buffer`
 template <class T>
 MatrixView<float> widened(MatrixView<T> x, int64_t rows, int64_t columns, float* buffer) {
   if constexpr (std::is_same_v<T, float>) {
@@ -90,7 +90,7 @@ MatrixView<float> widened(MatrixView<T> x, int64_t rows, int64_t columns, float*
   }
 }
 
-// Memory of a product's operands, aligned to a cache line
+// Memory for a product's operands, aligned to a cache line
 struct AlignedBuffer {
   explicit AlignedBuffer(int64_t bytes) : storage(bytes / sizeof(float) + kLine) {
     const auto address = reinterpret_cast<uintptr_t>(storage.data());
@@ -137,7 +137,7 @@ class LinearLogits {
     return AlignedBuffer(widens ? kLinearTokens * dim_ * sizeof(float) : 0);
   }
 
-  // logits[i * kLinearTokens + j] of row i and token first + j, n <= kLinearTokens
+  // logits[i * kLinearTokens + j] belongs to row i and token first + j; n <= kLinearTokens
   void compute(int64_t first, int64_t n, AlignedBuffer& scratch, float* logits) const {
     const MatrixView<T> tokens = weight_.from_row(first);
     switch (way_) {

@@ -1,8 +1,8 @@
 // Cross-entropy of both passes from the hidden states, and the gradients of hidden states and head.
 //
-// Rows of both passes are stacked, ignored ones left out, so that a block of the weight is read
-// (and widened) once for both. Logits exist one block at a time. The backward pass computes each
-// block of them again, which costs one product in four and saves rows x V numbers.
+// The rows of both passes are stacked, without the ignored ones, so that a block of the weight is
+// read (and widened) once for both. Logits exist one block at a time. The backward pass computes
+// each block again, which costs one product in four and saves rows x V numbers.
 #include <array>
 
 #include "cpu/cross_entropy.h"
@@ -39,11 +39,11 @@ PassResults empty_results(const OptionalTensor& hidden, const Tensor& weight,
           torch::stable::new_zeros(weight, sizes, ScalarType::Float)};
 }
 
-// What the forward pass keeps of the tokens of a row that it has seen
+// What the forward pass keeps about the tokens of a row that it has seen
 struct LossState {
   RowStats stats;
-  float target_logit = 0;  // of the one group that holds the target
-  double logit_sum = 0;    // where labels are smoothed
+  float target_logit = 0;  // set in the one group that holds the target
+  double logit_sum = 0;    // used only if labels are smoothed
 
   void merge(const LossState& later) {
     stats.merge(later.stats, 1.0);
@@ -70,7 +70,7 @@ class LogitGradients {
     }
   }
 
-  // Of stacked row i: x holds the logits, without their bias, of tokens first .. first + n
+  // x holds stacked row i's logits, without their bias, for tokens first .. first + n
   void operator()(int64_t i, float* x, int64_t first, int64_t n) const {
     if (!bias_.empty()) kernels_.add_scaled(x, bias_.data() + first, 1.0f, n);
     const auto [pass, row] = rows_[i];
@@ -91,7 +91,8 @@ class LogitGradients {
   LossOptions options_;
 };
 
-// Room for what is asked for. With a row to learn from every element is written, else all are 0.
+// Memory for the gradients that are needed. fill_gradients() writes every element, unless no row
+// has a target: then all are 0.
 LinearLossGradients empty_gradients(const StackedRows& stacked, const Tensor& weight,
                                     bool needs_hidden, bool needs_weight, bool needs_bias) {
   const int64_t vocab = weight.size(0), dim = weight.size(1);

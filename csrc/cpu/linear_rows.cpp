@@ -1,4 +1,4 @@
-// linear_top1_confidence and linear_sample_tokens: a token per row, from the hidden states.
+// linear_top1_confidence and linear_sample_tokens: one token per row, from the hidden states.
 #include "cpu/gumbel_race.h"
 #include "cpu/linear_stream.h"
 #include "cpu/row_stats.h"

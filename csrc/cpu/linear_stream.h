@@ -1,9 +1,9 @@
 // Softmax statistics of rows of hidden x weight^T, whose logits exist one small block at a time.
 //
-// The vocabulary is cut into groups of blocks, by its size alone. A thread takes whole groups: its
-// own products into its own buffer, reduced while a cache holds them, with nothing to wait for. A
-// row's groups are merged in ascending order. Memory depends on D and the threads, not on the
-// vocabulary or the rows.
+// The vocabulary is cut into groups of blocks in a way that depends only on its size. A thread
+// takes whole groups: it computes products into its own buffer and reduces them while a cache holds
+// them, without waiting for other threads. A row's groups are merged in ascending order. Memory
+// depends on D and the number of threads, not on the vocabulary or the rows.
 #pragma once
 
 #include "checks/linear.h"
@@ -14,9 +14,9 @@ namespace dmax::cpu {
 // Bounds the partial results: 256 groups x 256 rows x 40 bytes
 constexpr int64_t kMostGroups = 256;
 
-// State: what one row keeps of the tokens it has seen; add(row, state, x, n, first_id) puts the
-// logits x of n tokens into it, merge(state, later) the tokens of a later group; done(row, state)
-// receives every row once.
+// State is what one row keeps about the tokens it has seen. add(row, state, x, n, first_id) adds
+// the logits x of n tokens to it, merge(state, later) adds the tokens of a later group, and
+// done(row, state) receives every row once.
 template <class State, class T, class Add, class Merge, class Done>
 void reduce_linear_rows_of(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
                            int64_t suppress_token, const Add& add, const Merge& merge,
@@ -45,7 +45,7 @@ void reduce_linear_rows_of(const Tensor& hidden, const Tensor& weight, const Opt
     const int64_t m = std::min(most_rows, num_rows - first_row);
     products.load_rows(first_row, m);
     std::fill(states.begin(), states.end(), State{});
-    // Multiplications per thread: below, waking one costs more than it saves
+    // Multiplications per thread; with fewer, waking a thread costs more than it saves
     constexpr int64_t kGrain = 1 << 21;
     parallel_for(groups, kGrain / (m * dim * group_tokens), [&](int64_t begin, int64_t end) {
       AlignedBuffer scratch = products.scratch();

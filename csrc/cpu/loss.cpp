@@ -1,4 +1,4 @@
-// Cross-entropy of both passes and its gradient, row by row: no softmax is ever stored.
+// Cross-entropy of both passes and its gradient, row by row; the softmax is never stored.
 #include "checks/loss.h"
 
 #include "common/dispatch.h"

@@ -36,7 +36,7 @@ struct Mixture {
 struct MixtureNorms {
   float token[kMaxTopK];  // |e(y_j)|
   float mask;             // |e(mask)|
-  float mix;              // of the unnormalised mix, Eq. 9
+  float mix;              // norm of the unnormalised mix, Eq. 9
   float target;           // Eq. 10: the mix of the norms
 };
 
@@ -62,7 +62,7 @@ MixtureNorms mix_embeddings(const EmbeddingTable<T>& table, const Mixture& mixtu
     norms.target += mixture.confidence[j] * norms.token[j];
     kernels.add_scaled(mix, e_token, mixture.confidence[j], table.dim);
   }
-  // Skipped at 0, so that p = 1 gives e(y) to the bit whatever e(mask) holds
+  // Skipped at 0, so that p = 1 gives exactly e(y), whatever e(mask) holds
   if (residual != 0) kernels.add_scaled(mix, e_mask, residual, table.dim);
   norms.mix = norm(tile_kernels<float>(), mix, table.dim);
   return norms;

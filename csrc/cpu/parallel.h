@@ -7,7 +7,7 @@
 
 namespace dmax::cpu {
 
-// f(begin, end) over [0, count), each thread given at least `grain` of them
+// Calls f(begin, end) over [0, count); each thread gets at least `grain` indices
 template <class F>
 void parallel_for(int64_t count, int64_t grain, const F& f) {
   if (count <= 0) return;

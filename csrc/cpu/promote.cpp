@@ -15,7 +15,7 @@ Tensor prefix_promote(Tensor confidence, Tensor masked, double threshold, bool i
   const bool* m_data = m.const_data_ptr<bool>();
   bool* out = promoted.mutable_data_ptr<bool>();
 
-  constexpr int64_t kGrain = 16384;  // positions per thread: less is not worth waking one
+  constexpr int64_t kGrain = 16384;  // positions per thread; fewer are not worth waking one
   parallel_for(sizes.rows, kGrain / std::max<int64_t>(sizes.block, 1),
                [&](int64_t begin, int64_t end) {
                  for (int64_t row = begin; row < end; ++row) {

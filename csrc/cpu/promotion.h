@@ -5,7 +5,7 @@
 
 namespace dmax::cpu {
 
-// A NaN passes neither test, so it is never promoted for its confidence
+// A NaN passes neither test, so its position is never promoted for its confidence
 inline bool passes(float confidence, float threshold, bool inclusive) {
   return inclusive ? confidence >= threshold : confidence > threshold;
 }
@@ -18,7 +18,7 @@ inline void promote_prefix(const float* confidence, const bool* masked, int64_t 
     promoted[j] = false;
     if (!masked[j]) continue;
     open = open && passes(confidence[j], threshold, inclusive);
-    promoted[j] = open || first;  // the leftmost goes in any case: decoding always advances
+    promoted[j] = open || first;  // the first one always: decoding must advance
     first = false;
   }
 }

@@ -1,6 +1,6 @@
-// Softmax statistics of a row, or of some of its tokens: how they grow, merge and are read.
+// Softmax statistics of a row, or of some of its tokens: adding tokens, merging, reading.
 //
-// common/softmax_stats.h has the GPU's, whose float32 sums and 32-bit ids live in registers.
+// The GPU uses common/softmax_stats.h, with float32 sums and 32-bit ids that fit in registers.
 #pragma once
 
 #include <cmath>
@@ -16,28 +16,28 @@ constexpr double kNegligibleDepth = 30.0;
 
 struct RowStats {
   float maximum = -std::numeric_limits<float>::infinity();  // NaN if any logit is NaN
-  // Sum of exp((x - maximum) / temperature) over all tokens but the winner, whose term is 1: kept
-  // apart, a probability next to 1 and a loss next to 0 keep their precision.
+  // Sum of exp((x - maximum) / temperature) over all tokens but the winner, whose term is 1.
+  // Leaving it out keeps the precision of a probability close to 1 and of a loss close to 0.
   double rest = 0;
   int64_t token = 0;  // the first one that has the maximum
 
-  // False where a logit is NaN or +inf, or where all are -inf: there is no softmax then
+  // False if a logit is NaN or +inf, or if all are -inf: the row then has no softmax
   bool defined() const { return std::isfinite(maximum); }
 
-  // The sum with the winner's own term
+  // The sum including the winner's own term
   double sum_exp() const { return defined() ? 1.0 + rest : kNan; }
-  // log(1 + rest), what the row's logsumexp adds to its maximum (at temperature 1)
+  // log(1 + rest): the row's logsumexp minus its maximum (at temperature 1)
   double log_rest() const { return defined() ? std::log1p(rest) : kNan; }
   double log_sum_exp() const { return maximum + log_rest(); }
 
   float confidence() const { return static_cast<float>(1.0 / sum_exp()); }
-  // Of a token with this logit
+  // The probability of a token with this logit
   float probability(float logit, double temperature) const {
     const double depth = (static_cast<double>(logit) - maximum) / temperature;
     return static_cast<float>(std::exp(depth) / sum_exp());
   }
 
-  // The logits x of the next tokens, first_id .. first_id + n
+  // Adds the logits x of the next tokens, first_id .. first_id + n
   void add(const TileKernels<float>& kernels, const float* x, int64_t n, int64_t first_id,
            double temperature) {
     if (std::isnan(maximum)) return;  // the first NaN has been found
@@ -58,7 +58,7 @@ struct RowStats {
     }
   }
 
-  // The statistics of later tokens of the same row
+  // Adds the statistics of later tokens of the same row
   void merge(const RowStats& later, double temperature) {
     if (std::isnan(maximum)) return;
     if (later.maximum > maximum || std::isnan(later.maximum)) {
@@ -72,7 +72,7 @@ struct RowStats {
  private:
   static constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-  // The whole sum, the winner's term included, relative to a maximum that is not below this one
+  // The whole sum, the winner's term included, relative to `to`, which is not below this maximum
   double mass_below(float to, double temperature) const {
     if (std::isinf(maximum)) return 0;
     return (rest + 1) * std::exp((static_cast<double>(maximum) - to) / temperature);

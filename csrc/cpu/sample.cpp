@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_partial(Tensor logits_
     const auto row_of = [&](int64_t row) { return data + row * view.row_stride; };
     scan_rows<T>(view.rows, scan, row_of, [&](int64_t row, const RowStats& stats) {
       maximum_out[row] = stats.maximum;
-      if (!stats.defined()) {  // NaN, +inf or nothing but -inf: the maximum says it all
+      if (!stats.defined()) {  // NaN, +inf or only -inf: the maximum tells which
         const bool empty = stats.maximum == -std::numeric_limits<float>::infinity();
         sum_exp_out[row] = weight_out[row] = empty ? 0.0f : std::numeric_limits<float>::quiet_NaN();
         token_out[row] = vocab_start + stats.token;

@@ -1,5 +1,5 @@
-// Partial results [shards, rows] of a vocabulary, and how a row's become one; shared by top1_merge
-// and sample_merge.
+// The shards' partial results, [shards, rows], and how those of a row are merged; shared by
+// top1_merge and sample_merge.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@ struct ShardRows {
   const int64_t* tokens;
   double temperature;
 
-  // Where in the arrays the largest of `values` lies: NaN before all, the lowest id among equals
+  // Index of the row's largest of `values`: a NaN wins, and ties go to the lowest id
   int64_t winner(const float* values, int64_t row) const {
     int64_t best = row;
     for (int64_t s = 1; s < shards; ++s) {
@@ -28,14 +28,13 @@ struct ShardRows {
     return best;
   }
 
-  // exp((maximum - best) / temperature). exp(-inf - -inf) is NaN, but a shard without mass adds
-  // nothing
+  // exp((maximum - best) / temperature), but 0 for a shard without mass, where it could be NaN
   double factor(int64_t at, float best) const {
     if (maxima[at] == -std::numeric_limits<float>::infinity()) return 0;
     return std::exp((static_cast<double>(maxima[at]) - best) / temperature);
   }
 
-  // The row's sum of exponentials, added in the shards' order
+  // The row's sum of exponentials, added in shard order
   double total(int64_t row, float best) const {
     double sum = 0;
     for (int64_t s = 0; s < shards; ++s) {
@@ -46,7 +45,7 @@ struct ShardRows {
   }
 };
 
-// f(row) for every row, shared among the threads
+// Calls f(row) for every row, on several threads
 template <class F>
 void for_each_merged_row(const ShardRows& shards, const F& f) {
   constexpr int64_t kGrain = 4096;

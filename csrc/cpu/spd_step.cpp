@@ -42,7 +42,7 @@ struct RowState {
   int32_t* step;
 };
 
-// Lines 5-12 for one row; true where the embeddings of the next forward pass have to be written
+// Lines 5-12 for one row; true if the embeddings of the next forward pass have to be written
 bool update_row(const RowState& row, int64_t block, const int64_t* y, const float* c, float tau_dec,
                 float tau_acc, const StepOptions& options) {
   const bool released = options.semantics == Semantics::kReleased;
@@ -51,14 +51,14 @@ bool update_row(const RowState& row, int64_t block, const int64_t* y, const floa
   bool* promoted = reinterpret_cast<bool*>(promoted_bytes.data());
   promote_prefix(c, row.masked, block, tau_dec, released, promoted);
 
-  // Convergence: every prediction as before, or every one sure
+  // Converged if every prediction is as before or every one is confident
   bool any_editable = false;
   bool consistent = released || *row.step >= 1;
   bool confident = true;
   for (int64_t j = 0; j < block; ++j) {
     const bool updated =
         released ? promoted[j] || (row.editable[j] && !row.masked[j]) : row.editable[j];
-    // Settled: a prediction at a mask position is no decision yet, repeated or not
+    // Settled: at a masked position a repeated prediction is not yet a decision
     const bool undecided = settled && row.masked[j];
     if (updated && (undecided || y[j] != row.token[j])) consistent = false;
     if (!row.editable[j]) continue;
@@ -146,7 +146,7 @@ void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, 
     });
   });
 
-  // A row takes microseconds and decides alone, so the rows need no threads
+  // A row takes microseconds, which is not worth waking threads
   std::vector<int64_t> embed;  // positions whose embedding is written
   for (int64_t b : rows) {
     const int64_t at = b * block;

@@ -49,7 +49,7 @@ inline StackedRows stacked_rows(const OptionalTensor& masked, const OptionalTens
   return stacked;
 }
 
-// Stacked rows [from, from + count) as they are stored
+// Stacked rows [from, from + count) in their own dtype
 inline void gather_rows(const StackedRows& stacked, int64_t from, int64_t count,
                         const Tensor& out) {
   dispatch_float(out.scalar_type(), [&](auto element) {
@@ -76,7 +76,7 @@ inline Tensor widened_rows(const StackedRows& stacked, const Tensor& weight) {
   return wide;
 }
 
-// Rows of float32 back to their places in both passes' gradients; other rows are 0
+// Puts float32 rows back in their places in both passes' gradients; other rows are 0
 inline std::array<Tensor, kPasses> scattered_gradients(
     const StackedRows& stacked, const std::array<OptionalTensor, kPasses>& hidden,
     const std::array<bool, kPasses>& needed, const Tensor& weight, const Tensor& rows) {

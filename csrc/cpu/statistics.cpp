@@ -8,8 +8,8 @@ namespace dmax::cpu {
 namespace {
 
 // With w = exp((x - maximum) / temperature) and S the sum of w, the entropy is
-// log S + sum((maximum - x) / temperature * w) / S. No term is negative, and the winner's own is
-// 0 beside log1p(rest): nothing cancels, however sure the row is.
+// log S + sum((maximum - x) / temperature * w) / S. No term is negative, the winner's is 0, and log
+// S is log1p(rest): nothing cancels, however close the top probability is to 1.
 struct EntropyStats : RowStats {
   float runner_up;  // the second largest logit, -inf if there is none
   double far;       // what `rest` leaves out
@@ -44,8 +44,9 @@ struct Entropy {
   template <class T>
   static Tile tile(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
                    const EntropyStats& stats, float tile_max, int64_t tile) {
-    // At depth d a token adds up to (1 + d) exp(-d) to the entropy. From 262,144 tokens at 30,
-    // where `rest` may stop, that is 8e-7, and all that a sure row has; at 50 it is 3e-15.
+    // At depth d a token adds up to (1 + d) exp(-d) to the entropy. For 262,144 tokens at depth 30,
+    // where `rest` may stop, that is 8e-7, possibly all of a confident row's entropy; at depth 50
+    // it is 3e-15 at most.
     constexpr double kNoEntropyDepth = 50.0;
     Tile sums;
     const double depth = depth_of(tile_max, stats, scan);
@@ -79,7 +80,7 @@ Results results_of(const EntropyStats& stats, double temperature) {
   const double runner_up = std::exp(difference / temperature) / (1.0 + stats.rest);
   const double rest = stats.rest + stats.far;
   const double logsumexp = stats.maximum / temperature + std::log1p(rest);
-  // exp2 of the tile kernels gives 2^-126 where there is no mass at all
+  // exp2 of the tile kernels never gives less than 2^-126, even where there is no mass
   constexpr double kNoMass = 1e-30;
   const double entropy =
       rest < kNoMass ? 0 : std::log1p(rest) - 0.6931471805599453 * stats.exponent / (1.0 + rest);

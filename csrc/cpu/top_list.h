@@ -6,7 +6,7 @@
 
 namespace dmax::cpu {
 
-// Descending, NaN before all, equal values by id
+// In descending order, NaN first, equal values by ascending id
 struct TopK {
   int64_t size = 0;
   int64_t token[kMaxTopK];
@@ -14,7 +14,7 @@ struct TopK {
 
   static bool before(float a, float b) { return std::isnan(a) ? !std::isnan(b) : a > b; }
 
-  // Ids arrive in ascending order, so an equal value goes behind those already here
+  // Ids arrive in ascending order, so an equal value goes after those already here
   void insert(int64_t k, int64_t id, float value) {
     if (size == k && !before(value, logit[k - 1])) return;
     int64_t place = size < k ? size++ : k - 1;
@@ -30,7 +30,7 @@ struct TopK {
 template <class T>
 TopK top_k_of_row(const TileKernels<T>& kernels, const T* row, const VocabScan& scan, int64_t k) {
   TopK best;
-  // A suppressed token ranks as -inf, so it may still fill a list that nothing else fills
+  // A suppressed token ranks as -inf, so it can be listed if fewer than k others exceed that
   for (int64_t id = 0; id < k; ++id) {
     const float visible =
         id == scan.suppress ? -std::numeric_limits<float>::infinity() : kernels.value(row + id);
@@ -38,7 +38,7 @@ TopK top_k_of_row(const TileKernels<T>& kernels, const T* row, const VocabScan& 
   }
   for_each_range(k, scan.vocab, scan.suppress, -1, [&](int64_t from, int64_t to) {
     while (from < to) {
-      // Nothing lies above NaN; a NaN at the end of the list can not be displaced
+      // Nothing ranks above NaN, so a NaN at the end of the list cannot be displaced
       if (std::isnan(best.logit[k - 1])) return;
       from += kernels.find_above(row + from, to - from, best.logit[k - 1]);
       if (from >= to) return;
@@ -49,7 +49,7 @@ TopK top_k_of_row(const TileKernels<T>& kernels, const T* row, const VocabScan& 
   return best;
 }
 
-// exp((x - lse) / temperature) of each; NaN throughout where the row's softmax is not defined
+// exp((x - lse) / temperature) of each; all NaN if the row's softmax is not defined
 inline void top_k_confidences(const TopK& best, const RowStats& stats, const VocabScan& scan,
                               int64_t k, int64_t* tokens, float* confidences) {
   for (int64_t j = 0; j < k; ++j) {

@@ -1,9 +1,9 @@
 // Top-1 and softmax normaliser of rows of logits.
 //
-// A row is read from memory once. First the maximum of every tile; then, with the row's maximum
-// known, the exponentials of the tiles that can matter, from a cache that still holds the row.
-// Tiles and their order are fixed, so a row's bits depend neither on the number of threads nor on
-// how many rows there are, and a tile far below the maximum is never exponentiated.
+// A row is read from memory once. A first loop finds the maximum of every tile; a second one, with
+// the row's maximum known, adds the exponentials of the tiles that can matter, while a cache still
+// holds the row. A tile far below the maximum is skipped. Tiles and their order are fixed, so a
+// row's bits depend neither on the number of threads nor on the number of rows.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@
 
 namespace dmax::cpu {
 
-// Which logits count: `suppress` is left out (-1: none)
+// Which logits count: all but the id `suppress` (-1: none)
 struct VocabScan {
   int64_t vocab;
   int64_t suppress = -1;
@@ -28,7 +28,7 @@ struct VocabScan {
   float scale() const { return softmax_scale(temperature); }
 };
 
-// f(begin, end) over the tile without the places `a` and `b` (-1 or outside: no such place)
+// Calls f over [begin, end) without the places `a` and `b`; one outside the range has no effect
 template <class F>
 void for_each_range(int64_t begin, int64_t end, int64_t a, int64_t b, const F& f) {
   if (a > b) std::swap(a, b);
@@ -83,7 +83,7 @@ inline double depth_of(float tile_max, const RowStats& stats, const VocabScan& s
   return (static_cast<double>(stats.maximum) - tile_max) / scan.temperature;
 }
 
-// One tile's share of `rest`
+// What one tile adds to `rest`
 template <class T>
 double tile_rest(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
                  const RowStats& stats, float tile_max, int64_t tile) {
@@ -96,8 +96,8 @@ double tile_rest(const TileKernels<T>& kernels, const T* row, const VocabScan& s
   return rest;
 }
 
-// What a scan collects of a row: its start, from the maxima of the tiles, and then a sum per tile.
-// Other kinds (row_statistics.cpp) start with the same top-1 and sum more.
+// What a scan collects from a row: first the top-1, from the maxima of the tiles, and then a sum
+// per tile. Other kinds (statistics.cpp) start with the same top-1 and compute more sums.
 struct Top1 {
   using Row = RowStats;
   using Tile = double;
@@ -131,11 +131,11 @@ typename Kind::Row scan_row(const TileKernels<T>& kernels, const T* row, const V
   return stats;
 }
 
-// Logits that a thread should have at least: about a third of a millisecond of work. A thread that
-// another process keeps from running holds up the whole call, for milliseconds.
+// The fewest logits worth a thread: about a third of a millisecond of work. More threads are a
+// risk, since one that another process keeps from running delays the whole call by milliseconds.
 constexpr int64_t kLogitsPerThread = 1 << 19;
 
-// f(begin, end) over rows of logits, each thread given whole rows
+// Calls f(begin, end) over rows of logits; each thread gets whole rows
 template <class F>
 void parallel_for_rows(int64_t count, int64_t vocab, const F& f) {
   parallel_for(count, (kLogitsPerThread + vocab - 1) / vocab, f);
@@ -143,8 +143,8 @@ void parallel_for_rows(int64_t count, int64_t vocab, const F& f) {
 
 // Statistics of rows row_of(0..count): stats_of(i, stats) receives each once.
 //
-// With rows enough for every thread, a thread takes whole rows; with few and long ones, all threads
-// share the tiles of every row. Both add the same tiles in the same order.
+// If there are enough rows for every thread, a thread takes whole rows; if they are few and long,
+// all threads share the tiles of every row. Both add the same tiles in the same order.
 template <class T, class Kind = Top1, class RowOf, class StatsOf>
 void scan_rows(int64_t count, const VocabScan& scan, const RowOf& row_of, const StatsOf& stats_of) {
   const TileKernels<T>& kernels = tile_kernels<T>();

@@ -247,8 +247,8 @@ __global__ void __launch_bounds__(kHybridWarps* kWarpSize, 4)
   write_embedding<E, kTokens>(args.table, kind, mix, out, position);
 }
 
-// With few positions, blocks of one warp reach more multiprocessors. Chosen by arithmetic, not yet
-// measured.
+// With few positions, blocks of one warp reach more multiprocessors. Chosen by
+// arithmetic, not yet measured.
 inline LaunchShape hybrid_shape(int64_t positions, const Device& device) {
   return warps_shape(positions, positions <= 4 * device.multiprocessors ? 1 : kHybridWarps);
 }

@@ -56,7 +56,7 @@ class CounterPool {
     size_t count = 0;
   };
 
-  // Works also while another stream, or this thread's own, is being captured
+  // Also works while another stream, or this thread's own, is being captured
   static unsigned* zeroed_block(const char* op, size_t count) {
     struct RelaxedCapture {
       cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;

@@ -2,8 +2,8 @@
 //
 // From sm_90 on, a cluster of blocks holds the row in its shared memory: each logit is read once
 // and written once. On older GPUs, and for rows that no cluster can hold, one block reads the row
-// twice. Both merge the tiles' statistics in the order of rows.cuh and therefore agree to the last
-// bit.
+// twice. Both merge the tiles' statistics in the order of rows.cuh and therefore agree
+// to the last bit.
 #pragma once
 
 #include "cuda/loss.cuh"

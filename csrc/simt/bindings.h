@@ -1,6 +1,6 @@
 // What module.cpp binds: plain functions, so that only it needs pybind11 and only the kernels are
-// built with the sanitizers. Addresses are those of numpy arrays; a dtype is 0 float32, 1 bfloat16,
-// 2 float16; rows lie `stride` elements apart.
+// built with the sanitizers. An address points into a numpy array; dtypes are 0 float32, 1 bfloat16
+// and 2 float16; rows lie `stride` elements apart.
 #pragma once
 
 #include <cstdint>

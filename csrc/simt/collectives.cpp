@@ -1,4 +1,4 @@
-// Barriers, warp collectives, clusters, atomics and fences: what a CUDA thread calls.
+// What a CUDA thread calls: barriers, warp collectives, clusters, atomics and fences.
 #include <algorithm>
 #include <sstream>
 
@@ -110,7 +110,7 @@ int block_barrier(BarrierKind kind, int predicate, Site site) {
                        : kind == BarrierKind::kAnd ? all
                                                    : count;
     w.arrived = 0;
-    w.barrier_parity ^= 1;  // a slow thread of this barrier never takes in the next one's clocks
+    w.barrier_parity ^= 1;  // a slow thread must not acquire the next barrier's clocks
     for (unsigned i = 0; i < w.fibers.size(); ++i) {
       const unsigned index =
           engine->options.order == Order::kReversed ? w.fibers.size() - 1 - i : i;
@@ -152,7 +152,7 @@ void* map_shared_rank(void* shared, unsigned rank) {
   return peer.tls_base + offset;
 }
 
-// Moves one TSan clock into another through a context that knows nothing else
+// Copies one TSan clock into another through a fiber that has not synchronized with anything else
 static void copy_clock(char* from, char* to) {
   void* courier = __tsan_create_fiber(0);
   tsan::switch_to(courier);
@@ -165,7 +165,7 @@ static void copy_clock(char* from, char* to) {
 void after_atomic(const void* address) {
   Fiber& fiber = *worker->current;
   if (tsan::active()) {
-    tsan::switch_to(worker->tsan_native);  // what is allocated here belongs to no fiber
+    tsan::switch_to(worker->tsan_native);  // memory allocated here must not belong to a fiber
     char*& object = engine->atomic_objects[address];
     if (!object) object = engine->new_object();
     char* seen = engine->new_object();

@@ -1,5 +1,5 @@
-// The part of CUDA C++ that cuda/*.cuh uses, for the host compiler. Nothing of the CUDA toolkit is
-// needed. Compile with -fno-extern-tls-init, or `extern __shared__` calls a null wrapper.
+// The part of CUDA C++ that cuda/*.cuh uses, for the host compiler; the CUDA toolkit is not needed.
+// Compile with -fno-extern-tls-init, or `extern __shared__` calls a null wrapper.
 #pragma once
 
 #include <algorithm>
@@ -134,7 +134,7 @@ inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); 
 
 namespace simt {
 
-// Defined with the kernels, since its type and name are theirs
+// Defined with the kernels, which declare its type and name
 void* dynamic_shared_base();
 
 template <class... Parameters, class... Arguments>

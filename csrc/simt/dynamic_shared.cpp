@@ -1,4 +1,4 @@
-// Dynamic shared memory of every kernel: one array per OS thread, so one per resident block
+// Dynamic shared memory of every kernel: one array per OS thread, hence one per resident block
 #include "cuda/platform.cuh"
 
 namespace dmax::cuda {

@@ -1,4 +1,4 @@
-// The executor's own state and the functions its two files share; see executor.h for what it does.
+// The executor's state and the functions that its two files share; executor.h says what it does.
 #pragma once
 
 #include <condition_variable>
@@ -39,12 +39,13 @@ struct Fiber {
   int argument = 0;
   uint64_t result = 0;
 
-  // C++-like fences for TSan: what this thread's last fence published, and what its next one takes
+  // C++-like fences for TSan: the clock that this thread's last fence released, and the clocks that
+  // its next one acquires
   char fence_clock = 0;
   bool has_fenced = false;
   std::vector<char*> seen_by_atomics;
 
-  // Of the warp whose first lane this is
+  // State of the warp whose first lane this is
   char syncwarp_objects[2] = {0, 0};
   unsigned syncwarp_parity = 0;
 };
@@ -58,7 +59,7 @@ class RunQueue {
   }
   bool empty() const { return size_ == 0; }
   void push(unsigned index) { slots_[(head_ + size_++) % slots_.size()] = index; }
-  // The oldest, or with `skip` another one in its place
+  // The oldest, or with `skip` a different one in its place
   unsigned pop(size_t skip) {
     std::swap(slots_[head_], slots_[(head_ + skip % size_) % slots_.size()]);
     const unsigned index = slots_[head_];
@@ -131,12 +132,12 @@ struct Engine {
   char launch_object = 0;
   char done_object = 0;
   std::map<const void*, char*> atomic_objects;
-  std::deque<char> objects;  // addresses that TSan hangs its clocks on
+  std::deque<char> objects;  // their addresses stand for TSan's clocks
 
   char* new_object() { return &objects.emplace_back(0); }
 };
 
-extern Engine* engine;               // of the launch that runs
+extern Engine* engine;               // of the current launch
 extern thread_local Worker* worker;  // the block that this OS thread hosts
 extern size_t module_tls_size;       // of a block's shared memory, static and dynamic
 
@@ -145,15 +146,15 @@ void leave(Fiber& fiber);
 void make_runnable(Worker& w, Fiber& fiber);
 // Lets other threads and resident blocks run before this thread goes on
 void scheduling_point(Fiber& fiber);
-// Whether to go on at a point where in order and reversed always do
+// Whether to go on at a scheduling point; the in-order and reversed orders always do
 bool coin();
 
-// Ends the launch with the message and a report: every fiber is abandoned where it stands
+// Ends the launch with the message and a report; every fiber is abandoned where it is
 void give_up(const std::string& message);
 [[noreturn]] void give_up_from_fiber(Fiber& fiber, const std::string& message);
 
 const char* name_of(WarpOp op);
-// Ends the collective that waits for `mask` once all live lanes of it are there
+// Ends the collective that waits for `mask` once all of its live lanes have arrived
 void complete_warp_if_ready(Worker& w, unsigned first_lane, uint32_t mask, Fiber* arriving);
 
 }  // namespace simt

@@ -1,4 +1,4 @@
-// Scheduling: fibers of a block, resident blocks, and a launch from its first block to its last.
+// Scheduling: the fibers of a block, the resident blocks, and a launch from first block to last.
 #include "simt/executor.h"
 
 #include <link.h>
@@ -173,20 +173,20 @@ static int find_module_tls(dl_phdr_info* info, size_t, void* data) {
 }
 
 static void find_shared_memory(Worker& w) {
-  engine->dynamic_shared();  // a first touch, so that this OS thread has its copy
+  engine->dynamic_shared();  // the first access creates this OS thread's copy
   TlsSearch search{reinterpret_cast<uintptr_t>(engine->dynamic_shared)};
   dl_iterate_phdr(find_module_tls, &search);
   w.tls_base = search.base;
   module_tls_size = search.size;
 }
 
-// NaN in every float and -1 in every integer of the block's shared memory
+// Fills the block's shared memory: every float becomes NaN and every integer -1
 static void poison_shared_memory(Worker& w) {
   if (tsan::active()) return;  // each block has a fresh OS thread there, and the stores would race
   Worker* keep = worker;
   auto* dynamic = static_cast<char*>(engine->dynamic_shared());
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(dynamic, kMaxDynamicShared);
-  // volatile, or it becomes a call to memset, which the sanitizers intercept
+  // volatile, or this becomes a call to memset, which the sanitizers intercept
   volatile char* p = w.tls_base;
   volatile char* end = p + module_tls_size;
   for (; p + sizeof(uint64_t) <= end; p += sizeof(uint64_t))
@@ -333,8 +333,7 @@ void run(const Grid& grid, const std::function<void()>& thread_main, void* (*dyn
   // Clusters of blocks, in the order in which they start
   const unsigned clusters = grid.blocks / grid.cluster;
   const unsigned wanted = static_cast<unsigned>(launch.options.resident_blocks) / grid.cluster;
-  // Under TSan two blocks never share stacks and shared memory, or their reuse would look like
-  // races
+  // Under TSan, blocks never reuse stacks and shared memory, since reuse would look like a race
   const unsigned groups = tsan::active() ? clusters : std::min(clusters, std::max(1u, wanted));
   for (unsigned i = 0; i < clusters; ++i) launch.cluster_order.push_back(i);
   if (launch.options.order == Order::kReversed)
@@ -342,7 +341,7 @@ void run(const Grid& grid, const std::function<void()>& thread_main, void* (*dyn
   if (launch.options.order == Order::kRandom)
     std::shuffle(launch.cluster_order.begin(), launch.cluster_order.end(), launch.random);
 
-  // Resident blocks, each with its stacks
+  // The resident blocks, each with its stacks
   launch.clusters.resize(groups);
   const size_t stack_bytes = kStackBytes * grid.threads;
   for (unsigned g = 0; g < groups; ++g) {

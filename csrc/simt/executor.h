@@ -1,11 +1,11 @@
 // Runs CUDA kernels on the CPU, for tests: each CUDA thread is a fiber, each resident block an OS
 // thread. One fiber runs at a time, in an order that a seed fixes, so a failure repeats.
 //
-// What it checks while it runs: barriers reached by some threads only or from different lines,
-// masks that the lanes do not agree on, source lanes outside the mask, waits that nothing can end
-// (with the file and line each thread waits at), reads of shared memory that nobody wrote (it is
-// poisoned with NaN before every block). The sanitizer builds add addresses, undefined behaviour
-// and data races; executor.cpp itself is always built without them.
+// It detects barriers that only some threads reach or that they reach from different lines, masks
+// that the lanes do not agree on, source lanes outside the mask, waits that nothing can end (with
+// the file and line at which each thread waits), and reads of shared memory that was never written
+// (it is filled with NaN before every block). The sanitizer builds add addresses, undefined
+// behaviour and data races; executor.cpp itself is always built without them.
 //
 // Not modelled: weak memory outside TSan, occupancy, bank conflicts, approximate-math rounding.
 #pragma once
@@ -61,11 +61,11 @@ enum class WarpOp {
 };
 uint64_t warp_collective(WarpOp op, uint32_t mask, uint64_t value, int argument, Site site);
 
-// A cluster's barrier, and the address that `shared` has in the block of that rank
+// A cluster's barrier, and the address of `shared` in the block with that rank
 void cluster_barrier(Site site);
 void* map_shared_rank(void* shared, unsigned rank);
 
-// To be called after an atomic on `address`, and by __threadfence: scheduling point and TSan model
+// Scheduling points that TSan is told about: after an atomic on `address`, and for __threadfence
 void after_atomic(const void* address);
 void fence();
 
@@ -80,7 +80,7 @@ struct Grid {
 // `dynamic_shared` gives the base of the calling OS thread's dynamic shared memory.
 void run(const Grid& grid, const std::function<void()>& thread_main, void* (*dynamic_shared)());
 
-// Launches made since the last call, for tests that count them
+// The number of launches since the last call, for tests that count them
 int take_launch_count();
 
 }  // namespace simt

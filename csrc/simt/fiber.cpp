@@ -2,7 +2,7 @@
 
 #if defined(__x86_64__)
 
-// Callee-saved registers of the System V ABI; the rest the compiler saves around the call
+// Switches the callee-saved registers of the System V ABI; the compiler saves the others
 asm(R"(
 .text
 .globl simt_switch

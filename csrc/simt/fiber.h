@@ -1,5 +1,5 @@
-// A stack that can be entered and left. On x86-64 a switch is fifteen instructions;
-// ucontext, everywhere else, pays two system calls for the signal mask.
+// A stack that can be entered and left. On x86-64 a switch is fifteen instructions; elsewhere
+// ucontext is used, which makes two system calls for the signal mask.
 #pragma once
 
 #include <cstddef>

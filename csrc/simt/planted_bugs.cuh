@@ -1,5 +1,5 @@
-// Small kernels with one bug each, and the same kernels without it: what the executor must catch.
-// Every kernel takes `fixed`; python_tests/test_simt_executor.py runs both versions.
+// Small kernels with one bug each, which the executor must catch. `fixed` selects the same kernel
+// without the bug; python_tests/test_simt_executor.py runs both versions.
 #pragma once
 
 #include "simt/cuda_on_host.h"
@@ -45,8 +45,8 @@ __global__ void misaligned_vector(const float* in, float* out, bool fixed) {
   out[threadIdx.x] = __uint_as_float(raw.x);
 }
 
-// Last block done: every block adds its part, the last one to arrive sums the parts.
-// `fence`: 0 missing, 1 in a thread that neither wrote nor counts, 2 right
+// Every block stores its part, and the last block to arrive sums the parts. `fence`: 0 missing, 1
+// in a thread that neither wrote nor counts, 2 right
 __global__ void last_block_sums(float* parts, unsigned* counter, float* out, int fence) {
   __shared__ bool last;
   if (threadIdx.x == 0) parts[blockIdx.x] = static_cast<float>(blockIdx.x + 1);
@@ -105,7 +105,7 @@ __global__ void leaves_cluster_early(const float* in, float* out, bool fixed) {
   if (fixed) cluster_barrier({__FILE__, __LINE__});
 }
 
-// One of everything that must work: warp sums by shuffle, votes, reductions, barriers with a value
+// Collectives that must work: warp sums by shuffle, votes, reductions, barriers with a value
 __global__ void collectives(const float* in, float* out, bool) {
   const unsigned i = threadIdx.x;
   float sum = in[i];

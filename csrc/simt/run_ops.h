@@ -32,15 +32,15 @@ LogitsView<T> view_of(const LogitsInput& in) {
                              in.temperature);
 }
 
-// Exactly as large as the launch needs, which lets ASan see an overrun, and filled with bytes that
-// are NaN: a kernel may not rely on fresh scratch
+// Exactly as large as the launch needs, which lets ASan see an overrun, and filled with NaN bytes,
+// since a kernel must not rely on the contents of fresh scratch
 struct Scratch {
   std::vector<uint4> bytes;
   explicit Scratch(size_t size) : bytes((size + 15) / 16, uint4{~0u, ~0u, ~0u, ~0u}) {}
   void* data() { return bytes.data(); }
 };
 
-// Zero before the launch, and the kernel must leave them zero
+// Zero before the launch; the kernel must leave them zero
 struct Counters {
   std::vector<unsigned> values;
   explicit Counters(int64_t count) : values(count, 0u) {}
@@ -51,7 +51,7 @@ struct Counters {
   unsigned* data() { return values.data(); }
 };
 
-// launch_rows of cuda/host.h
+// The counterpart of launch_rows in cuda/host.h
 template <class T, class Partial, class Start>
 Chosen launch_rows(const Gpu& gpu, const RowWork& work, const Start& start) {
   RowLaunch run = choose_row_launch<T, Partial>(work, device_of(gpu));

@@ -44,7 +44,7 @@ std::vector<float> run_kernel(const std::string& name, bool fixed, unsigned bloc
   return out;
 }
 
-// Returns the sum, and the counter after it: 0 where it has reset itself
+// Returns the sum and the final counter, which is 0 if it has reset itself
 std::pair<float, unsigned> run_last_block_sums(int fence, unsigned blocks) {
   std::vector<float> parts(blocks);
   unsigned counter = 0;

@@ -1,8 +1,8 @@
-// The products of amx_products.h (Sapphire Rapids on).
+// The products of amx_products.h, for CPUs from Sapphire Rapids on.
 //
 // One instruction multiplies 16 tokens x 32 columns by 32 columns x 16 rows and adds into float32.
 // The first operand is the weight as it lies in memory; the hidden rows are packed in pairs of
-// columns, once. Subnormal numbers count as 0 here: no logit's float32 sum notices.
+// columns, once. AMX treats subnormal numbers as 0, a change too small to matter to a logit.
 #include "cpu/simd/amx_products.h"
 #include "cpu/simd/simd.h"
 #include "cpu/simd/transpose.h"
@@ -16,7 +16,7 @@ constexpr int64_t kTileElements = kLanes * kStep;  // 16-bit elements of one til
 constexpr int64_t kPairRows = 2 * kLanes;          // rows and tokens of one call of the inner
 constexpr int64_t kPairTokens = 2 * kLanes;        // loop: four tiles of sums
 constexpr int64_t kTileBytes = kTileElements * 2;
-// Steps before the next pair of panels takes its turn: the tokens' part, 32 KiB, stays in L1
+// Steps before the next pair of panels: that part of the tokens, 32 KiB, stays in L1
 constexpr int64_t kDepthSteps = 16;
 
 int64_t num_steps(int64_t dim) { return (dim + kStep - 1) / kStep; }
@@ -26,12 +26,12 @@ int64_t packed_bytes(int64_t rows, int64_t dim) {
   return num_pairs(rows) * 2 * num_steps(dim) * kTileBytes;
 }
 
-// Packed tokens, and four tiles of sums per pair of panels
+// Holds the packed tokens, and four tiles of sums per pair of panels
 int64_t scratch_bytes(int64_t dim, int64_t rows) {
   return (2 * num_steps(dim) + 4 * num_pairs(rows)) * kTileBytes;
 }
 
-// pack_rows() of a matrix whose rows are adjacent in memory: two columns become one line of pairs
+// pack_rows() for a matrix whose columns are contiguous: two columns become one line of pairs
 void pack_columns(MatrixView<BFloat16> hidden, int64_t rows, int64_t dim, BFloat16* out) {
   const auto bits = [](const BFloat16* x) { return reinterpret_cast<const uint16_t*>(x); };
   for (int64_t k = 0; k < dim; k += 2) {
@@ -73,11 +73,11 @@ void pack_rows(MatrixView<BFloat16> hidden, int64_t rows, int64_t dim, void* pac
   }
 }
 
-// out[step][half][token of 16][column]: whole tiles, so that no two rows fight for a cache set
+// out[step][half][token of 16][column]: whole tiles, so that rows do not compete for a cache set
 void pack_tokens(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, BFloat16* out) {
   for (int64_t t = 0; t < kPairTokens; ++t) {
     BFloat16* to = out + (t / kLanes) * kTileElements + t % kLanes * kStep;
-    if (t >= tokens) {  // what a tail leaves unused
+    if (t >= tokens) {  // unused in the last call
       for (int64_t step = 0; step < num_steps(dim); ++step) {
         __builtin_memset(to + step * 2 * kTileElements, 0, kStep * 2);
       }
@@ -100,7 +100,7 @@ void pack_tokens(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, BFloa
   }
 }
 
-// Sixteen rows of 64 bytes in all eight tiles; the thread's tile state is cleared on the way out
+// Configures all eight tiles as 16 rows of 64 bytes; the destructor clears the thread's tile state
 struct TileState {
   TileState() {
     struct alignas(64) {
@@ -123,7 +123,7 @@ void multiply(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, const vo
   constexpr int64_t kSums = kLanes * kLanes;
   const TileState state;
   for (int64_t t = 0; t < tokens; t += kPairTokens) {
-    // Copied to be read by several pairs of panels; a single pair reads whole tiles where they lie
+    // Tokens are copied if several pairs of panels read them; a single pair reads tiles in place
     const bool in_place = num_pairs(rows) == 1 && weight.column_stride == 1 && dim % kStep == 0 &&
                           tokens - t >= kPairTokens;
     if (!in_place) {
@@ -156,7 +156,7 @@ void multiply(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, const vo
           _tile_loadd(3, pair_sums + 3 * kSums, kRowBytes);
         }
         for (int64_t step = begin; step < end; ++step) {
-          if (pair == 0) {  // into L2 while the tiles multiply: else the two would take turns
+          if (pair == 0) {  // into L2 while the tiles multiply; otherwise the two alternate
             for (int64_t next = 0; next < kPairTokens; ++next) {
               __builtin_prefetch(weight.row(t + kPairTokens + next) + step * kStep, 0, 2);
             }

@@ -1,7 +1,7 @@
 // Products of bfloat16 matrices with float32 sums, on the tile registers of AMX.
 //
-// PyTorch's own bfloat16 product rounds its result to bfloat16, and widening to float32 gives up an
-// eighth or less of AMX's rate. So this product is ours, and the only one that is.
+// PyTorch's own bfloat16 product rounds its result to bfloat16, and widening to float32 runs at an
+// eighth of AMX's rate or less, so we have a product of our own.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +10,10 @@
 
 namespace dmax::cpu {
 
-// Tokens per call at most: at D = 2,048 their packed weights take 256 KiB of L2
+// The most tokens per call: at D = 2,048 their packed weights take 256 KiB of L2
 constexpr int64_t kProductTokens = 64;
 
-// A matrix of any strides, in elements
+// A matrix with any strides, in elements
 template <class T>
 struct MatrixView {
   const T* data;
@@ -25,17 +25,17 @@ struct MatrixView {
 };
 
 struct AmxProducts {
-  // Of `rows` packed rows, and of the scratch memory of one multiply()
+  // Sizes of `rows` packed rows and of the scratch memory of one multiply()
   int64_t (*packed_bytes)(int64_t rows, int64_t dim);
   int64_t (*scratch_bytes)(int64_t dim, int64_t rows);
-  // Rows [0, rows) of width dim in the layout that multiply() reads; 64-byte aligned
+  // Packs rows [0, rows) of width dim into the layout that multiply() reads; 64-byte aligned
   void (*pack_rows)(MatrixView<BFloat16> hidden, int64_t rows, int64_t dim, void* packed);
   // logits[row * logits_stride + token] for all rows and `tokens` <= kProductTokens rows of weight
   void (*multiply)(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, const void* packed,
                    int64_t rows, void* scratch, float* logits, int64_t logits_stride);
 };
 
-// Null where the CPU has no AMX
+// Null if the CPU has no AMX
 const AmxProducts* amx_products();
 
 }  // namespace dmax::cpu

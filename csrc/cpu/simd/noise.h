@@ -6,7 +6,7 @@
 
 namespace dmax::cpu::DMAX_ISA {
 
-// Exp(1) noise of ids 64 * chunk .. 64 * chunk + 63
+// Exp(1) noise for ids 64 * chunk .. 64 * chunk + 63
 inline void exponential_noise(uint32_t chunk, const NoiseKey& key, float* noise) {
   VecU c[4] = {bits_as<uint32_t>(lane_index()) + chunk * 16u, splat(key.row),
                splat(static_cast<uint32_t>(key.offset)),

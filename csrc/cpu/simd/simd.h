@@ -1,9 +1,9 @@
-// Sixteen float32 lanes on every instruction set, by the vector extension of gcc and clang.
+// Sixteen float32 lanes on every instruction set, with the vector extension of gcc and clang.
 //
 // tile_kernels_isa.cpp is compiled once per instruction set with this header. Everything lives in
 // a namespace named after the set (DMAX_ISA): the linker would otherwise merge the copies and run
-// AVX-512 code on a machine without it. For the same reason no function of the standard library
-// with a body of its own may be used from here.
+// AVX-512 code on a machine without it. For the same reason, nothing here may call an inline
+// function or template of the standard library.
 #pragma once
 
 #if defined(__AVX2__)
@@ -32,7 +32,7 @@ constexpr int kParts = 64 / kNativeBytes;
 constexpr int kNativeLanes = kNativeBytes / 4;
 
 // gcc 12 turns comparisons of vectors wider than the machine's into scalar code, so the sixteen
-// lanes are spelled as an array of native ones
+// lanes are an array of native vectors
 template <class T>
 struct Vec {
   typedef T Native __attribute__((vector_size(kNativeBytes)));
@@ -106,7 +106,7 @@ DMAX_INLINE Vec<T> select(VecI lanes, Vec<T> a, Vec<T> b) {
   return a;
 }
 
-// The same bits as another type
+// The same bits as a different type
 template <class To, class From>
 DMAX_INLINE Vec<To> bits_as(Vec<From> x) {
   Vec<To> y;
@@ -114,7 +114,7 @@ DMAX_INLINE Vec<To> bits_as(Vec<From> x) {
   return y;
 }
 
-// The same numbers as another type
+// The same numbers as a different type
 template <class To, class From>
 DMAX_INLINE Vec<To> convert(Vec<From> x) {
   Vec<To> y;
@@ -144,7 +144,7 @@ DMAX_INLINE void multiply_wide(VecU a, uint32_t b, VecU* high, VecU* low) {
   }
 }
 
-// ---- loads and stores: rows start anywhere, so none asks for alignment ----
+// ---- Loads and stores: rows start anywhere, so none requires alignment ----
 
 template <class Word>
 DMAX_INLINE VecU load_words(const Word* p) {
@@ -166,7 +166,7 @@ DMAX_INLINE void store_words(uint16_t* p, VecU x) {
   }
 }
 
-// Part by part: a copy of all 64 bytes at once goes through the stack where a register holds fewer
+// Part by part: where a register holds fewer than 64 bytes, copying all at once uses the stack
 DMAX_INLINE VecF load(const float* p) {
   VecF x;
   for (int i = 0; i < kParts; ++i) {
@@ -197,7 +197,7 @@ DMAX_INLINE void store(BFloat16* p, VecF x) {
   const VecU bits = bits_as<uint32_t>(x);
   const VecU odd = shift_right(bits, 16) & 1u;
   const VecU rounded = shift_right(bits + odd + 0x7fffu, 16);  // to nearest even
-  const VecU quiet_nan = shift_right(bits, 16) | 0x40u;  // rounding could carry it to infinity
+  const VecU quiet_nan = shift_right(bits, 16) | 0x40u;        // rounding could make it infinity
   store_words(&p->bits, select(x == x, rounded, quiet_nan));
 }
 
@@ -267,7 +267,7 @@ DMAX_INLINE float load_one(const T* p) {
   return load(lanes)[0];
 }
 
-// The last, partial vector of a range: `count` < 16 elements, the other lanes `filler`
+// The last, partial vector of a range: `count` < 16 elements, then `filler` in the other lanes
 template <class T>
 DMAX_INLINE VecF load_tail(const T* p, int count, float filler) {
   T lanes[kLanes] = {};

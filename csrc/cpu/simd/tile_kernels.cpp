@@ -36,11 +36,11 @@ extern const AmxProducts kProducts;
 
 namespace {
 
-// In ascending order. AMX is AVX-512 with one more kernel: the product of bfloat16.
+// In ascending order. AMX is AVX-512 plus one more kernel, the bfloat16 product.
 enum class InstructionSet { kPortable, kAvx2, kAvx512, kAmx };
 
 #if defined(DMAX_HAVE_AMX)
-// The CPU has it, and the kernel lets this process use its registers
+// Whether the CPU has AMX and the Linux kernel lets this process use its registers
 bool have_amx() {
   unsigned eax, ebx, ecx, edx = 0;
   constexpr unsigned kTile = 1u << 24, kBFloat16 = 1u << 22;
@@ -51,7 +51,7 @@ bool have_amx() {
 }
 #endif
 
-// PyTorch's own variable: default, avx2 or avx512 keep its kernels, and ours, from using more
+// PyTorch's own variable: default, avx2 or avx512 limits its kernels and ours to that set
 InstructionSet allowed() {
   const char* value = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string name = value ? value : "";
@@ -132,7 +132,7 @@ const AmxProducts* amx_products() {
 
 }  // namespace dmax::cpu
 
-// For `python -m dmax_kernels info`, by ctypes: the instruction set that tile_kernels() runs
+// The instruction set of tile_kernels(); `python -m dmax_kernels info` calls this through ctypes
 extern "C" __attribute__((visibility("default"))) const char* dmax_cpu_instruction_set() {
   switch (dmax::cpu::chosen()) {
     case dmax::cpu::InstructionSet::kAmx:

@@ -1,4 +1,4 @@
-// The loops over adjacent elements, in the best instruction set of the CPU we run on.
+// The loops over adjacent elements, in the best instruction set that the CPU has.
 //
 // Row kernels (csrc/cpu/<family>.cpp) cut the vocabulary into tiles of kTile elements and call
 // these; the table is looked up once per op call. All arithmetic is float32.
@@ -10,7 +10,7 @@
 
 namespace dmax::cpu {
 
-// Fixed, whatever the number of threads and rows, so that a row's bits never depend on them.
+// Independent of the number of threads and rows, so that a row's bits do not depend on them.
 // 2,048 elements are 8 KiB of float32: a tile stays in L1 between two loops over it.
 constexpr int64_t kTile = 2048;
 
@@ -28,8 +28,8 @@ struct PerturbedBest {
 
 // Sums over w = 2^t with t = (x - maximum) * scale
 struct EntropySums {
-  float weight;    // of w: the bits of sum_exp
-  float exponent;  // of t * w, which is 0 where w is
+  float weight;    // sum of w, the same bits as sum_exp
+  float exponent;  // sum of t * w, which is 0 where w is
 };
 
 template <class T>
@@ -38,15 +38,15 @@ struct TileKernels {
   float (*value)(const T* x);
   // Largest of x[0, n): NaN if any is NaN, -inf if n is 0
   float (*maximum)(const T* x, int64_t n);
-  // Place of the first element equal to `value` (of the first NaN if value is NaN); n if none
+  // Index of the first element equal to `value` (of the first NaN if value is NaN); n if none
   int64_t (*find)(const T* x, int64_t n, float value);
-  // Place of the first element above `threshold` or NaN; n if none
+  // Index of the first element that is NaN or above `threshold`; n if none
   int64_t (*find_above)(const T* x, int64_t n, float threshold);
   // Sum of 2^((x - maximum) * scale)
   float (*sum_exp)(const T* x, int64_t n, float maximum, float scale);
-  // The same, and what the entropy needs beside it
+  // The same, and the other sum that the entropy needs
   EntropySums (*entropy_sums)(const T* x, int64_t n, float maximum, float scale);
-  // Sum of x - shift; the difference comes first, so that a common offset costs no precision
+  // Sum of x - shift; subtracting before adding keeps a common offset from costing precision
   double (*sum)(const T* x, int64_t n, float shift);
   // y = factor * 2^((x - maximum) * log2(e)) + shift; y may be x
   void (*softmax_grad)(const T* x, T* y, int64_t n, float maximum, float factor, float shift);
@@ -57,11 +57,12 @@ struct TileKernels {
   double (*dot)(const T* a, const T* b, int64_t n);
   // sum += factor * x
   void (*add_scaled)(float* sum, const T* x, float factor, int64_t n);
-  // y = factor * x, the one rounding to T
+  // y = factor * x, rounded once to T
   void (*store_scaled)(T* y, const float* x, float factor, int64_t n);
   // y = x, exactly
   void (*widen)(float* y, const T* x, int64_t n);
-  // products[i * stride + t] = a_i . x_t: num_rows float32 rows `dim` apart, tokens x_stride apart
+  // products[i * stride + t] = a_i . x_t. The num_rows float32 rows of a lie `dim` elements apart,
+  // the tokens x_stride elements.
   void (*row_products)(const T* x, int64_t x_stride, int64_t tokens, const float* a,
                        int64_t num_rows, int64_t dim, float* products, int64_t stride);
 };

@@ -10,7 +10,7 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 
-// f(vector, place) over x[0, n), the last vector filled up with `filler`
+// Calls f(vector, place) over x[0, n); the last vector is padded with `filler`
 template <class T, class F>
 DMAX_INLINE void for_each_vector(const T* x, int64_t n, float filler, const F& f) {
   int64_t i = 0;
@@ -25,8 +25,8 @@ float value(const T* x) {
 
 template <class T>
 float maximum(const T* x, int64_t n) {
-  // Two chains hide the latency of the comparison. The maximum drops NaN, so they are looked for
-  // beside it, in two vectors by one comparison.
+  // Two chains hide the latency of the comparison. The maximum drops NaN, so a separate comparison,
+  // one for two vectors, looks for them.
   VecF best0 = splat(-kInfinity), best1 = best0;
   VecI nan = splat<int32_t>(0);
   int64_t i = 0;
@@ -57,7 +57,7 @@ float maximum_of_bits(const T* x, int64_t n, int16_t infinity) {
   const auto larger = [](Shorts a, Shorts b) { return a > b ? a : b; };
   const auto smaller = [](Shorts a, Shorts b) { return a < b ? a : b; };
   const auto sortable = [](Shorts bits) { return bits ^ ((bits >> 15) & 0x7fff); };
-  // Two chains of plain values: what has its address taken, gcc stores in every turn of the loop
+  // Two chains of plain values: gcc stores a variable in every iteration if its address is taken
   Shorts most0 = Shorts{} + minus_infinity, most1 = most0;
   Shorts least0 = Shorts{} + infinity, least1 = least0;
   int64_t i = 0;
@@ -134,8 +134,8 @@ int64_t find_above(const T* x, int64_t n, float threshold) {
 }
 
 // One loop for both, so that the sum of exponentials has the same bits with and without the other.
-// Native vectors go one by one through all of it, and few sums are kept: constants, sums and what
-// is at work fit AVX2's sixteen registers (a test reads the object code).
+// It processes one native vector at a time and keeps few sums, so that constants, sums and
+// temporaries fit into AVX2's sixteen registers (a test reads the object code).
 template <bool kWithExponents, class T>
 DMAX_INLINE EntropySums exp_sums(const T* x, int64_t n, float maximum, float scale) {
   constexpr int64_t kBlock = 512;  // elements in one float32 sum per lane: 32 additions
@@ -143,7 +143,7 @@ DMAX_INLINE EntropySums exp_sums(const T* x, int64_t n, float maximum, float sca
   VecF total = splat(0.0f), total_weighted = splat(0.0f);
   const auto add = [&](VecF v, VecF* sum, VecF* weighted) {
     for (int i = 0; i < kParts; ++i) {
-      // The difference first: it is exact near the maximum, where an offset of 1e4 would cancel
+      // Subtract before scaling: the difference is exact near the maximum, even at an offset of 1e4
       const VecF::Native exponent = (v.part[i] - top) * factor;
       const VecF::Native weight = exp2_part(exponent);
       sum->part[i] += weight;
@@ -184,7 +184,7 @@ EntropySums entropy_sums(const T* x, int64_t n, float maximum, float scale) {
 
 template <class T>
 double sum(const T* x, int64_t n, float shift) {
-  // A double per 256 elements keeps the error flat in n
+  // Adding a double per 256 elements keeps the error from growing with n
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += 256) {
     const int64_t count = n - begin < 256 ? n - begin : 256;
@@ -214,8 +214,8 @@ void softmax_grad(const T* x, T* y, int64_t n, float maximum, float factor, floa
 template <class T>
 PerturbedBest sample(const T* x, int64_t n, int64_t first_id, NoiseKey key, float temperature,
                      PerturbedBest best) {
-  // No noise exceeds -log(-log1p(-2^-33)) = 22.9: whatever lies further below cannot win, and
-  // needs no random numbers
+  // No noise exceeds -log(-log1p(-2^-33)) = 22.9.
+  // Elements further below cannot win and need no random numbers.
   constexpr float kMostNoise = 23.0f;
   constexpr int64_t kChunk = 64;
   float noise[kChunk];
@@ -246,7 +246,7 @@ PerturbedBest sample(const T* x, int64_t n, int64_t first_id, NoiseKey key, floa
 
 template <class T>
 double dot(const T* a, const T* b, int64_t n) {
-  // Block sums in double: the norm of a long row keeps float32's precision
+  // Block sums are added in double, so that the norm of a long row is accurate to float32
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += 512) {
     const int64_t end = n - begin < 512 ? n : begin + 512;
@@ -291,8 +291,8 @@ void widen(float* y, const T* x, int64_t n) {
 template <class T>
 void row_products(const T* x, int64_t x_stride, int64_t tokens, const float* a, int64_t num_rows,
                   int64_t dim, float* products, int64_t stride) {
-  // Eight chains of sums in native registers: enough to hide the latency of an addition. A token's
-  // sum never meets another's, so its bits depend on its own row alone.
+  // Eight chains of sums in native registers are enough to hide the latency of an addition. Sums of
+  // different tokens are never added, so a token's bits depend on its own row alone.
   constexpr int kTokens = 8 / kParts;
   for (int64_t t = 0; t < tokens; t += kTokens) {
     const T* token[kTokens];

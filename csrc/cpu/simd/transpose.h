@@ -6,8 +6,8 @@
 namespace dmax::cpu::DMAX_ISA {
 
 #if defined(__AVX512F__)
-// Lanes that swap the off-diagonal quarters of squares of side 8, 4, 2, 1: read from memory, as gcc
-// 12 would write them to the stack anew in every call
+// Lanes that swap the off-diagonal quarters of squares of side 8, 4, 2, 1. They are read from
+// memory, since gcc 12 would otherwise write them to the stack in every call.
 struct SwappedLanes {
   alignas(64) int32_t low[4][kLanes] = {};
   alignas(64) int32_t high[4][kLanes] = {};
@@ -52,7 +52,7 @@ DMAX_INLINE void transpose(VecF* x) {
 #endif
 }
 
-// columns[16][16] -> out[row * stride + column], the first `rows` rows and `count` columns of it
+// columns[16][16] -> out[row * stride + column], for the first `rows` rows and `count` columns
 DMAX_INLINE void store_transposed(const float* columns, int64_t rows, int64_t count, float* out,
                                   int64_t stride) {
   VecF x[kLanes];

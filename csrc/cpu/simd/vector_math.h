@@ -5,7 +5,8 @@
 
 namespace dmax::cpu::DMAX_ISA {
 
-// b where either is NaN. gcc 12 makes two instructions of the comparison, hence the intrinsics.
+// Gives b where either is NaN. Written with intrinsics, since gcc 12 compiles the comparison to two
+// instructions instead of one.
 DMAX_INLINE VecF::Native max_part(VecF::Native a, VecF::Native b) {
 #if defined(__AVX512F__)
   return (VecF::Native)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
@@ -43,7 +44,7 @@ struct Quarters {
   DMAX_INLINE explicit Quarters(VecF x) { __builtin_memcpy(part, &x, sizeof(x)); }
 };
 
-// A fixed tree, so that a sum's bits depend on the values alone
+// Adds along a fixed tree, so that a sum's bits depend on the values alone
 DMAX_INLINE float reduce_add(VecF x) {
   const Quarters q(x);
   const Quarters::Four sum = (q.part[0] + q.part[2]) + (q.part[1] + q.part[3]);
@@ -72,12 +73,12 @@ DMAX_INLINE bool any(VecI lanes) {
 #endif
 }
 
-// 2^x for x <= 0, relative error below 1.8e-7; below 2^-126 it stays at 2^-126, which is 0 beside
+// 2^x for x <= 0, relative error below 1.8e-7, never less than 2^-126, which is negligible next to
 // the 1 that every sum here contains. Eleven instructions.
 DMAX_INLINE VecF::Native exp2_part(VecF::Native x) {
   x = max_part(x, -126.0f - VecF::Native{});
-  // Adding and taking away 1.5 * 2^23 rounds to the nearest integer. Kept from the compiler's eyes,
-  // which would spend a second register on its negative.
+  // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer. The constant is hidden from
+  // the compiler, which would spend a second register on its negative.
   VecF::Native rounder = 12582912.0f - VecF::Native{};
   asm("" : "+x"(rounder));
   const VecF::Native shifted = x + rounder;
