@@ -3,12 +3,9 @@
 
 #include <cstdint>
 
-namespace dmax::cpu {
+#include "common/semantics.h"
 
-// A NaN passes neither test, so its position is never promoted for its confidence
-inline bool passes(float confidence, float threshold, bool inclusive) {
-  return inclusive ? confidence >= threshold : confidence > threshold;
-}
+namespace dmax::cpu {
 
 inline void promote_prefix(const float* confidence, const bool* masked, int64_t block,
                            float threshold, bool inclusive, bool* promoted) {
