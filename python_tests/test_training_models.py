@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 from training_models import BLOCK, generator
@@ -40,6 +41,11 @@ RIGHT = {
     "gemma2": (GEMMA, "logits", 1),
     "bert": ({"is_decoder": True}, "logits", 1),
 }
+
+
+# Before transformers 5 these take no mask of ours, or show no head, and are refused
+OLD = int(transformers.__version__.partition(".")[0]) < 5
+REFUSED_BY_OLD = {"gpt2", "gemma3_text", "gemma2", "bert"} if OLD else set()
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +90,10 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(kind):
     """The model's own run block by block, each after the clean tokens before it, never packed."""
     changes, loss_from, scale = RIGHT[kind]
     model = network(kind, changes)
+    if kind in REFUSED_BY_OLD:
+        with pytest.raises(ValueError, match=" must "):
+            built(model, loss_from=loss_from)
+        return
     net = built(model, loss_from=loss_from).eval()
     assert net.head_scale == scale
     clean = torch.randint(3, 90, (2, 12), generator=generator(0))
@@ -130,7 +140,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(kind):
 )
 def test_what_training_would_get_wrong_is_refused(kind, changes, message):
     model = network(kind, changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=" must " if OLD else message):
         built(model)
 
 
@@ -138,7 +148,9 @@ def test_a_softcap_is_found_where_the_logits_are_small():
     model = network("gemma2", GEMMA)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1e-3)
-    with pytest.raises(ValueError, match="got Gemma2ForCausalLM's, which differ"):
+    with pytest.raises(
+        ValueError, match=" must " if OLD else "got Gemma2ForCausalLM's, which differ"
+    ):
         built(model)
 
 
@@ -172,7 +184,7 @@ def test_other_masks_heads_and_devices_are_refused():
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attention must be one of sdpa, .* got flash_attention_2"):
         built(model)
-    model.set_attn_implementation("flex_attention")
+    model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="attention must be sdpa on a CPU"):
         built(model)
     model = network("llama", {})

@@ -7,7 +7,8 @@ import resource
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,12 @@ def load_state(checkpoint: Path, state: dict[str, Tensor]) -> None:
         ) from error
 
 
-def quiet() -> warnings.catch_warnings:
+@contextmanager
+def quiet() -> Iterator[None]:
     """Silences the warning, at each call, that a single process has no process group."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def reason(error: BaseException) -> str:

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 from dmax_kernels.triton.launch import Rows, next_power_of_2, num_multiprocessors
 from dmax_kernels.triton.linear_chunks import CHUNK_ROWS, CHUNK_TILE, chunk_statistics
@@ -129,13 +130,13 @@ def logits_tile(
 def any_of(flags):
     """Whether any of the flags [M] is set.
 
-    From 64 rows on, where Blackwell's tensor cores write to their own memory, the flags are reduced
-    as a matrix of one row: reduced as they are, they stop the compiler of Triton 3.7 ("parent
-    layout must have at least rank >= 2"). With fewer rows that form would spill.
+    On Blackwell, whose tensor cores write 64 rows or more to a memory of their own, the flags are
+    reduced as a matrix of one row: reduced as they are, they stop the compiler of Triton 3.7
+    ("parent layout must have at least rank >= 2"). Elsewhere that form would spill.
     """
-    if flags.shape[0] < 64:
-        return tl.max(flags.to(tl.int32), axis=0) > 0
-    return tl.max(tl.max(flags.to(tl.int32)[None, :], axis=1), axis=0) > 0
+    if cuda_capability_geq(10) and flags.shape[0] >= 64:
+        return tl.max(tl.max(flags.to(tl.int32)[None, :], axis=1), axis=0) > 0
+    return tl.max(flags.to(tl.int32), axis=0) > 0
 
 
 @triton.jit
