@@ -81,8 +81,8 @@ def choose_linear_tiles(
             block_k, num_stages = 128, 3
     elif num_rows <= 128:
         block_n, block_k, num_warps, num_stages = 128, 64, 4 if num_rows <= 64 else 8, 4
-        if num_rows <= 32 and not compiles_for_hopper():  # steps of 64 spill on Blackwell
-            block_k, num_stages = 128, 3
+        if num_rows <= 32 and not compiles_for_hopper():  # 128 tokens spill on Blackwell
+            block_n = 64
     elif wide and compiles_for_hopper():  # spills elsewhere
         block_n, block_k, num_warps, num_stages = 256, 64, 8, 3
     else:
