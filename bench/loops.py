@@ -129,7 +129,7 @@ def loop_shares(prompts: int = 8, repetitions: int = 5) -> list[dict]:
         config = TrainConfig(steps=1, batch_size=prompts, ops=ops)
         group = Processes(0, 1, torch.device("cpu"))
         trainer = Trainer.build(learner, config, task.EOS_ID, group)
-        body = trainer.net.backbone
+        body = trainer.objective.net.backbone
 
         def train(trainer=trainer):
             trainer.step(0, examples)

@@ -8,7 +8,7 @@ from test_bench import SMALL, flat
 
 from bench.cases import CANDIDATES, Case, cases_of, is_quick, key_cases
 from bench.cpu_peers import CPU_PEERS, add_cpu_peers
-from bench.loops import ModelClock, busy_core, share_outside
+from bench.loops import ModelClock, busy_core, loop_shares, share_outside
 from bench.run import Budget, print_table, run_cases
 from dmax_kernels.bench import timer
 from dmax_kernels.bench.timer import Machine
@@ -166,3 +166,11 @@ def test_share_of_a_loop_outside_the_model():
     run()
     outside = share_outside(model, run, repetitions=3)["share outside the model"]
     assert 0.5 < outside <= 1
+
+
+def test_the_loops_shares_are_shares():
+    rows = loop_shares(prompts=2, repetitions=1)
+    assert {(row["loop"], row["ops"]) for row in rows} == {
+        (loop, ops) for loop in ("decoding", "training") for ops in ("reference", "fused")
+    }
+    assert all(0 < row["share outside the model"] < 1 for row in rows)
