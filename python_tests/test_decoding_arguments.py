@@ -21,7 +21,7 @@ from dmax_kernels.decoding import (
 )
 from dmax_kernels.decoding.extra import Canvas, global_arness, nap_generate
 from dmax_kernels.training.config import TrainConfig
-from dmax_kernels.training.oput import block_mask, uniform_mask
+from dmax_kernels.training.corrupt import block_mask, uniform_mask
 
 K = 8
 
@@ -165,7 +165,10 @@ def test_the_default_dtype_changes_no_corruption(other_default_dtype):
 
     def masks():
         generator = torch.Generator().manual_seed(0)
-        return block_mask(editable, 8, generator), uniform_mask(editable, (0.2, 0.9), generator)
+        return (
+            *block_mask(editable, 8, generator),
+            *uniform_mask(editable, (0.2, 0.9), generator),
+        )
 
     expected = masks()
     other_default_dtype()

@@ -1,6 +1,5 @@
-"""What is corrupted, what sees what, the two losses, the optimizers and the schedules."""
+"""What is corrupted, what sees what, and the losses of every objective."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -8,19 +7,14 @@ import torch
 from training_models import BLOCK, MASK, generator, random_llama, random_model
 
 from dmax_kernels import reference
+from dmax_kernels.training.baselines import Certainty, Mdlm, Uniform, token_statistics
 from dmax_kernels.training.config import TrainConfig
+from dmax_kernels.training.corrupt import IGNORE, block_mask, uniform_mask
 from dmax_kernels.training.data import Example, collate
 from dmax_kernels.training.layout import Layout, attention_mask
 from dmax_kernels.training.loop import build_objective
 from dmax_kernels.training.model import DenoisingModel
-from dmax_kernels.training.optim import (
-    MasterWeights,
-    Muon,
-    build_optimizers,
-    learning_rate_factor,
-    orthogonalize,
-)
-from dmax_kernels.training.oput import IGNORE, Mdlm, Oput, block_mask, uniform_mask
+from dmax_kernels.training.oput import Oput, Recipe
 from dmax_kernels.training.prepare import build_net
 
 CPU = torch.device("cpu")
@@ -51,15 +45,20 @@ def random_batch(eos_tail="block"):
     return examples, collate(examples, BLOCK, EOS, eos_tail)
 
 
-def oput(model, ops=reference, **options):
-    return Oput(DenoisingModel(model), ops, **options)
+def build(kind, model, ops=reference, **recipe):
+    return kind(DenoisingModel(model), ops, Recipe(**recipe))
 
 
-def mdlm(model, ops=reference):
-    return Mdlm(DenoisingModel(model), ops)
+def oput(model, **recipe):
+    return build(Oput, model, **recipe)
 
 
-OBJECTIVES = {"oput": oput, "mdlm": mdlm}
+OBJECTIVES = {
+    "oput": Oput,
+    "uniform": Uniform,
+    "mdlm": Mdlm,
+    "certainty": Certainty,
+}
 
 
 def losses_of(objective, corrupted, rows=range(4)):
@@ -71,7 +70,7 @@ def losses_of(objective, corrupted, rows=range(4)):
 
 def test_block_mask_draws_a_count_for_each_block():
     editable = torch.ones(2000, 2 * BLOCK, dtype=torch.bool)
-    counts = block_mask(editable, BLOCK, generator()).view(2000, 2, BLOCK).sum(-1)
+    counts = block_mask(editable, BLOCK, generator())[0].view(2000, 2, BLOCK).sum(-1)
     assert counts.min() == 1  # a block without a mask would teach nothing
     assert counts.max() == BLOCK
     share = torch.bincount(counts.flatten(), minlength=BLOCK + 1)[1:] / counts.numel()
@@ -82,19 +81,19 @@ def test_block_mask_draws_a_count_for_each_block():
 
 def test_a_prompt_is_never_masked():
     editable = torch.arange(12).expand(500, 12) >= 6  # the second block is half prompt
-    assert not (block_mask(editable, BLOCK, generator()) & ~editable).any()
-    assert block_mask(editable, BLOCK, generator())[:, 6:8].any(-1).all()
+    assert not (block_mask(editable, BLOCK, generator())[0] & ~editable).any()
+    assert block_mask(editable, BLOCK, generator())[0][:, 6:8].any(-1).all()
     for ratio in ((0.0, 1.0), (1.0, 1.0)):
-        assert not (uniform_mask(editable, ratio, generator()) & ~editable).any()
-    assert uniform_mask(editable, (1.0, 1.0), generator()).equal(editable)
+        assert not (uniform_mask(editable, ratio, generator())[0] & ~editable).any()
+    assert uniform_mask(editable, (1.0, 1.0), generator())[0].equal(editable)
 
 
 def test_uniform_mask_has_its_ratio():
     editable = torch.ones(400, 100, dtype=torch.bool)
-    fixed = uniform_mask(editable, (0.75, 0.75), generator()).float().mean(1)
+    fixed = uniform_mask(editable, (0.75, 0.75), generator())[0].float().mean(1)
     assert fixed.mean() == pytest.approx(0.75, abs=0.01)  # standard error 0.002
     assert fixed.std() == pytest.approx((0.75 * 0.25 / 100) ** 0.5, rel=0.2)
-    drawn = uniform_mask(editable, (0.2, 0.8), generator()).float().mean(1)
+    drawn = uniform_mask(editable, (0.2, 0.8), generator())[0].float().mean(1)
     assert drawn.mean() == pytest.approx(0.5, abs=0.04)  # standard error 0.009
     assert drawn.std() > 0.15  # one level per row: uniform over 0.6 has 0.173
 
@@ -176,10 +175,10 @@ def by_hand(model, batch, response, start, learnt):
 def test_the_mdlm_loss_is_the_sum_over_masked_positions(eos_tail):
     model = random_model()
     _, batch = random_batch(eos_tail)
-    objective = mdlm(model)
+    objective = build(Mdlm, model, mask_level="block")
     corrupted = objective.corrupt(batch, seed=3, step=0)
-    loss, absent = losses_of(objective, corrupted)
-    assert absent is None
+    losses = losses_of(objective, corrupted)
+    assert list(losses) == ["loss_masked"]
     assert len(corrupted.masks) == 2
     expected, count, start = 0.0, 0, batch.start
     for masked in corrupted.masks:
@@ -187,8 +186,59 @@ def test_the_mdlm_loss_is_the_sum_over_masked_positions(eos_tail):
         noisy, learnt = batch.tokens.masked_fill(masked, MASK), masked & (batch.target != IGNORE)
         expected = expected + by_hand(model, batch, noisy[:, start:], start, learnt[:, start:])
         count += int(learnt.sum())
+    torch.testing.assert_close(losses["loss_masked"], expected, rtol=1e-5, atol=0)
+    assert corrupted.divisor == count
+
+
+@pytest.mark.parametrize("level", ["sequence", "block"])
+def test_the_inverse_weight_is_equation_1(level):
+    """Each masked position weighs 1 / t, over the number of learnt positions."""
+    model = random_model()
+    _, batch = random_batch()
+    recipe = {"mask_level": level, "mask_ratio": (0.0, 1.0), "mask_weight": "inverse"}
+    objective = build(Mdlm, model, **recipe)
+    corrupted = objective.corrupt(batch, seed=3, step=0)
+    start, expected = batch.start, 0.0
+    for masked, weight in zip(corrupted.masks, corrupted.weights, strict=True):
+        noisy, learnt = batch.tokens.masked_fill(masked, MASK), masked & (batch.target != IGNORE)
+        if level == "block":  # t is the share of the block that is masked
+            blocks = [each.view(4, -1, BLOCK).sum(-1) for each in (masked, batch.editable)]
+            t = (blocks[0] / blocks[1]).repeat_interleave(BLOCK, 1)
+            torch.testing.assert_close(weight[masked], 1 / t[masked])
+        else:  # one t for a row
+            assert all(len(row[row > 0].unique()) <= 1 for row in weight)
+        for value in weight[learnt].unique():
+            chosen = learnt & (weight == value)
+            part = by_hand(model, batch, noisy[:, start:], start, chosen[:, start:])
+            expected = expected + value * part
+    loss = losses_of(objective, corrupted)["loss_masked"]
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    assert corrupted.num_learnt == count
+    assert corrupted.divisor == 2 * int(batch.learnt.sum())
+
+
+@pytest.mark.parametrize("level", ["sequence", "block"])
+def test_the_inverse_weight_is_unbiased(level):
+    """Every position's weight averages 1: the loss estimates that of all positions."""
+    batch = collate([Example((), tuple(range(4, 12)), "")] * 400, BLOCK, EOS, "block")
+    recipe = {"mask_level": level, "mask_ratio": (0.2, 1.0), "mask_weight": "inverse"}
+    objective = build(Mdlm, random_model(), **recipe)
+    weights = torch.stack(objective.corrupt(batch, seed=0, step=0).weights)
+    assert weights.mean() == pytest.approx(1.0, abs=0.05)  # standard error about 0.015
+
+
+def test_sequences_average_the_means_of_sequences():
+    model = random_model()
+    _, batch = random_batch()
+    joint = build(Mdlm, model, mask_level="block", loss_average="sequences")
+    corrupted = joint.corrupt(batch, seed=3, step=0)
+    loss = losses_of(joint, corrupted)["loss_masked"] / corrupted.divisor
+    means = []
+    plain = build(Mdlm, model, mask_level="block")
+    for row in range(4):
+        alone = plain.corrupt(batch, seed=3, step=0).rows([row], CPU)
+        counted = sum((each & alone.batch.learnt).sum() for each in alone.masks)
+        means.append(plain(alone)["loss_masked"] / counted)
+    torch.testing.assert_close(loss, torch.stack(means).mean(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -216,41 +266,131 @@ def test_the_oput_losses_are_equations_3_to_5(temperature):
     assert (noisy_predicted != clean).any()
     assert (noisy_predicted != MASK).all()
     learnt = batch.target[:, start:] != IGNORE
-    for loss, noisy in zip(losses, (noisy_masked, noisy_predicted), strict=True):
+    for loss, noisy in zip(losses.values(), (noisy_masked, noisy_predicted), strict=True):
         expected = by_hand(model, batch, noisy, start, learnt)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    assert corrupted.num_learnt == int(learnt.sum())
+    assert list(losses) == ["loss_masked", "loss_predicted"]
+    assert corrupted.divisor == int(learnt.sum())
+
+
+def test_the_uniform_loss_is_equation_2():
+    model = random_model()
+    _, batch = random_batch()
+    objective = build(Uniform, model, mask_ratio=(0.5, 1.0))
+    corrupted = objective.corrupt(batch, seed=0, step=7)
+    (noisy_masked,) = objective.masked_inputs(corrupted)
+    noisy = objective.fill(corrupted, noisy_masked)
+    masked = corrupted.masks[0][:, batch.start :]
+    assert noisy[~masked].equal(batch.tokens[:, batch.start :][~masked])
+    assert (noisy != MASK).all()
+    losses = losses_of(objective, corrupted)
+    learnt = batch.learnt[:, batch.start :]  # all of them, replaced or not
+    expected = by_hand(model, batch, noisy, batch.start, learnt)
+    torch.testing.assert_close(losses["loss_uniform"], expected, rtol=1e-5, atol=0)
+    alone = build(Uniform, model, mask_ratio=(0.5, 1.0), passes="second")
+    only = losses_of(alone, alone.corrupt(batch, seed=0, step=7))
+    assert list(only) == ["loss_uniform"]
+    torch.testing.assert_close(only["loss_uniform"], expected, rtol=1e-5, atol=0)
+
+
+def test_uniform_tokens_are_uniform():
+    """Every token but the mask, equally often: a chi-squared test at one in a million."""
+    objective = build(Uniform, random_model(), mask_ratio=(1.0, 1.0))
+    batch = collate([Example((), (20,) * 40, "")] * 100, BLOCK, EOS, "block")
+    corrupted = objective.corrupt(batch, seed=1, step=0)
+    (noisy,) = objective.masked_inputs(corrupted)
+    drawn = objective.fill(corrupted, noisy)
+    counts = torch.bincount(drawn.flatten(), minlength=objective.net.vocabulary)
+    assert counts[MASK] == 0
+    others = counts[torch.arange(len(counts)) != MASK].double()
+    expected = others.sum() / len(others)
+    degrees = len(others) - 1
+    chi_squared = ((others - expected) ** 2 / expected).sum()
+    assert chi_squared < degrees + 5 * (2 * degrees) ** 0.5
+    again = objective.fill(corrupted.rows(range(50, 100), CPU), noisy[50:])
+    assert again.equal(drawn[50:])  # a draw does not depend on the rows beside it
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_certainty_loss_adds_entropy_where_the_model_is_right(temperature):
+    model = random_model()
+    _, batch = random_batch()
+    recipe = {"certainty_beta": 2.0, "certainty_temperature": temperature}
+    objective = build(Certainty, model, mask_level="block", **recipe)
+    corrupted = objective.corrupt(batch, seed=3, step=0)
+    losses = losses_of(objective, corrupted)
+    plain = losses_of(build(Mdlm, model, mask_level="block"), corrupted)
+    torch.testing.assert_close(losses["loss_masked"], plain["loss_masked"], rtol=1e-5, atol=0)
+    expected, right = 0.0, 0
+    for masked in corrupted.masks:
+        noisy = batch.tokens.masked_fill(masked, MASK)[:, batch.start :]
+        for row, clean in enumerate(batch.tokens):
+            p = log_p(model, clean, noisy[row], batch.start)
+            at = (masked & batch.learnt)[row, batch.start :] & (
+                p.argmax(-1) == clean[batch.start :]
+            )
+            sharp = (p[at] / temperature).softmax(-1)
+            expected = expected - 2.0 * torch.special.xlogy(sharp, sharp).sum()
+            right += int(at.sum())
+    assert right > 0
+    torch.testing.assert_close(losses["loss_certainty"], expected, rtol=1e-5, atol=0)
+
+
+def test_certainty_pushes_only_where_the_model_is_right():
+    states = torch.tensor([[2.0, 0.0, 0.0], [2.0, 0.0, 0.0]], requires_grad=True)
+    _, entropy, right = token_statistics(states, None, None, torch.tensor([0, 1]), 1.0)
+    assert right.tolist() == [True, False]
+    torch.where(right, entropy, 0.0).sum().backward()
+    assert states.grad[0, 0] < 0  # descent raises the winner
+    assert (states.grad[1] == 0).all()
 
 
 def test_alternating_steps_are_the_two_passes_of_joint_ones():
     model = random_model()
     _, batch = random_batch()
 
-    def losses(alternating, step):
-        objective = oput(model, alternating=alternating)
+    def losses(passes, step):
+        objective = oput(model, passes=passes)
         passes = objective.corrupt(batch, seed=0, step=step).passes
         corrupted = replace(objective.corrupt(batch, seed=0, step=7), passes=passes)
         return losses_of(objective, corrupted)
 
-    joint, even, odd = losses(False, 0), losses(True, 0), losses(True, 1)
-    assert even[1] is None
-    assert odd[0] is None
-    torch.testing.assert_close((even[0], odd[1]), joint, rtol=1e-5, atol=0)
+    joint, even, odd = losses("joint", 0), losses("alternating", 0), losses("alternating", 1)
+    assert list(even) == ["loss_masked"]
+    assert list(odd) == ["loss_predicted"]
+    torch.testing.assert_close({**even, **odd}, joint, rtol=1e-5, atol=0)
+    second = losses("second", 0)
+    torch.testing.assert_close(second, odd, rtol=1e-5, atol=0)
 
 
+def test_alternating_steps_can_share_their_masks():
+    _, batch = random_batch()
+    masks = {}
+    for share in (False, True):
+        objective = oput(random_model(), passes="alternating", share_masks=share)
+        drawn = [objective.corrupt(batch, seed=0, step=step) for step in (6, 7, 8)]
+        assert [each.passes for each in drawn] == [(True, False), (False, True), (True, False)]
+        masks[share] = [each.masks[0] for each in drawn]
+    assert masks[True][0].equal(masks[False][0])
+    assert masks[True][1].equal(masks[True][0])
+    assert not masks[False][1].equal(masks[False][0])
+    assert not masks[True][2].equal(masks[True][0])
+
+
+@pytest.mark.parametrize("average", ["tokens", "sequences"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_micro_batches_change_nothing(name):
+def test_micro_batches_change_nothing(name, average):
     # The rows beside a row change its padding, its start and its place, but not its draws
     model = random_model()
     _, batch = random_batch()
-    objective = OBJECTIVES[name](model)
+    objective = build(OBJECTIVES[name], model, loss_average=average)
     corrupted = objective.corrupt(batch, seed=0, step=7)
     values = []
     for split in ([[0, 1, 2, 3]], [[3], [1, 0], [2]]):
         model.zero_grad()
         for rows in split:
             losses = losses_of(objective, corrupted, rows)
-            sum(loss for loss in losses if loss is not None).backward()
+            sum(losses.values()).backward()
         values.append([p.grad for p in model.parameters()])
     for whole, parts in zip(*values, strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
@@ -265,7 +405,7 @@ def test_the_rollout_carries_no_gradient_and_follows_the_parameters():
     assert noisy.equal(batch.tokens[:, batch.start :].masked_fill(masked, MASK))
 
     def roll():
-        return objective.rollout(corrupted, noisy)
+        return objective.fill(corrupted, noisy)
 
     first = roll()
     assert first.grad_fn is None
@@ -282,7 +422,7 @@ def test_a_step_without_a_mask_has_nothing_to_roll_out():
     objective = oput(model, mask_ratio=(0.0, 1e-9))
     corrupted = objective.corrupt(batch, seed=0, step=0)
     assert not corrupted.masks[0].any()
-    masked, predicted = losses_of(objective, corrupted, [0, 1])
+    masked, predicted = losses_of(objective, corrupted, [0, 1]).values()
     torch.testing.assert_close(masked, predicted)
 
 
@@ -294,84 +434,7 @@ def test_fused_and_reference_ops_give_the_same_losses_and_gradients(name):
         model = random_model()
         objective = build_objective(model, numbers(objective=name, ops=ops), CPU)
         losses = losses_of(objective, objective.corrupt(batch, seed=0, step=3))
-        sum(loss for loss in losses if loss is not None).backward()
+        sum(losses.values()).backward()
         values[ops] = [p.grad for p in model.parameters()]
     for fused, expected in zip(values["fused"], values["reference"], strict=True):
         torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-5)
-
-
-# Optimizers
-
-
-@pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64), (3, 16, 16)])
-def test_orthogonalize_brings_singular_values_near_one(shape):
-    matrix = torch.randn(shape, generator=generator())
-    values = torch.linalg.svdvals(orthogonalize(matrix))
-    # The quintic is tuned for a steep start and leaves 0.7..1.2; a square Gaussian matrix has
-    # singular values near 0, of which five steps lift all but the smallest.
-    assert values.max() < 1.25
-    assert values.median() > 0.65
-    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    alignment = (orthogonalize(matrix) * (u @ v)).sum((-2, -1)) / min(shape[-2:])
-    assert alignment.min() > 0.65
-
-
-def test_muon_descends():
-    weight = torch.nn.Parameter(torch.randn(8, 4, generator=generator()))
-    target = torch.randn(8, 4, generator=generator(1))
-    optimizer = Muon([weight], lr=0.05)
-    before = (weight - target).square().mean().item()
-    for _ in range(60):
-        optimizer.zero_grad()
-        (weight - target).square().mean().backward()
-        optimizer.step()
-    assert (weight - target).square().mean().item() < 0.05 * before
-
-
-def test_learning_rates_warm_up_stay_and_fall():
-    def factors(schedule, **changes):
-        config = numbers(schedule=schedule, warmup_steps=2, steps=20, **changes)
-        return [learning_rate_factor(config, step) for step in range(20)]
-
-    linear = factors("linear", decay_from=0.5)
-    assert linear[:3] == [0.5, 1.0, 1.0]
-    assert linear[10:12] == [1.0, 0.9]
-    assert linear[19] == pytest.approx(0.1)
-    cosine = factors("cosine")
-    assert cosine[:3] == [0.5, 1.0, 1.0]
-    assert cosine[11] == pytest.approx(0.5)
-    assert cosine[19] == pytest.approx((1 + math.cos(math.pi * 17 / 18)) / 2)
-    assert factors("constant") == [0.5] + [1.0] * 19
-    assert learning_rate_factor(numbers(warmup_steps=0, steps=1), 0) == 1.0
-
-
-def test_muon_takes_the_matrices_of_the_layers():
-    model = random_model()
-    parameters = dict(model.named_parameters())
-    layers = {name for name in parameters if ".layers." in name}
-    muon, adamw = build_optimizers(numbers(optimizer="muon"), parameters, layers)
-    assert len(muon.param_groups[0]["params"]) == len(layers)
-    assert len(adamw.param_groups[0]["params"]) == 2
-    (adamw,) = build_optimizers(numbers(), parameters, layers)
-    assert len(adamw.param_groups[0]["params"]) == len(parameters)
-
-
-def test_master_weights_keep_what_bfloat16_rounds_away():
-    net = build_net(random_model(), numbers(precision="bf16-master"), CPU)
-    before = {name: p.detach().clone() for name, p in net.model.named_parameters()}
-    masters = MasterWeights(net.model)
-    name = "lm_head.weight"
-    weight = net.model.lm_head.weight
-    assert weight.dtype == torch.bfloat16
-    assert masters.named[name].equal(before[name])  # taken before the rounding
-    for _ in range(3):  # micro batches
-        weight.grad = torch.full_like(weight, 1.0)
-        masters.take_gradients()
-    assert weight.grad is None
-    assert masters.named[name].grad.dtype == torch.float32
-    assert masters.named[name].grad.equal(torch.full_like(before[name], 3.0))
-    with torch.no_grad():
-        masters.named[name].add_(1e-6)
-    masters.publish()
-    assert weight.equal(before[name].add(1e-6).bfloat16())
-    assert not masters.named[name].equal(before[name])

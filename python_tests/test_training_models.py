@@ -194,7 +194,7 @@ def test_other_masks_heads_and_devices_are_refused():
             built(model, loss_from=loss_from)
 
 
-@pytest.mark.parametrize("objective", ["oput", "mdlm"])
+@pytest.mark.parametrize("objective", ["oput", "uniform", "mdlm", "certainty"])
 def test_a_step_from_logits_is_the_step_from_hidden_states(objective):
     examples = [Example((5, 6, 7, 8), (9, 10, 11, 12, 13, 2), "a"), Example((20,), (21, 2), "b")]
     values = {}
@@ -204,7 +204,7 @@ def test_a_step_from_logits_is_the_step_from_hidden_states(objective):
         built_objective = build_objective(model, config, CPU)
         corrupted = built_objective.corrupt(collate(examples, BLOCK, 2, "block"), seed=0, step=3)
         losses = built_objective(corrupted.rows([0, 1], CPU))
-        sum(loss for loss in losses if loss is not None).backward()
+        sum(losses.values()).backward()
         values[loss_from] = losses, gradients(model)
     torch.testing.assert_close(values["logits"], values["hidden"], rtol=1e-4, atol=1e-5)
 
@@ -216,7 +216,7 @@ def test_the_default_dtype_changes_nothing(dtype):
     def made(model):
         mask = built(model).mask(Layout(8, 4, BLOCK, 1))
         drawn = uniform_mask(editable, (0.2, 0.8), generator())
-        return mask, drawn, block_mask(editable, BLOCK, generator())
+        return mask, *drawn, *block_mask(editable, BLOCK, generator())
 
     models = [network("llama", {"attn_implementation": "eager"}) for _ in range(2)]
     expected = made(models[0])
@@ -225,7 +225,7 @@ def test_the_default_dtype_changes_nothing(dtype):
         found = made(models[1])
     finally:
         torch.set_default_dtype(torch.float32)
-    assert [each.dtype for each in found] == [torch.float32, torch.bool, torch.bool]
+    assert [each.dtype for each in found] == [torch.float32, *[torch.bool, torch.float32] * 2]
     assert all(map(torch.equal, found, expected))
 
 

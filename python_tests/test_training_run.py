@@ -190,6 +190,55 @@ def test_alternating_passes(folder, tmp_path):
     assert losses(whole) == losses(rows)
 
 
+@pytest.mark.parametrize(
+    ("objective", "names"),
+    [
+        ("uniform", ["loss_masked", "loss_uniform"]),
+        ("mdlm", ["loss_masked"]),
+        ("certainty", ["loss_masked", "loss_certainty"]),
+    ],
+)
+def test_the_other_objectives_lower_their_loss(folder, tmp_path, objective, names):
+    """`whole` is the run of oput."""
+    more = ("--objective", objective, "--certainty-beta", "0.1")
+    rows = train(folder, tmp_path, *more, "--learning-rate", "0.03", "--stop-after", "3")
+    rows = train(folder, tmp_path, *more, "--learning-rate", "0.03")
+    assert [name for name in rows[0] if name.startswith("loss_")] == names
+    sums = [sum(row[name] for name in names) for row in rows]
+    assert sum(sums[3:]) < 0.95 * sum(sums[:3])
+    whole = train(folder, tmp_path / "whole", *more, "--learning-rate", "0.03")
+    assert [row["grad_norm"] for row in whole] == [row["grad_norm"] for row in rows]
+
+
+def test_presets_stand_below_what_is_given(folder, tmp_path):
+    def settings(*more):
+        output = tmp_path / str(len(list(tmp_path.iterdir())))
+        argv = arguments(folder, output, "--stop-after", "1", *more)
+        at = argv.index("--warmup-steps")
+        assert main(argv[:at] + argv[at + 2 :]) == 0
+        run = output / "checkpoints/step-00000001/training_state/run.json"
+        return json.loads(run.read_text())["settings"]
+
+    paper, released = settings("--preset", "paper"), settings("--preset", "released")
+    assert {name for name in paper if paper[name] != released[name]} == {
+        *("share_masks", "rollout_temperature", "loss_average", "eos_tail", "betas"),
+        *("weight_decay", "warmup_fraction", "decay_to", "precision"),
+    }
+    assert paper["passes"] == released["passes"] == "alternating"
+    assert released["warmup_fraction"] == 0.03
+    assert released["betas"] == [0.9, 0.999]
+    given = ("--preset", "released", "--objective", "mdlm", "--weight-decay", "0.5")
+    mdlm = settings(*given)
+    assert mdlm["passes"] == "joint"
+    assert mdlm["weight_decay"] == 0.5
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"preset": "paper", "decay_to": 0.25}))
+    from_file = settings("--config", str(config), "--passes", "joint", "--warmup-steps", "7")
+    assert from_file == {**paper, "decay_to": 0.25, "passes": "joint", "share_masks": False} | {
+        "warmup_steps": 7
+    }
+
+
 def test_epochs_give_the_number_of_steps(folder, tmp_path, capsys):
     for passes, steps in (("joint", 5), ("alternating", 10)):  # 1.5 epochs of 12 by 4, rounded up
         more = ("--epochs", "1.5", "--passes", passes, "--stop-after", "1")
@@ -238,12 +287,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, whole, tmp_path, capsys
     forward = loop.Oput.forward
 
     def broken(self, corrupted):
-        masked, predicted = forward(self, corrupted)
+        losses = forward(self, corrupted)
         # one micro batch of step 2: the first that comes
         if broken.step != 2 or broken.done:
-            return masked, predicted
+            return losses
         broken.done = True
-        return masked * torch.nan, predicted
+        return {**losses, "loss_masked": losses["loss_masked"] * torch.nan}
 
     def step(self, number, examples):
         broken.step, broken.trainer = number, self
@@ -355,6 +404,9 @@ def test_a_mistake_is_told_in_one_line(folder, tmp_path, capsys):
         ([*base, "--batch-size", "0"], "batch_size must be at least 1, got 0"),
         ([*base, "--mask-ratio", "0.9", "0.1"], "mask_ratio must be 0 <= LOW <= HIGH <= 1"),
         ([*base, "--objective", "mdlm", "--passes", "alternating"], "passes must be joint"),
+        ([*base, "--share-masks"], "passes must be alternating with share_masks, got joint"),
+        ([*base, "--mask-weight", "inverse"], "objective must be mdlm with mask_weight inverse"),
+        ([*base, "--certainty-temperature", "0"], "certainty_temperature must be positive"),
         ([*base, "--batch-size", "3", "--micro-batch-size", "2"], "batch_size must be a multiple"),
         ([*base, "--attention", "flex"], "attention must be sdpa on a CPU"),
         ([*base, "--mask-token-id", "46"], "mask_token_id must be in [0, 46), got 46"),

@@ -115,8 +115,6 @@ def run(args: argparse.Namespace) -> int:
     if loaded.defaults.note and options["rule"] == "spd":
         print(f"note: {args.model} was {loaded.defaults.note}", file=sys.stderr)
     pad_prompts = loaded.defaults.pad_prompts if args.pad_prompts is None else args.pad_prompts
-    if pad_prompts and loaded.tokenizer.pad_token_id is None:
-        raise ValueError("--pad-prompts needs a tokenizer with a padding token, got none")
     encoded = encode_all(loaded, prompts, args.raw, pad_prompts)
 
     size = args.batch_size or len(prompts)
@@ -175,21 +173,15 @@ def prompt_of(line: Any, in_record: bool) -> str:
     return line["prompt"]
 
 
-def encode(loaded: Loaded, prompt: str, raw: bool, pad: bool) -> list[int]:
-    from dmax_kernels.models.prompt_ids import has_chat_template, prompt_ids
-
-    tokenizer = loaded.tokenizer
-    ids, _ = prompt_ids(tokenizer, [{"role": "user", "content": prompt}], raw=raw)
-    if pad and ids and (raw or not has_chat_template(tokenizer)):
-        ids = [tokenizer.pad_token_id] * (-len(ids) % loaded.defaults.block_length) + ids
-    return ids
-
-
 def encode_all(loaded: Loaded, prompts: list[str], raw: bool, pad: bool) -> list[list[int]]:
+    from dmax_kernels.models.prompt_ids import padding, prompt_ids
+
+    pad_to = padding(loaded.tokenizer, loaded.defaults.block_length, pad)
     encoded = []
     for number, prompt in enumerate(prompts, 1):
+        messages = [{"role": "user", "content": prompt}]
         try:
-            encoded.append(encode(loaded, prompt, raw, pad))
+            encoded.append(prompt_ids(loaded.tokenizer, messages, raw=raw, pad_to=pad_to)[0])
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from None
     return encoded

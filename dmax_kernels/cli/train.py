@@ -11,7 +11,7 @@ from typing import Any
 
 from dmax_kernels.cli.options import add_option
 from dmax_kernels.files import read_json
-from dmax_kernels.training.config import TrainConfig
+from dmax_kernels.training.config import PRESETS, TrainConfig
 
 EPILOG = """
 examples:
@@ -45,8 +45,14 @@ SECTIONS = {
     "objective": (
         "objective",
         "passes",
+        "share_masks",
         "mask_ratio",
+        "mask_level",
+        "mask_weight",
+        "loss_average",
         "rollout_temperature",
+        "certainty_beta",
+        "certainty_temperature",
         "block_length",
         "eos_tail",
     ),
@@ -59,7 +65,9 @@ SECTIONS = {
         "betas",
         "schedule",
         "warmup_steps",
+        "warmup_fraction",
         "decay_from",
+        "decay_to",
         "clip_norm",
     ),
     "speed and memory": ("precision", "attention", "loss_from", "gradient_checkpointing", "ops"),
@@ -85,6 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"override; or {RECIPE}, the shipped recipe, which takes --output, --ops and --threads",
     )
     data.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="the settings in which the paper's text and the authors' released configuration "
+        "differ, as the one or the other has them (docs/guide.md lists them); any option overrides "
+        "its own",
+    )
+    data.add_argument(
         "--model",
         help="a name on the Hugging Face hub, the folder of a checkpoint, or base, oput or control",
     )
@@ -102,6 +117,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="tokens of prompt and response above which a record is skipped (default: what fits in "
         "the model's context)",
+    )
+    data.add_argument(
+        "--pad-prompts",
+        action=argparse.BooleanOptionalAction,
+        help="pad prompts on the left to whole blocks, where the tokenizer has no chat template "
+        "(default: for base, oput and control, which were trained so)",
     )
     data.add_argument("--mask-token-id", type=int, help="the mask token (default: the model's)")
     data.add_argument(

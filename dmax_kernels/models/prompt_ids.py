@@ -24,13 +24,23 @@ def render(tokenizer: Any, messages: Messages, *, answer_follows: bool) -> str:
         raise ValueError(f"the chat template refuses the messages ({reason})") from None
 
 
-def prompt_ids(tokenizer: Any, messages: Messages, *, raw: bool = False) -> tuple[list[int], str]:
+def padding(tokenizer: Any, block_length: int, wanted: bool) -> int | None:
+    """`prompt_ids`' `pad_to`: the block length where padding is wanted."""
+    if wanted and tokenizer.pad_token_id is None:
+        raise ValueError("--pad-prompts needs a tokenizer with a padding token, got none")
+    return block_length if wanted else None
+
+
+def prompt_ids(
+    tokenizer: Any, messages: Messages, *, raw: bool = False, pad_to: int | None = None
+) -> tuple[list[int], str]:
     """The token ids of a prompt, and the text that they encode.
 
     With a chat template (unless `raw`), the template writes the special tokens. Without one there
     must be a single message, and the tokenizer adds its special tokens as it does to any text, such
     as Llama's <s> at the start. An end-of-sequence token at the end is removed, since the answer
-    comes there.
+    comes there. With `pad_to`, such a prompt is then padded on the left to a multiple of it: the
+    demo's models were trained with prompts that fill whole blocks.
     """
     if not messages:
         raise ValueError("the answer must follow a message, got no message before it")
@@ -47,6 +57,8 @@ def prompt_ids(tokenizer: Any, messages: Messages, *, raw: bool = False) -> tupl
     ids = list(tokenizer(text)["input_ids"])
     if bare and ids[-1] == tokenizer.eos_token_id and ids[-len(bare) :] != bare:
         del ids[-1]
+    if pad_to is not None:
+        ids = [tokenizer.pad_token_id] * (-len(ids) % pad_to) + ids
     return ids, text
 
 

@@ -33,6 +33,7 @@ from dmax_kernels.ring_walk.stages import (
 )
 from dmax_kernels.training.data import Example
 from dmax_kernels.training.loop import fit
+from dmax_kernels.training.outputs import losses_of
 from dmax_kernels.training.parallel import Processes
 
 EVALUATION_PROBLEMS = 300
@@ -144,7 +145,7 @@ def evaluations(name: str, model: nn.Module, ops: str) -> list[dict[str, Any]]:
 
 
 def stage_log(stage: Stage, metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    losses = [row["loss_masked"] + (row["loss_predicted"] or 0.0) for row in metrics]
+    losses = [sum(row[name] for name in losses_of(row)) for row in metrics]
     means = [
         round(sum(window) / len(window), 4)
         for window in (losses[i : i + LOSS_WINDOW] for i in range(0, len(losses), LOSS_WINDOW))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dmax_kernels.models.end_tokens import as_ids
 from dmax_kernels.models.prompt_ids import has_chat_template, prompt_ids, render, text_ids
-from dmax_kernels.training.oput import IGNORE, TrainBatch
+from dmax_kernels.training.corrupt import IGNORE, TrainBatch
 
 # From a step's number, the examples of that step and of all later ones, without end
 Stream = Callable[[int], Iterator[list["Example"]]]
@@ -122,14 +122,17 @@ def conversation(record: Any) -> list[dict[str, str]]:
 
 
 def encode(
-    messages: list[dict[str, str]], tokenizer: Any, eos_token_id: int | Iterable[int]
+    messages: list[dict[str, str]],
+    tokenizer: Any,
+    eos_token_id: int | Iterable[int],
+    pad_to: int | None = None,
 ) -> Example:
     """Token ids of the last assistant message (the response) and of everything before (the prompt).
 
     The two are tokenised separately, so that the prompt's ids are those that the decoder will get.
     The response ends with its first end-of-sequence token; if it has none, the first of
     `eos_token_id` is added. If the last message is empty or not the assistant's, the response is
-    empty.
+    empty. `pad_to`: see `prompt_ids`.
 
     Raises:
         ValueError: the tokenizer or its chat template cannot take the messages.
@@ -137,7 +140,7 @@ def encode(
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         return Example((), ())
     ends = as_ids(eos_token_id)
-    prompt, text = prompt_ids(tokenizer, messages[:-1])
+    prompt, text = prompt_ids(tokenizer, messages[:-1], pad_to=pad_to)
     answer = messages[-1]["content"]
     if has_chat_template(tokenizer):
         whole = render(tokenizer, messages, answer_follows=False)
@@ -157,6 +160,7 @@ def read_examples(
     eos_token_id: int | Iterable[int],
     vocab_size: int,
     max_length: int | None,
+    pad_to: int | None = None,
     skip_malformed: bool = False,
     progress: bool = True,
 ) -> tuple[Examples, dict[str, int]]:
@@ -174,7 +178,7 @@ def read_examples(
     skipped = {"malformed": 0, "no response": 0, "too long": 0}
     for where, record in tqdm(records, desc="reading", unit="record", disable=not progress):
         try:
-            example = encode(conversation(record), tokenizer, eos_token_id)
+            example = encode(conversation(record), tokenizer, eos_token_id, pad_to)
         except ValueError as error:
             reason = f"{where}: {' '.join(str(error).split())}"
             if not skip_malformed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 import dmax_kernels
 import dmax_kernels.reference
+from dmax_kernels.training.baselines import Certainty, Mdlm, Uniform
 from dmax_kernels.training.config import TrainConfig, check_same_run
+from dmax_kernels.training.corrupt import CorruptedBatch, TrainBatch
 from dmax_kernels.training.data import Example, Stream, collate
 from dmax_kernels.training.model import decoder_layers
 from dmax_kernels.training.optim import (
@@ -25,12 +27,12 @@ from dmax_kernels.training.optim import (
     build_optimizers,
     learning_rate_factor,
 )
-from dmax_kernels.training.oput import CorruptedBatch, Mdlm, Objective, Oput, TrainBatch
+from dmax_kernels.training.oput import Objective, Oput, Recipe
 from dmax_kernels.training.outputs import (
-    LOSS_NAMES,
     Checkpoints,
     Metrics,
     load_state,
+    losses_of,
     peak_memory,
     read_run,
     training_state,
@@ -38,21 +40,14 @@ from dmax_kernels.training.outputs import (
 from dmax_kernels.training.parallel import Processes, shard, whole_weights
 from dmax_kernels.training.prepare import build_net
 
+OBJECTIVES = {"oput": Oput, "uniform": Uniform, "mdlm": Mdlm, "certainty": Certainty}
 OPS = {"fused": dmax_kernels, "reference": dmax_kernels.reference}
 
 
 def build_objective(model: Any, config: TrainConfig, device: torch.device) -> Objective:
     """The loss of `config.objective`, with the model that it is computed from."""
-    net, ops = build_net(model, config, device), OPS[config.ops]
-    if config.objective == "mdlm":
-        return Mdlm(net, ops)
-    return Oput(
-        net,
-        ops,
-        mask_ratio=config.mask_ratio,
-        rollout_temperature=config.rollout_temperature,
-        alternating=config.passes == "alternating",
-    )
+    recipe = Recipe(**{item.name: getattr(config, item.name) for item in fields(Recipe)})
+    return OBJECTIVES[config.objective](build_net(model, config, device), OPS[config.ops], recipe)
 
 
 @dataclass
@@ -101,7 +96,7 @@ class Trainer:
         losses = self.backward(corrupted)
         row = {
             "step": step,
-            **dict(zip(LOSS_NAMES, losses, strict=True)),
+            **losses,
             "grad_norm": self.clip(),
             "learning_rate": self.set_rates(step),
             "tokens": sum(example.num_tokens for example in examples),
@@ -114,21 +109,27 @@ class Trainer:
             optimizer.zero_grad()
         return row
 
-    def backward(self, corrupted: CorruptedBatch) -> list[float | None]:
-        """Adds up gradients over this process's micro batches; the mean losses of all processes."""
-        group, batch = self.group, corrupted.batch
-        count = max(corrupted.num_learnt, 1)
+    def backward(self, corrupted: CorruptedBatch) -> dict[str, float | None]:
+        """Adds up gradients over this process's micro batches; the mean losses of all processes.
+
+        A loss whose pass does not run in this step is None.
+        """
+        group, batch, names = self.group, corrupted.batch, self.objective.loss_names
+        divisor = max(corrupted.divisor, 1.0)
         size = group.share(len(batch.tokens), self.config.micro_batch_size)
-        sums = [0.0, 0.0]
+        sums: dict[str, Any] = {}
         for rows in micro_batches(batch, size)[group.rank :: group.count]:
             losses = self.objective(corrupted.rows(rows, group.device))
-            total = sum(loss for loss in losses if loss is not None)
-            (total / count * group.count).backward()  # FSDP averages over the processes
+            total = sum(losses.values())
+            (total / divisor * group.count).backward()  # FSDP averages over the processes
             self.weights.take_gradients()
-            for i, loss in enumerate(losses):
-                sums[i] = sums[i] + (0.0 if loss is None else loss.detach())
-        means = [value / count for value in group.sum([float(value) for value in sums])]
-        return [mean if runs else None for mean, runs in zip(means, corrupted.passes, strict=True)]
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0.0) + loss.detach()
+        summed = group.sum([float(sums.get(name, 0.0)) for name in names])
+        return {
+            name: value / divisor if name in sums else None
+            for name, value in zip(names, summed, strict=True)
+        }
 
     def clip(self) -> float:
         """Clips the gradient and returns the norm that it had."""
@@ -247,8 +248,8 @@ def fit(
 
 def not_finite(row: dict[str, Any]) -> list[str]:
     """The names of losses and gradient norms that are not finite."""
-    names = (*LOSS_NAMES, "grad_norm")
-    return [name for name in names if row[name] is not None and not math.isfinite(row[name])]
+    names = (*losses_of(row), "grad_norm")
+    return [name for name in names if not math.isfinite(row[name])]
 
 
 def check_finite(row: dict[str, Any], examples: list[Example], newest: Path | None) -> None:
@@ -262,11 +263,7 @@ def check_finite(row: dict[str, Any], examples: list[Example], newest: Path | No
 
 
 def show(bar: tqdm, row: dict[str, Any]) -> None:
-    values = {
-        name.removeprefix("loss_"): f"{row[name]:.3f}"
-        for name in LOSS_NAMES
-        if row[name] is not None
-    }
+    values = {name.removeprefix("loss_"): f"{row[name]:.3f}" for name in losses_of(row)}
     values["tokens/s"] = f"{row['tokens'] / row['seconds']:.0f}"
     values["GB"] = f"{row['peak_memory'] / 1e9:.2f}"
     bar.set_postfix(values, refresh=False)

@@ -32,6 +32,10 @@ class DenoisingModel(nn.Module):
         return next(self.parameters()).device
 
     @property
+    def vocabulary(self) -> int:
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    @property
     def attention(self) -> str:
         """The kind of mask that the model's attention takes."""
         implementation = self.model.config._attn_implementation

@@ -80,17 +80,21 @@ def build_optimizers(
 def learning_rate_factor(config: TrainConfig, step: int) -> float:
     """The factor on the peak rates at `step`, counted from 0; `config.steps` must be set.
 
-    With W warm-up steps and S steps in all, the factor rises as min(1, (step + 1) / W). Then it is
-    (1 + cos(pi (step - W) / (S - W))) / 2 for "cosine", min(1, (S - step) / (S - decay_from S)) for
-    "linear", and 1 for "constant".
+    With W warm-up steps, S steps in all and F = decay_to, the factor rises as min(1, (step + 1)/W).
+    Then it is F + (1 - F) f, where f is (1 + cos(pi (step - W) / (S - W))) / 2 for "cosine" and
+    min(1, (S - step) / (S - decay_from S)) for "linear", and 1 for "constant".
     """
-    steps, warmup = config.steps, config.warmup_steps
+    steps, warmup, least = config.steps, config.warmup_steps, config.decay_to
+    if config.warmup_fraction is not None:
+        warmup = int(steps * config.warmup_fraction)
     rising = min(1.0, (step + 1) / warmup) if warmup else 1.0
     if config.schedule == "linear":
         falling = steps * (1 - config.decay_from)
-        return min(rising, (steps - step) / falling) if falling else rising
+        left = min(1.0, (steps - step) / falling) if falling else 1.0
+        return min(rising, least + (1 - least) * left)
     if config.schedule == "cosine" and step >= warmup:
-        return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        fallen = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        return least + (1 - least) * fallen
     return rising
 
 

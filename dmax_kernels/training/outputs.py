@@ -173,7 +173,18 @@ def moments(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     return state
 
 
-LOSS_NAMES = ("loss_masked", "loss_predicted")
+# In the order and with the names in which the picture shows them
+LOSS_LABELS = {
+    "loss_masked": "masked pass",
+    "loss_predicted": "predicted pass",
+    "loss_uniform": "uniform pass",
+    "loss_certainty": "certainty",
+}
+
+
+def losses_of(row: dict[str, Any]) -> list[str]:
+    """The names of the losses that a step's row of metrics has."""
+    return [name for name in LOSS_LABELS if row.get(name) is not None]
 
 
 class Metrics:
@@ -206,20 +217,20 @@ class Metrics:
             file.write(json.dumps(row) + "\n")
 
     def draw(self) -> None:
-        """`loss.png`: the loss per token of each pass, over the steps."""
+        """`loss.png`: each loss per token, over the steps."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        for name, label in zip(LOSS_NAMES, ("masked pass", "predicted pass"), strict=True):
+        for name, label in LOSS_LABELS.items():
             points = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
             if points:
                 steps, losses = zip(*points, strict=True)
                 (line,) = axes.plot(steps, losses, lw=0.6, alpha=0.35)
                 axes.plot(steps, smooth(losses), color=line.get_color(), label=label)
-        axes.set(xlabel="step", ylabel="cross-entropy per token (nats)")
+        axes.set(xlabel="step", ylabel="loss per token (nats)")
         axes.grid(alpha=0.3)
         axes.legend()
         write_atomically(self.picture, lambda file: figure.savefig(file, format="png", dpi=130))

@@ -56,7 +56,7 @@ def build_net(model: Any, config: TrainConfig, device: torch.device) -> Denoisin
 
 def random_tokens(net: DenoisingModel) -> Tensor:
     """int64 [T + 1, T]: row i is row 0 with a different token at position i - 1."""
-    vocabulary = net.model.get_input_embeddings().weight.shape[0]
+    vocabulary = net.vocabulary
     tokens = PROBED.position_ids.shape[1]
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(vocabulary, (1, tokens), generator=generator).repeat(tokens + 1, 1)
@@ -90,7 +90,7 @@ def check_attention(net: DenoisingModel) -> None:
             "the model must run on input_ids, position_ids and an attention_mask of "
             f"[rows, 1, queries, keys], got {type(error).__name__}: {first_line(error)}"
         ) from error
-    vocabulary = net.model.get_input_embeddings().weight.shape[0]
+    vocabulary = net.vocabulary
     if net.loss_from == "logits" and states.shape[-1] != vocabulary:
         raise ValueError(vocabulary_message(vocabulary, states.shape[-1]))
     mask = attention_mask(PROBED, "sdpa", net.device)[0, 0]
@@ -134,7 +134,7 @@ def check_head(net: DenoisingModel) -> None:
     weight = getattr(head, "weight", None)
     if backbone is net.model or not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(head_message(f"{type(net.model).__name__} without such parts"))
-    vocabulary = net.model.get_input_embeddings().weight.shape[0]
+    vocabulary = net.vocabulary
     if weight.shape[0] != vocabulary:
         raise ValueError(vocabulary_message(vocabulary, weight.shape[0]))
     known = {id(p) for p in (*backbone.parameters(), weight, getattr(head, "bias", None))}

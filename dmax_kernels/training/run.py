@@ -14,7 +14,8 @@ from dmax_kernels.models.attention_window import attention_window
 from dmax_kernels.models.checkpoint import checkpoint_folder, write_like
 from dmax_kernels.models.end_tokens import write_end_token_ids
 from dmax_kernels.models.pretrained import Loaded, load_pretrained
-from dmax_kernels.training.config import TrainConfig
+from dmax_kernels.models.prompt_ids import padding
+from dmax_kernels.training.config import TrainConfig, with_preset
 from dmax_kernels.training.data import (
     Example,
     Examples,
@@ -39,6 +40,7 @@ class RunOptions:
     split: str = "train"
     skip_malformed: bool = False
     max_length: int | None = None
+    pad_prompts: bool | None = None
     mask_token_id: int | None = None
     device: str | None = None
     stop_after: int | None = None
@@ -59,8 +61,10 @@ def run_training(options: dict[str, Any], output: Path) -> list[dict[str, Any]]:
     """Trains as the options say and returns the metrics (on the first process).
 
     Args:
-        options: the command's options, by name with '_'; only those that were given.
+        options: the command's options, by name with '_'; only those that were given. `preset` may
+            be among them.
     """
+    options = with_preset(options)
     config = TrainConfig(**only_fields(TrainConfig, options))
     run = RunOptions(**only_fields(RunOptions, options))
     with processes(run.device) as group:
@@ -160,9 +164,11 @@ def load_examples(
         records = chain.from_iterable(read_jsonl(Path(path)) for path in run.data)
     else:
         records = read_dataset(run.dataset, run.dataset_config, run.split)
+    pad = loaded.defaults.pad_prompts if run.pad_prompts is None else run.pad_prompts
     examples, skipped = read_examples(
         records,
         loaded.tokenizer,
+        pad_to=padding(loaded.tokenizer, config.block_length, pad),
         eos_token_id=loaded.eos_token_ids,
         vocab_size=vocabulary_of(loaded.model),
         max_length=max_length,
@@ -197,7 +203,7 @@ def steps_of_epochs(config: TrainConfig, num_examples: int) -> int:
 def step_examples(examples: Examples, config: TrainConfig) -> Stream:
     """The examples of each step; two steps with alternating passes share the same ones."""
     batches = epochs(examples, config.batch_size, config.seed)
-    if config.passes == "joint":
+    if config.passes != "alternating":
         return batches
 
     def stream(first_step: int) -> Iterator[list[Example]]:
