@@ -12,7 +12,7 @@ export PATH := $(abspath $(dir $(PYTHON))):$(PATH)
 # Where ccache is installed, C++ that has not changed is not compiled again
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 
-.PHONY: help demo test test-oldest test-newest browser lint format bench docs fuzz build build-cpu \
+.PHONY: help demo test test-oldest test-newest test-engines browser lint format bench docs fuzz build build-cpu \
   configure train gpu lock wheels clean
 
 help: ## Print this list.
@@ -43,6 +43,24 @@ build/oldest/installed build/newest/installed: build/%/installed: pyproject.toml
 	$(if $(filter oldest,$*),$(OLDEST_PYTHON),$(NEWEST_PYTHON)) -m venv --clear build/$*
 	build/$*/bin/python -m pip install -q --upgrade "pip>=25.3"
 	build/$*/bin/python -m pip install -q --group $*
+	@touch $@
+
+# The code of the engines as they were released, each in a folder of its own. Of SGLang the wheel is
+# unpacked and no more: what it requires needs a GPU. 5.11 is the first transformers that has
+# DiffusionGemma
+test-engines: build-cpu build/engines/installed ## Test the adapters beside the engines' releases.
+	$(PYTHON) -m pytest python_tests/test_engine_sglang.py
+	PYTHONPATH=build/engines/transformers-oldest $(PYTHON) -m pytest $(TRANSFORMERS_TESTS)
+	PYTHONPATH=build/engines/transformers-newest $(PYTHON) -m pytest $(TRANSFORMERS_TESTS)
+TRANSFORMERS_TESTS := python_tests/test_integrations_transformers.py
+
+build/engines/installed: Makefile
+	rm -rf build/engines
+	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --python-version 3.11 \
+	  --platform manylinux_2_34_x86_64 -d build/engines sglang==0.5.23
+	$(PYTHON) -m zipfile -e build/engines/sglang-*.whl build/engines/sglang
+	$(PYTHON) -m pip install -q --target build/engines/transformers-oldest transformers==5.11.0
+	$(PYTHON) -m pip install -q --target build/engines/transformers-newest transformers
 	@touch $@
 
 # The test of the demo's page needs a browser: Debian's is installed where this user may do that

@@ -37,7 +37,7 @@ class Base:
     def __init__(self, *args, **kwargs):
         pass
 
-    decode_uniform = prepare_inputs = init_step_state = step = _denoising_step = None
+    decode_uniform = prepare_inputs = validate_request = _prompt_mask = _denoising_step = None
     _build_block_writes_map = _build_dmax_block_outputs = _extract_block_logits = None
     _build_manual_token_merge_descriptor = _maybe_apply_token_merge = initialize_canvas = None
     word_embeddings = torch.nn.Embedding(2, 2)

@@ -1,4 +1,7 @@
-"""The SGLang algorithms on stand-ins of their bases, against each rule request by request."""
+"""The SGLang algorithms on stand-ins of their bases, against each rule request by request.
+
+test_engine_sglang.py runs them beside SGLang's own.
+"""
 
 from types import SimpleNamespace
 
@@ -22,16 +25,19 @@ class Algorithm:
         self.max_post_edit_steps = config.algorithm_config.get("max_post_edit_steps", 16)
         self.penalty_lambda = config.algorithm_config.get("penalty_lambda", 0)
 
+    @classmethod
+    def configure_server_args(cls, server_args):
+        pass
+
+    @classmethod
+    def validate_request(cls, req):
+        return None
+
     def prepare_inputs(self, model_runner, forward_batch, states):
         pass
 
-    def init_step_state(self, forward_batch):
-        ids = forward_batch.input_ids.view(-1, self.block_size)
-        masks = (ids != self.mask_id).tolist()
-        return [{"post_edit_steps": 0, "finished": False, "prompt_mask": m} for m in masks]
-
-    def step(self, forward_batch, logits_output, states):
-        raise NotImplementedError
+    def _prompt_mask(self, forward_batch):
+        return forward_batch.input_ids.view(-1, self.block_size) != self.mask_id
 
 
 @pytest.fixture
@@ -86,15 +92,14 @@ def low_confidence_rule(ids, logits, mask_id, threshold):
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("wrapped", [False, True])  # newer SGLang wraps the logits
-def test_low_confidence(table, seed, wrapped):
+def test_low_confidence(table, seed):
     requests = Requests(seed)
     algorithm = table["DmaxLowConfidence"](config(6, 8, threshold=0.6))
     memory = requests.forward_batch.input_ids.data_ptr()
+    states = algorithm.init_step_state(requests.forward_batch)
     for _ in range(7):
         before, logits = requests.ids.tolist(), requests.logits()
-        output = SimpleNamespace(full_logits=logits) if wrapped else logits
-        done = algorithm.step(requests.forward_batch, output, [None] * 3)
+        done = algorithm.step(requests.forward_batch, logits, states)
         assert done == [8 not in row for row in before]
         for row, rows in zip(range(3), logits.split(6), strict=True):
             assert requests.ids[row].tolist() == low_confidence_rule(before[row], rows, 8, 0.6)
@@ -140,18 +145,20 @@ def test_joint_threshold(table, seed, options):
     requests = Requests(seed)
     algorithm = table["DmaxJointThreshold"](config(6, 8, **options))
     states = algorithm.init_step_state(requests.forward_batch)
-    expected_states = algorithm.init_step_state(requests.forward_batch)
+    prompts = (requests.ids != 8).tolist()
+    expected_states = [
+        {"post_edit_steps": 0, "finished": False, "prompt_mask": prompt} for prompt in prompts
+    ]
     for step in range(24):
         before, logits = requests.ids.tolist(), requests.logits(drift=max(1 - 0.1 * step, 0))
-        finished = [state["finished"] for state in states]
         rules = [
             joint_rule(before[row], rows, expected_states[row], algorithm)
             for row, rows in zip(range(3), logits.split(6), strict=True)
         ]
-        assert algorithm.step(requests.forward_batch, logits, states) == finished
+        finished = algorithm.step(requests.forward_batch, logits, states)
+        assert finished == [state["finished"] for state in expected_states]
         assert requests.ids.tolist() == rules
-        assert states == expected_states
-    assert all(state["finished"] for state in states)
+    assert all(finished)
 
 
 def decode_spd(table, requests, rows, steps):
@@ -225,12 +232,25 @@ def test_errors_are_one_sentence(table, monkeypatch):
     requests.embedding.tp_size = 2
     algorithm = table["DmaxSpd"](config(6, 8))
     with pytest.raises(ValueError, match="must be unsharded, got tp_size=2"):
-        algorithm.prepare_inputs(requests.runner, requests.forward_batch, [{}] * 3)
+        algorithm.prepare_inputs(requests.runner, requests.forward_batch, [])
     del requests.embedding.tp_size
     requests.embedding.register_forward_hook(lambda module, ids, rows: 2 * rows)
     with pytest.raises(ValueError, match="^DmaxSpd: the input embedding must be a layer whose"):
-        algorithm.prepare_inputs(requests.runner, requests.forward_batch, [{}] * 3)
+        algorithm.prepare_inputs(requests.runner, requests.forward_batch, [])
     old = type("DllmAlgorithm", (), {})
     install(monkeypatch, f"{PACKAGE}.base", DllmAlgorithm=old)
     with pytest.raises(ImportError, match="must have DllmAlgorithm.prepare_inputs, which this"):
         adapter.spd()
+
+
+def test_a_batch_is_copied_only_when_its_rows_change():
+    rows = adapter.LowConfidenceRows(
+        torch.arange(3.0).view(3, 1), torch.tensor([True, False, True])
+    )
+    places = adapter.places(rows)
+    assert adapter.batch_of(places) is rows
+    fewer = adapter.batch_of([places[2], places[0]])
+    assert fewer.threshold.tolist() == [[2], [0]]
+    assert fewer.finished.tolist() == [True, True]
+    assert adapter.batch_of([places[2], places[0]]) is fewer
+    assert adapter.batch_of([places[1]]).threshold.tolist() == [[1]]

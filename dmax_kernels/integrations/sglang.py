@@ -1,31 +1,43 @@
 """SGLang's block-diffusion algorithms (`sglang.srt.dllm.algorithm`) on the ops.
 
-    register()                                     # in the process that runs the scheduler
     --dllm-algorithm DmaxLowConfidence             # or DmaxJointThreshold, DmaxSpd
+
+An installed package needs nothing more: `plugin` is its entry point of SGLang's plug-in loader.
+
+Every algorithm advances all rows of a batch by one `device_step`, which reads nothing on the host;
+`step`, which SGLang calls, reads the rows' end flags after it, once. The rows' state lies in the
+buffers of one batch, and what SGLang carries from round to round for a request is its `Place`.
 
 B requests, K block size, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 import dmax_kernels
+from dmax_kernels._numbers import as_number, shown
 from dmax_kernels.decoding.rules import or_best
 from dmax_kernels.decoding.state import BlockState
 from dmax_kernels.integrations import engine_objects, lookup_weight
 
 PACKAGE = "sglang.srt.dllm.algorithm"
+# The requests that SGLang's scheduler holds, by their id: what a batch tells an algorithm of its
+# requests is their ids alone
+_requests: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
 def register() -> None:
     """Add the three algorithms to SGLang's table, under their class names.
-
-    SGLang's table belongs to a process: call this where the scheduler runs, for instance from a
-    plug-in that SGLang loads in all of its processes.
 
     Raises:
         ImportError: SGLang is not importable, or this version lacks an interface below.
@@ -36,66 +48,214 @@ def register() -> None:
         table[algorithm.__name__] = algorithm
 
 
+def plugin() -> None:
+    """The entry point `sglang.srt.plugins`, which SGLang calls in each of its processes.
+
+    It registers the algorithms as soon as SGLang imports its own. It imports nothing of SGLang:
+    most of its processes never need an algorithm, nor the model runner that comes with it.
+    """
+    if PACKAGE in sys.modules:
+        register()
+    else:
+        sys.meta_path.insert(0, _RegisterAfterImport())
+
+
+class _RegisterAfterImport(MetaPathFinder):
+    """Finds one package, as the other finders do, and calls `register` once it has been run."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != PACKAGE:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_register(module: Any) -> None:
+                run(module)
+                register()
+
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+@dataclass
+class Place:
+    """One request's row in the buffers of a batch."""
+
+    buffers: Any  # a dataclass of tensors [B, ...]
+    row: int
+
+
+def batch_of(places: list[Place]) -> Any:
+    """The places' rows as one batch in their order: the batch they are in, or else copies."""
+    first = places[0].buffers
+    rows = len(next(iter(vars(first).values())))
+    if rows == len(places) and all(
+        place.buffers is first and place.row == row for row, place in enumerate(places)
+    ):
+        return first
+    joined = type(first)(
+        **{
+            name: torch.cat(
+                [getattr(place.buffers, name)[place.row : place.row + 1] for place in places]
+            )
+            for name in vars(first)
+        }
+    )
+    for row, place in enumerate(places):
+        place.buffers, place.row = joined, row
+    return joined
+
+
+def per_request(**options: Callable[[float], bool]) -> type:
+    """A class that reads these options of an algorithm request by request.
+
+    A request gives them as `custom_params` of its sampling parameters; what it does not give is the
+    algorithm's own attribute of that name.
+
+    options: what each of them must satisfy.
+    """
+
+    class PerRequest:
+        @classmethod
+        def validate_request(cls, req: Any) -> str | None:
+            refusal = super().validate_request(req)  # type: ignore[misc]
+            if refusal is not None:
+                return str(refusal)
+            given = req.sampling_params.custom_params or {}
+            for name, accepts in options.items():
+                number = as_number(given[name]) if name in given else None
+                if name in given and (number is None or not accepts(number)):
+                    return (
+                        f"{cls.__name__}: custom_params[{name!r}] must be a number that the "
+                        f"algorithm can use, got {shown(given[name])}"
+                    )
+            _requests[req.rid] = req
+            return None
+
+        def request_options(self, forward_batch: Any) -> Tensor:
+            """float32 [B, number of options], in the order of `options`."""
+            rids = getattr(forward_batch, "rids", None) or [None] * forward_batch.batch_size
+            rows = []
+            for rid in rids:
+                request = None if rid is None else _requests.get(rid)
+                given = request.sampling_params.custom_params if request is not None else None
+                rows.append([float((given or {}).get(n, getattr(self, n))) for n in options])
+            device = forward_batch.input_ids.device
+            return torch.tensor(rows, dtype=torch.float32, device=device)
+
+    return PerRequest
+
+
+def probability(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+@dataclass
+class LowConfidenceRows:
+    threshold: Tensor  # float32 [B, 1]
+    finished: Tensor  # bool [B]: no mask was left when the last step began
+
+
 def low_confidence() -> type:
     """SGLang's `LowConfidence`: unmask what passes `threshold`, or else the most confident."""
     (base, _) = engine_objects(
-        "SGLang", f"{PACKAGE}.low_confidence", "LowConfidence", "LowConfidence.step"
+        "SGLang", f"{PACKAGE}.low_confidence", "LowConfidence", "LowConfidence.validate_request"
     )
 
-    class DmaxLowConfidence(base):  # type: ignore[misc, valid-type]
-        def step(self, forward_batch: Any, logits_output: Any, states: list[Any]) -> list[bool]:
-            ids, logits = block_views(forward_batch, logits_output, self.block_size)
+    options = per_request(threshold=probability)
+
+    class DmaxLowConfidence(BatchedRounds, options, base):  # type: ignore[misc, valid-type]
+        def init_step_state(self, forward_batch: Any) -> list[Any]:
+            threshold = self.request_options(forward_batch)
+            finished = torch.zeros(len(threshold), dtype=torch.bool, device=threshold.device)
+            return places(LowConfidenceRows(threshold, finished))
+
+        def device_step(self, forward_batch: Any, logits: Tensor, rows: LowConfidenceRows) -> None:
+            ids, logits = block_views(forward_batch, logits, self.block_size)
             masked = ids == self.mask_id
+            prompt = getattr(forward_batch, "dllm_prompt_mask", None)
+            if prompt is not None:  # the prompt has a mask id of its own
+                masked = masked & ~prompt
             token, confidence = dmax_kernels.top1_confidence(logits)
-            ids.copy_(torch.where(unmask(confidence, masked, self.threshold), token, ids))
-            return (~masked.any(dim=1)).tolist()
+            chosen = unmask(confidence, masked, rows.threshold)
+            rows.finished = ~masked.any(dim=1)
+            ids.copy_(torch.where(chosen, token, ids))
 
     return DmaxLowConfidence
 
 
+@dataclass
+class JointThresholdRows:
+    prompt: Tensor  # bool [B, K]
+    post_edit_steps: Tensor  # int32 [B]: steps taken without a mask
+    finished: Tensor  # bool [B]
+    thresholds: Tensor  # float32 [B, 3]: to unmask, to edit, and the largest post_edit_steps
+
+
 def joint_threshold() -> type:
     """SGLang's `JointThreshold`: unmask, and edit tokens that a different one beats clearly."""
-    (base, _) = engine_objects(
-        "SGLang", f"{PACKAGE}.joint_threshold", "JointThreshold", "JointThreshold.init_step_state"
+    (base, _, _) = engine_objects(
+        "SGLang",
+        f"{PACKAGE}.joint_threshold",
+        "JointThreshold",
+        "JointThreshold.validate_request",
+        "JointThreshold._prompt_mask",
+    )
+    options = per_request(
+        threshold=probability,
+        edit_threshold=probability,
+        # SGLang's synchronous loop takes as many steps as the algorithm's own budget allows
+        max_post_edit_steps=lambda value: value >= 0 and value == int(value),
     )
 
-    class DmaxJointThreshold(base):  # type: ignore[misc, valid-type]
-        def step(self, forward_batch: Any, logits_output: Any, states: list[Any]) -> list[bool]:
-            done = [state["finished"] for state in states]
-            if all(done):
-                return done
-            ids, logits = block_views(forward_batch, logits_output, self.block_size)
+    class DmaxJointThreshold(BatchedRounds, options, base):  # type: ignore[misc, valid-type]
+        def init_step_state(self, forward_batch: Any) -> list[Any]:
+            thresholds = self.request_options(forward_batch)
+            thresholds[:, 2].clamp_(max=self.max_post_edit_steps)
+            rows, device = len(thresholds), thresholds.device
+            return places(
+                JointThresholdRows(
+                    prompt=self._prompt_mask(forward_batch),
+                    post_edit_steps=torch.zeros(rows, dtype=torch.int32, device=device),
+                    finished=torch.zeros(rows, dtype=torch.bool, device=device),
+                    thresholds=thresholds,
+                )
+            )
+
+        def device_step(self, forward_batch: Any, logits: Tensor, rows: JointThresholdRows) -> None:
+            ids, logits = block_views(forward_batch, logits, self.block_size)
             if self.penalty_lambda > 0:  # written into the logits, as SGLang does
                 penalty = logits.new_full((), -self.penalty_lambda).expand(ids[:, :-1, None].shape)
                 logits[:, 1:].scatter_add_(2, ids[:, :-1, None], penalty)
-            host = [
-                [
-                    not s["finished"],
-                    s["post_edit_steps"] < self.max_post_edit_steps,
-                    *s["prompt_mask"],
-                ]
-                for s in states
-            ]
-            flags = torch.tensor(host, dtype=torch.bool, device=ids.device)
-            going, may_edit, prompt = flags[:, 0:1], flags[:, 1:2], flags[:, 2:]
-
-            masked = ids == self.mask_id
-            filling = masked.any(dim=1, keepdim=True)
             token, confidence = dmax_kernels.top1_confidence(logits)
-            edit = (confidence > self.edit_threshold) & (ids != token) & ~masked & ~prompt
-            change = (unmask(confidence, masked, self.threshold) | edit) & going
-            change &= filling | may_edit
-            ids.copy_(torch.where(change, token, ids))
-
-            # One host sync for the batch: the edit budget is kept on the host
-            seen = torch.cat([filling, change.any(dim=1, keepdim=True)], dim=1).tolist()
-            for state, (was_filling, changed) in zip(states, seen, strict=True):
-                if not state["finished"]:
-                    state["post_edit_steps"] += not was_filling
-                    state["finished"] = not changed
-            return done
+            joint_threshold_step_(ids, token, confidence, rows, self.mask_id)
 
     return DmaxJointThreshold
+
+
+def joint_threshold_step_(
+    ids: Tensor, token: Tensor, confidence: Tensor, rows: JointThresholdRows, mask_id: int
+) -> None:
+    """One step of the rule on ids [B, K], given every position's top-1 [B, K], in place."""
+    unmask_above, edit_above, budget = rows.thresholds.split(1, dim=1)
+    masked = (ids == mask_id) & ~rows.prompt
+    editing = ~(masked.any(dim=1) | rows.finished)
+    rows.post_edit_steps += editing
+    rows.finished |= editing & (rows.post_edit_steps > budget.squeeze(1))
+    edit = (confidence > edit_above) & (ids != token) & ~(masked | rows.prompt)
+    change = unmask(confidence, masked, unmask_above) | edit
+    change &= ~rows.finished.unsqueeze(1)
+    # A step without a change ends the block: the forward before it saw its final ids
+    rows.finished |= ~change.any(dim=1)
+    ids.copy_(torch.where(change, token, ids))
+
+
+@dataclass
+class SpdRows(BlockState):
+    thresholds: Tensor  # float32 [B, 2]: (tau_dec, tau_acc)
+    finished: Tensor  # bool [B]: converged when the last step began
 
 
 def spd() -> type:
@@ -103,94 +263,164 @@ def spd() -> type:
 
     Keys of `--dllm-algorithm-config`: `tau_dec` (0.5), `tau_acc` (0.9), `top_k` (1). A block is
     reported one forward after it converged: that forward puts its plain tokens into the KV cache.
-    Needs a version whose `DllmAlgorithm` has `prepare_inputs`, and an unsharded input embedding.
+    Needs a version whose `DllmAlgorithm` has `prepare_inputs`, an unsharded input embedding, and
+    forwards that read `input_embeds`: SGLang's CUDA graphs of the forward read token ids alone, and
+    the algorithm refuses them.
     """
-    (base, _) = engine_objects(
-        "SGLang", f"{PACKAGE}.base", "DllmAlgorithm", "DllmAlgorithm.prepare_inputs"
+    (base, *_) = engine_objects(
+        "SGLang",
+        f"{PACKAGE}.base",
+        "DllmAlgorithm",
+        "DllmAlgorithm.prepare_inputs",
+        "DllmAlgorithm.validate_request",
+        "DllmAlgorithm._prompt_mask",
     )
+    options = per_request(tau_dec=probability, tau_acc=probability)
 
-    class DmaxSpd(base):  # type: ignore[misc, valid-type]
+    class DmaxSpd(OneReadPerStep, options, base):  # type: ignore[misc, valid-type]
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            options = config.algorithm_config or {}
-            self.tau_dec = options.get("tau_dec", 0.5)
-            self.tau_acc = options.get("tau_acc", 0.9)
-            self.top_k = options.get("top_k", 1)
+            given = config.algorithm_config or {}
+            self.tau_dec = given.get("tau_dec", 0.5)
+            self.tau_acc = given.get("tau_acc", 0.9)
+            self.top_k = given.get("top_k", 1)
+
+        @classmethod
+        def configure_server_args(cls, server_args: Any) -> None:
+            super().configure_server_args(server_args)
+            (view,) = engine_objects("SGLang", "sglang.srt.arg_groups.overrides", "resolving_view")
+            backend = view(server_args).cuda_graph_config.decode.backend
+            if view(server_args).device == "cuda" and backend != "disabled":
+                raise ValueError(NO_GRAPHS.format(f"a {backend!r} graph backend for decoding"))
 
         def max_steps(self, block_size: int) -> int:
             return block_size + 2  # one to the cap below, one for the plain tokens' forward
 
         def init_step_state(self, forward_batch: Any) -> list[Any]:
-            return [{} for _ in range(forward_batch.batch_size)]
+            self.fresh = self.request_options(forward_batch)
+            return [Place(None, row) for row in range(forward_batch.batch_size)]
 
         def prepare_inputs(self, model_runner: Any, forward_batch: Any, states: list[Any]) -> None:
+            graphs = getattr(model_runner, "decode_cuda_graph_runner", None)
+            if not (
+                graphs is None
+                or graphs is getattr(model_runner, "eager_runner", None)
+                or getattr(graphs, "dllm_uses_input_embeds", False)
+            ):
+                raise ValueError(NO_GRAPHS.format(type(graphs).__name__))
             layer = model_runner.model.get_input_embeddings()
             if getattr(layer, "tp_size", 1) != 1:
                 raise ValueError(
                     f"DmaxSpd: the input embedding must be unsharded, got tp_size={layer.tp_size}"
                 )
             self.embedding = lookup_weight("DmaxSpd", layer)
-            ids = forward_batch.input_ids.view(-1, self.block_size)
-            for row, state in enumerate(states):
-                if "block" not in state:
-                    state["block"] = new_block(ids[row : row + 1], self.embedding, self.mask_id)
-            block = join([state["block"] for state in states])
-            plain = self.embedding[ids]
-            embeds = torch.where(block.converged[:, None, None], plain, block.inputs_embeds)
-            forward_batch.input_embeds = embeds.flatten(0, 1)
+            if any(state.buffers is None for state in states):
+                ids = forward_batch.input_ids.view(-1, self.block_size)
+                prompt = self._prompt_mask(forward_batch)
+                fresh = new_blocks(ids, prompt, self.embedding, self.mask_id, self.fresh)
+                for state in states:
+                    state.buffers = fresh if state.buffers is None else state.buffers
+            # The buffer itself: a step writes the next forward's inputs into it
+            forward_batch.input_embeds = batch_of(states).inputs_embeds.flatten(0, 1)
 
-        def step(self, forward_batch: Any, logits_output: Any, states: list[Any]) -> list[bool]:
-            ids, logits = block_views(forward_batch, logits_output, self.block_size)
-            block = join([state["block"] for state in states])
-            done = block.converged.tolist()  # the one host sync
+        def device_step(self, forward_batch: Any, logits: Tensor, rows: SpdRows) -> None:
+            ids, logits = block_views(forward_batch, logits, self.block_size)
+            rows.finished = rows.converged.clone()
+            buffers: dict[str, Any] = rows.spd_buffers()
             dmax_kernels.spd_step_(
                 logits,
                 self.embedding,
-                **vars(block),
+                **buffers,
                 mask_token_id=self.mask_id,
                 tau_dec=self.tau_dec,
                 tau_acc=self.tau_acc,
                 top_k=self.top_k,
                 suppress_token=self.mask_id,  # a predicted mask would count as a decoded token
+                thresholds=rows.thresholds,
             )
-            block.converged |= block.step >= self.block_size  # all promoted by then: commit
-            ids.copy_(block.token.masked_fill(block.masked, self.mask_id))
-            for row, state in enumerate(states):
-                own = {name: buffer[row : row + 1] for name, buffer in vars(block).items()}
-                state["block"] = BlockState(**own)
-            return done
+            rows.converged |= rows.step >= self.block_size  # all promoted by then: commit
+            ids.copy_(rows.token.masked_fill(rows.masked, self.mask_id))
+            # A committed block's next forward reads its plain tokens
+            plain, ended = self.embedding[ids], rows.converged[:, None, None]
+            rows.inputs_embeds.copy_(torch.where(ended, plain, rows.inputs_embeds))
 
     return DmaxSpd
 
 
-def block_views(forward_batch: Any, logits_output: Any, block_size: int) -> tuple[Tensor, Tensor]:
-    """ids [B, K] and logits [B, K, V]; newer versions wrap the logits, older ones pass them."""
-    logits = getattr(logits_output, "full_logits", logits_output)
-    ids = forward_batch.input_ids.view(-1, block_size)  # a view: CUDA graphs read this memory
+NO_GRAPHS = (
+    "DmaxSpd: CUDA graphs of the forward must be off (--disable-cuda-graph), because SGLang's read "
+    "token ids and would drop the soft embeddings, got {}"
+)
+
+
+class OneReadPerStep:
+    """SGLang's `step` on top of `device_step`."""
+
+    def device_step(self, forward_batch: Any, logits: Tensor, rows: Any) -> None:
+        """Advance forward_batch.input_ids and the rows; rows.finished says which blocks are done.
+
+        Nothing is read on the host.
+        """
+        raise NotImplementedError
+
+    def step(self, forward_batch: Any, full_logits: Any, states: list[Any]) -> list[bool]:
+        rows = batch_of(states)
+        self.device_step(forward_batch, full_logits, rows)
+        finished: list[bool] = rows.finished.tolist()  # the one host read
+        return finished
+
+
+class BatchedRounds(OneReadPerStep):
+    """The hooks with which one scheduling round runs several forwards without a host read.
+
+    They are those of SGLang's open change #33190; 0.5.23 does not call them. An algorithm that
+    prepares a forward's inputs must leave them out: between these hooks nothing calls it.
+    """
+
+    def fdfo_batched_begin(self, forward_batch: Any, states: list[Any]) -> Any:
+        return batch_of(states)
+
+    def fdfo_batched_step(self, forward_batch: Any, full_logits: Any, ctx: Any) -> None:
+        self.device_step(forward_batch, full_logits, ctx)
+
+    def fdfo_batched_all_finished(self, ctx: Any) -> bool:
+        return bool(ctx.finished.all())
+
+    def fdfo_batched_end(self, ctx: Any, states: list[Any]) -> list[bool]:
+        finished: list[bool] = ctx.finished.tolist()
+        return finished
+
+
+def places(buffers: Any) -> list[Place]:
+    """A place for every row."""
+    return [Place(buffers, row) for row in range(len(buffers.finished))]
+
+
+def block_views(forward_batch: Any, logits: Any, block_size: int) -> tuple[Tensor, Tensor]:
+    """ids [B, K] and logits [B, K, V], as views: CUDA graphs read the ids' memory."""
+    ids = forward_batch.input_ids.view(-1, block_size)
     return ids, logits.view(*ids.shape, logits.shape[-1])
 
 
-def unmask(confidence: Tensor, masked: Tensor, threshold: float) -> Tensor:
+def unmask(confidence: Tensor, masked: Tensor, threshold: Tensor) -> Tensor:
     """Masked positions above the threshold; where a row has none, its most confident one."""
     return or_best(masked & (confidence > threshold), confidence, masked)
 
 
-def new_block(ids: Tensor, embedding: Tensor, mask_id: int) -> BlockState:
-    """One request's block [1, K]; one without a mask is the prompt's and has converged already."""
-    editable = ids == mask_id
-    return BlockState(
+def new_blocks(
+    ids: Tensor, prompt: Tensor, embedding: Tensor, mask_id: int, thresholds: Tensor
+) -> SpdRows:
+    """Blocks [B, K] at their start; one that is all prompt has converged already."""
+    editable = ~prompt
+    converged = ~editable.any(dim=1)
+    return SpdRows(
         editable=editable,
-        masked=editable.clone(),
+        masked=editable & (ids == mask_id),
         token=ids.long().clone(),
         confidence=(~editable).float(),
-        converged=~editable.any(dim=1),
-        step=torch.zeros(1, dtype=torch.int32, device=ids.device),
+        converged=converged,
+        step=torch.zeros(len(ids), dtype=torch.int32, device=ids.device),
         inputs_embeds=embedding[ids],
-    )
-
-
-def join(blocks: list[BlockState]) -> BlockState:
-    """The requests' rows as one batch (copies)."""
-    return BlockState(
-        **{name: torch.cat([getattr(b, name) for b in blocks]) for name in vars(blocks[0])}
+        thresholds=thresholds,
+        finished=converged.clone(),
     )
