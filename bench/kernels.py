@@ -1,4 +1,4 @@
-"""``python bench/kernels.py`` (``make kernels-report``): what the CUDA compiler made of the kernels.
+"""``python bench/kernels.py`` (``make kernels-report``): what nvcc made of the CUDA kernels.
 
 For every kernel over vocabulary rows: instructions per 16 bytes of logits, registers, shared
 memory, blocks per multiprocessor, and the time of the instructions beside that of the bytes on an
@@ -144,7 +144,8 @@ def kernels_of(library: Path = LIBRARY) -> tuple[list[Kernel], str]:
 def compile_report() -> Any:
     path = ROOT / "csrc" / "cuda" / "compile_report.py"
     spec = importlib.util.spec_from_file_location("compile_report", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

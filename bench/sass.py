@@ -26,10 +26,13 @@ TARGET = re.compile(r"(0x[0-9a-f]+)\s*$")
 # Executed on the ALU pipe, which takes a warp's instruction in two cycles; the FMA pipe and the
 # issue of an instruction take one (CUDA C++ Programming Guide, table of arithmetic throughput,
 # compute capability 9.0)
-ALU = frozenset(
-    "FSETP FMNMX FSEL FSET FCHK ISETP IADD3 LOP3 PRMT SEL SHF LEA VIADD VIMNMX VHMNMX HMNMX2 PLOP3 "
-    "IABS IMNMX BMSK SGXT LOP IADD VIADDMNMX P2R R2P MOV CS2R F2FP".split()
-)
+# fmt: off
+ALU = {
+    "BMSK", "F2FP", "FCHK", "FMNMX", "FSEL", "FSET", "FSETP", "HMNMX2", "IABS", "IADD", "IADD3",
+    "IMNMX", "ISETP", "LEA", "LOP", "LOP3", "MOV", "P2R", "PLOP3", "PRMT", "R2P", "SEL", "SGXT",
+    "SHF", "VHMNMX", "VIADD", "VIADDMNMX", "VIMNMX",
+}
+# fmt: on
 
 
 @dataclass(frozen=True)
