@@ -12,8 +12,8 @@ export PATH := $(abspath $(dir $(PYTHON))):$(PATH)
 # Where ccache is installed, C++ that has not changed is not compiled again
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 
-.PHONY: help demo test test-oldest test-newest test-engines browser lint format bench docs fuzz build build-cpu \
-  configure train gpu lock wheels clean
+.PHONY: help demo test test-oldest test-newest test-engines browser lint format bench docs fuzz \
+  build build-cpu configure train gpu kernels-report lock wheels clean
 
 help: ## Print this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ train: build-cpu ## Train the demo's three checkpoints from nothing.
 # This takes about 15 minutes. BENCH=--quick takes one: a shape an op, without torch.compile.
 bench: build-cpu ## Time every op beside its best peer; print a table, write JSON and pictures.
 	$(PYTHON) bench/run.py --output build/bench/results.json $(BENCH)
+
+kernels-report: build ## Print what nvcc made of the kernels, and the times that follow (no GPU).
+	$(PYTHON) bench/kernels.py $(KERNELS)
 
 docs: build-cpu ## Render the pages and the docstrings as HTML into build/docs.
 	$(PYTHON) -m sphinx -q -W --keep-going docs build/docs

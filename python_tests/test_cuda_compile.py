@@ -4,10 +4,8 @@ Reads the report that the build of the CUDA library left (csrc/cuda/compile_repo
 the library's machine code. No GPU is needed; where nvcc was absent there is nothing to read.
 """
 
-import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 import torch
 
 import dmax_kernels
+from bench import kernels, sass
 from dmax_kernels import _library
 
 ROOT = Path(__file__).parents[1]
@@ -87,35 +86,38 @@ def test_registers(report):
         assert kernel["registers"] <= limits[kernel["kernel"].split("<")[0]], kernel
 
 
-def cuobjdump() -> str | None:
-    if path := shutil.which("cuobjdump"):
-        return path
-    if spec := importlib.util.find_spec("triton"):
-        path = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
-        if path.is_file():
-            return str(path)
-    return None
+@pytest.fixture(scope="module")
+def architecture(report):
+    """One that the library has machine code for: Hopper's where it is there."""
+    if sass.cuobjdump() is None:
+        pytest.skip("no cuobjdump: neither a CUDA toolkit with it nor Triton is installed")
+    known = [f"sm_{each}" for each in report["architectures"]]
+    return kernels.ARCHITECTURE if kernels.ARCHITECTURE in known else known[0]
 
 
 @pytest.fixture(scope="module")
-def machine_code(report):
-    """kernel -> its instructions, of one architecture."""
-    tool = cuobjdump()
-    if tool is None:
-        pytest.skip("no cuobjdump: neither a CUDA toolkit with it nor Triton is installed")
-    architecture = "90a" if "90a" in report["architectures"] else report["architectures"][0]
-    dump = subprocess.run(
-        [tool, "-sass", "-arch", f"sm_{architecture}", str(LIBRARY)],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    kernels: dict[str, list[str]] = {}
-    instructions: list[str] = []
-    for line in dump.splitlines():
-        if "Function :" in line:
-            instructions = kernels.setdefault(line.split("Function :")[1].strip(), [])
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(match[1])
-    return kernels
+def machine_code(architecture):
+    """kernel -> the text of its instructions."""
+    code = sass.machine_code(LIBRARY, architecture)
+    return {name: [each.text for each in body] for name, body in code.items()}
+
+
+def test_instructions_per_tile(report, architecture):
+    """No streaming kernel issues 5 % more instructions for a tile than when the table was kept."""
+    kept = json.loads(kernels.COUNTS.read_text())
+    if (kept["compiler"], kept["architecture"]) != (report["compiler"], architecture):
+        pytest.skip(
+            f"the kept counts are of {kept['compiler']} and {kept['architecture']}, the library "
+            f"is of {report['compiler']} and {architecture}"
+        )
+    found = kernels.counts_of(kernels.kernels_of(LIBRARY)[0])
+    assert found.keys() == kept["counts"].keys(), "python bench/kernels.py --keep"
+    grown = {
+        name: f"{kept['counts'][name]} -> {count}"
+        for name, count in found.items()
+        if count > 1.05 * kept["counts"][name]
+    }
+    assert not grown
 
 
 def test_no_local_memory_in_the_machine_code(machine_code):
