@@ -63,6 +63,7 @@ OF_ROWS = {
     "top1_partial": lambda rows: (rows, VOCAB, 8),
     "sample_partial": lambda rows: (rows, VOCAB, 8),
     "spd_step_": lambda rows: (rows // min(rows, 32), min(rows, 32)),
+    "edit_step_": lambda rows: (rows // min(rows, 32), min(rows, 32)),
     "oput_loss": lambda rows: (rows, VOCAB),
     "oput_loss_and_grad_": lambda rows: (rows, VOCAB),
     "hybrid_embedding": lambda rows: (rows,),
@@ -124,6 +125,9 @@ def is_quick(case: Case) -> bool:
 
 
 GPU_CASES = [
+    # The prediction is top1_confidence's, since the bytes are the same
+    Case("edit_step_", (1, 32), predicted_us=6.0),
+    Case("edit_step_", (16, 32)),
     Case("hybrid_embedding", (32,), target_us=3.0),
     Case("hybrid_embedding", (4096,)),
     Case("linear_oput_loss", (1024, DIM, VOCAB), compiled=True),

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "python_tests")]
 
 import dmax_kernels  # noqa: E402
+from dmax_kernels.ops.edit_step import EDIT_RULES  # noqa: E402
 
 Call = Callable[[str], list[torch.Tensor]]  # device -> results
 DONE = "calls: done"
@@ -37,6 +38,8 @@ def calls() -> Iterator[tuple[str, torch.dtype, Call]]:
             for top_k in (1, 3):
                 name = f"spd_step_ {semantics} top_k {top_k} {dtype}"
                 yield name, dtype, step_call(dtype, semantics, top_k)
+        for rule in EDIT_RULES:
+            yield f"edit_step_ {rule} {dtype}", dtype, edit_call(dtype, rule)
     confidence = torch.rand(3, 40)
 
     def promote(device):
@@ -115,6 +118,20 @@ def step_call(dtype: torch.dtype, semantics: str, top_k: int) -> Call:
             logits.to(device), embedding.to(device), **state, mask_token_id=39, tau_dec=0.5,
             tau_acc=0.9, semantics=semantics, top_k=top_k,
         )  # fmt: skip
+        return list(state.values())
+
+    return call
+
+
+def edit_call(dtype: torch.dtype, rule: str) -> Call:
+    from edit_cases import EDIT_OPTIONS, edit_case
+
+    logits, start = edit_case(4, 4, vocab=20_001, dtype=dtype)
+
+    def call(device):
+        state = {name: tensor.to(device, copy=True) for name, tensor in start.items()}
+        for _ in range(3):
+            dmax_kernels.edit_step_(logits.to(device), **state, **EDIT_OPTIONS, rule=rule)
         return list(state.values())
 
     return call

@@ -41,6 +41,11 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       " Tensor(f!) inputs_embeds, int mask_token_id, float tau_dec, float tau_acc, *,"
       " int semantics=0, int top_k=1, float temperature=1.0, int suppress_token=-1,"
       " Tensor? thresholds=None) -> ()");
+  def("edit_step_(Tensor logits, Tensor editable, Tensor(a!) token, Tensor(b!) prediction,"
+      " Tensor(c!) confidence, Tensor(d!) post_edit_steps, Tensor(e!) done, int mask_token_id,"
+      " float threshold, float edit_threshold, *, int rule=0, int tokens_per_step=1,"
+      " int max_post_edit_steps=16, float temperature=1.0, int suppress_token=-1,"
+      " Tensor? thresholds=None) -> ()");
   def("sample_tokens(Tensor logits, Tensor seed, *, float temperature=1.0, int suppress_token=-1)"
       " -> (Tensor token, Tensor probability)");
   def("oput_loss(Tensor? logits_masked, Tensor? logits_predicted, Tensor target, *,"

@@ -18,6 +18,7 @@ from triton_device import DEVICE
 
 import dmax_kernels
 from dmax_kernels import reference
+from dmax_kernels.ops.edit_step import EDIT_RULES
 from dmax_kernels.ops.spd_step import SEMANTICS
 from dmax_kernels.reference.sample import exponential_noise
 from dmax_kernels.triton import IMPLEMENTATIONS
@@ -43,10 +44,16 @@ def spd_step_of_triton(logits, embedding, *, semantics="settled", **arguments):
     )
 
 
+def edit_step_of_triton(logits, *, rule="threshold", edit_threshold=0.0, **arguments):
+    IMPLEMENTATIONS["edit_step_"](
+        logits, edit_threshold=edit_threshold, rule=EDIT_RULES.index(rule), **arguments
+    )
+
+
 TRITON = SimpleNamespace(
     **IMPLEMENTATIONS
     | {op: public_loss(op) for op in ("oput_loss", "oput_loss_and_grad_")}
-    | {"spd_step_": spd_step_of_triton}
+    | {"spd_step_": spd_step_of_triton, "edit_step_": edit_step_of_triton}
 )
 
 # backend -> (its functions, device, one in how many of the examples, widest vocabulary)
@@ -56,6 +63,15 @@ BACKENDS = {
     "triton": (TRITON, DEVICE, 16, 5000),
     "cuda": (dmax_kernels, "cuda", 1, 200_000),
 }
+# And the reference, where a test has something else to compare it with
+FUNCTIONS = {"reference": (reference, "cpu"), **{b: of[:2] for b, of in BACKENDS.items()}}
+
+
+def gpu_marked(names):
+    return [pytest.param(name, marks=[pytest.mark.gpu] * (name == "cuda")) for name in names]
+
+
+everywhere = pytest.mark.parametrize("backend", gpu_marked(FUNCTIONS))
 
 
 def run_examples(test, backend, **parameters):
@@ -63,8 +79,9 @@ def run_examples(test, backend, **parameters):
         test(data.draw, backend, **parameters)
 
     example.__name__ = test.__name__  # hypothesis keeps failures under it
+    one_in = BACKENDS[backend][2] if backend in BACKENDS else 4  # the reference
     share = settings(
-        max_examples=max(EXAMPLES // BACKENDS[backend][2], 3),
+        max_examples=max(EXAMPLES // one_in, 3),
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
@@ -74,11 +91,7 @@ def run_examples(test, backend, **parameters):
 def on_every_backend(*ops, but=()):
     """Runs test(draw, backend), or test(draw, backend, op) for each op, with the backend's share
     of the examples."""
-    names = [
-        pytest.param(name, marks=[pytest.mark.gpu] * (name == "cuda"))
-        for name in BACKENDS
-        if name not in but
-    ]
+    names = gpu_marked(name for name in BACKENDS if name not in but)
 
     def decorate(test):
         def run(backend):

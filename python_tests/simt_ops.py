@@ -15,6 +15,7 @@ from simt_build import load
 from torch import Tensor
 
 from dmax_kernels.ops import RowStatistics
+from dmax_kernels.ops.edit_step import EDIT_RULES
 from dmax_kernels.ops.spd_step import SEMANTICS
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -207,6 +208,20 @@ def spd_step_(
     call("spd_step_", gpu_input(gpu), logits_input(logits, suppress_token, temperature),
          embedding_input(embedding, mask_token_id), state, tau_dec, tau_acc,
          SEMANTICS.index(semantics), top_k)  # fmt: skip
+
+
+def edit_step_(
+    logits, *, editable, token, prediction, confidence, post_edit_steps, done, mask_token_id,
+    threshold, edit_threshold=0.0, rule="threshold", tokens_per_step=1, max_post_edit_steps=16,
+    temperature=1.0, suppress_token=-1, thresholds=None, gpu=H200,
+):  # fmt: skip
+    batch, block, _ = logits.shape
+    state = ("EditStateInput", *map(raw, (editable, token, prediction, confidence, post_edit_steps,
+             done, thresholds)), batch, block)  # fmt: skip
+    options = ("EditOptionsInput", mask_token_id, threshold, edit_threshold, EDIT_RULES.index(rule),
+               min(tokens_per_step, block), max_post_edit_steps)  # fmt: skip
+    call("edit_step_", gpu_input(gpu), logits_input(logits, suppress_token, temperature), state,
+         options)  # fmt: skip
 
 
 def loss_input(masked, predicted, target, ignore_index, label_smoothing, z_loss):

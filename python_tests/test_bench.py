@@ -20,6 +20,7 @@ SMALL = {
     "hybrid_embedding": (5, 16, 40),
     "hybrid_embedding_backward": (5, 16, 40),
     "spd_step_": (2, 4, 64, 16),
+    "edit_step_": (2, 4, 64),
     "linear_top1_confidence": (3, 16, 100),
     "linear_sample_tokens": (3, 16, 100),
     "linear_oput_loss": (3, 16, 100),

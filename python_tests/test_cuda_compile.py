@@ -29,6 +29,7 @@ STREAMING = (
     "row_statistics_kernel",
     "sample_rows_kernel",
     "spd_step_kernel",
+    "edit_step_kernel",
     "oput_loss_kernel",
     "oput_loss_backward_kernel",
     "loss_and_grad_cluster_kernel",

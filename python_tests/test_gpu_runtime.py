@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from edit_cases import EDIT_OPTIONS, edit_case
 from test_registration import samples
 from test_simt_embeddings import MASK, copy_of, spd_case
 
 import dmax_kernels
 from dmax_kernels import reference
+from dmax_kernels.ops.edit_step import EDIT_RULES
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -137,10 +139,12 @@ def test_no_host_sync():
     seed = torch.tensor([1, 2], device=DEVICE)
     rows = logits[0].clone()
     target = torch.zeros(len(rows), dtype=torch.int64, device=DEVICE)
+    block = {name: tensor.to(DEVICE) for name, tensor in edit_case(*logits.shape)[1].items()}
     torch.cuda.set_sync_debug_mode("error")
     try:
         dmax_kernels.spd_step_(logits, embedding, **state, **SPD)
         dmax_kernels.spd_step_(logits, embedding, **state, **SPD, semantics="released", top_k=3)
+        dmax_kernels.edit_step_(logits, **block, **EDIT_OPTIONS, rule="joint_threshold")
         dmax_kernels.top1_confidence(rows)
         dmax_kernels.topk_confidence(rows, 4)
         dmax_kernels.row_statistics(rows)
@@ -171,6 +175,17 @@ def test_spd_step_is_one_launch(options):
     )
     assert len(launched) == 1, launched
     assert "spd_step_kernel" in launched[0]
+
+
+@pytest.mark.parametrize("rule", EDIT_RULES)
+def test_edit_step_is_one_launch(rule):
+    logits, state = edit_case(2, 32, 157184, torch.bfloat16)
+    logits, state = logits.to(DEVICE), {k: v.to(DEVICE) for k, v in state.items()}
+    launched = kernels_launched(
+        lambda: dmax_kernels.edit_step_(logits, **state, **EDIT_OPTIONS, rule=rule)
+    )
+    assert len(launched) == 1, launched
+    assert "edit_step_kernel" in launched[0]
 
 
 def test_row_ops_are_one_launch():

@@ -12,6 +12,7 @@ from cases import (
     stacked_rows,
     strided_copies,
 )
+from edit_cases import EDIT_OPTIONS, edit_case
 from test_simt_embeddings import MASK, copy_of, mix_case, spd_case
 from test_statistics import assert_statistics
 from tolerances import (
@@ -23,6 +24,7 @@ from tolerances import (
 )
 
 import dmax_kernels
+from dmax_kernels.ops.edit_step import EDIT_RULES
 from dmax_kernels.ops.spd_step import SEMANTICS
 
 pytestmark = pytest.mark.gpu
@@ -251,6 +253,20 @@ def test_spd_step(semantics, top_k, block, vocab, dtype):
         assert_close(actual["confidence"].cpu(), expected["confidence"], 1e-5)
         assert_close(actual["inputs_embeds"].cpu(), expected["inputs_embeds"],
                      2 * ROUNDING[dtype], 2e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", EDIT_RULES)
+@pytest.mark.parametrize(("block", "vocab"), [(1, 40), (33, 40), (300, 40), (4, 157184)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_edit_step(rule, block, vocab, dtype):
+    logits, state = edit_case(7, block, vocab, dtype)
+    expected, actual = copy_of(state), to(DEVICE, copy_of(state))
+    for _ in range(4):  # from the second on with the counters of the one before
+        dmax_kernels.edit_step_(logits, **expected, **EDIT_OPTIONS, rule=rule)
+        dmax_kernels.edit_step_(logits.to(DEVICE), **actual, **EDIT_OPTIONS, rule=rule)
+        for name in ("token", "prediction", "post_edit_steps", "done"):
+            assert torch.equal(actual[name].cpu(), expected[name]), name
+        assert_close(actual["confidence"].cpu(), expected["confidence"], 1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

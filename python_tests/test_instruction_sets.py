@@ -19,7 +19,16 @@ SETS = {"default": "portable", "avx2": "avx2", "avx512": "avx512", "": "avx512, 
 OWN = list(SETS.values()).index(dmax_kernels.libraries.instruction_set())
 LOWER = list(SETS.items())[:OWN]
 # The families whose CPU kernels differ between instruction sets: all but promotion
-FAMILIES = ("top1", "statistics", "sample", "embedding", "spd_step", "loss", "linear_rows")
+FAMILIES = (
+    "top1",
+    "statistics",
+    "sample",
+    "embedding",
+    "spd_step",
+    "edit_step",
+    "loss",
+    "linear_rows",
+)
 FILES = [HERE / f"test_{family}.py" for family in (*FAMILIES, "linear_loss")]
 # What no instruction set changes, or what takes long; one op at the large vocabularies is enough
 LEFT_OUT = "reference or triton or cuda or simt or compile or memory or distribution or gradcheck"

@@ -24,6 +24,21 @@ def spd_arguments():
     return torch.randn(2, 4, 30, generator=generator), embedding, *state, 29, 0.1, 0.9
 
 
+def edit_arguments():
+    editable = torch.tensor([[False, True, True, True], [True, True, True, True]])
+    token = torch.tensor([[29, 4, 29, 29], [7, 29, 8, 29]])
+    state = (
+        editable,
+        token,
+        torch.zeros(2, 4, dtype=torch.int64),
+        torch.zeros(2, 4),
+        torch.zeros(2, dtype=torch.int32),
+        torch.zeros(2, dtype=torch.bool),
+    )
+    logits = torch.randn(2, 4, 30, generator=torch.manual_seed(0))
+    return logits, *state, 29, 0.1, 0.05
+
+
 def samples():
     """op -> its arguments and keyword arguments, with leaves that require a gradient."""
     generator = torch.manual_seed(1)
@@ -54,6 +69,7 @@ def samples():
             {},
         ),
         "spd_step_": (spd_arguments(), {"top_k": 2}),
+        "edit_step_": (edit_arguments(), {"rule": 2}),
         "sample_tokens": ((logits, seed), {}),
         "oput_loss": (
             (randn(3, 4, 50, grad=True), randn(3, 4, 50, grad=True), target),

@@ -10,10 +10,12 @@ import pytest
 import simt_ops
 import torch
 from cases import stacked_rows, strided_copies
+from edit_cases import EDIT_OPTIONS, edit_case
 from simt_build import run_sanitized
 from simt_ops import A100, H200, ONE_MULTIPROCESSOR
 from test_simt_embeddings import MASK, mix_case, spd_case
 
+from dmax_kernels.ops.edit_step import EDIT_RULES
 from dmax_kernels.ops.spd_step import SEMANTICS
 
 # Two tiles of bfloat16 and a tail; nine tiles, the smallest rows that are split
@@ -81,6 +83,16 @@ def embedding_calls(dtype):
                 )  # fmt: skip
     logits, embedding, state = spd_case(1, 2, vocab=SPLIT, dtype=dtype)
     simt_ops.spd_step_(logits, embedding, **state, mask_token_id=0, tau_dec=0.5, tau_acc=0.9)
+    edit_calls(dtype, ((5, 6, 40), (1, 300, 5), (1, 2, SPLIT)))
+
+
+def edit_calls(dtype, shapes):
+    """Every rule, each until rows are done."""
+    for shape in shapes:
+        for rule in EDIT_RULES:
+            logits, state = edit_case(*shape, dtype=dtype)
+            for _ in range(3):
+                simt_ops.edit_step_(logits, **state, **EDIT_OPTIONS, rule=rule)
 
 
 def tiny_calls(dtype):
@@ -103,6 +115,7 @@ def tiny_calls(dtype):
                 logits, embedding, **state, mask_token_id=0, tau_dec=0.5, tau_acc=0.9,
                 semantics=semantics, top_k=top_k,
             )  # fmt: skip
+    edit_calls(dtype, ((2, 2, SPLIT),))
     embedding, token, confidence, masked = mix_case(2, positions=8, dtype=dtype)
     grad = torch.randn(8, 40).to(dtype)
     simt_ops.hybrid_embedding_backward(grad, embedding, token, confidence, masked, 49)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fuzzing import BACKENDS, on
+from fuzzing import FUNCTIONS, everywhere, on
 from spd_in_python import algorithm_1, step_of_positions
 from tolerances import ROUNDING, assert_close
 
@@ -14,11 +14,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 
 VOCAB, DIM, MASK = 40, 12, 39
 WRITTEN = ("masked", "token", "confidence", "converged", "step", "inputs_embeds")
-IMPLEMENTATIONS = {"reference": (reference, "cpu"), **{b: of[:2] for b, of in BACKENDS.items()}}
-everywhere = pytest.mark.parametrize(
-    "backend",
-    [pytest.param(name, marks=[pytest.mark.gpu] * (name == "cuda")) for name in IMPLEMENTATIONS],
-)
 
 
 def embedding_table(dtype=torch.float32):
@@ -50,7 +45,7 @@ def copy_of(state):
 
 def take_step(backend, logits, state, embedding=None, **options):
     """spd_step_ on the state in place, on the backend's device."""
-    functions, device = IMPLEMENTATIONS[backend]
+    functions, device = FUNCTIONS[backend]
     embedding = embedding_table() if embedding is None else embedding
     options = {"mask_token_id": MASK, "tau_dec": 0.5, "tau_acc": 0.9} | options
     there = {name: on(device, tensor) for name, tensor in state.items()}

@@ -25,6 +25,13 @@ def spd_arguments():
     return torch.ones(2, 3, 6), E, *state, per_row, torch.zeros(2, 3, 4), 5, 0.5, 0.9
 
 
+def edit_arguments():
+    editable, token = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3).long()
+    per_row = torch.zeros(2, dtype=torch.int32)
+    state = (editable, token, token.clone(), torch.zeros(2, 3), per_row, per_row.bool())
+    return torch.ones(2, 3, 6), *state, 5, 0.5, 0.5
+
+
 # One call per op that its check refuses, in the last argument it looks at wherever that is possible
 BAD = {
     "top1_confidence": ((X,), {"temperature": 1e31}),
@@ -34,6 +41,7 @@ BAD = {
     "hybrid_embedding": ((E, T.new_zeros(3, 9), torch.ones(3, 9), M, 0), {}),
     "hybrid_embedding_backward": ((H.half(), E, T, C, M, 0), {}),
     "spd_step_": (spd_arguments(), {"suppress_token": 6}),
+    "edit_step_": (edit_arguments(), {"suppress_token": 6}),
     "sample_tokens": ((X, SEED.int()), {}),
     "oput_loss": ((X, None, T), {"z_loss": -1.0}),
     "oput_loss_backward": ((C, X, T, C), {"z_loss": -1.0}),

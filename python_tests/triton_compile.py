@@ -91,6 +91,17 @@ def spd_step(top_k, mask_token_id=5, tau_dec=0.5, tau_acc=0.9, suppress_token=-1
     )  # fmt: skip
 
 
+def edit_step(rule, mask_token_id=5, threshold=0.5, steps=1, suppress_token=-1) -> None:
+    editable = torch.empty(1, K, dtype=torch.bool)
+    token = torch.zeros(1, K, dtype=torch.int64)
+    OPS["edit_step_"](
+        torch.empty(1, K, 64, dtype=torch.bfloat16), editable, token, token.clone(),
+        torch.empty(1, K), torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.bool),
+        mask_token_id, threshold, threshold, rule=rule, tokens_per_step=steps,
+        max_post_edit_steps=steps, suppress_token=suppress_token,
+    )  # fmt: skip
+
+
 def call_every_op() -> None:
     """The sizes of LLaDA-2.0-mini in bfloat16; the two dtypes of the plain reads in float32 too."""
 
@@ -125,6 +136,8 @@ def call_every_op() -> None:
 
     for top_k in (1, 4):
         spd_step(top_k)
+    for rule in range(4):
+        edit_step(rule)
 
 
 def call_linear_ops() -> None:
@@ -185,6 +198,7 @@ def call_with_other_values() -> None:
         call_linear_loss(128 + value, with_bias=True, **losses)
         OPS["linear_top1_confidence"](torch.empty(64 + value, 16), torch.empty(4000, 16), **options)
         spd_step(1, mask_token_id=value, tau_dec=float(value), tau_acc=value, suppress_token=value)
+        edit_step(2, value, float(value), steps=value + 1, suppress_token=value)
 
 
 def main(capability: int) -> dict[str, object]:

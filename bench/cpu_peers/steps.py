@@ -75,3 +75,27 @@ def _(
     masked.copy_(torch.where(active, next_masked, masked))
     step.add_((~converged).to(step.dtype))
     converged.logical_or_(done)
+
+
+@expert("edit_step_", "argmax and logsumexp, the rules on small tensors", compiled=True)
+def _(
+    logits, editable, token, prediction, confidence, post_edit_steps, done, mask_token_id,
+    threshold, edit_threshold, rule,
+):  # fmt: skip
+    assert rule == "joint_threshold"
+    y, c = argmax_and_logsumexp(logits)
+    masked = editable & (token == mask_token_id)
+    filling = masked.any(dim=-1)
+    steps = post_edit_steps + ~filling
+    score = torch.where(masked, c, -torch.inf)
+    best = torch.zeros_like(masked).scatter(-1, score.argmax(dim=-1, keepdim=True), True)
+    passed = masked & (c > threshold)
+    fill = torch.where(passed.any(dim=-1, keepdim=True), passed, best & masked)
+    may_edit = (filling | (steps <= 16)).unsqueeze(-1)
+    edit = editable & ~masked & (c > edit_threshold) & (y != token) & may_edit
+    active = ~done.unsqueeze(-1)
+    token.copy_(torch.where(active & (fill | edit), y, token))
+    prediction.copy_(torch.where(active & editable, y, prediction))
+    confidence.copy_(torch.where(active & editable, c, confidence))
+    post_edit_steps.copy_(torch.where(done, post_edit_steps, steps))
+    done.logical_or_(~filling & ~edit.any(dim=-1))

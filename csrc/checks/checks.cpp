@@ -35,6 +35,7 @@ STABLE_TORCH_LIBRARY_IMPL(dmax, CompositeExplicitAutograd, m) {
   DMAX_CHECK_KERNEL(hybrid_embedding);
   DMAX_CHECK_KERNEL(hybrid_embedding_backward);
   DMAX_CHECK_KERNEL(spd_step_);
+  DMAX_CHECK_KERNEL(edit_step_);
   DMAX_CHECK_KERNEL(sample_tokens);
   DMAX_CHECK_KERNEL(oput_loss);
   DMAX_CHECK_KERNEL(oput_loss_backward);

@@ -1,4 +1,4 @@
-// Ops of a decoding step after the top-1: prefix_promote, hybrid_embedding, spd_step_.
+// Ops of a decoding step after the top-1: prefix_promote, hybrid_embedding, spd_step_, edit_step_.
 #pragma once
 
 #include "checks/rows.h"
@@ -81,6 +81,46 @@ inline EmbeddingSizes check_hybrid_embedding_backward(const Tensor& grad_output,
   return sizes;
 }
 
+struct BlockSizes {
+  int64_t batch;  // B
+  int64_t block;  // K
+  int64_t vocab;  // V
+};
+
+inline BlockSizes check_block_logits(const char* op, const Tensor& logits) {
+  const int64_t vocab = check_logits(op, "logits", logits);
+  DMAX_CHECK(logits.dim() == 3 && logits.size(1) >= 1, op,
+             ": logits must be [B, K, V] with K >= 1, got ", shape_text(logits.sizes()));
+  return {logits.size(0), logits.size(1), vocab};
+}
+
+// A buffer of a block's state, on the logits' device
+struct StepBuffer {
+  const char* name;
+  const Tensor& tensor;
+  ScalarType dtype;
+  Sizes sizes;
+  const char* meaning;
+};
+
+inline void check_step_buffers(const char* op, std::initializer_list<StepBuffer> buffers,
+                               const Tensor& logits) {
+  for (const StepBuffer& buffer : buffers) {
+    check_dtype(op, buffer.name, buffer.tensor, buffer.dtype);
+    check_shape(op, buffer.name, buffer.tensor, buffer.sizes, buffer.meaning);
+    check_same_device(op, buffer.name, buffer.tensor, "logits", logits);
+    check_contiguous(op, buffer.name, buffer.tensor);
+  }
+}
+
+inline void check_row_thresholds(const char* op, const OptionalTensor& thresholds, int64_t batch,
+                                 const char* meaning, const Tensor& logits) {
+  if (!thresholds) return;
+  check_dtype(op, "thresholds", *thresholds, ScalarType::Float);
+  check_shape(op, "thresholds", *thresholds, Sizes{batch, 2}, meaning);
+  check_same_device(op, "thresholds", *thresholds, "logits", logits);
+}
+
 struct StepSizes {
   int64_t batch;  // B
   int64_t block;  // K
@@ -98,11 +138,7 @@ inline StepSizes check_spd_step_(const Tensor& logits, const Tensor& embedding,
                                  int64_t semantics, int64_t top_k, double temperature,
                                  int64_t suppress_token, const OptionalTensor& thresholds) {
   constexpr const char* op = "spd_step_";
-  const int64_t vocab = check_logits(op, "logits", logits);
-  DMAX_CHECK(logits.dim() == 3 && logits.size(1) >= 1, op,
-             ": logits must be [B, K, V] with K >= 1, got ", shape_text(logits.sizes()));
-  const int64_t batch = logits.size(0);
-  const int64_t block = logits.size(1);
+  const auto [batch, block, vocab] = check_block_logits(op, logits);
   check_float(op, "embedding", embedding);
   DMAX_CHECK(embedding.dim() == 2 && embedding.size(0) == vocab && embedding.size(1) >= 1, op,
              ": embedding must be [V, D] with V = ", vocab, " as in logits and D >= 1, got ",
@@ -110,35 +146,24 @@ inline StepSizes check_spd_step_(const Tensor& logits, const Tensor& embedding,
   const int64_t dim = embedding.size(1);
   check_same_device(op, "embedding", embedding, "logits", logits);
 
-  struct Buffer {
-    const char* name;
-    const Tensor& tensor;
-    ScalarType dtype;
-    Sizes sizes;
-    const char* meaning;
-  };
   const Sizes per_position{batch, block};
   const Sizes per_row{batch};
-  const Buffer buffers[] = {
-      {"editable", editable, ScalarType::Bool, per_position, "[B, K]"},
-      {"masked", masked, ScalarType::Bool, per_position, "[B, K]"},
-      {"token", token, ScalarType::Long, per_position, "[B, K]"},
-      {"confidence", confidence, ScalarType::Float, per_position, "[B, K]"},
-      {"converged", converged, ScalarType::Bool, per_row, "[B]"},
-      {"step", step, ScalarType::Int, per_row, "[B]"},
-      {"inputs_embeds", inputs_embeds, embedding.scalar_type(), {batch, block, dim}, "[B, K, D]"},
-  };
-  for (const Buffer& buffer : buffers) {
-    check_dtype(op, buffer.name, buffer.tensor, buffer.dtype);
-    check_shape(op, buffer.name, buffer.tensor, buffer.sizes, buffer.meaning);
-    check_same_device(op, buffer.name, buffer.tensor, "logits", logits);
-    check_contiguous(op, buffer.name, buffer.tensor);
-  }
-  if (thresholds) {
-    check_dtype(op, "thresholds", *thresholds, ScalarType::Float);
-    check_shape(op, "thresholds", *thresholds, Sizes{batch, 2}, "tau_dec and tau_acc of each row");
-    check_same_device(op, "thresholds", *thresholds, "logits", logits);
-  }
+  check_step_buffers(op,
+                     {
+                         {"editable", editable, ScalarType::Bool, per_position, "[B, K]"},
+                         {"masked", masked, ScalarType::Bool, per_position, "[B, K]"},
+                         {"token", token, ScalarType::Long, per_position, "[B, K]"},
+                         {"confidence", confidence, ScalarType::Float, per_position, "[B, K]"},
+                         {"converged", converged, ScalarType::Bool, per_row, "[B]"},
+                         {"step", step, ScalarType::Int, per_row, "[B]"},
+                         {"inputs_embeds",
+                          inputs_embeds,
+                          embedding.scalar_type(),
+                          {batch, block, dim},
+                          "[B, K, D]"},
+                     },
+                     logits);
+  check_row_thresholds(op, thresholds, batch, "tau_dec and tau_acc of each row", logits);
   check_mask_token_id(op, mask_token_id, vocab);
   check_threshold(op, "tau_dec", tau_dec);
   check_threshold(op, "tau_acc", tau_acc);
@@ -159,6 +184,57 @@ inline StepSizes check_spd_step_(const Tensor& logits, const Tensor& embedding,
                     {"editable", &editable},
                     {"thresholds", thresholds ? &*thresholds : nullptr}});
   return {batch, block, vocab, dim};
+}
+
+// logits [B, K, V], and a block's state: six buffers on one device
+inline BlockSizes check_edit_step_(const Tensor& logits, const Tensor& editable,
+                                   const Tensor& token, const Tensor& prediction,
+                                   const Tensor& confidence, const Tensor& post_edit_steps,
+                                   const Tensor& done, int64_t mask_token_id, double threshold,
+                                   double edit_threshold, int64_t rule, int64_t tokens_per_step,
+                                   int64_t max_post_edit_steps, double temperature,
+                                   int64_t suppress_token, const OptionalTensor& thresholds) {
+  constexpr const char* op = "edit_step_";
+  const BlockSizes sizes = check_block_logits(op, logits);
+  const Sizes per_position{sizes.batch, sizes.block};
+  const Sizes per_row{sizes.batch};
+  check_step_buffers(op,
+                     {
+                         {"editable", editable, ScalarType::Bool, per_position, "[B, K]"},
+                         {"token", token, ScalarType::Long, per_position, "[B, K]"},
+                         {"prediction", prediction, ScalarType::Long, per_position, "[B, K]"},
+                         {"confidence", confidence, ScalarType::Float, per_position, "[B, K]"},
+                         {"post_edit_steps", post_edit_steps, ScalarType::Int, per_row, "[B]"},
+                         {"done", done, ScalarType::Bool, per_row, "[B]"},
+                     },
+                     logits);
+  check_row_thresholds(op, thresholds, sizes.batch, "threshold and edit_threshold of each row",
+                       logits);
+  // It is compared and never looked up, so logits without the mask's column are fine
+  DMAX_CHECK(mask_token_id >= 0, op, ": mask_token_id must be a token id, got ", mask_token_id);
+  check_threshold(op, "threshold", threshold);
+  check_threshold(op, "edit_threshold", edit_threshold);
+  DMAX_CHECK(rule >= 0 && rule <= static_cast<int64_t>(EditRule::kDinferThreshold), op,
+             ": rule must be 0 (threshold), 1 (low_confidence), 2 (joint_threshold) or 3 "
+             "(dinfer_threshold), got ",
+             rule);
+  DMAX_CHECK(tokens_per_step >= 1, op, ": tokens_per_step must be at least 1, got ",
+             tokens_per_step);
+  constexpr int64_t kMostSteps = (int64_t{1} << 31) - 1;
+  DMAX_CHECK(max_post_edit_steps >= 0 && max_post_edit_steps <= kMostSteps, op,
+             ": max_post_edit_steps must be in 0..", kMostSteps, ", got ", max_post_edit_steps);
+  check_temperature(op, temperature);
+  check_suppress_token(op, suppress_token, sizes.vocab);
+  check_no_overlap(op,
+                   {{"token", &token},
+                    {"prediction", &prediction},
+                    {"confidence", &confidence},
+                    {"post_edit_steps", &post_edit_steps},
+                    {"done", &done}},
+                   {{"logits", &logits},
+                    {"editable", &editable},
+                    {"thresholds", thresholds ? &*thresholds : nullptr}});
+  return sizes;
 }
 
 }  // namespace dmax

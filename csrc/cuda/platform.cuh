@@ -118,6 +118,7 @@ __device__ __forceinline__ T load_other_block(const T* p) {
 __device__ __forceinline__ uint64_t load_other_block_8(const uint64_t* p) {
   return __ldcg(reinterpret_cast<const unsigned long long*>(p));
 }
+__device__ __forceinline__ float load_other_block_4(const float* p) { return __ldcg(p); }
 
 // atomicInc, ordered for the whole GPU: what the caller wrote, or has seen written across a
 // barrier, comes before it, and what it reads afterwards comes after it
@@ -197,6 +198,7 @@ T load_other_block(const T* p) {
   return *p;
 }
 inline uint64_t load_other_block_8(const uint64_t* p) { return *p; }
+inline float load_other_block_4(const float* p) { return *p; }
 inline unsigned increment_acq_rel(unsigned* counter, unsigned limit) {
   __threadfence();
   const unsigned old = atomicInc(counter, limit);

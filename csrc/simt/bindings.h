@@ -91,6 +91,20 @@ struct StateInput {
 Chosen spd_step_(Gpu gpu, LogitsInput logits, EmbeddingInput embedding, StateInput state,
                  float tau_dec, float tau_acc, int semantics, int top_k);
 
+struct EditStateInput {
+  Address editable, token, prediction, confidence, post_edit_steps, done;
+  Address thresholds;  // 0: none
+  int64_t batch, block;
+};
+
+struct EditOptionsInput {
+  int64_t mask_token_id;
+  float threshold, edit_threshold;
+  int rule, tokens_per_step, max_post_edit_steps;
+};
+
+Chosen edit_step_(Gpu gpu, LogitsInput logits, EditStateInput state, EditOptionsInput options);
+
 struct LossInput {
   int dtype;
   Address masked, predicted;  // logits; 0: absent

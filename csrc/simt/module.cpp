@@ -38,6 +38,11 @@ PYBIND11_MODULE(dmax_simt, m) {
   py::class_<StateInput>(m, "StateInput")
       .def(py::init<Address, Address, Address, Address, Address, Address, Address, Address, int64_t,
                     int64_t>());
+  py::class_<EditStateInput>(m, "EditStateInput")
+      .def(py::init<Address, Address, Address, Address, Address, Address, Address, int64_t,
+                    int64_t>());
+  py::class_<EditOptionsInput>(m, "EditOptionsInput")
+      .def(py::init<int64_t, float, float, int, int, int>());
   py::class_<LossInput>(m, "LossInput")
       .def(py::init<int, Address, Address, int64_t, int64_t, int64_t, int64_t, Address, bool,
                     int64_t, float, float>());
@@ -54,6 +59,7 @@ PYBIND11_MODULE(dmax_simt, m) {
   m.def("hybrid_embedding", hybrid_embedding);
   m.def("hybrid_embedding_backward", hybrid_embedding_backward);
   m.def("spd_step_", spd_step_);
+  m.def("edit_step_", edit_step_);
   m.def("oput_loss", oput_loss);
   m.def("oput_loss_backward", oput_loss_backward);
   m.def("oput_loss_and_grad_", oput_loss_and_grad_);

@@ -1,7 +1,8 @@
-// The embedding family and spd_step_
+// The embedding family, spd_step_ and edit_step_
 #include <algorithm>
 #include <numeric>
 
+#include "cuda/edit_step.cuh"
 #include "cuda/embedding_backward.cuh"
 #include "cuda/spd_step.cuh"
 #include "simt/run_ops.h"
@@ -98,6 +99,34 @@ Chosen spd_step_(Gpu gpu, LogitsInput logits, EmbeddingInput embedding, StateInp
       args.lists = static_cast<Rank*>(lists.data());
       args.row_counters = run.split.counters + run.row_counters;
       launch_spd_step(run, view_of<T>(logits), args, Stream{});
+    });
+  });
+  return result;
+}
+
+Chosen edit_step_(Gpu gpu, LogitsInput logits, EditStateInput state, EditOptionsInput options) {
+  EditArgs args{};
+  args.editable = pointer<const bool>(state.editable);
+  args.token = pointer<int64_t>(state.token);
+  args.prediction = pointer<int64_t>(state.prediction);
+  args.confidence = pointer<float>(state.confidence);
+  args.post_edit_steps = pointer<int32_t>(state.post_edit_steps);
+  args.done = pointer<bool>(state.done);
+  args.thresholds = pointer<const float>(state.thresholds);
+  args.block = static_cast<int>(state.block);
+  args.mask_token_id = options.mask_token_id;
+  args.threshold = options.threshold;
+  args.edit_threshold = options.edit_threshold;
+  args.rule = static_cast<EditRule>(options.rule);
+  args.tokens_per_step = options.tokens_per_step;
+  args.max_post_edit_steps = options.max_post_edit_steps;
+  const RowWork work{state.batch * state.block, logits.vocab, kEditResident, state.batch};
+  Chosen result;
+  dispatch(logits.dtype, [&](auto element) {
+    using T = decltype(element);
+    result = launch_rows<T, Top1Partial>(gpu, work, [&](const RowLaunch& run) {
+      args.row_counters = run.split.counters + run.row_counters;
+      launch_edit_step(run, view_of<T>(logits), args, Stream{});
     });
   });
   return result;

@@ -1,4 +1,4 @@
-"""Workloads of decoding: rows of logits, promotion, embeddings, the whole step, and the loop.
+"""Workloads of decoding: rows of logits, promotion, embeddings, and the loop.
 
 Products with the LM head are in the inputs' dtype over the whole vocabulary, which rounds 16-bit
 logits; the fused ops keep theirs in float32.
@@ -208,48 +208,6 @@ def hybrid_arguments(inputs: Inputs, embedding: torch.Tensor, rows: int) -> dict
         "masked": inputs.uniform(rows) < 0.3,
         "mask_token_id": min(MASK, vocab - 1),
     }
-
-
-@workload
-def spd_step_(
-    inputs: Inputs, batch: int = 1, block: int = BLOCK, vocab: int = VOCAB, dim: int = DIM
-) -> Work:
-    """A block in the middle of decoding: half of it masked, none converged."""
-    logits = inputs.logits(batch * block, vocab).view(batch, block, vocab)
-    embedding = inputs.normal(vocab, dim)
-    mask_token_id = min(MASK, vocab - 1)
-    position = torch.arange(block, device=inputs.device)
-    start = {
-        "masked": (position >= block // 2).expand(batch, block),
-        "token": torch.full((batch, block), mask_token_id, device=inputs.device),
-        "confidence": torch.zeros(batch, block, dtype=torch.float32, device=inputs.device),
-        "converged": torch.zeros(batch, dtype=torch.bool, device=inputs.device),
-        "step": torch.ones(batch, dtype=torch.int32, device=inputs.device),
-        "inputs_embeds": torch.zeros(batch, block, dim, dtype=inputs.dtype, device=inputs.device),
-    }
-    state = {name: tensor.clone() for name, tensor in start.items()}
-    editable = torch.ones(batch, block, dtype=torch.bool, device=inputs.device)
-
-    def restore():
-        for name, tensor in start.items():
-            state[name].copy_(tensor)
-
-    given: dict[str, Any] = {
-        "logits": logits,
-        "embedding": embedding,
-        "editable": editable,
-        **state,
-    }
-    given |= {"mask_token_id": mask_token_id, "tau_dec": 0.5, "tau_acc": 0.9}
-    return Work(
-        {
-            "eager": lambda: reference.spd_step_(**given),
-            "fused": lambda: dmax_kernels.spd_step_(**given),
-        },
-        logits.nbytes + 3 * state["inputs_embeds"].nbytes,
-        restore=restore,
-        given=given,
-    )
 
 
 @workload

@@ -1,5 +1,6 @@
 """One file per family of ops: the public functions with their maths, fake kernels and gradients."""
 
+from dmax_kernels.ops.edit_step import edit_step_
 from dmax_kernels.ops.embedding import hybrid_embedding
 from dmax_kernels.ops.linear import linear_oput_loss, linear_sample_tokens, linear_top1_confidence
 from dmax_kernels.ops.loss import oput_loss, oput_loss_and_grad_
@@ -11,6 +12,7 @@ from dmax_kernels.ops.top1 import top1_confidence, top1_merge, top1_partial, top
 
 __all__ = [
     "RowStatistics",
+    "edit_step_",
     "hybrid_embedding",
     "linear_oput_loss",
     "linear_sample_tokens",

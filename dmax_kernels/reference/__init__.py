@@ -5,6 +5,7 @@ fusion, no tricks, any device. Nothing in the package falls back to them silentl
 them when asked with ``ops="reference"``.
 """
 
+from dmax_kernels.reference.edit_step import edit_step_
 from dmax_kernels.reference.embedding import hybrid_embedding
 from dmax_kernels.reference.linear import (
     linear_oput_loss,
@@ -20,6 +21,7 @@ from dmax_kernels.reference.top1 import top1_confidence, top1_merge, top1_partia
 
 __all__ = [
     "RowStatistics",
+    "edit_step_",
     "hybrid_embedding",
     "linear_oput_loss",
     "linear_sample_tokens",
