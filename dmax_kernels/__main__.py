@@ -1,4 +1,4 @@
-"""``python -m dmax_kernels COMMAND``: info, generate, demo, bench, train."""
+"""``python -m dmax_kernels COMMAND``: info, generate, demo, bench, distill, train."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": "answer prompts with a model by name or folder, several tokens per forward pass",
     "demo": "decode held-out problems with the shipped checkpoints: table, page, picture",
     "bench": "time one op at one shape beside the eager PyTorch it replaces",
+    "distill": "let a model answer prompts, and keep its complete answers as training data",
     "train": "train a block-diffusion model on conversations (OPUT); or the demo's, from nothing",
 }
 

@@ -69,21 +69,27 @@ def test_distillation_resumes_and_drops_incomplete_responses(tmp_path):
     settings = stages.Distillation(
         problems=6, num_moves=6, threshold=0.0, batch_size=2, seed=0
     )  # an untrained model writes noise: threshold 0 takes it in one pass a block
-    path = tmp_path / "distillation.pt"
-    whole = distill.distill(settings, model, path)
-    assert len(whole["responses"]) == 6
-    saved = torch.load(path)
-    saved["responses"] = saved["responses"][:2]
-    torch.save(saved, path)
-    assert distill.distill(settings, model, path)["responses"] == whole["responses"]
-    with pytest.raises(ValueError, match=r"distillation.pt must belong .* seed = 1, got 0"):
-        distill.distill(replace(settings, seed=1), model, path)
+    folder = tmp_path / "distillation"
+    whole = distill.distill(settings, model, folder)
+    assert [answer.index for answer in whole] == list(range(6))
+    part = folder / "part-0000.jsonl"
+    lines = part.read_text().splitlines(keepends=True)
+    part.write_text("".join(lines[:2]) + lines[2][:20])  # killed while it wrote the third
+    resumed = distill.distill(settings, model, folder)
+    assert [answer.response for answer in resumed] == [answer.response for answer in whole]
+    with pytest.raises(ValueError, match=r"distillation must belong .* seed = 1, got 0"):
+        distill.distill(replace(settings, seed=1), model, folder)
 
-    written = [[20, 2], [], [21, 21, 2], [], [], [2]]
-    examples = distill.distilled_examples(settings, written, 32)
-    assert [list(example.response) for example in examples] == [r for r in written if r]
+    kept = {0: [20, 2], 2: [21, 21, 2], 5: [2]}
+    answers = [
+        replace(answer, complete=answer.index in kept, response=kept.get(answer.index, [20, 20]))
+        for answer in whole
+    ]
+    examples = distill.distilled_examples(settings, answers, 32)
+    assert [list(example.response) for example in examples] == list(kept.values())
+    none = [replace(answer, complete=False) for answer in whole]
     with pytest.raises(ValueError, match="complete at least one response, got none in 6"):
-        distill.distilled_examples(settings, [[]] * 6, 32)
+        distill.distilled_examples(settings, none, 32)
 
 
 def test_the_whole_pipeline(tmp_path, monkeypatch, capsys):
@@ -102,9 +108,9 @@ def test_the_whole_pipeline(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         recipe,
         "distilled_examples",
-        lambda settings, responses, block_length: [
+        lambda settings, answers, block_length: [
             example
-            for example, _ in zip(ring_walk_examples(6, block_length, 0), responses, strict=False)
+            for example, _ in zip(ring_walk_examples(6, block_length, 0), answers, strict=False)
         ],
     )
     arguments = ["train", "--config", "ring_walk", "--output", str(tmp_path / "out")]

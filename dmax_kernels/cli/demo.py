@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from dmax_kernels.bench.workload import BLOCK, VOCAB
 from dmax_kernels.decoding.config import OPS
 from dmax_kernels.files import check_output, save_json
 from dmax_kernels.models.checkpoint import load_checkpoint
+from dmax_kernels.models.workers import available_cores
 from dmax_kernels.ring_walk import evaluate, page, picture, tables, task
 
 # Batch, block, vocabulary, and a small hidden size: an embedding of 2,048 columns takes over a
@@ -100,13 +100,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead of the paper's tables, one table of every decoding rule on each checkpoint, "
         "with its Global-ARness@1 (1 = strictly left to right)",
     )
-
-
-def available_cores() -> int:
-    """Cores that this process may use, if the system tells; else all of the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,12 +6,18 @@ import argparse
 import json
 import reprlib
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmax_kernels.cli.options import add_option
-from dmax_kernels.decoding import CommittedBlock, DecodeConfig, GenerationOutput, spd_generate
+from dmax_kernels.cli.model_options import (
+    add_decode_options,
+    add_machine_options,
+    add_prompt_options,
+    given_options,
+    machine,
+    options_for,
+)
+from dmax_kernels.decoding import CommittedBlock, GenerationOutput, spd_generate
 from dmax_kernels.files import check_output, read_jsonl, read_lines, save_json
 
 if TYPE_CHECKING:
@@ -51,34 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="one prompt per line; in a .jsonl file, the field 'prompt' of each line",
     )
-    add(
-        "--raw",
-        action="store_true",
-        help="use the prompt without a chat template (default: the tokenizer's)",
-    )
-    add(
-        "--pad-prompts",
-        action=argparse.BooleanOptionalAction,
-        help="pad raw prompts on the left to whole blocks, as the demo's models were trained; "
-        "for copies and descendants of these (default: for base, oput and control)",
-    )
+    add_prompt_options(parser)
     group = parser.add_argument_group("decoding (known models have some defaults of their own)")
-    for item in fields(DecodeConfig):
-        required = item.name == "max_new_tokens"
-        add_option(group, item, MAX_NEW_TOKENS if required else item.default)
+    add_decode_options(group, defaults={"max_new_tokens": MAX_NEW_TOKENS})
     group = parser.add_argument_group("where it runs")
+    add_machine_options(group)
     add = group.add_argument
-    add(
-        "--device",
-        default=None,
-        help="cpu, cuda, cuda:1, ...; auto spreads the layers (default: cuda if there is one)",
-    )
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="data type of the weights (default: auto, as saved)",
-    )
     add("--batch-size", type=int, metavar="B", help="prompts at a time (default: all)")
     group = parser.add_argument_group("output")
     add = group.add_argument
@@ -96,22 +80,11 @@ def run(args: argparse.Namespace) -> int:
     for option, path in (("--trace", args.trace), ("--json", args.json)):
         if path not in (None, "-"):
             check_output(option, Path(path))
-    import torch  # imported here, as transformers below: `--help` need not wait for them
+    from dmax_kernels.models.pretrained import load_pretrained  # `--help` need not wait for it
 
-    from dmax_kernels.models.pretrained import load_pretrained
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device must be cpu on this machine, which has no GPU, got {device}")
-    if device != "auto":
-        try:
-            torch.device(device)
-        except RuntimeError:
-            need = "auto or a device of PyTorch, as cpu or cuda:1"
-            raise ValueError(f"--device must be {need}, got {device}") from None
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    device, dtype = machine(args)
     loaded = load_pretrained(args.model, dtype=dtype, device=device)
-    options = decode_options(args, loaded)
+    options = options_for(loaded, {"max_new_tokens": MAX_NEW_TOKENS, **given_options(args)})
     if loaded.defaults.note and options["rule"] == "spd":
         print(f"note: {args.model} was {loaded.defaults.note}", file=sys.stderr)
     pad_prompts = loaded.defaults.pad_prompts if args.pad_prompts is None else args.pad_prompts
@@ -185,20 +158,6 @@ def encode_all(loaded: Loaded, prompts: list[str], raw: bool, pad: bool) -> list
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from None
     return encoded
-
-
-def decode_options(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
-    """Fields of `DecodeConfig`: what suits the model, and over it what the user gave."""
-    known = {
-        name: getattr(loaded.defaults, name)
-        for name in ("block_length", "tau_dec", "tau_acc", "rule", "mask_token_id")
-    }
-    options = {"max_new_tokens": MAX_NEW_TOKENS, **known, "eos_token_id": loaded.eos_token_ids}
-    names = {item.name for item in fields(DecodeConfig)}
-    options |= {name: value for name, value in vars(args).items() if name in names}
-    if "eos_token_id" in args:
-        options["eos_token_id"] = (args.eos_token_id,)
-    return options
 
 
 class Stream:

@@ -3,53 +3,40 @@
 from __future__ import annotations
 
 import random
-import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
-from tqdm import tqdm
 
-from dmax_kernels.files import write_atomically
 from dmax_kernels.ring_walk import task
-from dmax_kernels.ring_walk.evaluate import Cell, decode
+from dmax_kernels.ring_walk.evaluate import options_for
 from dmax_kernels.ring_walk.stages import Distillation
-from dmax_kernels.training.config import check_same_run
+from dmax_kernels.training import distill as log
 from dmax_kernels.training.data import Example
 
 
 def distill(
-    settings: Distillation, model: nn.Module, state_path: Path, *, ops: str = "reference"
-) -> dict[str, Any]:
-    """Answers training problems by confidence-threshold decoding and keeps complete responses.
+    settings: Distillation, model: nn.Module, folder: Path, *, ops: str = "reference"
+) -> list[log.Answer]:
+    """Answers training problems by confidence-threshold decoding; see `training.distill`.
 
-    Saves its state after every `batch_size` problems, so that it can be resumed. The state's
-    `responses` holds the token ids up to `<eos>` for each problem in order, or an empty list for a
-    response without an `<eos>`.
+    An answer's `response` holds the token ids up to and including `<eos>`.
     """
     problems = draw_problems(settings)
-    if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        check_same_run(state["settings"], asdict(settings), state_path)
-    else:
-        state = {"settings": asdict(settings), "responses": [], "seconds": 0.0, "forwards": 0}
-    responses = state["responses"]
-    cell = Cell("base", "threshold", settings.threshold)
+    options = {
+        **options_for(model, ops), "rule": "threshold", "tau_dec": settings.threshold
+    }  # fmt: skip
     model.eval()
-    first = len(responses)
-    with tqdm(total=len(problems), initial=first, desc="distillation", unit="problem") as progress:
-        for begin in range(first, len(problems), settings.batch_size):
-            started = time.perf_counter()
-            chunk = problems[begin : begin + settings.batch_size]
-            output = decode(model, chunk, cell, ops)
-            responses += [ids if ids[-1] == task.EOS_ID else [] for ids in output.answers]
-            state["forwards"] += int(output.num_forwards.sum())
-            state["seconds"] += time.perf_counter() - started
-            write_atomically(state_path, lambda file: torch.save(state, file))
-            progress.update(len(chunk))
-    return state
+
+    def answer_batches(batches: list[list[int]]) -> Iterator[list[log.Answer]]:
+        for indexes in batches:
+            prompts = [task.encode_prompt(problems[i], options["block_length"]) for i in indexes]
+            yield log.decode_batch(model, prompts, indexes, options)
+
+    answers = log.AnswerLog(folder, asdict(settings))
+    log.distill(answers, len(problems), settings.batch_size, answer_batches)
+    return list(answers.answers().values())
 
 
 def draw_problems(settings: Distillation) -> list[task.Problem]:
@@ -63,14 +50,17 @@ def draw_problems(settings: Distillation) -> list[task.Problem]:
 
 
 def distilled_examples(
-    settings: Distillation, responses: list[list[int]], block_length: int
+    settings: Distillation, answers: list[log.Answer], block_length: int
 ) -> list[Example]:
     """Training examples from the complete responses."""
     problems = draw_problems(settings)
     examples = [
-        Example(tuple(task.encode_prompt(problem, block_length)), tuple(response))
-        for problem, response in zip(problems, responses, strict=True)
-        if response
+        Example(
+            tuple(task.encode_prompt(problems[answer.index], block_length)),
+            tuple(answer.response),
+        )
+        for answer in answers
+        if answer.complete
     ]
     if not examples:
         raise ValueError(

@@ -32,6 +32,7 @@ from dmax_kernels.ring_walk.stages import (
     Stage,
 )
 from dmax_kernels.training.data import Example
+from dmax_kernels.training.distill import Counts
 from dmax_kernels.training.loop import fit
 from dmax_kernels.training.outputs import losses_of
 from dmax_kernels.training.parallel import Processes
@@ -81,14 +82,15 @@ def run_recipe(output: Path, *, ops: str = "reference", command: str = "") -> di
 
     run(BASE_BLOCK16)
     run(BASE)
-    distilled = distill(DISTILLATION, models["base"], stages_dir / "distillation.pt", ops=ops)
-    examples = distilled_examples(DISTILLATION, distilled["responses"], BASE.config.block_length)
+    answers = distill(DISTILLATION, models["base"], stages_dir / "distillation", ops=ops)
+    examples = distilled_examples(DISTILLATION, answers, BASE.config.block_length)
+    counts = Counts().add(answers)
     log["distillation"] = {
         **asdict(DISTILLATION),
         "kept": len(examples),
         "tokens": sum(len(example.response) for example in examples),
-        "forwards": distilled["forwards"],
-        "seconds": round(distilled["seconds"], 1),
+        "forwards": counts.forwards,
+        "seconds": round(counts.seconds, 1),
     }
     run(OPUT, examples)
     run(CONTROL, examples)

@@ -19,8 +19,12 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dmax_kernels.evaluation.cells import Response
 
 RING = 10
 MOVES = {"u1": 1, "d1": -1, "u2": 2, "d2": -2}
@@ -119,6 +123,20 @@ def render_prompt(problem: Problem) -> list[str]:
     return [*words, "start", str(problem.start), "="]
 
 
+def parse_prompt(text: str) -> Problem:
+    """The problem of a prompt's text, as `render_prompt` wrote it; padding may stand before it."""
+    words = [word for word in text.split() if word != PAD]
+    pairs, end = words[:-3], words[-3:]
+    labels, moves = pairs[::2], pairs[1::2]
+    names = [f"s{i + 1}" for i in range(len(labels))]
+    good = len(end) == 3 and end[0] == "start" and end[1] in PLACES and end[2] == "="
+    if not good or sorted(labels) != names or not set(moves) <= set(MOVES) or not moves:
+        raise ValueError(f"prompt must be a ring walk such as 's1 u1 start 2 =', got {text!r:.80}")
+    order = tuple(int(label[1:]) - 1 for label in labels)
+    by_label = dict(zip(order, moves, strict=True))
+    return Problem(int(end[1]), tuple(by_label[i] for i in range(len(order))), order)
+
+
 def render_response(problem: Problem, rng: random.Random) -> list[str]:
     """A right derivation with phrases drawn from the tables, up to and including `<eos>`."""
     words: list[str] = []
@@ -163,6 +181,16 @@ def grade(problem: Problem, response: Sequence[str]) -> Grade:
     named = [word for word in words if word in PLACES]
     answer = bool(named) and named[-1] == str(problem.places[-1])
     return Grade(answer=answer, strict=ended and _is_derivation(problem, words))
+
+
+def grade_response(response: Response, record: dict[str, Any]) -> dict[str, bool]:
+    """`grade` as `evaluate --grade` calls it, from a record with the problem's "prompt"."""
+    return asdict(grade(parse_prompt(record["prompt"]), decode(response.token_ids)))
+
+
+def record_of(problem: Problem) -> dict[str, str]:
+    """The problem as a record of a file, which `evaluate` reads."""
+    return {"prompt": " ".join(render_prompt(problem)), "answer": str(problem.places[-1])}
 
 
 def _is_derivation(problem: Problem, words: list[str]) -> bool:

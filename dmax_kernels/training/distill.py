@@ -1,0 +1,256 @@
+"""Self-distillation: a model writes the responses that it is then trained on (section 4.1).
+
+The responses are decoded by the confidence threshold. Each batch is appended to a log, so that a
+run that was killed goes on where it was; incomplete responses are kept in the log and dropped from
+the training data.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dmax_kernels.decoding import spd_generate
+from dmax_kernels.files import save_json, write_text
+from dmax_kernels.models.pretrained import Loaded
+from dmax_kernels.models.prompt_file import Prompt, encode_prompts
+from dmax_kernels.models.workers import Models
+from dmax_kernels.training.config import check_same_run
+
+RUN = "run.json"  # the settings, in the log's folder
+PART = "part-{:04d}.jsonl"  # what process number ... has answered
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt's response, by the prompt's number.
+
+    complete: whether it ended with an end-of-sequence token within the budget.
+    """
+
+    index: int
+    complete: bool
+    response: Any  # what the caller keeps: a text, or token ids
+    tokens: int
+    forwards: int
+    seconds: float  # its share of its batch's
+
+
+class AnswerLog:
+    """The folder of a run: `run.json` and one append-only file of answers for each process.
+
+    A line that was cut short when a process was killed is dropped, and its prompt answered again.
+
+    Raises:
+        ValueError: the folder belongs to a run with other settings or prompts.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], rank: int = 0) -> None:
+        if (folder / RUN).exists():
+            check_same_run(json.loads((folder / RUN).read_text("utf-8")), settings, folder)
+        self.folder = folder
+        self.settings = settings
+        self.path = folder / PART.format(rank)
+        if self.path.exists():
+            data = self.path.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):
+                with self.path.open("rb+") as file:
+                    file.truncate(whole)
+
+    def answers(self) -> dict[int, Answer]:
+        """All answers of all processes, by the prompts' numbers in ascending order."""
+        found = {}
+        for path in sorted(self.folder.glob("part-*.jsonl")):
+            for line in path.read_bytes().split(b"\n")[:-1]:
+                answer = Answer(**json.loads(line))
+                found[answer.index] = answer
+        return dict(sorted(found.items()))
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        # The folder comes with its first answers: a run that failed before leaves nothing behind
+        if not (self.folder / RUN).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_json(self.folder / RUN, self.settings)
+        lines = "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(lines)
+
+
+def distill(
+    log: AnswerLog,
+    num_prompts: int,
+    batch_size: int,
+    answer_batches: Callable[[list[list[int]]], Iterable[list[Answer]]],
+    *,
+    rank: int = 0,
+    count: int = 1,
+    progress: bool = True,
+) -> None:
+    """Answers the prompts that the log lacks.
+
+    Of several processes, each takes every `count`-th batch. Which these are does not depend on the
+    log, so that processes need not wait for each other, and a run may go on with other numbers.
+
+    Args:
+        answer_batches: from batches of prompts' numbers, the answers of each batch as they come.
+    """
+    done = log.answers()
+    batches = [
+        range(i, min(i + batch_size, num_prompts)) for i in range(0, num_prompts, batch_size)
+    ]
+    own = batches[rank::count]
+    left = [[i for i in batch if i not in done] for batch in own]
+    counts = Counts().add([done[i] for batch in own for i in batch if i in done])
+    total = sum(map(len, own))
+    with tqdm(
+        total=total,
+        initial=counts.answered,
+        desc="distillation",
+        unit="prompt",
+        disable=not progress,
+    ) as bar:
+        for answers in answer_batches([batch for batch in left if batch]):
+            log.add(answers)
+            bar.set_postfix(counts.add(answers).shown(), refresh=False)
+            bar.update(len(answers))
+
+
+@dataclass
+class Counts:
+    """What a run has done, over its answers."""
+
+    answered: int = 0
+    complete: int = 0
+    too_long: int = 0  # prompts that leave no room for an answer
+    tokens: int = 0
+    forwards: int = 0
+    seconds: float = 0.0
+
+    def add(self, answers: Sequence[Answer]) -> Counts:
+        for answer in answers:
+            self.answered += 1
+            self.complete += answer.complete
+            self.too_long += answer.forwards == 0
+            self.tokens += answer.tokens
+            self.forwards += answer.forwards
+            self.seconds += answer.seconds
+        return self
+
+    @property
+    def incomplete(self) -> int:
+        return self.answered - self.complete - self.too_long
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.tokens / max(self.forwards, 1)
+
+    def shown(self) -> dict[str, str]:
+        return {
+            "incomplete": str(self.incomplete),
+            "t/f": f"{self.tokens_per_forward:.2f}",
+            "tokens/s": f"{self.tokens / max(self.seconds, 1e-9):.0f}",
+        }
+
+
+def decode_batch(
+    model: Any,
+    encoded: list[list[int]],
+    indexes: list[int],
+    options: dict[str, Any],
+    read: Callable[[list[int]], Any] = list,
+) -> list[Answer]:
+    """The answers to prompts of token ids; `read` makes of a response's ids what is kept of it."""
+    started = time.perf_counter()
+    output = spd_generate(model, encoded, **options)
+    seconds = (time.perf_counter() - started) / len(indexes)
+    forwards = output.num_forwards.tolist()
+    return [
+        Answer(i, ids[-1] in options["eos_token_id"], read(ids), len(ids), passes, seconds)
+        for i, ids, passes in zip(indexes, output.answers, forwards, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How texts are answered, in a form that other processes can receive.
+
+    options: of `spd_generate`; what the model's defaults say is filled in when it is loaded.
+    """
+
+    prompts: list[Prompt]
+    options: dict[str, Any] = field(default_factory=dict)
+    raw: bool = False
+    pad: bool | None = None
+
+    def __call__(self, models: Models, indexes: list[int]) -> list[Answer]:
+        """One batch; the model is the only one of `models`."""
+        loaded = models.get("model")
+        options = self.options_for(loaded)
+        prompts = [self.prompts[i] for i in indexes]
+        encoded = encode_prompts(loaded, prompts, raw=self.raw, pad=self.pad)
+        room = longest_prompt(loaded.model.config, options)
+        fits = [room is None or len(ids) <= room for ids in encoded]
+        answers = [
+            Answer(i, False, "", 0, 0, 0.0)
+            for i, has_room in zip(indexes, fits, strict=True)
+            if not has_room
+        ]
+        if any(fits):
+            chosen = [encoded[i] for i, has_room in enumerate(fits) if has_room]
+            numbers = [i for i, has_room in zip(indexes, fits, strict=True) if has_room]
+
+            def read(ids: list[int]) -> str:
+                return loaded.tokenizer.decode(ids, skip_special_tokens=True)
+
+            answers += decode_batch(loaded.model, chosen, numbers, options, read)
+        return answers
+
+    def options_for(self, loaded: Loaded) -> dict[str, Any]:
+        known = {
+            name: getattr(loaded.defaults, name)
+            for name in ("block_length", "tau_acc", "mask_token_id")
+        }
+        return {**known, "eos_token_id": loaded.eos_token_ids, **self.options}
+
+
+def longest_prompt(model_config: Any, options: dict[str, Any]) -> int | None:
+    """The most tokens that a prompt may have for its answer to fit in the model's context."""
+    context = getattr(model_config, "max_position_embeddings", None)
+    if context is None:
+        return None
+    block, budget = options["block_length"], options["max_new_tokens"]
+    room = context // block * block - budget
+    if room < 1:
+        need = f"less than the model's context of {context}, for the prompt"
+        raise ValueError(f"--max-new-tokens must be {need}, got {budget}")
+    return room
+
+
+def write_training_data(path: Path, prompts: list[Prompt], answers: dict[int, Answer]) -> int:
+    """The file that `train --data` reads: each prompt's record with its response, if complete.
+
+    A record keeps its other fields. A response without a visible character is left out: `train`
+    could learn nothing from it. Returns the number of records.
+    """
+    kept = [
+        json.dumps(with_response(prompts[i], answer.response)) + "\n"
+        for i, answer in answers.items()
+        if answer.complete and answer.response.strip()
+    ]
+    write_text(path, "".join(kept))
+    return len(kept)
+
+
+def with_response(prompt: Prompt, response: str) -> dict[str, Any]:
+    if isinstance(prompt.record.get(prompt.field), str):
+        (message,) = prompt.messages
+        return {**prompt.record, "prompt": message["content"], "response": response}
+    answered = [*prompt.messages, {"role": "assistant", "content": response}]
+    return {**prompt.record, "messages": answered}
