@@ -328,7 +328,7 @@ def test_linear_oput_loss(draw, backend):
             compare(loss.cpu().double(), want, 1e-5, 1e-5)
     actual = run("linear_oput_loss_backward", *grads, *passes, weight, target, *results[2:], bias)
     # float32 sums; the gradient of 16-bit logits is rounded to 16 bits first, as eager's is, by
-    # Triton and, for bfloat16 (where the CPU has AMX), by the CPU
+    # Triton and, for bfloat16 (on a CPU with AMX or AVX512-BF16), by the CPU
     dtype = weight.dtype
     wide = dtype == torch.float32 or (backend == "cpu" and dtype == torch.float16)
     part = 1e-5 if wide else 2 * ROUNDING[dtype]

@@ -149,14 +149,29 @@ def other_threads():
 def test_cpu_bits_of_few_rows_depend_on_the_row_alone(dtype, other_threads):
     """Up to 8 rows, a row depends neither on the others nor on the threads. 320 fills vectors, 331
     does not."""
+    assert_bits_of_the_row_alone(dtype, 8, (slice(0, 8), slice(7, 8), slice(2, 5)), other_threads)
+
+
+@pytest.mark.skipif(
+    dmax_kernels.libraries.instruction_set() not in ("avx512, bf16", "avx512, amx"),
+    reason="the CPU has no bfloat16 product",
+)
+def test_cpu_bits_of_bfloat16_rows_depend_on_the_row_alone(other_threads):
+    """With a bfloat16 product of our own, the same from 13 rows on; 300 are two blocks of rows."""
+    assert_bits_of_the_row_alone(
+        torch.bfloat16, 300, (slice(0, 13), slice(250, 266), slice(5, 38)), other_threads
+    )
+
+
+def assert_bits_of_the_row_alone(dtype, all_rows, some_rows, other_threads):
     generator = torch.manual_seed(0)
     for dim in (320, 331):
-        hidden = torch.randn(8, dim, generator=generator).to(dtype)
+        hidden = torch.randn(all_rows, dim, generator=generator).to(dtype)
         weight = (0.1 * torch.randn(700, dim, generator=generator)).to(dtype)
         expected = dmax_kernels.linear_top1_confidence(hidden, weight)
         assert (expected[1] < 0.9).any()  # where a rounding shows
         with other_threads():
-            for rows in (slice(0, 8), slice(7, 8), slice(2, 5)):
+            for rows in some_rows:
                 results = dmax_kernels.linear_top1_confidence(hidden[rows], weight)
                 for one, among_others in zip(results, expected, strict=True):
                     assert torch.equal(one, among_others[rows])

@@ -2,8 +2,8 @@
 //
 // For each block, the logits are computed again and overwritten with their gradients, from which
 // the products for the hidden states, the weight and the bias follow. The block's part of the
-// weight's gradient is finished and rounded before the next block begins. linear_gradients_amx.h
-// does the same in bfloat16.
+// weight's gradient is finished and rounded before the next block begins.
+// linear_gradients_bfloat16.h does the same in bfloat16.
 #pragma once
 
 #include "cpu/linear_logits.h"

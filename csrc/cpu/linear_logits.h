@@ -3,18 +3,25 @@
 // Inputs of 16 bits are multiplied exactly and summed in float32: PyTorch's own 16-bit product
 // would round the logits. Which product is used:
 //
-//   rows        float32, float16, bfloat16          bfloat16 where the CPU has AMX
-//   1 to 8      our dot products (row_products)     the same
-//   from 9 on   PyTorch's float32 product           our AMX product (amx_products.h)
+//   rows        float32, float16           bfloat16 with AVX512-BF16   bfloat16 with AMX
+//   1 to 8      row_products               dot_products.cpp            row_products
+//   from 9 on   PyTorch's float32 product  dot_products.cpp            amx_products.cpp
 //
-// With few rows, the time goes into reading the weight, which the dot products read once and as it
-// is stored. PyTorch's product packs its operands first, and reads 16-bit weights from a widened
-// copy of kLinearTokens tokens. On one thread of a Zen 4 (AVX-512, float32, D = 1,024), compared
-// with PyTorch's product of all tokens followed by our top1_confidence, the dot products were 2.4
-// to 5 times as fast for 1, 2, 4 and 8 rows, and PyTorch's product in blocks was 1.6, 1.5 and 1.1
-// times as fast for 16, 32 and 256. At 16 rows both ways took the same time. AMX was 1.6 times as
-// fast as eager bfloat16 for 32 rows on a Sapphire Rapids (bench/results/cpu-sapphire-rapids.json);
-// a float32 product has a fraction of its rate.
+// Without those two, bfloat16 is as float16. With few rows, the time goes into reading the weight,
+// which the dot products of row_products read once and as it is stored. PyTorch's product packs its
+// operands first, and reads 16-bit weights from a widened copy of kLinearTokens tokens.
+//
+// Compared with PyTorch's product of all tokens followed by our top1_confidence, one thread of a
+// Zen 4 (AVX-512) takes this share of the time:
+//
+//   rows                              1     2     4     8     12    16    32    64    256
+//   float32, D = 1,024                0.2 to 0.42             -     0.63  0.67  -     0.91
+//   bfloat16 in bfloat16, D = 2,048   0.60  0.83  0.89  0.89  0.93  0.98  0.81  0.91  0.93
+//
+// That bfloat16 product rounds its logits. Widened to float32, bfloat16 took 2.5 times as long as
+// it for 32 rows, and twice as long for 256. In float32, the dot products and PyTorch's product
+// took the same time at 16 rows. AMX was 1.6 times as fast as eager bfloat16 for 32 rows on a
+// Sapphire Rapids (bench/results/cpu-sapphire-rapids.json).
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -25,7 +32,7 @@
 
 #include "common/dispatch.h"
 #include "cpu/parallel.h"
-#include "cpu/simd/amx_products.h"
+#include "cpu/simd/bfloat16_products.h"
 #include "cpu/simd/tile_kernels.h"
 
 namespace dmax::cpu {
@@ -113,17 +120,17 @@ class LinearLogits {
       : hidden_(hidden),
         weight_(weight),
         dim_(dim),
-        amx_(std::is_same_v<T, BFloat16> ? amx_products() : nullptr),
+        bfloat16_(std::is_same_v<T, BFloat16> ? bfloat16_products() : nullptr),
         rows_(std::max<int64_t>(most_rows * dim * sizeof(float),
-                                amx_ ? amx_->packed_bytes(most_rows, dim) : 0)) {}
+                                bfloat16_ ? bfloat16_->packed_bytes(most_rows, dim) : 0)) {}
 
   void load_rows(int64_t first, int64_t count) {
     count_ = count;
     way_ = choose_way();
     const MatrixView<T> block = hidden_.from_row(first);
-    if (way_ == Way::kAmx) {
+    if (way_ == Way::kBFloat16) {
       if constexpr (std::is_same_v<T, BFloat16>) {
-        amx_->pack_rows(block, count, dim_, rows_.data);
+        bfloat16_->pack_rows(block, count, dim_, rows_.data);
       }
       return;
     }
@@ -132,7 +139,7 @@ class LinearLogits {
 
   // Memory that one thread needs for compute()
   AlignedBuffer scratch() const {
-    if (way_ == Way::kAmx) return AlignedBuffer(amx_->scratch_bytes(dim_, count_));
+    if (way_ == Way::kBFloat16) return AlignedBuffer(bfloat16_->scratch_bytes(dim_, count_));
     const bool widens = way_ == Way::kLibrary && !std::is_same_v<T, float>;
     return AlignedBuffer(widens ? kLinearTokens * dim_ * sizeof(float) : 0);
   }
@@ -144,11 +151,11 @@ class LinearLogits {
       case Way::kDotProducts:
         return tile_kernels<T>().row_products(tokens.data, tokens.row_stride, n, rows_.data, count_,
                                               dim_, logits, kLinearTokens);
-      case Way::kAmx:
+      case Way::kBFloat16:
         if constexpr (std::is_same_v<T, BFloat16>) {
           for (int64_t t = 0; t < n; t += kProductTokens) {
-            amx_->multiply(tokens.from_row(t), std::min(kProductTokens, n - t), dim_, rows_.data,
-                           count_, scratch.data, logits + t, kLinearTokens);
+            bfloat16_->multiply(tokens.from_row(t), std::min(kProductTokens, n - t), dim_,
+                                rows_.data, count_, scratch.data, logits + t, kLinearTokens);
           }
         }
         return;
@@ -162,18 +169,19 @@ class LinearLogits {
   }
 
  private:
-  enum class Way { kDotProducts, kLibrary, kAmx };
+  enum class Way { kDotProducts, kLibrary, kBFloat16 };
 
   Way choose_way() const {
-    if (count_ <= kFewRows && weight_.column_stride == 1) return Way::kDotProducts;
-    return amx_ ? Way::kAmx : Way::kLibrary;
+    const int64_t few = bfloat16_ ? bfloat16_->least_rows - 1 : kFewRows;
+    if (count_ <= few && weight_.column_stride == 1) return Way::kDotProducts;
+    return bfloat16_ ? Way::kBFloat16 : Way::kLibrary;
   }
 
   MatrixView<T> hidden_;
   MatrixView<T> weight_;
   int64_t dim_;
-  const AmxProducts* amx_;
-  AlignedBuffer rows_;  // the block's rows: float32, or packed for AMX
+  const BFloat16Products* bfloat16_;
+  AlignedBuffer rows_;  // the block's rows: float32, or packed by bfloat16_
   int64_t count_ = 0;
   Way way_ = Way::kLibrary;
 };

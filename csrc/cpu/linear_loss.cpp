@@ -7,7 +7,7 @@
 
 #include "cpu/cross_entropy.h"
 #include "cpu/linear_gradients.h"
-#include "cpu/linear_gradients_amx.h"
+#include "cpu/linear_gradients_bfloat16.h"
 #include "cpu/linear_stream.h"
 #include "cpu/row_stats.h"
 
@@ -182,8 +182,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
   const LogitGradients row_gradient(stacked, {grad_masked, grad_predicted},
                                     {logsumexp_masked, logsumexp_predicted}, ids, bias, vocab,
                                     {ignore_index, label_smoothing, z_loss});
-  if (weight.scalar_type() == ScalarType::BFloat16 && amx_products()) {
-    fill_gradients<AmxGradients>(stacked, weight, row_gradient, grads);
+  if (weight.scalar_type() == ScalarType::BFloat16 && bfloat16_products()) {
+    fill_gradients<BFloat16Gradients>(stacked, weight, row_gradient, grads);
   } else {
     fill_gradients<LibraryGradients>(stacked, weight, row_gradient, grads);
   }

@@ -1,101 +1,33 @@
-// The products of amx_products.h, for CPUs from Sapphire Rapids on.
+// The products of bfloat16_products.h for CPUs with AMX: Intel's from Sapphire Rapids on.
 //
 // One instruction multiplies 16 tokens x 32 columns by 32 columns x 16 rows and adds into float32.
 // The first operand is the weight as it lies in memory; the hidden rows are packed in pairs of
 // columns, once. AMX treats subnormal numbers as 0, a change too small to matter to a logit.
-#include "cpu/simd/amx_products.h"
-#include "cpu/simd/simd.h"
+#include "cpu/simd/bfloat16_packing.h"
 #include "cpu/simd/transpose.h"
 
 namespace dmax::cpu::DMAX_ISA {
 
 namespace {
 
-constexpr int64_t kStep = 32;                      // columns of one instruction
-constexpr int64_t kTileElements = kLanes * kStep;  // 16-bit elements of one tile: 1 KiB
-constexpr int64_t kPairRows = 2 * kLanes;          // rows and tokens of one call of the inner
-constexpr int64_t kPairTokens = 2 * kLanes;        // loop: four tiles of sums
-constexpr int64_t kTileBytes = kTileElements * 2;
+constexpr int64_t kPairTokens = 2 * kLanes;  // tokens of one inner loop: four tiles of sums
 // Steps before the next pair of panels: that part of the tokens, 32 KiB, stays in L1
 constexpr int64_t kDepthSteps = 16;
-
-int64_t num_steps(int64_t dim) { return (dim + kStep - 1) / kStep; }
-int64_t num_pairs(int64_t rows) { return (rows + kPairRows - 1) / kPairRows; }
-
-int64_t packed_bytes(int64_t rows, int64_t dim) {
-  return num_pairs(rows) * 2 * num_steps(dim) * kTileBytes;
-}
 
 // Holds the packed tokens, and four tiles of sums per pair of panels
 int64_t scratch_bytes(int64_t dim, int64_t rows) {
   return (2 * num_steps(dim) + 4 * num_pairs(rows)) * kTileBytes;
 }
 
-// pack_rows() for a matrix whose columns are contiguous: two columns become one line of pairs
-void pack_columns(MatrixView<BFloat16> hidden, int64_t rows, int64_t dim, BFloat16* out) {
-  const auto bits = [](const BFloat16* x) { return reinterpret_cast<const uint16_t*>(x); };
-  for (int64_t k = 0; k < dim; k += 2) {
-    const uint16_t* even = bits(hidden.data + k * hidden.column_stride);
-    const uint16_t* odd = even + hidden.column_stride;
-    for (int64_t row = 0; row < rows; row += kLanes) {
-      const int64_t tile = (row / kPairRows * num_steps(dim) + k / kStep) * 2 + row / kLanes % 2;
-      uint16_t* line =
-          reinterpret_cast<uint16_t*>(out + tile * kTileElements + k % kStep / 2 * kStep);
-      const int64_t count = rows - row < kLanes ? rows - row : kLanes;
-      if (count == kLanes && k + 1 < dim) {
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-          line[2 * lane] = even[row + lane];
-          line[2 * lane + 1] = odd[row + lane];
-        }
-        continue;
-      }
-      for (int64_t lane = 0; lane < count; ++lane) {
-        line[2 * lane] = even[row + lane];
-        if (k + 1 < dim) line[2 * lane + 1] = odd[row + lane];
-      }
-    }
-  }
-}
-
-// packed[pair of panels][step][panel][column / 2][row][column % 2]
-void pack_rows(MatrixView<BFloat16> hidden, int64_t rows, int64_t dim, void* packed) {
-  BFloat16* out = static_cast<BFloat16*>(packed);
-  __builtin_memset(packed, 0, packed_bytes(rows, dim));
-  if (hidden.row_stride == 1) return pack_columns(hidden, rows, dim, out);
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t pair = row / kPairRows, panel = row / kLanes % 2, lane = row % kLanes;
-    const BFloat16* x = hidden.row(row);
-    for (int64_t k = 0; k < dim; ++k) {
-      const int64_t tile = (pair * num_steps(dim) + k / kStep) * 2 + panel;
-      out[tile * kTileElements + k % kStep / 2 * kStep + lane * 2 + k % 2] =
-          x[k * hidden.column_stride];
-    }
-  }
-}
-
 // out[step][half][token of 16][column]: whole tiles, so that rows do not compete for a cache set
 void pack_tokens(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, BFloat16* out) {
   for (int64_t t = 0; t < kPairTokens; ++t) {
-    BFloat16* to = out + (t / kLanes) * kTileElements + t % kLanes * kStep;
-    if (t >= tokens) {  // unused in the last call
-      for (int64_t step = 0; step < num_steps(dim); ++step) {
-        __builtin_memset(to + step * 2 * kTileElements, 0, kStep * 2);
-      }
-      continue;
-    }
-    const BFloat16* x = weight.row(t);
-    const bool adjacent = weight.column_stride == 1;
+    BFloat16* to = out + t * kStep;
+    const int64_t columns = t < tokens ? dim : 0;  // the others are unused in the last call
+    const BFloat16* x = weight.row(t < tokens ? t : 0);
     for (int64_t step = 0; step < num_steps(dim); ++step) {
-      BFloat16* tile_row = to + step * 2 * kTileElements;
-      const int64_t begin = step * kStep;
-      const int64_t count = dim - begin < kStep ? dim - begin : kStep;
-      if (adjacent && count == kStep) {
-        __builtin_memcpy(tile_row, x + begin, kStep * 2);
-        continue;
-      }
-      for (int64_t k = 0; k < kStep; ++k) {
-        tile_row[k] = k < count ? x[(begin + k) * weight.column_stride] : BFloat16{0};
-      }
+      pack_line(x + step * kStep * weight.column_stride, weight.column_stride,
+                columns - step * kStep, to + step * 2 * kTileElements);
     }
   }
 }
@@ -191,6 +123,7 @@ void multiply(MatrixView<BFloat16> weight, int64_t tokens, int64_t dim, const vo
 
 }  // namespace
 
-extern const AmxProducts kProducts = {packed_bytes, scratch_bytes, pack_rows, multiply};
+// The dot products of row_products() served up to 8 rows when AMX was measured
+extern const BFloat16Products kProducts = {9, packed_bytes, scratch_bytes, pack_rows, multiply};
 
 }  // namespace dmax::cpu::DMAX_ISA

@@ -10,7 +10,7 @@
 #include <unistd.h>
 #endif
 
-#include "cpu/simd/amx_products.h"
+#include "cpu/simd/bfloat16_products.h"
 
 namespace dmax::cpu {
 
@@ -28,16 +28,21 @@ DMAX_DECLARE_ISA(avx2)
 #if defined(DMAX_HAVE_AVX512)
 DMAX_DECLARE_ISA(avx512)
 #endif
+#if defined(DMAX_HAVE_AVX512BF16)
+namespace avx512bf16 {
+extern const BFloat16Products kProducts;
+}
+#endif
 #if defined(DMAX_HAVE_AMX)
 namespace amx {
-extern const AmxProducts kProducts;
+extern const BFloat16Products kProducts;
 }
 #endif
 
 namespace {
 
-// In ascending order. AMX is AVX-512 plus one more kernel, the bfloat16 product.
-enum class InstructionSet { kPortable, kAvx2, kAvx512, kAmx };
+// In ascending order. The last two are AVX-512 plus one more kernel, the bfloat16 product.
+enum class InstructionSet { kPortable, kAvx2, kAvx512, kAvx512BFloat16, kAmx };
 
 #if defined(DMAX_HAVE_AMX)
 // Whether the CPU has AMX and the Linux kernel lets this process use its registers
@@ -70,6 +75,11 @@ InstructionSet detect() {
 #if defined(DMAX_HAVE_AMX)
     if (most >= InstructionSet::kAmx && have_amx()) return InstructionSet::kAmx;
 #endif
+#if defined(DMAX_HAVE_AVX512BF16)
+    if (most >= InstructionSet::kAvx512BFloat16 && __builtin_cpu_supports("avx512bf16")) {
+      return InstructionSet::kAvx512BFloat16;
+    }
+#endif
     return InstructionSet::kAvx512;
   }
 #endif
@@ -93,6 +103,7 @@ const Kernels& select(const Kernels& portable_kernels, const Kernels& avx2_kerne
                       const Kernels& avx512_kernels) {
   switch (chosen()) {
     case InstructionSet::kAmx:
+    case InstructionSet::kAvx512BFloat16:
     case InstructionSet::kAvx512:
       return avx512_kernels;
     case InstructionSet::kAvx2:
@@ -123,9 +134,12 @@ const TileKernels<Float16>& tile_kernels<Float16>() {
   return DMAX_SELECT(kFloat16Kernels);
 }
 
-const AmxProducts* amx_products() {
+const BFloat16Products* bfloat16_products() {
 #if defined(DMAX_HAVE_AMX)
   if (chosen() == InstructionSet::kAmx) return &amx::kProducts;
+#endif
+#if defined(DMAX_HAVE_AVX512BF16)
+  if (chosen() == InstructionSet::kAvx512BFloat16) return &avx512bf16::kProducts;
 #endif
   return nullptr;
 }
@@ -137,6 +151,8 @@ extern "C" __attribute__((visibility("default"))) const char* dmax_cpu_instructi
   switch (dmax::cpu::chosen()) {
     case dmax::cpu::InstructionSet::kAmx:
       return "avx512, amx";
+    case dmax::cpu::InstructionSet::kAvx512BFloat16:
+      return "avx512, bf16";
     case dmax::cpu::InstructionSet::kAvx512:
       return "avx512";
     case dmax::cpu::InstructionSet::kAvx2:

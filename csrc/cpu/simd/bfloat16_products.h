@@ -1,7 +1,9 @@
-// Products of bfloat16 matrices with float32 sums, on the tile registers of AMX.
+// Products of bfloat16 matrices with float32 sums: on the tile registers of AMX, or with the dot
+// products of AVX512-BF16.
 //
-// PyTorch's own bfloat16 product rounds its result to bfloat16, and widening to float32 runs at an
-// eighth of AMX's rate or less, so we have a product of our own.
+// PyTorch's own bfloat16 product rounds its result to bfloat16, and a float32 product of widened
+// matrices runs at half the rate of the dot products, an eighth of AMX's or less. So we have
+// products of our own.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +26,9 @@ struct MatrixView {
   MatrixView from_row(int64_t i) const { return {row(i), row_stride, column_stride}; }
 };
 
-struct AmxProducts {
+struct BFloat16Products {
+  // The fewest rows of which the product is faster than row_products() (tile_kernels.h)
+  int64_t least_rows;
   // Sizes of `rows` packed rows and of the scratch memory of one multiply()
   int64_t (*packed_bytes)(int64_t rows, int64_t dim);
   int64_t (*scratch_bytes)(int64_t dim, int64_t rows);
@@ -35,7 +39,7 @@ struct AmxProducts {
                    int64_t rows, void* scratch, float* logits, int64_t logits_stride);
 };
 
-// Null if the CPU has no AMX
-const AmxProducts* amx_products();
+// Null if the CPU has neither AMX nor AVX512-BF16
+const BFloat16Products* bfloat16_products();
 
 }  // namespace dmax::cpu

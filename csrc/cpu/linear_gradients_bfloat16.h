@@ -1,5 +1,5 @@
-// Gradients of linear_oput_loss on CPUs that multiply bfloat16 directly (AMX), in the same steps
-// as in linear_gradients.h.
+// Gradients of linear_oput_loss on CPUs that multiply bfloat16 directly (AMX or AVX512-BF16), in
+// the same steps as in linear_gradients.h.
 //
 // The gradient of a logit is rounded to bfloat16 before the two products that use it, as the GPU
 // implementations and eager PyTorch do. This adds at most 2^-8 of the sum of its products'
@@ -14,12 +14,13 @@
 
 namespace dmax::cpu {
 
-class AmxGradients {
+class BFloat16Gradients {
  public:
   // Tokens per block. Each block runs two parallel regions, and its gradients take 8 KiB per row.
   static constexpr int64_t kTokens = 2048;
 
-  AmxGradients(const StackedRows& stacked, const Tensor& weight, const LinearLossGradients& grads)
+  BFloat16Gradients(const StackedRows& stacked, const Tensor& weight,
+                    const LinearLossGradients& grads)
       : rows_(stacked.size()),
         vocab_(weight.size(0)),
         dim_(weight.size(1)),
@@ -65,7 +66,7 @@ class AmxGradients {
   static constexpr int64_t kPart = 256;
 
   struct TokenBuffers {
-    explicit TokenBuffers(const AmxGradients& op)
+    explicit TokenBuffers(const BFloat16Gradients& op)
         : scratch(op.products_.scratch_bytes(std::max(op.dim_, op.rows_), kPart)),
           packed(op.grads_.needs_weight() ? op.products_.packed_bytes(kPart, op.rows_) : 0),
           values(kPart * kPart) {}
@@ -157,7 +158,7 @@ class AmxGradients {
     });
   }
 
-  const AmxProducts& products_ = *amx_products();
+  const BFloat16Products& products_ = *bfloat16_products();
   const TileKernels<BFloat16>& narrow_ = tile_kernels<BFloat16>();
   int64_t rows_, vocab_, dim_;
   MatrixView<BFloat16> weight_;
