@@ -12,9 +12,12 @@ from dmax_kernels.decoding import (
     EntropyBound,
     Factor,
     Hierarchical,
+    LocalLeap,
     Margin,
     ParallelForced,
+    Prophet,
     Random,
+    SchED,
     Seen,
     TopN,
     Uniform,
@@ -117,6 +120,66 @@ def test_margin_by_hand():
     masked = mask_of("xxxx")
     assert positions(promote(Margin(), c, masked, 0.3, runner_up=runner_up)) == [0, 2]
     assert positions(promote(Margin(), c, mask_of(".x.x"), 0.3, runner_up=runner_up)) == [1]
+
+
+def test_local_leap_by_hand():
+    c = f32(0.7, 0.6, 0.95, 0.3, 0.7, 0.7, 0.7, NAN)
+    for radius, expected in ((0, [2]), (1, [2]), (2, [0, 2, 4]), (3, [0, 2, 4, 5])):
+        assert positions(promote(LocalLeap(0.6, radius), c, mask_of("xxxxxxxx"), 0.9)) == expected
+    # A token is no anchor, and without one the best goes alone
+    assert positions(promote(LocalLeap(0.6, 9), c, mask_of("xx.xxxxx"), 0.9)) == [0]
+
+
+def gap_of(confidence, gap):
+    """The runner-up's probability at a difference of logits."""
+    return confidence * math.exp(-gap)
+
+
+def exit_of(rule, gaps, pattern, step=0, editable="xxxx"):
+    c = f32(0.4, 0.6, 0.5, 0.3)
+    runner_up = f32(*(gap_of(p, gap) for p, gap in zip(c.tolist(), gaps, strict=True)))
+    statistics = {
+        "runner_up": runner_up,
+        "step": torch.tensor(step, dtype=torch.int32),
+        "editable": mask_of(editable),
+    }
+    return positions(promote(rule, c, mask_of(pattern), **statistics))
+
+
+def test_prophet_by_hand():
+    # Four positions, one per step: the bars of the steps are 7.5, 5, 2.5 and 2.5
+    for step, bar in enumerate((7.5, 5, 2.5, 2.5)):
+        wide, narrow = [bar - 1, bar + 1.01, bar, bar], [bar - 1, bar + 0.99, bar, bar]
+        assert exit_of(Prophet(), wide, "xx.x", step) == [0, 1, 3]
+        assert exit_of(Prophet(), narrow, "xx.x", step) == [1]
+    # The mean is over editable positions; they alone are steps
+    assert exit_of(Prophet(), [9, 9, 9, 0], "xx..", 0, "xxx.") == [0, 1]
+    assert exit_of(Prophet(), [0, 5.1, 5.1, 0], ".xx.", 0, ".xx.") == [1, 2]  # t / T = 1 / 2
+    assert exit_of(Prophet(2), [4, 4, 4, 4], "xxxx", 0) == [1, 2]  # the same: 5 is not reached
+    assert exit_of(Prophet(2), [2.6] * 4, "xxxx", 1) == [0, 1, 2, 3]
+    assert exit_of(Prophet(early=1), [1.1, 1.1, 1.1, NAN], "xxxx") == [1]
+
+
+def test_sched_by_hand():
+    half = {"linear": 4.0, "cosine": 4.0, "exponential": 2 + 4 * math.exp(-1)}
+    for schedule, bar in half.items():
+        rule = SchED(schedule=schedule, high=6, low=2, rate=2)
+        assert exit_of(rule, [bar + 0.01] * 4, "xxxx", 1) == [0, 1, 2, 3]
+        assert exit_of(rule, [bar - 0.01] * 4, "xxxx", 1) == [1]
+    quarter = {"linear": 5.0, "cosine": 2 + 2 * (1 + math.sqrt(0.5))}
+    for schedule, bar in quarter.items():
+        rule = SchED(schedule=schedule, high=6, low=2)
+        assert exit_of(rule, [bar + 0.01] * 4, "x.xx", 0) == [0, 2, 3]
+        assert exit_of(rule, [bar - 0.01] * 4, "x.xx", 0) == [2]
+
+
+def test_a_vanishing_runner_up_is_a_gap_of_87():
+    """Its probability underflows: the mean must not become infinite."""
+    runner_up = f32(0, 0.3, 0.3, 0.3)
+    seen = {"runner_up": runner_up, "editable": mask_of("xxxx"), "step": torch.tensor(0)}
+    c = f32(1, 0.3, 0.3, 0.3)
+    assert positions(promote(Prophet(early=21.8), c, mask_of("xxxx"), **seen)) == [0, 1, 2, 3]
+    assert positions(promote(Prophet(early=21.9), c, mask_of("xxxx"), **seen)) == [0]
 
 
 def test_uniform_by_hand():
@@ -222,6 +285,9 @@ def call(name, statistics, masked, option):
         "margin": Margin(),
         "uniform": Uniform(),
         "parallel_forced": ParallelForced(n, n),
+        "local_leap": LocalLeap(tau / 2, n),
+        "prophet": Prophet(n, early=4 * tau),
+        "sched": SchED(n, schedule=("linear", "cosine", "exponential")[option], high=4, low=0),
     }[name]
     return rule.promote(Seen(masked, tau_dec=tau, **statistics))
 
@@ -229,6 +295,7 @@ def call(name, statistics, masked, option):
 NAMES = (
     *("threshold", "prefix", "factor", "hierarchical", "top_n", "autoregressive", "random"),
     *("entropy_bound", "margin", "uniform", "parallel_forced", "canvas"),
+    *("local_leap", "prophet", "sched"),
 )
 # One column per position: masked, c, share of the rest that the runner-up has, entropy
 columns = st.tuples(
@@ -250,6 +317,7 @@ def build(rows):
         "entropy": torch.where(c.isnan(), NAN, entropy),
         "token": token,
         "step": torch.arange(len(rows), dtype=torch.int32) % 3,
+        "editable": masked | (token % 2 == 0),
     }
     return statistics, masked
 
@@ -296,6 +364,7 @@ def test_every_block_ends_after_as_many_steps_as_positions(name):
         "entropy": -3 * c.log(),
         "token": torch.randint(0, 50, masked.shape, generator=generator),
         "step": torch.zeros(masked.shape[:-1], dtype=torch.int32),
+        "editable": masked,
     }
     for _ in range(17):
         masked = masked & ~call(name, statistics, masked, 0)

@@ -14,14 +14,19 @@ from decoding_models import MASK, RandomModel, ScriptedModel, random_prompts
 from dmax_kernels.decoding import (
     RULES,
     Autoregressive,
-    ComposedRule,
+    Credit,
     DecodeConfig,
+    Edit,
     EntropyBound,
     Factor,
     Hierarchical,
+    LocalLeap,
     Margin,
     ParallelForced,
+    Prophet,
     Random,
+    Rule,
+    SchED,
     TopN,
     Uniform,
     spd_generate,
@@ -33,6 +38,8 @@ K = 8
 NAMES = sorted(set(RULES) - set(ABLATIONS))
 # Every class with an option off its default
 OTHERS = [TopN(3), Autoregressive(2), Random(2, seed=5), ParallelForced(2, num_slots=4)]
+OTHERS += [LocalLeap(0.3, 1), Prophet(2, early=3.0), SchED(schedule="cosine", high=3, low=1)]
+OTHERS += [Credit(1.5, 0.5, 1.0), Edit(0.3, 2, max_post_edit_steps=3)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -70,7 +77,7 @@ def test_a_trace_shows_the_rules_promises(rule):
     model = RandomModel()
     settings = {"rule": rule, "tau_dec": 0.4, "eos_token_id": ()}
     output = decode(model, random_prompts(3, 11), **settings, trace=True)
-    revises = rule == "uniform"
+    revises = rule in ("uniform", "edit") or isinstance(rule, Edit)
     for row in output.trace.to_dict()["rows"]:
         assert [block["start"] for block in row["blocks"]] == [8, 16, 24, 32]
         for block in row["blocks"]:
@@ -81,9 +88,9 @@ def test_a_trace_shows_the_rules_promises(rule):
             for n, step in enumerate(block["steps"]):
                 assert step["promoted"] or (revises and n > 0)
                 assert revises or not step["revised"]
-            if revises:
+            assert block["steps"][-1]["converged"]
+            if rule == "uniform":
                 assert sorted(block["steps"][0]["promoted"]) == editable
-                assert block["steps"][-1]["converged"]
 
 
 # (rule, steps of a block of 8 that is all masks)
@@ -138,7 +145,8 @@ def constant_script(probabilities, steps=6):
 
 # What each rule promotes first of confidences .9 .3 .6 .95 after a prompt token. What they compare
 # with tau or their option: confidences; the margin .6 - .4 / 21 = .58; (n + 1)(1 - c_n) = .1, .3;
-# entropies -p ln p - (1 - p) ln((1 - p) / 21) = .63, 2.74, 1.89, .35
+# entropies -p ln p - (1 - p) ln((1 - p) / 21) = .63, 2.74, 1.89, .35; the mean of the gaps
+# ln(21 p / (1 - p)), 4.22, in the first of four steps; odds times (1 + p^.2)^.7: .94 .39 .70 .97
 FIRST = [
     ("threshold", 0.55, [1, 3, 4]),
     (Margin(), 0.55, [1, 3, 4]),
@@ -154,6 +162,19 @@ FIRST = [
     (ParallelForced(num_slots=2), 0, [1, 4]),  # positions 0-2 and 3-4
     (Autoregressive(2), 0, [1, 2]),
     (Uniform(), 0, [1, 2, 3, 4]),
+    (LocalLeap(0.5, 2), 0.92, [3, 4]),
+    (LocalLeap(0.5, 3), 0.92, [1, 3, 4]),
+    (Prophet(early=4.2), 0, [1, 2, 3, 4]),
+    (Prophet(early=4.3, middle=0), 0, [4]),
+    (Prophet(2, middle=4.2), 0, [1, 2, 3, 4]),  # the first of two steps
+    (SchED(high=5, low=1.6), 0, [1, 2, 3, 4]),  # 5 - 3.4 / 4 = 4.15
+    (SchED(high=5, low=2), 0, [4]),  # 4.25
+    (Credit(), 0.69, [1, 3, 4]),
+    (Credit(), 0.71, [1, 4]),
+    (Credit(alpha=0), 0.61, [1, 4]),
+    (Edit(), 0.55, [1, 3, 4]),
+    (Edit(), 0.92, [4]),
+    (Edit(tokens_per_step=2), 0.92, [1, 4]),
 ]
 
 
@@ -180,7 +201,7 @@ def test_first_step_by_hand(rule, tau, expected, ops):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_the_rule_with_its_defaults(name):
     rule = RULES[name]
-    assert isinstance(rule, ComposedRule)
+    assert isinstance(rule, Rule)
     assert rule == type(rule)()
     (option,) = (item for item in fields(DecodeConfig) if item.name == "rule")
     assert name in option.metadata["help"]
@@ -198,6 +219,16 @@ def test_a_name_is_the_rule_with_its_defaults(name):
         (lambda: Autoregressive(1.0), "Autoregressive: tokens_per_step must be a positive integer"),
         (lambda: Random(seed=-1), "Random: seed must be an integer in [0, 2^64), got -1"),
         (lambda: ParallelForced(num_slots=0), "num_slots must be a positive integer, got 0"),
+        (lambda: LocalLeap(1.5), "LocalLeap: relaxed_threshold must be a number, in [0, 1], got"),
+        (lambda: LocalLeap(radius=-1), "LocalLeap: radius must be an integer, at least 0, got -1"),
+        (lambda: Prophet(late=math.nan), "Prophet: late must be a number, not NaN, got nan"),
+        (lambda: Prophet(0), "Prophet: tokens_per_step must be a positive integer, got 0"),
+        (lambda: SchED(schedule="step"), "SchED: schedule must be one of 'linear', 'cosine'"),
+        (lambda: SchED(rate=0), "SchED: rate must be a number, positive, got 0"),
+        (lambda: Credit(beta=1.5), "Credit: beta must be a number, in [0, 1], got 1.5"),
+        (lambda: Credit(alpha=-1), "Credit: alpha must be a number, at least 0, got -1"),
+        (lambda: Edit(2), "Edit: edit_threshold must be a number, in [0, 1], got 2"),
+        (lambda: Edit(max_post_edit_steps=-1), "max_post_edit_steps must be an integer, at least"),
     ],
 )
 def test_mistakes_are_named(make, message):

@@ -2,7 +2,8 @@
 
 Read in this order: `spd.py` (spd_generate -> prefill -> step -> advance), `config.py` (every
 option), `prompts.py` (what each row brings), `batch.py` (rows that start together and end one by
-one), `state.py` (what a step changes), `step.py` (the step) and `rules.py` (which masks it fills).
+one), `state.py` (what a step changes), `step.py` (the step) and `rules.py` (which masks it fills;
+`early_exit.py` and `memory_rules.py` have more of them).
 `embedding.py`, `forward.py`, `cache.py` and `graph.py` run the model; `output.py` and `trace.py`
 hold what comes back. `extra` has two other papers' ideas on the same loop.
 """
@@ -13,12 +14,17 @@ from dmax_kernels.decoding.output import GenerationOutput, Statistics
 from dmax_kernels.decoding.rules import (
     RULES,
     Autoregressive,
+    Credit,
+    Edit,
     EntropyBound,
     Factor,
     Hierarchical,
+    LocalLeap,
     Margin,
     ParallelForced,
+    Prophet,
     Random,
+    SchED,
     TopN,
     Uniform,
 )
@@ -33,17 +39,22 @@ __all__ = [
     "BlockState",
     "CommittedBlock",
     "ComposedRule",
+    "Credit",
     "DecodeConfig",
+    "Edit",
     "EntropyBound",
     "Factor",
     "GenerationOutput",
     "Hierarchical",
     "LiveBlocks",
+    "LocalLeap",
     "Margin",
     "ParallelForced",
+    "Prophet",
     "Random",
     "Rule",
     "RunConfig",
+    "SchED",
     "Seen",
     "Statistics",
     "TopN",

@@ -54,7 +54,8 @@ class DecodeConfig:
         "spd; an ablation of it: hybrid (no prefix), hard_prefix, hard (tokens instead of soft "
         "embeddings), threshold (no revision: tau_acc and convergence do not apply); or another "
         "decoder: factor, hierarchical, top_n, autoregressive, random, entropy_bound, margin, "
-        "uniform, parallel_forced. In Python also an instance of a rule's class, which has its "
+        "uniform, parallel_forced, local_leap, prophet, sched, credit, edit (token editing, for "
+        "models trained for it). In Python also an instance of a rule's class, which has its "
         "options (Hierarchical(low_threshold=0.4)), or a Rule of your own",
     )
     semantics: str = option(
@@ -76,7 +77,7 @@ class DecodeConfig:
     max_steps_per_block: int | None = option(
         None,
         "steps after which a block is committed with its current predictions (default: the block "
-        "length)",
+        "length; with rule edit, its edits more)",
     )
     mask_token_id: int | None = option(None, "the mask token (default: the model config's)")
     eos_token_id: int | Iterable[int] | None = option(

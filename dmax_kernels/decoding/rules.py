@@ -1,7 +1,8 @@
 """Decoding rules: which masked positions a step turns into token positions.
 
-`RULES` has them by name. A class's `promote` is the rule's formula; the step around it is
-`step.ComposedRule`. All formulas keep four promises:
+`RULES` has them by name. Those that end a block early are in `early_exit.py`, and those that keep
+something from step to step in `memory_rules.py`. A class's `promote` is the rule's formula; the
+step around it is `step.ComposedRule`. All formulas keep four promises:
 
 - only masked positions are promoted, and at least one wherever any is masked (the progress rule);
 - no row reads another one: its result is the same alone and in any batch;
@@ -15,15 +16,25 @@ what models trained by plain masked diffusion need.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmax_kernels._checks import one_of, read_integer, read_number, require
+from dmax_kernels._checks import one_of, require
 from dmax_kernels.decoding.config import DecodeConfig, RunConfig
+from dmax_kernels.decoding.early_exit import Prophet, SchED
+from dmax_kernels.decoding.memory_rules import Credit, Edit
+from dmax_kernels.decoding.rule_parts import (
+    FixedCount,
+    above_threshold,
+    best_of_groups,
+    keep_integer,
+    keep_number,
+    or_best,
+    rank_within,
+)
 from dmax_kernels.decoding.state import LiveBlocks
 from dmax_kernels.decoding.step import ComposedRule, Rule, Seen
 from dmax_kernels.reference.sample import MASK32, philox4x32
@@ -69,11 +80,11 @@ class Ablation(ComposedRule):
     soft: bool
 
     def promote(self, seen: Seen) -> Tensor:
-        confident = seen.confidence > seen.tau_dec
         if self.prefix:
             # The function's threshold is one number, and each row has its own tau_dec
+            confident = seen.confidence > seen.tau_dec
             return seen.functions.prefix_promote(confident.float(), seen.masked, 0.5)
-        return or_best(seen.masked & confident, seen.confidence, seen.masked)
+        return above_threshold(seen)
 
 
 @dataclass(frozen=True)
@@ -119,16 +130,6 @@ class Hierarchical(ComposedRule):
         best_of_run = rank_within(c, masked, starts.cumsum(dim=-1)) == 0
         promoted = (best_of_run & (c > self.low_threshold)) | (c > seen.tau_dec)
         return or_best(masked & promoted, c, masked)
-
-
-@dataclass(frozen=True)
-class FixedCount(ComposedRule):
-    """A rule that promotes a fixed number of tokens per step. It reads no threshold."""
-
-    tokens_per_step: int = 1
-
-    def __post_init__(self) -> None:
-        keep_integer(self, "tokens_per_step", "a positive integer")
 
 
 @dataclass(frozen=True)
@@ -214,8 +215,9 @@ class EntropyBound(ComposedRule):
 class Margin(ComposedRule):
     """Every masked position whose lead over the runner-up exceeds tau_dec; else the widest lead.
 
-    The lead tells one clear winner from two close ones, which the confidence alone does not (arXiv
-    2502.06768; the early commits of Prophet, 2508.19982).
+    The lead is the top-1 probability minus the second largest. It tells one clear winner from two
+    close ones, which the confidence alone does not (arXiv 2502.06768). `Prophet` reads the same two
+    candidates, as a difference of logits over the whole block, and decides when to stop.
     """
 
     reads = "row_statistics"
@@ -262,58 +264,29 @@ class ParallelForced(FixedCount):
         return best_of_groups(seen.confidence, seen.masked, self.tokens_per_step, slots)
 
 
-def or_best(promoted: Tensor, score: Tensor, masked: Tensor) -> Tensor:
-    """`promoted`, or a row's best masked position where that is nothing: a step must advance."""
-    key = sort_key(score, masked)
-    is_best = key == key.amax(dim=-1, keepdim=True)
-    best = masked & is_best & (is_best.cumsum(dim=-1) == 1)
-    return torch.where(promoted.any(dim=-1, keepdim=True), promoted, best)
+@dataclass(frozen=True)
+class LocalLeap(ComposedRule):
+    """Every masked position with c > tau_dec, an anchor, and relaxed ones in its neighbourhood.
 
-
-def best_of_groups(
-    score: Tensor, masked: Tensor, count: int, group: Tensor | None = None
-) -> Tensor:
-    """The `count` masked positions of highest score, of the row or of each group of positions.
-
-    A NaN is taken only where its row or group has no number: the leftmost.
+    Within `radius` positions of an anchor, c > relaxed_threshold is enough. Where there is no
+    anchor, the most confident one. What a sure token determines lies close to it, and decays with
+    the distance (LocalLeap, arXiv 2510.07081, whose anchors have c >= 0.9).
     """
-    rank = rank_within(score, masked, group)
-    return masked & (((rank < count) & ~score.isnan()) | (rank == 0))
 
+    relaxed_threshold: float = 0.75
+    radius: int = 4
 
-def rank_within(score: Tensor, masked: Tensor, group: Tensor | None = None) -> Tensor:
-    """Rank of every masked position by descending score, 0 for the best; in its group if given.
+    def __post_init__(self) -> None:
+        keep_number(self, "relaxed_threshold", "in [0, 1]", lambda value: 0 <= value <= 1)
+        keep_integer(self, "radius", "an integer, at least 0", least=0)
 
-    NaN scores come last of the masked; positions that are not masked rank after all of these. Two
-    stable sorts, by score and then by group, because argmax leaves ties open on a GPU.
-    """
-    order = sort_key(score, masked).argsort(dim=-1, descending=True, stable=True)
-    place = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    if group is not None:
-        group, by_group = group.expand_as(order).gather(-1, order).sort(dim=-1, stable=True)
-        order = order.gather(-1, by_group)
-        is_first = F.pad(group[..., 1:] != group[..., :-1], (1, 0), value=True)
-        place = place - (place * is_first).cummax(dim=-1).values
-    return torch.empty_like(order).scatter_(-1, order, place)
-
-
-def sort_key(score: Tensor, masked: Tensor) -> Tensor:
-    """score with NaN below every number, and positions that are not masked below NaN."""
-    lowest = torch.finfo(score.dtype).min
-    return score.nan_to_num(nan=lowest, neginf=lowest).masked_fill(~masked, -torch.inf)
-
-
-def keep_number(rule: Rule, name: str, need: str, accepts: Callable[[float], bool]) -> None:
-    """Check an option that is a number, and keep it as a Python float."""
-    what = f"{type(rule).__name__}: {name}"
-    value = read_number(what, getattr(rule, name), f"a number, {need}", accepts)
-    object.__setattr__(rule, name, value)  # the rules are frozen
-
-
-def keep_integer(rule: Rule, name: str, need: str, **bounds: int) -> None:
-    """Check an option that is an integer, and keep it as a Python int."""
-    value = read_integer(f"{type(rule).__name__}: {name}", getattr(rule, name), need, **bounds)
-    object.__setattr__(rule, name, value)
+    def promote(self, seen: Seen) -> Tensor:
+        masked, c = seen.masked, seen.confidence
+        anchor = masked & (c > seen.tau_dec)
+        position = torch.arange(masked.shape[-1], device=masked.device)
+        close = (position - position.unsqueeze(-1)).abs() <= self.radius
+        near = (anchor.unsqueeze(-2) & close).any(dim=-1)
+        return or_best(anchor | (masked & near & (c > self.relaxed_threshold)), c, masked)
 
 
 # SPD with one idea after another taken away (the paper's Tables 3 and 4)
@@ -337,6 +310,11 @@ RULES: dict[str, Rule] = {
     "margin": Margin(),
     "uniform": Uniform(),
     "parallel_forced": ParallelForced(),
+    "local_leap": LocalLeap(),
+    "prophet": Prophet(),
+    "sched": SchED(),
+    "credit": Credit(),
+    "edit": Edit(),
 }
 
 
@@ -346,6 +324,12 @@ def find_rule(config: DecodeConfig) -> Rule:
     need = f"{one_of(RULES)}, or a Rule"
     require(isinstance(rule, Rule), "spd_generate: rule", need, repr(config.rule))
     assert isinstance(rule, Rule)
+    require(
+        config.suppress_mask or not isinstance(rule, Edit),
+        "spd_generate: suppress_mask",
+        "True with rule 'edit', where a predicted mask token would take a token back",
+        "False",
+    )
     require(
         config.semantics != "released"
         or (isinstance(rule, SoftParallel) and config.convergence == "both"),

@@ -79,8 +79,12 @@ def spd_generate(
         ValueError: one sentence, for any argument that does not fit the model or the others.
         TypeError: an option that does not exist, or no `max_new_tokens`.
     """
-    settings = read_options(config, options).for_model(model)
+    chosen = read_options(config, options)
+    settings = chosen.for_model(model)
     rule = find_rule(settings)
+    if chosen.max_steps_per_block is None:
+        most = rule.max_steps(settings.block_length)
+        settings = replace(settings, max_steps_per_block=most)
     ids, attention_mask = unwrap(input_ids, attention_mask)
     prompts = read_prompts(ids, attention_mask)
     embedding = embedding_table(model, settings.mask_token_id)
@@ -168,6 +172,7 @@ def first_blocks(
         row=torch.arange(len(requests), device=device),
         start=start,
         thresholds=thresholds.to(device),
+        memory=rule.memory(len(requests), config, device),
     )
     begin = torch.ones(len(requests), dtype=torch.bool, device=device)
     rule.begin_(state, begin, forward.embedding, config)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class BlockState:
         prompt_tail: int | Tensor,
         embedding: Tensor,
         mask_token_id: int,
-        **further: Tensor,
+        **further: Any,
     ) -> State:
         """The state before the first step: all masks, except a prompt's tail.
 
@@ -71,6 +72,8 @@ class LiveBlocks(BlockState):
     row: Tensor  # int64 [B]: which of the caller's prompts this is
     start: Tensor  # int64 [B]: position of the block's first token in the row's sequence
     thresholds: Tensor  # float32 [B, 2]: (tau_dec, tau_acc) of the row
+    # [B, ...] each: what the rule keeps of the block's earlier steps (`Rule.memory`)
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def tau_dec(self) -> Tensor:
@@ -91,6 +94,8 @@ class LiveBlocks(BlockState):
         self.confidence.masked_fill_(positions, 0)
         self.converged.logical_and_(~rows)
         self.step.masked_fill_(rows, 0)
+        for buffer in self.memory.values():
+            buffer.masked_fill_(rows.view(-1, *[1] * (buffer.dim() - 1)), 0)
         mask = embedding[mask_token_id]
         self.inputs_embeds.copy_(torch.where(positions.unsqueeze(-1), mask, self.inputs_embeds))
         self.start.copy_(start)
@@ -104,9 +109,20 @@ class LiveBlocks(BlockState):
 
     def move_rows_(self, sources: Tensor, holes: Tensor) -> None:
         """Row sources[i] takes the place of row holes[i]."""
-        for buffer in vars(self).values():
+        for _, buffer in self.buffers():
             buffer[holes] = buffer[sources]
 
     def first(self, rows: int) -> LiveBlocks:
         """The first rows, in the same memory."""
-        return LiveBlocks(**{name: buffer[:rows] for name, buffer in vars(self).items()})
+        return self.map(lambda buffer: buffer[:rows])
+
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Every buffer by its name, those of the rule included."""
+        for name, buffer in {**vars(self), **self.memory}.items():
+            if name != "memory":
+                yield name, buffer
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LiveBlocks:
+        """The state with every buffer changed by a function."""
+        own = {name: change(buffer) for name, buffer in vars(self).items() if name != "memory"}
+        return LiveBlocks(**own, memory={n: change(b) for n, b in self.memory.items()})

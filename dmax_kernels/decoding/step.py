@@ -29,7 +29,8 @@ class Rule(ABC):
     A rule gets B live rows, each in a block of its own sequence. Rows may be in different blocks,
     and row i of one step may be a different request at the next. A rule therefore keeps nothing per
     row itself: what is fixed for a row is in the state (`state.row`, `state.start`,
-    `state.thresholds`), and `state.step` counts the block's steps. It runs the same operations
+    `state.thresholds`), `state.step` counts the block's steps, and what a rule wants to remember of
+    them it keeps in `state.memory`, whose buffers it declares. It runs the same operations
     whatever the values are, and never reads one on the host (no `.item()`, no `if tensor`, no
     boolean index): on a GPU the step is captured once as a CUDA graph and replayed.
     """
@@ -42,6 +43,17 @@ class Rule(ABC):
         Called outside of any graph. By default this does nothing.
         """
 
+    def memory(self, rows: int, config: RunConfig, device: torch.device) -> dict[str, Tensor]:
+        """Buffers [rows, ...] for `state.memory`; by default none.
+
+        The loop moves them with their rows, and fills them with 0 where a block begins.
+        """
+        return {}
+
+    def max_steps(self, block_length: int) -> int:
+        """The steps after which a block is cut off, unless the caller says how many."""
+        return block_length
+
     @abstractmethod
     def update_(
         self, logits: Tensor, embedding: Tensor, state: LiveBlocks, config: RunConfig
@@ -49,11 +61,12 @@ class Rule(ABC):
         """One step, in place: logits [B, K, V] of the live blocks, embedding [V, D].
 
         Reads all of `state` and `config` (`mask_token_id`, `suppress_token`, `functions`: the fused
-        or the reference functions, ...). Writes `masked`, `token`, `confidence`, `converged` and
-        `inputs_embeds` (what the next pass reads: e(mask), a token's or a hybrid embedding), and
-        adds 1 to `step`, for the rows that are not converged. A row that is converged on entry
-        stays as it is, to the last bit. `editable`, `row`, `start` and `thresholds` are read only.
-        Each step should decide at least one masked position, or the step cap ends the block.
+        or the reference functions, ...). Writes `masked`, `token`, `confidence`, `converged`,
+        `inputs_embeds` (what the next pass reads: e(mask), a token's or a hybrid embedding) and the
+        rule's `memory`, and adds 1 to `step`, for the rows that are not converged. A row that is
+        converged on entry stays as it is, to the last bit. `editable`, `row`, `start` and
+        `thresholds` are read only. Each step should decide at least one masked position, or the
+        step cap ends the block.
         """
 
 
@@ -97,18 +110,13 @@ class ComposedRule(Rule):
         At least one position is promoted in every row that has a masked one.
         """
 
-    def update_(
-        self, logits: Tensor, embedding: Tensor, state: LiveBlocks, config: RunConfig
-    ) -> None:
-        """The paper's step with the parts that this rule and the configuration name.
-
-        With nothing taken away and both criteria this is `spd_step_`, which a test checks.
-        """
+    def see_(self, logits: Tensor, state: LiveBlocks, config: RunConfig) -> Seen:
+        """The statistics that `promote` reads; a rule with a memory brings it up to date here."""
         functions = config.functions
         statistics = getattr(functions, self.reads)(logits, suppress_token=config.suppress_token)
         y, c = statistics[:2]
         others = statistics[2:4] if self.reads == "row_statistics" else (UNREAD, UNREAD)
-        seen = Seen(
+        return Seen(
             state.masked,
             y,
             c,
@@ -119,6 +127,17 @@ class ComposedRule(Rule):
             editable=state.editable,
             functions=functions,
         )
+
+    def update_(
+        self, logits: Tensor, embedding: Tensor, state: LiveBlocks, config: RunConfig
+    ) -> None:
+        """The paper's step with the parts that this rule and the configuration name.
+
+        With nothing taken away and both criteria this is `spd_step_`, which a test checks.
+        """
+        functions = config.functions
+        seen = self.see_(logits, state, config)
+        y, c = seen.token, seen.confidence
         promoted = self.promote(seen)
         if not self.revise:
             y = torch.where(state.masked, y, state.token)

@@ -32,7 +32,12 @@ RULES: tuple[tuple[str, str | Rule, float], ...] = (
     ("entropy bound 0.1", "entropy_bound", 0),
     ("entropy bound 0.5", EntropyBound(0.5), 0),
     ("hierarchical 0.9 / 0.2", "hierarchical", 0.9),
+    ("local leap 0.9 / 0.75", "local_leap", 0.9),
+    ("credit 0.95", "credit", 0.95),
+    ("Prophet", "prophet", 0),
+    ("SchED", "sched", 0),
     ("parallel-forced, 3 slots", "parallel_forced", 0),
+    ("token editing 0.7 / 0.5", "edit", 0.7),
     ("uniform", "uniform", 0),
     ("SPD 0.5", "spd", 0.5),
 )
