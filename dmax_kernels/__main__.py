@@ -1,4 +1,4 @@
-"""``python -m dmax_kernels COMMAND``: info, generate, demo, bench, distill, train."""
+"""``python -m dmax_kernels COMMAND``: info, generate, demo, bench, distill, train, evaluate."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "bench": "time one op at one shape beside the eager PyTorch it replaces",
     "distill": "let a model answer prompts, and keep its complete answers as training data",
     "train": "train a block-diffusion model on conversations (OPUT); or the demo's, from nothing",
+    "evaluate": "accuracy, tokens per forward and AUP of models and decoding rules on problems",
 }
 
 

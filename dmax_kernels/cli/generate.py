@@ -15,7 +15,6 @@ from dmax_kernels.cli.model_options import (
     add_prompt_options,
     given_options,
     machine,
-    options_for,
 )
 from dmax_kernels.decoding import CommittedBlock, GenerationOutput, spd_generate
 from dmax_kernels.files import check_output, read_jsonl, read_lines, save_json
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
     device, dtype = machine(args)
     loaded = load_pretrained(args.model, dtype=dtype, device=device)
-    options = options_for(loaded, {"max_new_tokens": MAX_NEW_TOKENS, **given_options(args)})
+    options = loaded.decode_options({"max_new_tokens": MAX_NEW_TOKENS, **given_options(args)})
     if loaded.defaults.note and options["rule"] == "spd":
         print(f"note: {args.model} was {loaded.defaults.note}", file=sys.stderr)
     pad_prompts = loaded.defaults.pad_prompts if args.pad_prompts is None else args.pad_prompts

@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dmax_kernels.cli.options import add_option
 from dmax_kernels.decoding import DecodeConfig
-
-if TYPE_CHECKING:
-    from dmax_kernels.models.pretrained import Loaded
 
 
 def add_machine_options(group: argparse._ArgumentGroup, *, spread: bool = True) -> None:
@@ -80,12 +77,3 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
     if "eos_token_id" in options:
         options["eos_token_id"] = (options["eos_token_id"],)
     return options
-
-
-def options_for(loaded: Loaded, given: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `DecodeConfig`: what suits the model, and over it what was given."""
-    known = {
-        name: getattr(loaded.defaults, name)
-        for name in ("block_length", "tau_dec", "tau_acc", "rule", "mask_token_id")
-    }
-    return {**known, "eos_token_id": loaded.eos_token_ids, **given}

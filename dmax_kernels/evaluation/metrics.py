@@ -113,4 +113,4 @@ def share_interval(right: int, problems: int) -> tuple[float, float]:
     share, square = right / problems, Z**2 / problems
     middle = (share + square / 2) / (1 + square)
     half = Z * math.sqrt(share * (1 - share) / problems + square / (4 * problems)) / (1 + square)
-    return middle - half, middle + half
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))

@@ -53,6 +53,14 @@ class Loaded:
         """The tokens that end an answer; the first is the one that training appends."""
         return end_token_ids(self.model, self.tokenizer, self.defaults.eos_token_id)
 
+    def decode_options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Options of `spd_generate`: what suits the model, and over it what was given."""
+        known = {
+            name: getattr(self.defaults, name)
+            for name in ("block_length", "tau_dec", "tau_acc", "rule", "mask_token_id")
+        }
+        return {**known, "eos_token_id": self.eos_token_ids, **given}
+
 
 def model_defaults(name: str, config: Any) -> Defaults:
     """The defaults of a known name; for a folder or any other name, those in its config."""
@@ -62,6 +70,11 @@ def model_defaults(name: str, config: Any) -> Defaults:
     ids = {key: found for key in known if (found := getattr(config, key, None)) is not None}
     length = getattr(config, "block_length", None) or 32
     return Defaults(**{**known, **ids}, block_length=length)
+
+
+def defaults_of(name: str) -> Defaults:
+    """The defaults of a model by its name alone, without loading its weights."""
+    return KNOWN.get(name, Defaults())
 
 
 def load_pretrained(

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from dmax_kernels.decoding import spd_generate
 from dmax_kernels.files import save_json, write_text
-from dmax_kernels.models.pretrained import Loaded
 from dmax_kernels.models.prompt_file import Prompt, encode_prompts
 from dmax_kernels.models.workers import Models
 from dmax_kernels.training.config import check_same_run
@@ -192,7 +191,7 @@ class Answering:
     def __call__(self, models: Models, indexes: list[int]) -> list[Answer]:
         """One batch; the model is the only one of `models`."""
         loaded = models.get("model")
-        options = self.options_for(loaded)
+        options = loaded.decode_options(self.options)
         prompts = [self.prompts[i] for i in indexes]
         encoded = encode_prompts(loaded, prompts, raw=self.raw, pad=self.pad)
         room = longest_prompt(loaded.model.config, options)
@@ -211,13 +210,6 @@ class Answering:
 
             answers += decode_batch(loaded.model, chosen, numbers, options, read)
         return answers
-
-    def options_for(self, loaded: Loaded) -> dict[str, Any]:
-        known = {
-            name: getattr(loaded.defaults, name)
-            for name in ("block_length", "tau_acc", "mask_token_id")
-        }
-        return {**known, "eos_token_id": loaded.eos_token_ids, **self.options}
 
 
 def longest_prompt(model_config: Any, options: dict[str, Any]) -> int | None:

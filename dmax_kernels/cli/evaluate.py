@@ -1,0 +1,269 @@
+"""``python -m dmax_kernels evaluate``: accuracy against parallelism, on problems with answers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmax_kernels.cli.model_options import (
+    add_decode_options,
+    add_machine_options,
+    add_prompt_options,
+    given_options,
+    machine,
+)
+from dmax_kernels.files import check_input, check_output, save_json, write_text
+
+if TYPE_CHECKING:
+    from dmax_kernels.evaluation.cells import Cell, Outcome
+    from dmax_kernels.evaluation.run import Evaluation
+    from dmax_kernels.models.prompt_file import Prompt
+
+DESCRIPTION = """\
+Answers problems with models and decoding rules, and prints for each of them accuracy, tokens per
+forward pass (mean of ratios and ratio of sums, with and without the end-of-sequence token), forward
+passes per block and tokens per second; accuracy under parallelism (AUP) of each rule over its
+thresholds; and intervals for the differences from one row, paired by problem.
+
+  # Table 1's GSM8K rows: the paper evaluates zero-shot, one problem at a time, up to 2048 tokens
+  python -m dmax_kernels evaluate --model inclusionAI/LLaDA2.0-mini --model Zigeng/DMax-Math-16B \\
+      --data gsm8k_test.jsonl --prompt-field question --prompt-suffix "
+  Let's think step by step
+  " --rule threshold:0.95 --rule hierarchical:0.95 --rule spd:0.5,0 --json gsm8k.json
+  # what `demo` shows, from the shipped models
+  python -m dmax_kernels evaluate --model base --model oput --data ring_walk --problems 200 \\
+      --rule threshold:0.95,0.5 --rule spd:0.5,0
+
+Problems are records in JSON lines: a prompt, as `distill` reads it, and the right "answer". A
+response is right if the answer that is extracted from it is the same text or the same number. By
+default the last number of a text is its answer, in the response as in the record.
+
+  --extract '#### (\\S+)'       the first group of a regular expression's last match
+  --extract my_module:find     or a function, from the response's text to its answer or None
+  --grade my_module:is_right   or a function of a response (text, complete, token_ids) and its
+                               record, to a bool, or to a dict with a bool for each measure
+
+A rule that gets nothing right among the first 50 problems, and whose blocks use more than half of
+their step cap, is stopped there.
+"""
+RING_WALK = "ring_walk"
+RING_WALK_GRADE = "dmax_kernels.ring_walk.task:grade_response"
+DEFAULTS: dict[str, Any] = {"max_new_tokens": 2048}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = DESCRIPTION
+    add = parser.add_argument
+    add("--model", required=True, action="append", help="a name or a folder; several are compared")
+    add(
+        "--rule",
+        action="append",
+        metavar="NAME[:TAU,...]",
+        help="a rule as `generate` knows it, with values of tau_dec; may be given several times "
+        "(default: each model's own)",
+    )
+    group = parser.add_argument_group("problems")
+    add = group.add_argument
+    add(
+        "--data",
+        required=True,
+        metavar="JSONL",
+        help=f"problems with answers; or {RING_WALK}, the demo's task",
+    )
+    add("--problems", type=int, metavar="N", help="only the first N (default: all; ring_walk: 200)")
+    add("--seed", type=int, default=0, help="which ring walks are drawn (default: 0)")
+    add("--prompt-field", default="prompt", metavar="NAME", help="the text's field (%(default)s)")
+    add("--prompt-suffix", default="", metavar="TEXT", help="is put after every prompt")
+    add("--answer-field", default="answer", metavar="NAME", help="its field (%(default)s)")
+    add("--extract", metavar="HOW", help="finds the answer in a text, see above")
+    add("--grade", metavar="MODULE:FUNCTION", help="says which responses are right, see above")
+    add_prompt_options(parser)
+    group = parser.add_argument_group("decoding, the same for all rows")
+    add_decode_options(group, defaults=DEFAULTS, without=("rule", "tau_dec"))
+    group = parser.add_argument_group("where it runs")
+    add_machine_options(group)
+    add = group.add_argument
+    add(
+        "--batch-size",
+        type=int,
+        metavar="B",
+        help="problems at a time (default: 1, as in the paper; ring_walk: all)",
+    )
+    add("--workers", type=int, default=1, metavar="N", help="processes that share the rows (1)")
+    add("--threads", type=int, metavar="N", help="CPU threads of each process")
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add(
+        "--baseline",
+        type=int,
+        default=0,
+        metavar="ROW",
+        help="the row that the others are compared with (0)",
+    )
+    add("--json", type=Path, metavar="FILE", help="every figure, of each problem and of all pairs")
+    add("--picture", type=Path, metavar="FILE", help="accuracy against tokens per forward, a PNG")
+    add("--responses", type=Path, metavar="FILE", help="every response with its grade, JSON lines")
+
+
+def run(args: argparse.Namespace) -> int:
+    for option in ("problems", "batch_size", "workers", "threads"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            flag = "--" + option.replace("_", "-")
+            raise ValueError(f"{flag} must be at least 1, got {value}")
+    for option in ("json", "picture", "responses"):
+        if getattr(args, option) is not None:
+            check_output(f"--{option}", getattr(args, option))
+    if args.data != RING_WALK:
+        check_input("--data", Path(args.data))
+    from dmax_kernels.evaluation.report import LEGEND, Report
+
+    device, dtype = machine(args)
+    labels = args.model
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"--model must be given once for each model, got {' '.join(labels)}")
+    cells = read_cells(args)
+    if not 0 <= args.baseline < len(cells):
+        raise ValueError(f"--baseline must be in [0, {len(cells)}), got {args.baseline}")
+    evaluation = make_evaluation(args)
+    evaluation.check(cells)
+    outcomes = decode_cells(args, evaluation, cells, device, dtype)
+    report = Report({cell: outcomes[cell] for cell in cells}, args.baseline)
+
+    print(f"{len(evaluation.prompts)} problems of {args.data}, ops {evaluation.options['ops']!r}.")
+    print(f"{LEGEND}\n\n{report.table()}")
+    if args.json is not None:
+        settings = {"data": args.data, "problems": len(evaluation.prompts), **shown(evaluation)}
+        save_json(args.json, {**settings, **report.as_dict()})
+        print(f"\nwrote {args.json}")
+    if args.picture is not None:
+        from dmax_kernels.evaluation.picture import write_picture
+
+        write_picture(report, args.picture)
+        print(f"\nwrote {args.picture}")
+    if args.responses is not None:
+        write_responses(report, evaluation, args.responses)
+        print(f"\nwrote {args.responses}")
+    return 0
+
+
+def read_cells(args: argparse.Namespace) -> list[Cell]:
+    """The rows: each model with each rule and each of its thresholds."""
+    from dmax_kernels.evaluation.cells import Cell
+    from dmax_kernels.models.pretrained import defaults_of
+
+    cells: dict[Cell, None] = {}
+    for model in args.model:
+        own = defaults_of(model)
+        for text in args.rule or [own.rule]:
+            rule, _, taus = text.partition(":")
+            try:
+                values = [float(tau) for tau in taus.split(",")] if taus else [own.tau_dec]
+            except ValueError:
+                need = "NAME or NAME:TAU,TAU,..."
+                raise ValueError(f"--rule must be {need}, got {text}") from None
+            convergence = getattr(args, "convergence", "both")
+            cells |= {Cell(model, rule, tau, convergence): None for tau in values}
+    return list(cells)
+
+
+def make_evaluation(args: argparse.Namespace) -> Evaluation:
+    from dmax_kernels.evaluation.grading import Extracted, make_grade
+    from dmax_kernels.evaluation.run import Evaluation
+    from dmax_kernels.models.prompt_file import read_prompts
+
+    walks = args.data == RING_WALK
+    if walks:
+        prompts = ring_walks(args.problems or 200, args.seed)
+    else:
+        field, suffix = args.prompt_field, args.prompt_suffix
+        prompts = read_prompts([Path(args.data)], "--data", field=field, suffix=suffix)
+        prompts = prompts[: args.problems]
+    own = RING_WALK_GRADE if walks and args.extract is None else None
+    grade = make_grade(args.extract, args.grade or own, args.answer_field)
+    if isinstance(grade, Extracted):
+        for prompt in prompts:
+            try:
+                grade.wanted(prompt.record)
+            except ValueError as error:
+                raise ValueError(f"{prompt.where}: {error}") from None
+    defaults: dict[str, Any] = dict(DEFAULTS)
+    if walks:
+        from dmax_kernels.ring_walk.evaluate import MAX_NEW_TOKENS
+
+        defaults["max_new_tokens"] = MAX_NEW_TOKENS
+    return Evaluation(
+        prompts,
+        grade,
+        {"ops": "fused", **defaults, **given_options(args)},
+        batch_size=args.batch_size or (None if walks else 1),
+        raw=args.raw,
+        pad=args.pad_prompts,
+    )
+
+
+def ring_walks(count: int, seed: int) -> list[Prompt]:
+    from dmax_kernels.models.prompt_file import Prompt
+    from dmax_kernels.ring_walk import task
+
+    records = map(task.record_of, task.evaluation_problems(count, seed=seed))
+    return [
+        Prompt(f"{RING_WALK}[{i}]", record, [{"role": "user", "content": record["prompt"]}])
+        for i, record in enumerate(records)
+    ]
+
+
+def decode_cells(
+    args: argparse.Namespace, evaluation: Evaluation, cells: list[Cell], device: str, dtype: Any
+) -> dict[Cell, Outcome]:
+    import torch
+    from tqdm import tqdm
+
+    from dmax_kernels.evaluation.run import evaluate
+    from dmax_kernels.models.workers import Models, available_cores
+
+    workers = min(args.workers, len(cells))
+    threads = args.threads or max(1, available_cores() // workers)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    setup = partial(Models, {model: model for model in args.model}, dtype=dtype, device=device)
+    outcomes = {}
+    total = len(cells) * len(evaluation.prompts)
+    with tqdm(total=total, desc="decoding", unit="problem", leave=False) as bar:
+        for cell, outcome in evaluate(
+            evaluation, cells, setup, workers=workers, threads=threads, on_batch=bar.update
+        ):
+            outcomes[cell] = outcome
+            bar.total -= len(evaluation.prompts) - outcome.problems  # of a row that has collapsed
+    return outcomes
+
+
+def shown(evaluation: Evaluation) -> dict[str, Any]:
+    """The options as JSON values."""
+    options = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in evaluation.options.items()
+    }
+    return {
+        "options": options,
+        "batch_size": evaluation.batch_size,
+        "grade": repr(evaluation.grade),
+    }
+
+
+def write_responses(report: Any, evaluation: Evaluation, path: Path) -> None:
+    from dmax_kernels.evaluation.report import named
+
+    lines = []
+    for cell, outcome in report.rows.items():
+        for i, text in enumerate(outcome.texts):
+            graded = {measure: right[i] for measure, right in outcome.right.items()}
+            place = {**named(cell), "problem": evaluation.prompts[i].where}
+            counts = {"tokens": outcome.tokens[i], "forwards": outcome.forwards[i]}
+            row = {**place, "response": text, **graded, **counts, "complete": outcome.complete[i]}
+            lines.append(json.dumps(row) + "\n")
+    write_text(path, "".join(lines))

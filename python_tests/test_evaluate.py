@@ -1,0 +1,260 @@
+"""`python -m dmax_kernels evaluate`: its figures, its table, its files, and mistakes."""
+
+import json
+import random
+
+import pytest
+import torch
+from stand_in import save_stand_in
+
+from dmax_kernels.__main__ import main
+from dmax_kernels.cli import evaluate as command
+from dmax_kernels.decoding import spd_generate
+from dmax_kernels.evaluation import metrics
+from dmax_kernels.models import workers
+from dmax_kernels.models.checkpoint import load_checkpoint
+from dmax_kernels.models.pretrained import load_pretrained
+from dmax_kernels.ring_walk import evaluate, task
+from dmax_kernels.ring_walk.evaluate import Cell
+
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """The models are tiny: a second thread only costs its synchronisation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(*more, data="ring_walk"):
+    return main(["evaluate", "--data", str(data), "--device", "cpu", *map(str, more)])
+
+
+def one_line(capsys):
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def walks(tmp_path_factory):
+    """One run over more problems than the first batch, with a row that collapses."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    problems = evaluate.FIRST_PROBLEMS + 6
+    printed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda *text, **_: printed.append(" ".join(map(str, text))))
+        status = run(
+            *("--model", "base", "--model", "oput", "--problems", problems),
+            *("--rule", "spd:0.5", "--rule", "threshold:0.9,0.5", "--baseline", 3),
+            *("--json", folder / "rows.json", "--picture", folder / "rows.png"),
+            *("--responses", folder / "responses.jsonl"),
+        )
+    assert status == 0
+    return "\n".join(printed), json.loads((folder / "rows.json").read_text()), folder, problems
+
+
+def test_the_rows_are_the_demos_cells(walks):
+    _, report, _, count = walks
+    cells = [
+        Cell(model, rule, tau)
+        for model in ("base", "oput")
+        for rule, tau in (("spd", 0.5), ("threshold", 0.9), ("threshold", 0.5))
+    ]
+    names = {name: name for name in ("base", "oput")}
+    demo = dict(
+        evaluate.evaluate_cells(cells, names, task.evaluation_problems(count), "fused", workers=1)
+    )
+    assert len(report["rows"]) == len(cells)
+    renamed = {"tokens_per_forward": "tokens_per_forward_mean"}
+    for row, (cell, result) in zip(report["rows"], demo.items(), strict=True):
+        assert (row["model"], row["rule"], row["tau_dec"]) == (cell.model, cell.rule, cell.tau_dec)
+        for name, value in vars(result).items():
+            if name != "arness":
+                assert row[renamed.get(name, name)] == value, (cell, name)
+    assert [row["collapsed"] for row in report["rows"]] == [True, *[False] * 5]
+    assert {row["problems"] for row in report["rows"]} == {count, evaluate.FIRST_PROBLEMS}
+
+
+def test_the_figures_follow_from_the_problems(walks):
+    _, report, _, _ = walks
+    rows = report["rows"]
+    for row in rows:
+        each = row["per_problem"]
+        n = row["problems"]
+        assert row["strict"] == sum(each["right"]["strict"]) / n
+        assert row["incomplete"] == n - sum(each["complete"])
+        plain = [t - ends for t, ends in zip(each["tokens"], each["complete"], strict=True)]
+        assert row["tokens_per_forward_sum"] == sum(each["tokens"]) / sum(each["forwards"])
+        assert row["tokens_per_forward_sum_without_eos"] == sum(plain) / sum(each["forwards"])
+        ratios = [t / f for t, f in zip(plain, each["forwards"], strict=True)]
+        assert row["tokens_per_forward_mean_without_eos"] == pytest.approx(sum(ratios) / n)
+    best = 100 * max(row["strict"] for row in rows)
+    points = [row for row in rows if (row["model"], row["rule"]) == ("base", "threshold")]
+    expected = metrics.aup(
+        [row["tokens_per_forward_mean_without_eos"] for row in points],
+        [100 * row["strict"] for row in points],
+        best,
+    )
+    (score,) = [s for s in report["aup"] if (s["model"], s["rule"]) == ("base", "threshold")]
+    assert score["aup_strict"] == pytest.approx(expected)
+    assert len(report["paired"]) == 2 * 6 * 5 / 2
+    for pair in report["paired"]:
+        right = [
+            rows[i]["per_problem"]["right"][pair["measure"]]
+            for i in (pair["first"], pair["second"])
+        ]
+        expected = vars(metrics.paired(*right))
+        assert {name: pair[name] for name in expected} == expected
+
+
+def test_the_table_holds_the_figures(walks):
+    printed, report, _, _ = walks
+    lines = printed.splitlines()
+    for number, row in enumerate(report["rows"]):
+        (line,) = [line for line in lines if line.startswith(f"{number:>3} {row['model']} ")]
+        columns = [column.split() for column in line.replace("*", " ").split("|")]
+        assert columns[0][1:] == [row["model"], row["rule"], f"{row['tau_dec']:g}"]
+        assert columns[1][0] == f"{100 * row['answer']:.1f}"
+        assert columns[1][3] == f"{100 * row['strict']:.1f}"
+        assert ("*" in line) == row["collapsed"]
+        rates = [row[name] for name in row if name.startswith("tokens_per_forward")]
+        assert columns[2][:5] == [f"{rate:.2f}" for rate in (*rates, row["forwards_per_block"])]
+    differences = [line for line in lines if " - 3: answer " in line]
+    assert len(differences) == 5  # every other row against the baseline
+    change = 100 * (report["rows"][5]["strict"] - report["rows"][3]["strict"])
+    assert f"strict {change:+.1f} [" in differences[-1]
+    for score in report["aup"]:
+        (line,) = [x for x in lines if x.startswith(f"{score['model']} {score['rule']} ")]
+        assert line.split()[-2:] == [f"{score[f'aup_{m}']:.0f}" for m in ("answer", "strict")]
+
+
+def test_what_a_run_writes(walks):
+    _, report, folder, _ = walks
+    assert (folder / "rows.png").read_bytes().startswith(PNG)
+    rows = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
+    assert len(rows) == sum(row["problems"] for row in report["rows"])
+    tokenizer = load_checkpoint("oput")[1]
+    for row in random.Random(0).sample(rows, 20):
+        problem = task.evaluation_problems(60)[int(row["problem"][len("ring_walk[") : -1])]
+        words = tokenizer(row["response"])["input_ids"] + [task.EOS_ID] * row["complete"]
+        graded = task.grade(problem, task.decode(words))
+        assert (row["answer"], row["strict"]) == (graded.answer, graded.strict)
+
+
+@pytest.mark.slow
+def test_workers_give_the_rows_of_one(tmp_path):
+    reports = []
+    for count in (1, 2):
+        path = tmp_path / f"{count}.json"
+        more = ("--model", "oput", "--rule", "spd:0.5,0", "--problems", 4, "--json", path)
+        assert run(*more, "--workers", count) == 0
+        report = json.loads(path.read_text())
+        for row in report["rows"]:
+            del row["tokens_per_second"]
+        reports.append(report)
+    assert reports[0] == reports[1]
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """Problems for a model with LLaDA2's interface: what it answers is random, but words."""
+    rng = random.Random(1)
+    records = [
+        {"question": " ".join(f"w{rng.randrange(3, 100)}" for _ in range(5)), "gold": f"so w{i}"}
+        for i in range(3, 8)
+    ]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path, records
+
+
+def test_a_model_by_name_with_a_known_models_settings(problems, tmp_path, monkeypatch):
+    """LLaDA2.0-mini decodes by its threshold; its weights are a stand-in's here."""
+    name = "inclusionAI/LLaDA2.0-mini"
+    folder = save_stand_in(tmp_path / "model", ids=True)
+    path, records = problems
+    loaded = load_pretrained(str(folder))
+
+    def load(asked, **_):
+        assert asked == name
+        return loaded
+
+    monkeypatch.setattr(workers, "load_pretrained", load)
+    output = tmp_path / "rows.json"
+    more = ["--prompt-field", "question", "--answer-field", "gold", "--prompt-suffix", " w2"]
+    more += ["--extract", r"w(\d+)", "--max-new-tokens", "40", "--json", output]
+    assert run("--model", name, *more, data=path) == 0
+    (row,) = json.loads(output.read_text())["rows"]
+    assert (row["rule"], row["tau_dec"]) == ("threshold", 0.95)
+    right, tokens = [], []
+    for record in records:  # one at a time, as in the paper
+        messages = [{"role": "user", "content": record["question"] + " w2"}]
+        ids = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        ids = ids if isinstance(ids, list) else ids["input_ids"]
+        out = spd_generate(
+            loaded.model, [ids], max_new_tokens=40, rule="threshold", tau_dec=0.95,
+            eos_token_id=loaded.eos_token_ids,
+        )  # fmt: skip
+        words = loaded.tokenizer.decode(out.answers[0], skip_special_tokens=True).split()
+        words = [word for word in words if word.startswith("w")]
+        right.append(bool(words) and words[-1] == record["gold"].split()[1])
+        tokens.append(len(out.answers[0]))
+    assert row["per_problem"]["right"] == {"answer": right}
+    assert row["per_problem"]["tokens"] == tokens
+
+
+def is_long(response, record):
+    return {"long": len(response.token_ids) > 20, "asked": "gold" in record}
+
+
+def test_a_grade_of_the_users_own(problems, tmp_path):
+    folder = save_stand_in(tmp_path / "model")
+    output = tmp_path / "rows.json"
+    more = ["--prompt-field", "question", "--grade", "test_evaluate:is_long", "--json", output]
+    more += ["--max-new-tokens", "40", "--problems", "2", "--batch-size", "2", "--rule", "factor"]
+    assert run("--model", folder, *more, data=problems[0]) == 0
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["rule"] == "factor"
+    assert row["asked"] == 1.0
+    assert row["problems"] == 2
+    assert row["per_problem"]["right"]["long"] == [n > 20 for n in row["per_problem"]["tokens"]]
+
+
+def test_a_mistake_is_one_line(problems, tmp_path, capsys):
+    path, _ = problems
+    walks = ["--model", "oput", "--problems", "2"]
+    asked = ["--model", "oput", "--prompt-field", "question"]
+    cases = [
+        (["--model", "none"], "ring_walk", "OWNER/NAME on the Hugging Face hub, got 'none'"),
+        ([*walks, "--model", "oput"], "ring_walk", "--model must be given once for each model"),
+        ([*walks, "--rule", "fast"], "ring_walk", "rule must be one of 'spd'"),
+        ([*walks, "--rule", "spd:x"], "ring_walk", "--rule must be NAME or NAME:TAU,TAU,..., got"),
+        ([*walks, "--rule", "spd:2"], "ring_walk", "tau_dec must be in [0, 1], got 2.0"),
+        ([*walks, "--baseline", "1"], "ring_walk", "--baseline must be in [0, 1), got 1"),
+        ([*walks, "--workers", "0"], "ring_walk", "--workers must be at least 1, got 0"),
+        ([*walks, "--problems", "0"], "ring_walk", "--problems must be at least 1, got 0"),
+        ([*walks, "--json", tmp_path], "ring_walk", "--json must be a file in a folder"),
+        ([*walks, "--grade", "math:pi"], "ring_walk", "--grade must be a function"),
+        ([*asked], tmp_path / "none", "--data must be a file, got no file"),
+        ([*asked], path, 'problems.jsonl:1: must have a text or number "answer"'),
+        (["--model", "oput"], path, 'problems.jsonl:1: must have a text "prompt" or a list'),
+        ([*asked, "--answer-field", "gold"], path, "a prompt of 32 tokens and max_new_tokens=2048"),
+    ]
+    for more, data, message in cases:
+        assert run(*more, data=data) == 1, more
+        assert message in one_line(capsys), more
+    assert [entry.name for entry in tmp_path.iterdir()] == ["problems.jsonl"]
+
+
+def test_help_explains_itself(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("--rule", "--extract", "--grade", "--baseline", "AUP", "paired by problem"):
+        assert word in text
+    assert command.DEFAULTS["max_new_tokens"] == 2048
