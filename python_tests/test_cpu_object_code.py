@@ -15,9 +15,25 @@ STACK = re.compile(r"\(%r[sb]p\b")
 LOOPS = {
     ("sum_exp", "float"): ("vpslld", 1),
     ("sum_exp", "BFloat16"): ("vpslld", 2),  # also widened by a shift
+    ("sum_exp", "Float16"): ("vpslld", 1),
+    ("entropy_sums", "float"): ("vpslld", 1),
+    ("entropy_sums", "BFloat16"): ("vpslld", 2),
+    ("entropy_sums", "Float16"): ("vpslld", 1),
     ("softmax_grad", "float"): ("vpslld", 1),
+    ("softmax_grad", "BFloat16"): ("vpslld", 2),
+    ("softmax_grad", "Float16"): ("vpslld", 1),
     ("maximum", "float"): ("vmaxps", 2),
     ("maximum_of_bits", "BFloat16"): ("vpmaxsw", 2),
+}
+# (function, template argument) of dot_products.cpp, and the least products in its main loop: four
+# pairs of columns x eight tokens x two panels of rows; eight tokens of one row, or four of more rows
+DOT_PRODUCTS = {
+    ("add_group", "true"): 64,
+    ("add_group", "false"): 64,
+    ("multiply_few", "1"): 8,
+    ("multiply_few", "2"): 8,
+    ("multiply_few", "3"): 12,
+    ("multiply_few", "4"): 16,
 }
 # Instructions for sixteen exponentials and their sum. AVX2: 2 x (load, difference, scale, eleven of
 # exp2, a copy, the sum) and the loop's own; AVX-512 needs half as many.
@@ -53,10 +69,9 @@ def loops(lines):
             yield lines[start : i + 1]
 
 
-def main_loop(code, function, element, instruction_set):
+def main_loop(code, function, element, instruction_set, instruction, least):
     if (function, element, instruction_set) not in code:
         pytest.skip(f"{function} was compiled into its callers")
-    instruction, least = LOOPS[function, element]
     candidates = [
         loop
         for loop in loops(code[function, element, instruction_set])
@@ -68,11 +83,18 @@ def main_loop(code, function, element, instruction_set):
 @pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
 @pytest.mark.parametrize(("function", "element"), LOOPS, ids=str)
 def test_no_spills(code, function, element, instruction_set):
-    loop = main_loop(code, function, element, instruction_set)
+    loop = main_loop(code, function, element, instruction_set, *LOOPS[function, element])
+    assert not [line for line in loop if STACK.search(line)], "\n".join(loop)
+
+
+@pytest.mark.parametrize(("function", "argument"), DOT_PRODUCTS, ids=str)
+def test_no_spills_in_bfloat16_products(code, function, argument):
+    least = DOT_PRODUCTS[function, argument]
+    loop = main_loop(code, function, argument, "avx512bf16", "vdpbf16ps", least)
     assert not [line for line in loop if STACK.search(line)], "\n".join(loop)
 
 
 @pytest.mark.parametrize("instruction_set", MOST_FOR_SUM_EXP)
 def test_instructions_of_the_exponential(code, instruction_set):
-    loop = main_loop(code, "sum_exp", "float", instruction_set)
+    loop = main_loop(code, "sum_exp", "float", instruction_set, *LOOPS["sum_exp", "float"])
     assert len(loop) <= MOST_FOR_SUM_EXP[instruction_set], "\n".join(loop)

@@ -146,18 +146,6 @@ DMAX_INLINE void multiply_wide(VecU a, uint32_t b, VecU* high, VecU* low) {
 
 // ---- Loads and stores: rows start anywhere, so none requires alignment ----
 
-template <class Word>
-DMAX_INLINE VecU load_words(const Word* p) {
-  typedef Word Narrow __attribute__((vector_size(kNativeLanes * sizeof(Word))));
-  VecU x;
-  for (int i = 0; i < kParts; ++i) {
-    Narrow words;
-    __builtin_memcpy(&words, p + i * kNativeLanes, sizeof(words));
-    x.part[i] = __builtin_convertvector(words, VecU::Native);
-  }
-  return x;
-}
-
 DMAX_INLINE void store_words(uint16_t* p, VecU x) {
   typedef uint16_t Narrow __attribute__((vector_size(kNativeLanes * 2)));
   for (int i = 0; i < kParts; ++i) {
@@ -166,12 +154,10 @@ DMAX_INLINE void store_words(uint16_t* p, VecU x) {
   }
 }
 
-// Part by part: where a register holds fewer than 64 bytes, copying all at once uses the stack
-DMAX_INLINE VecF load(const float* p) {
-  VecF x;
-  for (int i = 0; i < kParts; ++i) {
-    __builtin_memcpy(&x.part[i], p + i * kNativeLanes, kNativeBytes);
-  }
+// One native vector
+DMAX_INLINE VecF::Native load_part(const float* p) {
+  VecF::Native x;
+  __builtin_memcpy(&x, p, sizeof(x));
   return x;
 }
 
@@ -181,33 +167,50 @@ DMAX_INLINE void store(float* p, VecF x) {
   }
 }
 
-DMAX_INLINE VecF load(const BFloat16* p) {
-#if defined(__AVX512F__)  // gcc 12 widens in two halves
-  VecU words;
-  const __m512i wide =
-      _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  __builtin_memcpy(&words, &wide, sizeof(words));
+DMAX_INLINE VecF::Native load_part(const BFloat16* p) {
+#if defined(__AVX512F__)  // gcc 12 widens in two halves, or four
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const VecU::Native bits = (VecU::Native)_mm512_maskz_cvtepu16_epi32(0xffff, words);
+#elif defined(__AVX2__)
+  const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const VecU::Native bits = (VecU::Native)_mm256_cvtepu16_epi32(words);
 #else
-  const VecU words = load_words(&p->bits);
+  typedef uint16_t Narrow __attribute__((vector_size(kNativeLanes * 2)));
+  Narrow words;
+  __builtin_memcpy(&words, p, sizeof(words));
+  const VecU::Native bits = __builtin_convertvector(words, VecU::Native);
 #endif
-  return bits_as<float>(shift_left(words, 16));
+  return (VecF::Native)(bits << 16);
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Without constants, for which loops with exponentials have no register left
+DMAX_INLINE void store(BFloat16* p, VecF x) {
+  VecU::Native words[kParts];
+  for (int i = 0; i < kParts; ++i) {
+    const VecU::Native bits = (VecU::Native)x.part[i];
+    const VecU::Native number = (VecU::Native)(x.part[i] == x.part[i]);
+    const VecU::Native nan = (VecU::Native)(x.part[i] != x.part[i]);
+    const VecU::Native odd = (bits << 15) >> 31;
+    words[i] = ((bits + (number >> 17) + odd) | nan) >> 16;
+  }
+  const __m256i packed = _mm256_packus_epi32((__m256i)words[0], (__m256i)words[1]);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+#else
 DMAX_INLINE void store(BFloat16* p, VecF x) {
   const VecU bits = bits_as<uint32_t>(x);
   const VecU odd = shift_right(bits, 16) & 1u;
-  const VecU rounded = shift_right(bits + odd + 0x7fffu, 16);  // to nearest even
-  const VecU quiet_nan = shift_right(bits, 16) | 0x40u;        // rounding could make it infinity
-  store_words(&p->bits, select(x == x, rounded, quiet_nan));
+  const VecU rounded = bits + odd + 0x7fffu;  // to nearest even
+  // Rounding could make a NaN infinity; with all bits set, it stays a NaN
+  store_words(&p->bits, shift_right(rounded | bits_as<uint32_t>(x != x), 16));
 }
+#endif
 
 #if defined(__AVX512F__)
-DMAX_INLINE VecF load(const Float16* p) {
-  VecF x;
-  const __m512 wide =
-      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  __builtin_memcpy(&x, &wide, sizeof(x));
-  return x;
+DMAX_INLINE VecF::Native load_part(const Float16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (VecF::Native)_mm512_maskz_cvtph_ps(0xffff, half);
 }
 DMAX_INLINE void store(Float16* p, VecF x) {
   __m512 wide;
@@ -216,13 +219,8 @@ DMAX_INLINE void store(Float16* p, VecF x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
 }
 #elif defined(__F16C__)
-DMAX_INLINE VecF load(const Float16* p) {
-  const __m128i* half = reinterpret_cast<const __m128i*>(p);
-  const __m256 parts[2] = {_mm256_cvtph_ps(_mm_loadu_si128(half)),
-                           _mm256_cvtph_ps(_mm_loadu_si128(half + 1))};
-  VecF x;
-  __builtin_memcpy(&x, parts, sizeof(x));
-  return x;
+DMAX_INLINE VecF::Native load_part(const Float16* p) {
+  return (VecF::Native)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 DMAX_INLINE void store(Float16* p, VecF x) {
   __m256 parts[2];
@@ -232,16 +230,21 @@ DMAX_INLINE void store(Float16* p, VecF x) {
   _mm_storeu_si128(half + 1, _mm256_cvtps_ph(parts[1], _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-DMAX_INLINE VecF load(const Float16* p) {
-  const VecU bits = load_words(&p->bits);
-  const VecU sign = shift_left(bits & 0x8000u, 16);
-  const VecU exponent = shift_right(bits, 10) & 0x1fu;
-  const VecU normal = shift_left(bits & 0x7fffu, 13) + (112u << 23);
-  const VecU special = shift_left(bits & 0x7fffu, 13) + (224u << 23);  // infinity and NaN
-  const VecF subnormal = convert<float>(bits_as<int32_t>(bits & 0x3ffu)) * 5.9604644775390625e-8f;
-  VecU magnitude = select(exponent == splat(31u), special, normal);
-  magnitude = select(exponent == splat(0u), bits_as<uint32_t>(subnormal), magnitude);
-  return bits_as<float>(magnitude | sign);
+DMAX_INLINE VecF::Native load_part(const Float16* p) {
+  typedef uint16_t Narrow __attribute__((vector_size(kNativeLanes * 2)));
+  Narrow words;
+  __builtin_memcpy(&words, p, sizeof(words));
+  const VecU::Native bits = __builtin_convertvector(words, VecU::Native);
+  const VecU::Native sign = (bits & 0x8000u) << 16;
+  const VecU::Native exponent = (bits >> 10) & 0x1fu;
+  const VecU::Native normal = ((bits & 0x7fffu) << 13) + (112u << 23);
+  const VecU::Native special = ((bits & 0x7fffu) << 13) + (224u << 23);  // infinity and NaN
+  const VecI::Native fraction = (VecI::Native)(bits & 0x3ffu);
+  const VecF::Native subnormal =
+      __builtin_convertvector(fraction, VecF::Native) * 5.9604644775390625e-8f;
+  VecU::Native magnitude = exponent == 31u ? special : normal;
+  magnitude = exponent == 0u ? (VecU::Native)subnormal : magnitude;
+  return (VecF::Native)(magnitude | sign);
 }
 DMAX_INLINE void store(Float16* p, VecF x) {
   const VecU bits = bits_as<uint32_t>(x);
@@ -257,6 +260,13 @@ DMAX_INLINE void store(Float16* p, VecF x) {
   store_words(&p->bits, half | sign);
 }
 #endif
+
+template <class T>
+DMAX_INLINE VecF load(const T* p) {
+  VecF x;
+  for (int i = 0; i < kParts; ++i) x.part[i] = load_part(p + i * kNativeLanes);
+  return x;
+}
 
 DMAX_INLINE float load_one(const float* p) { return *p; }
 

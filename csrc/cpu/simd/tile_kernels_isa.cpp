@@ -135,36 +135,48 @@ int64_t find_above(const T* x, int64_t n, float threshold) {
 
 // One loop for both, so that the sum of exponentials has the same bits with and without the other.
 // It processes one native vector at a time and keeps few sums, so that constants, sums and
-// temporaries fit into AVX2's sixteen registers (a test reads the object code).
+// temporaries fit into AVX2's sixteen registers (a test reads the object code): with exponents, it
+// goes over a block once for each part of the sixteen lanes.
 template <bool kWithExponents, class T>
 DMAX_INLINE EntropySums exp_sums(const T* x, int64_t n, float maximum, float scale) {
   constexpr int64_t kBlock = 512;  // elements in one float32 sum per lane: 32 additions
+  constexpr int kPasses = kWithExponents ? kParts : 1;
+  constexpr int kPartsOfPass = kParts / kPasses;
   const VecF::Native top = maximum - VecF::Native{}, factor = scale - VecF::Native{};
   VecF total = splat(0.0f), total_weighted = splat(0.0f);
-  const auto add = [&](VecF v, VecF* sum, VecF* weighted) {
-    for (int i = 0; i < kParts; ++i) {
-      // Subtract before scaling: the difference is exact near the maximum, even at an offset of 1e4
-      const VecF::Native exponent = (v.part[i] - top) * factor;
-      const VecF::Native weight = exp2_part(exponent);
-      sum->part[i] += weight;
-      if (kWithExponents) {  // bounded as in exp2: -inf * 0 would be a NaN
-        weighted->part[i] += max_part(exponent, -126.0f - VecF::Native{}) * weight;
-      }
+  const auto add = [&](VecF::Native v, VecF::Native* sum, VecF::Native* weighted) {
+    // Subtract before scaling: the difference is exact near the maximum, even at an offset of 1e4
+    const VecF::Native exponent = (v - top) * factor;
+    const VecF::Native weight = exp2_part(exponent);
+    *sum += weight;
+    if (kWithExponents) {  // bounded as in exp2: -inf * 0 would be a NaN
+      *weighted += max_part(exponent, -126.0f - VecF::Native{}) * weight;
     }
   };
   int64_t i = 0;
   while (i + kLanes <= n) {
     const int64_t end = n - i < kBlock ? n - kLanes : i + kBlock - kLanes;
-    VecF sum = splat(0.0f), weighted = splat(0.0f);
+    int64_t next = i;
+    for (int pass = 0; pass < kPasses; ++pass) {
+      VecF::Native sum[kPartsOfPass] = {}, weighted[kPartsOfPass] = {};
 #pragma GCC unroll 1
-    for (; i <= end; i += kLanes) add(load(x + i), &sum, &weighted);
-    total = total + sum;
-    total_weighted = total_weighted + weighted;
+      for (next = i; next <= end; next += kLanes) {
+        for (int j = 0; j < kPartsOfPass; ++j) {
+          add(load_part(x + next + (pass + j) * kNativeLanes), &sum[j], &weighted[j]);
+        }
+      }
+      for (int j = 0; j < kPartsOfPass; ++j) {
+        total.part[pass + j] += sum[j];
+        total_weighted.part[pass + j] += weighted[j];
+      }
+    }
+    i = next;
   }
   if (i < n) {
     const int count = static_cast<int>(n - i);
+    const VecF last = load_tail(x + i, count, -kInfinity);
     VecF sum = splat(0.0f), weighted = splat(0.0f);
-    add(load_tail(x + i, count, -kInfinity), &sum, &weighted);
+    for (int j = 0; j < kParts; ++j) add(last.part[j], &sum.part[j], &weighted.part[j]);
     const VecI used = lane_index() < splat(count);
     total = total + select(used, sum, splat(0.0f));
     total_weighted = total_weighted + select(used, weighted, splat(0.0f));
