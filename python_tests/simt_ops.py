@@ -20,11 +20,13 @@ from dmax_kernels.ops.spd_step import SEMANTICS
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# (multiprocessors, compute capability's major, shared memory per block)
-H200 = (132, 9, 227 * 1024)
-A100 = (108, 8, 163 * 1024)
+# (multiprocessors, compute capability's major, shared memory per block, rows up to which a row's
+# blocks form a cluster where a kernel has both ways)
+H200 = (132, 9, 227 * 1024, 0)
+H200_CLUSTERS = (132, 9, 227 * 1024, 32)
+A100 = (108, 8, 163 * 1024, 32)
 # One multiprocessor: from four rows on, a block has a whole row
-ONE_MULTIPROCESSOR = (1, 9, 227 * 1024)
+ONE_MULTIPROCESSOR = (1, 9, 227 * 1024, 0)
 
 CHOSEN: list = []  # the shape of each launch, newest last
 
@@ -181,9 +183,9 @@ def mix_input(token, confidence, masked):
             raw(confidence.contiguous()), raw(masked.contiguous()), masked.numel(), k)  # fmt: skip
 
 
-def hybrid_embedding(embedding, token, confidence, masked, mask_token_id, *, gpu=H200):
+def hybrid_embedding(embedding, token, confidence, masked, mask_token_id):
     out = torch.empty(*masked.shape, embedding.shape[1], dtype=embedding.dtype)
-    call("hybrid_embedding", gpu_input(gpu), embedding_input(embedding, mask_token_id),
+    call("hybrid_embedding", embedding_input(embedding, mask_token_id),
          mix_input(token, confidence, masked), raw(out))  # fmt: skip
     return out
 

@@ -5,7 +5,7 @@ import simt_build
 import simt_ops
 import torch
 from cases import DTYPES
-from simt_ops import CHOSEN, H200, ONE_MULTIPROCESSOR
+from simt_ops import CHOSEN, H200, H200_CLUSTERS, ONE_MULTIPROCESSOR
 from tolerances import ROUNDING, assert_close
 
 from dmax_kernels import reference
@@ -64,10 +64,11 @@ def hybrid_in_float64(table, token, p, masked):
     return torch.where(masked.unsqueeze(-1), m, out)
 
 
-# 40: vectors and a part of a warp's stride; 37: no alignment; 1; 2,048: eight vectors per lane
+# 40: vectors and a part of a block's stride; 37: no alignment; 1; 2,048: a vector per thread in
+# 16 bits and two in 32; 4,200: more vectors than stay in registers
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [1, 2, 8])
-@pytest.mark.parametrize("dim", [1, 37, 40, 2048])
+@pytest.mark.parametrize("dim", [1, 37, 40, 2048, 4200])
 def test_hybrid_embedding(dtype, k, dim):
     embedding, token, confidence, masked = mix_case(k, dtype=dtype, dim=dim)
     actual = simt_ops.hybrid_embedding(embedding, token, confidence, masked, 49)
@@ -93,16 +94,11 @@ def test_hybrid_embedding_of_broken_input():
     assert broken.nonzero().squeeze(-1).tolist() == [2, 3, 7]
 
 
-def test_hybrid_embedding_token_types_and_launches():
-    """int32 ids, and more positions than one warp per block serves."""
-    embedding, token, confidence, masked = mix_case(1, positions=30)
-    few = simt_ops.hybrid_embedding(embedding, token.int(), confidence, masked, 49)
-    assert CHOSEN[-1].threads == 32
-    many = simt_ops.hybrid_embedding(
-        embedding, token, confidence, masked, 49, gpu=ONE_MULTIPROCESSOR
-    )
-    assert CHOSEN[-1].threads == 128
-    assert torch.equal(few, many)
+def test_hybrid_embedding_token_types():
+    embedding, token, confidence, masked = mix_case(1)
+    narrow = simt_ops.hybrid_embedding(embedding, token.int(), confidence, masked, 49)
+    wide = simt_ops.hybrid_embedding(embedding, token, confidence, masked, 49)
+    assert torch.equal(narrow, wide)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -218,18 +214,37 @@ def test_spd_step_dtypes(dtype, embedding_dtype, dim):
         assert_step(logits, embedding, state, top_k=top_k)
 
 
-# Rows split among blocks: three phases, each entered by the last block of the one before
+# Rows split among blocks: three phases, each entered by the last block of the one before, or the
+# second by a cluster's first block
 @pytest.mark.parametrize("semantics", SEMANTICS)
-@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize(
+    ("top_k", "gpu"), [(1, H200), (3, H200), (1, H200_CLUSTERS)], ids=["1", "3", "1-clusters"]
+)
 @pytest.mark.parametrize(
     ("name", "seed", "resident"),
     [("in order", 0, 1), ("reversed", 0, 4), ("random", 0, 4), ("random", 1, 1), ("random", 2, 3)],
 )
-def test_spd_step_split_rows_in_any_order(semantics, top_k, name, seed, resident):
+def test_spd_step_split_rows_in_any_order(semantics, top_k, gpu, name, seed, resident):
     logits, embedding, state = spd_case(3, 4, vocab=16500, dtype=torch.bfloat16, seed=9)
     with simt_ops.order(name, seed, resident):
-        assert_step(logits, embedding, state, semantics=semantics, top_k=top_k)
+        assert_step(logits, embedding, state, semantics=semantics, top_k=top_k, gpu=gpu)
     assert CHOSEN[-1].splits == 2
+    assert CHOSEN[-1].cluster == (2 if gpu is H200_CLUSTERS else 1)
+
+
+# The ways of a row's blocks give the same bits, embeddings included
+def test_spd_step_bits_do_not_depend_on_clusters():
+    case = {"vocab": 16500, "dtype": torch.bfloat16, "dim": 2048}
+    results = []
+    for gpu in (H200, H200_CLUSTERS, ONE_MULTIPROCESSOR):
+        logits, embedding, state = spd_case(3, 5, **case)
+        simt_ops.spd_step_(
+            logits, embedding, **state, mask_token_id=MASK, tau_dec=0.5, tau_acc=0.9, gpu=gpu
+        )
+        results.append(state)
+    for name in WRITTEN:
+        assert torch.equal(results[1][name], results[0][name]), name
+        assert torch.equal(results[2][name], results[0][name]), name
 
 
 def test_spd_step_without_split():

@@ -30,6 +30,9 @@ def test_right_kernels(simt, order, seed, resident):
     assert simt.run_planted("missing_syncthreads", True) == REVERSED_INPUT
     assert simt.run_planted("leaves_cluster_early", True, 4, 4)[:4] == [2.0, 3.0, 4.0, 1.0]
     assert simt.run_planted("leaves_cluster_early", True, 6, 2)[:6] == [2.0, 1.0] * 3
+    writes = ("writes_to_a_block_before_it_begins", True)
+    assert simt.run_planted(*writes, 4, 4)[:4] == [4.0, 1.0, 2.0, 3.0]
+    assert simt.run_planted(*writes, 6, 2)[:6] == [2.0, 1.0] * 3
     # the sum of 1..7, and a counter that has reset itself
     assert simt.run_last_block_sums(2, 7) == (28.0, 0)
 
@@ -56,6 +59,14 @@ def test_block_that_leaves_its_cluster_too_early(simt):
     simt.set_options("in order", 0, 4)
     out = simt.run_planted("leaves_cluster_early", False, 4, 4)[:4]
     assert any(x != x for x in out)
+
+
+@pytest.mark.parametrize(("order", "seed"), ORDERS)
+@pytest.mark.parametrize("resident", RESIDENT)
+def test_write_to_a_block_before_it_begins(simt, order, seed, resident):
+    simt.set_options(order, seed, resident)
+    with pytest.raises(RuntimeError, match="map_shared_rank before the cluster's first barrier"):
+        simt.run_planted("writes_to_a_block_before_it_begins", False, 4, 2)
 
 
 # name -> what the report must say, with the file and the line; which lane comes first may differ

@@ -171,7 +171,7 @@ def test_in_place_edges(gpu, dtype, vocab_size):
 
 # A row that no cluster of 8 can hold takes the two-pass kernel on any GPU
 def test_in_place_row_beyond_a_cluster():
-    small = (132, 9, 40 * 1024)
+    small = (132, 9, 40 * 1024, 0)
     logits, target = random_case(torch.float32, 90 * 1024, tokens=1, ignored=())
     written = logits[0].clone()
     simt_ops.oput_loss_and_grad_(written, None, target, gpu=small)

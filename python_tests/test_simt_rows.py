@@ -5,7 +5,7 @@ import pytest
 import simt_ops
 import torch
 from cases import DTYPES, SMALL_VOCABS, stacked_rows, strided_copies
-from simt_ops import A100, CHOSEN, H200, ONE_MULTIPROCESSOR
+from simt_ops import A100, CHOSEN, H200, H200_CLUSTERS, ONE_MULTIPROCESSOR
 from tolerances import CONFIDENCE_RTOL, ENTROPY_ATOL, ENTROPY_RTOL, assert_close
 
 from dmax_kernels import reference
@@ -81,6 +81,52 @@ def test_top1_vocabulary_beyond_shared_memory():
     token, _ = simt_ops.top1_confidence(logits, gpu=ONE_MULTIPROCESSOR)
     assert CHOSEN[-1].splits == 2
     assert token.tolist() == [2_999_999] * 5
+
+
+# Where a cluster takes each row, the bits are those of the blocks that meet in global memory: all
+# edge cases; clusters of two, four and eight blocks, and more tiles than eight blocks have warps
+@pytest.mark.parametrize(
+    ("dtype", "vocab_size", "cluster"),
+    [
+        (torch.bfloat16, SPLIT_VOCAB, 2),
+        (torch.float32, SPLIT_VOCAB, 2),
+        (torch.float16, 25 * 2048, 4),
+        (torch.bfloat16, 41 * 2048 - 1, 8),
+        (torch.float32, 85 * 1024 + 3, 8),
+    ],
+    ids=str,
+)
+def test_cluster_per_row(dtype, vocab_size, cluster):
+    _, logits = stacked_rows(vocab_size, dtype)
+    if cluster > 2:
+        logits = logits[:3]
+    ops = (
+        simt_ops.top1_confidence,
+        simt_ops.row_statistics,
+        lambda logits, **options: simt_ops.top1_partial(logits, 1000, **options),
+    )
+    for op in ops:
+        expected = op(logits, temperature=0.7, suppress_token=70)
+        assert CHOSEN[-1].cluster == 1
+        actual = op(logits, temperature=0.7, suppress_token=70, gpu=H200_CLUSTERS)
+        assert CHOSEN[-1].cluster == cluster
+        for one, other in zip(actual, expected, strict=True):
+            assert torch.equal(one.nan_to_num(2.0), other.nan_to_num(2.0))
+
+
+# More rows than clusters are worth, rows that one block has alone, a GPU without clusters, and ops
+# that meet in global memory only
+def test_launches_without_clusters():
+    logits = random_rows(33, SPLIT_VOCAB, torch.bfloat16)
+    seed = torch.tensor([1, 2])
+    for run in (
+        lambda: simt_ops.top1_confidence(logits, gpu=H200_CLUSTERS),
+        lambda: simt_ops.top1_confidence(logits[:2, :2048], gpu=H200_CLUSTERS),
+        lambda: simt_ops.top1_confidence(logits[:2], gpu=A100),
+        lambda: simt_ops.sample_tokens(logits[:2], seed, gpu=H200_CLUSTERS),
+    ):
+        run()
+        assert CHOSEN[-1].cluster == 1
 
 
 @pytest.mark.parametrize("temperature", [1e-38, 1e-3, 0.7, 5.0, 1e6])
@@ -297,12 +343,14 @@ def test_rows_in_any_order(name, seed, resident):
     noise, _ = seeds(2)
     expected = [
         simt_ops.top1_confidence(logits),
+        simt_ops.top1_confidence(logits),
         simt_ops.topk_confidence(logits, 3),
         simt_ops.sample_tokens(logits, noise),
     ]
     with simt_ops.order(name, seed, resident):
         actual = [
             simt_ops.top1_confidence(logits),
+            simt_ops.top1_confidence(logits, gpu=H200_CLUSTERS),
             simt_ops.topk_confidence(logits, 3),
             simt_ops.sample_tokens(logits, noise),
         ]

@@ -12,7 +12,7 @@ import torch
 from cases import stacked_rows, strided_copies
 from edit_cases import EDIT_OPTIONS, edit_case
 from simt_build import run_sanitized
-from simt_ops import A100, H200, ONE_MULTIPROCESSOR
+from simt_ops import A100, H200, H200_CLUSTERS, ONE_MULTIPROCESSOR
 from test_simt_embeddings import MASK, mix_case, spd_case
 
 from dmax_kernels.ops.edit_step import EDIT_RULES
@@ -42,7 +42,8 @@ def row_calls(dtype):
         simt_ops.top1_confidence(logits)
     logits = logits_of(2, SPLIT, dtype)
     simt_ops.topk_confidence(logits, 8)
-    simt_ops.row_statistics(logits)
+    for gpu in (H200, H200_CLUSTERS):
+        simt_ops.row_statistics(logits, gpu=gpu)
     simt_ops.sample_tokens(logits, seed)
     parts = [simt_ops.top1_partial(logits[:, a : a + 4096], a) for a in (0, 4096)]
     simt_ops.top1_merge(*(torch.stack(each) for each in zip(*parts, strict=True)))
@@ -81,8 +82,11 @@ def embedding_calls(dtype):
                     logits, embedding, **state, mask_token_id=MASK, tau_dec=0.5, tau_acc=0.9,
                     semantics=semantics, top_k=top_k,
                 )  # fmt: skip
-    logits, embedding, state = spd_case(1, 2, vocab=SPLIT, dtype=dtype)
-    simt_ops.spd_step_(logits, embedding, **state, mask_token_id=0, tau_dec=0.5, tau_acc=0.9)
+    for gpu in (H200, H200_CLUSTERS):
+        logits, embedding, state = spd_case(1, 2, vocab=SPLIT, dtype=dtype)
+        simt_ops.spd_step_(
+            logits, embedding, **state, mask_token_id=0, tau_dec=0.5, tau_acc=0.9, gpu=gpu
+        )
     edit_calls(dtype, ((5, 6, 40), (1, 300, 5), (1, 2, SPLIT)))
 
 
@@ -103,17 +107,18 @@ def tiny_calls(dtype):
     simt_ops.topk_confidence(logits, 2)
     simt_ops.row_statistics(logits)
     simt_ops.sample_tokens(logits, seed)
-    simt_ops.top1_confidence(logits, gpu=ONE_MULTIPROCESSOR)
+    for gpu in (ONE_MULTIPROCESSOR, H200_CLUSTERS):
+        simt_ops.top1_confidence(logits, gpu=gpu)
     target = torch.tensor([3, 8])
     simt_ops.oput_loss(logits, None, target)
     for gpu in (H200, A100):
         simt_ops.oput_loss_and_grad_(logits_of(1, 18 * 2048 + 1, dtype), None, target[:1], gpu=gpu)
     for semantics in SEMANTICS:
-        for top_k in (1, 2):
+        for top_k, gpu in ((1, H200), (1, H200_CLUSTERS), (2, H200)):
             logits, embedding, state = spd_case(2, 2, vocab=SPLIT, dtype=dtype)
             simt_ops.spd_step_(
                 logits, embedding, **state, mask_token_id=0, tau_dec=0.5, tau_acc=0.9,
-                semantics=semantics, top_k=top_k,
+                semantics=semantics, top_k=top_k, gpu=gpu,
             )  # fmt: skip
     edit_calls(dtype, ((2, 2, SPLIT),))
     embedding, token, confidence, masked = mix_case(2, positions=8, dtype=dtype)

@@ -18,7 +18,7 @@ void edit_step_(Tensor logits, Tensor editable, Tensor token, Tensor prediction,
   const RowView view = row_view(logits);
   if (view.rows == 0) return;
   OptionalTensor taus;
-  if (thresholds) taus = torch::stable::contiguous(*thresholds);
+  if (thresholds) taus = as_contiguous(*thresholds);
 
   EditArgs args{};
   args.editable = editable.const_data_ptr<bool>();

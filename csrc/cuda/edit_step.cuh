@@ -151,12 +151,12 @@ __global__ void __launch_bounds__(kRowThreads, kEditResident)
   const bool done_before = args.done[batch_row];
   const bool unread = done_before || !reads_position(args, batch_row, range.row);
 
-  scan_tiles<T, true>(logits, split, range, unread);
-  if (done_before) return;
-  if (!last_of_row(split, range.row)) return;
+  RowMeeting<Top1Partial, false> meeting(split, range.row);
+  scan_tiles<T, true>(logits, range, &meeting, unread);
+  if (done_before || !meeting.gather()) return;
 
   if (warp_id() == 0 && !unread) {
-    const SoftmaxStats stats = merge_row<Top1Partial>(split, range.row, logits.scale).stats;
+    const SoftmaxStats stats = meeting.merged(logits.scale).stats;
     if (lane_id() == 0) {
       args.prediction[range.row] = stats.id;
       args.confidence[range.row] = top1_probability(stats);

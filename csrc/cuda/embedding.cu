@@ -54,8 +54,9 @@ Tensor hybrid_embedding(Tensor embedding, Tensor token, Tensor confidence, Tenso
   const HybridArgs args =
       mix.args(embedding_table(table, mask_token_id, out), sizes.positions, sizes.k);
   dispatch_float(embedding.scalar_type(), [&](auto element) {
-    call.check(launch_hybrid_embedding<decltype(element)>(args, out.mutable_data_ptr(), call.device,
-                                                          call.stream));
+    call.check_blocks(sizes.positions);
+    call.check(
+        launch_hybrid_embedding<decltype(element)>(args, out.mutable_data_ptr(), call.stream));
   });
   return out;
 }

@@ -1,4 +1,4 @@
-// The mix of token and mask embeddings, eqs. 8-10, for one position by one warp:
+// The mix of token and mask embeddings, eqs. 8-10, for one position by a warp or by a block:
 // p_1 e(y_1) + ... + p_k e(y_k) + r e(mask) with r = max(1 - sum p, 0), rescaled to the same mix of
 // the norms. It is computed in float32 and rounded once, when it is stored.
 #pragma once
@@ -38,15 +38,26 @@ inline EmbeddingTable make_table(const void* data, int64_t row_stride, int64_t v
           vectors};
 }
 
+// kW elements as they are in memory: 16 bytes, or one element of a row that is not aligned
+template <class E, int kW>
+struct RawElements {
+  uint4 vector{0, 0, 0, 0};
+  __device__ __forceinline__ void load(const E* p) { vector = *reinterpret_cast<const uint4*>(p); }
+  __device__ __forceinline__ float at(int e) const { return element<E>(vector, e); }
+};
+template <class E>
+struct RawElements<E, 1> {
+  E one{};
+  __device__ __forceinline__ void load(const E* p) { one = *p; }
+  __device__ __forceinline__ float at(int) const { return to_float(one); }
+};
+
 template <class E, int kW>
 __device__ __forceinline__ void load_elements(const E* p, float (&out)[kW]) {
-  if (kW == 1) {
-    out[0] = to_float(*p);
-  } else {
-    const uint4 raw = *reinterpret_cast<const uint4*>(p);
+  RawElements<E, kW> raw;
+  raw.load(p);
 #pragma unroll
-    for (int e = 0; e < kW; ++e) out[e] = element<E>(raw, e);
-  }
+  for (int e = 0; e < kW; ++e) out[e] = raw.at(e);
 }
 
 template <class E, int kW>
@@ -63,18 +74,64 @@ __device__ __forceinline__ bool in_table(const EmbeddingTable& table, int64_t to
   return token >= 0 && token < table.vocab;
 }
 
-// Lane j < k holds the j-th token and its probability
+// Who works on a position: the team's member i takes the vectors i, i + kThreads, ... of the row.
+// kKept: how many of them stay in registers from the norms to the scaled mix of one token; the
+// others are read again. kGroup: rows of several tokens that are loaded together.
+
+struct WarpTeam {
+  static constexpr int kThreads = kWarpSize;
+  static constexpr int kKept = 0;
+  static constexpr int kGroup = 1;  // spd_step_ has no registers for more
+
+  __device__ __forceinline__ int index() const { return lane_id(); }
+  template <int kN>
+  __device__ __forceinline__ void sum(float (&values)[kN]) const {
+#pragma unroll
+    for (int i = 0; i < kN; ++i) values[i] = warp_sum(values[i]);
+  }
+};
+
+// Eight warps: with a vector per thread, a row of 2,048 16-bit elements is read at once. A block's
+// further warps take part in nothing but its barrier. sum() may be called once in a kernel.
+struct BlockTeam {
+  static constexpr int kWarps = 8;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kKept = 2;
+  static constexpr int kGroup = 2;
+
+  __device__ __forceinline__ int index() const { return static_cast<int>(threadIdx.x); }
+  template <int kN>
+  __device__ __forceinline__ void sum(float (&values)[kN]) const {
+    __shared__ float of_warps[kWarps][kN];
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      const float mine = warp_sum(values[i]);
+      if (lane_id() == 0 && warp_id() < kWarps) of_warps[warp_id()][i] = mine;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+      values[i] = of_warps[0][i];
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) values[i] += of_warps[w][i];
+    }
+  }
+};
+
+// Lane j < k of every warp holds the j-th token and its probability
 struct Mix {
   int64_t token;
   float probability;
   int k;
 };
 
-template <class E, int kW>
-__device__ __forceinline__ void copy_embedding(const EmbeddingTable& table, int64_t token, E* out) {
+template <class E, int kW, class Team>
+__device__ __forceinline__ void copy_embedding(const EmbeddingTable& table, int64_t token, E* out,
+                                               const Team& team) {
   const E* row = static_cast<const E*>(table.data) + token * table.row_stride;
   const bool inside = in_table(table, token);
-  for (int d = lane_id() * kW; d < table.dim; d += kWarpSize * kW) {
+  if (team.index() >= Team::kThreads) return;
+  for (int d = team.index() * kW; d < table.dim; d += Team::kThreads * kW) {
     float values[kW];
     if (inside) {
       load_elements<E, kW>(row + d, values);
@@ -83,6 +140,48 @@ __device__ __forceinline__ void copy_embedding(const EmbeddingTable& table, int6
       for (int e = 0; e < kW; ++e) values[e] = NAN;
     }
     store_elements<E, kW>(out + d, values);
+  }
+}
+
+// The unscaled mix at `d`, or 0 where not `inside`. The loads of the mask's row and of kGroup
+// tokens' rows are under way before the first is used.
+template <class E, int kW, int kTokens, int kGroup = 1>
+__device__ __forceinline__ void mix_at(const EmbeddingTable& table, const Mix& mix, float residual,
+                                       int d, float (&sum)[kW], float (&squares)[kTokens],
+                                       float* mask_square, bool inside = true) {
+  const E* data = static_cast<const E*>(table.data) + d;
+  RawElements<E, kW> of_mask;
+  if (inside) of_mask.load(data + table.mask_token_id * table.row_stride);
+#pragma unroll
+  for (int first = 0; first < kTokens; first += kGroup) {
+    RawElements<E, kW> of_tokens[kGroup];
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      const int64_t token = kTokens == 1 ? mix.token : __shfl_sync(kFullMask, mix.token, first + j);
+      if (inside && (kTokens == 1 || first + j < mix.k))
+        of_tokens[j].load(data + token * table.row_stride);
+    }
+    if (first == 0) {
+#pragma unroll
+      for (int e = 0; e < kW; ++e) {
+        const float value = of_mask.at(e);
+        sum[e] = residual * value;
+        *mask_square = fmaf(value, value, *mask_square);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      const float p =
+          kTokens == 1 ? mix.probability : __shfl_sync(kFullMask, mix.probability, first + j);
+      if (kTokens > 1 && first + j >= mix.k) continue;
+#pragma unroll
+      for (int e = 0; e < kW; ++e) {
+        const float value = of_tokens[j].at(e);
+        sum[e] = fmaf(p, value, sum[e]);
+        squares[first + j] = fmaf(value, value, squares[first + j]);
+      }
+    }
+    if (kTokens > 1 && first + kGroup >= mix.k) break;
   }
 }
 
@@ -97,72 +196,74 @@ struct MixNorms {
   __device__ __forceinline__ float scale() const { return norm == 0.0f ? 0.0f : target / norm; }
 };
 
-// The unscaled mix at `d`
-template <class E, int kW, int kTokens>
-__device__ __forceinline__ void mix_at(const EmbeddingTable& table, const Mix& mix, float residual,
-                                       int d, float (&sum)[kW], float (&squares)[kTokens],
-                                       float* mask_square) {
-  const E* data = static_cast<const E*>(table.data);
-  float values[kW];
-  load_elements<E, kW>(data + table.mask_token_id * table.row_stride + d, values);
+// Sums of squares over a row, on their way to the norms
+template <int kTokens>
+struct MixSquares {
+  float mix, mask;
+  float tokens[kTokens];
+};
+
+// The team's vector `i` of every member: the unscaled mix in `sum`, its squares added to `squares`
+template <class E, int kW, int kTokens, class Team>
+__device__ __forceinline__ void mix_vector(const EmbeddingTable& table, const Mix& mix,
+                                           float residual, const Team& team, int i,
+                                           float (&sum)[kW], MixSquares<kTokens>* squares) {
+  const int d = (team.index() + i * Team::kThreads) * kW;
+  const bool inside = team.index() < Team::kThreads && d < table.dim;
+  mix_at<E, kW, kTokens, kTokens == 1 ? 1 : Team::kGroup>(table, mix, residual, d, sum,
+                                                          squares->tokens, &squares->mask, inside);
 #pragma unroll
-  for (int e = 0; e < kW; ++e) {
-    sum[e] = residual * values[e];
-    *mask_square = fmaf(values[e], values[e], *mask_square);
-  }
-#pragma unroll
-  for (int j = 0; j < kTokens; ++j) {
-    if (j >= mix.k) break;
-    const int64_t token = kTokens == 1 ? mix.token : __shfl_sync(kFullMask, mix.token, j);
-    const float p = kTokens == 1 ? mix.probability : __shfl_sync(kFullMask, mix.probability, j);
-    load_elements<E, kW>(data + token * table.row_stride + d, values);
-#pragma unroll
-    for (int e = 0; e < kW; ++e) {
-      sum[e] = fmaf(p, values[e], sum[e]);
-      squares[j] = fmaf(values[e], values[e], squares[j]);
-    }
-  }
+  for (int e = 0; e < kW; ++e) squares->mix = fmaf(sum[e], sum[e], squares->mix);
 }
 
-template <class E, int kW, int kTokens>
-__device__ __forceinline__ MixNorms mix_norms(const EmbeddingTable& table, const Mix& mix) {
+template <class E, int kW, class Team>
+__device__ __forceinline__ int last_vector(const EmbeddingTable& table) {
+  return (table.dim - 1) / (Team::kThreads * kW);
+}
+
+template <class Team, int kTokens>
+constexpr int kKeptVectors = kTokens == 1      ? Team::kKept
+                             : Team::kKept > 0 ? 1
+                                               : 0;
+template <class Team, int kTokens>
+constexpr int kAtLeastOne = kKeptVectors<Team, kTokens> > 0 ? kKeptVectors<Team, kTokens> : 1;
+
+// `kept` receives the unscaled mix at each member's first kKeptVectors vectors
+template <class E, int kW, int kTokens, class Team>
+__device__ __forceinline__ MixNorms mix_norms(const EmbeddingTable& table, const Mix& mix,
+                                              const Team& team,
+                                              float (&kept)[kAtLeastOne<Team, kTokens>][kW]) {
+  constexpr int kKept = kKeptVectors<Team, kTokens>;
   MixNorms norms;
   const float p = lane_id() < mix.k ? mix.probability : 0.0f;
   norms.residual = 1.0f - (kTokens == 1 ? mix.probability : warp_sum(p));
   if (norms.residual < 0.0f) norms.residual = 0.0f;  // a NaN stays NaN
-  float squares[kTokens];
+  MixSquares<kTokens> squares{};
+  const int last = last_vector<E, kW, Team>(table);
 #pragma unroll
-  for (int j = 0; j < kTokens; ++j) squares[j] = 0.0f;
-  float mask_square = 0.0f;
-  float mix_square = 0.0f;
-  const int lane_begin = lane_id() * kW;
-  const int last = (table.dim - 1) / (kWarpSize * kW);
-#pragma unroll(kW == 1 || kTokens > 1 ? 1 : 4)
-  for (int i = 0; i <= last; ++i) {
-    const int d = lane_begin + i * kWarpSize * kW;
-    const bool inside = d < table.dim;  // all lanes stay for the shuffles
-    float sum[kW];
-    float here[kTokens];
-#pragma unroll
-    for (int j = 0; j < kTokens; ++j) here[j] = squares[j];
-    float mask_here = mask_square;
-    mix_at<E, kW, kTokens>(table, mix, norms.residual, inside ? d : 0, sum, here, &mask_here);
-    if (inside) {
-#pragma unroll
-      for (int e = 0; e < kW; ++e) mix_square = fmaf(sum[e], sum[e], mix_square);
-#pragma unroll
-      for (int j = 0; j < kTokens; ++j) squares[j] = here[j];
-      mask_square = mask_here;
-    }
+  for (int i = 0; i < kKept; ++i) {
+    if (i <= last)
+      mix_vector<E, kW, kTokens>(table, mix, norms.residual, team, i, kept[i], &squares);
   }
-  norms.norm = sqrtf(warp_sum(mix_square));
-  norms.mask_norm = sqrtf(warp_sum(mask_square));
+#pragma unroll(kW == 1 || kTokens > 1 || kKept > 0 ? 1 : 2)
+  for (int i = kKept; i <= last; ++i) {
+    float sum[kW];
+    mix_vector<E, kW, kTokens>(table, mix, norms.residual, team, i, sum, &squares);
+  }
+  float sums[2 + kTokens];
+  sums[0] = squares.mix;
+  sums[1] = squares.mask;
+#pragma unroll
+  for (int j = 0; j < kTokens; ++j) sums[2 + j] = squares.tokens[j];
+  team.sum(sums);
+  norms.norm = sqrtf(sums[0]);
+  norms.mask_norm = sqrtf(sums[1]);
   norms.token_norm = 0.0f;
   norms.target = norms.residual * norms.mask_norm;
 #pragma unroll
   for (int j = 0; j < kTokens; ++j) {
     if (j >= mix.k) break;
-    const float norm = sqrtf(warp_sum(squares[j]));
+    const float norm = sqrtf(sums[2 + j]);
     const float weight =
         kTokens == 1 ? mix.probability : __shfl_sync(kFullMask, mix.probability, j);
     norms.target = fmaf(weight, norm, norms.target);
@@ -171,22 +272,29 @@ __device__ __forceinline__ MixNorms mix_norms(const EmbeddingTable& table, const
   return norms;
 }
 
-template <class E, int kW, int kTokens>
-__device__ __forceinline__ void hybrid_row(const EmbeddingTable& table, const Mix& mix, E* out) {
-  const MixNorms norms = mix_norms<E, kW, kTokens>(table, mix);
+template <class E, int kW, int kTokens, class Team>
+__device__ __forceinline__ void hybrid_row(const EmbeddingTable& table, const Mix& mix, E* out,
+                                           const Team& team) {
+  constexpr int kKept = kKeptVectors<Team, kTokens>;
+  float kept[kAtLeastOne<Team, kTokens>][kW];
+  const MixNorms norms = mix_norms<E, kW, kTokens>(table, mix, team, kept);
   const float scale = norms.scale();
-  const int last = (table.dim - 1) / (kWarpSize * kW);
-#pragma unroll(kW == 1 || kTokens > 1 ? 1 : 2)
-  for (int i = 0; i <= last; ++i) {
-    const int d = (i * kWarpSize + lane_id()) * kW;
-    const bool inside = d < table.dim;
-    float sum[kW];
-    float squares[kTokens] = {};
-    float mask_square = 0.0f;
-    mix_at<E, kW, kTokens>(table, mix, norms.residual, inside ? d : 0, sum, squares, &mask_square);
+  const auto store = [&](int i, float(&sum)[kW]) {
+    const int d = (team.index() + i * Team::kThreads) * kW;
 #pragma unroll
     for (int e = 0; e < kW; ++e) sum[e] *= scale;
-    if (inside) store_elements<E, kW>(out + d, sum);
+    if (team.index() < Team::kThreads && d < table.dim) store_elements<E, kW>(out + d, sum);
+  };
+  const int last = last_vector<E, kW, Team>(table);
+#pragma unroll
+  for (int i = 0; i < kKept; ++i)
+    if (i <= last) store(i, kept[i]);
+#pragma unroll(kW == 1 || kTokens > 1 || kKept > 0 ? 1 : 2)
+  for (int i = kKept; i <= last; ++i) {
+    float sum[kW];
+    MixSquares<kTokens> unused{};
+    mix_vector<E, kW, kTokens>(table, mix, norms.residual, team, i, sum, &unused);
+    store(i, sum);
   }
 }
 
@@ -194,25 +302,26 @@ __device__ __forceinline__ void hybrid_row(const EmbeddingTable& table, const Mi
 enum class Embedding { kMask, kHybrid, kToken };
 
 // Writes row `position` of `out` [positions, dim]: e(mask), the mix, or e(the mix's first token)
-template <class E, int kTokens>
+template <class E, int kTokens, class Team>
 __device__ __forceinline__ void write_embedding(const EmbeddingTable& table, Embedding kind,
-                                                const Mix& mix, void* out, int64_t position) {
+                                                const Mix& mix, void* out, int64_t position,
+                                                const Team& team) {
   E* row = static_cast<E*>(out) + position * table.dim;
   int64_t hard =
       kind == Embedding::kMask ? table.mask_token_id : __shfl_sync(kFullMask, mix.token, 0);
   if (kind == Embedding::kHybrid) {
     const bool outside = lane_id() < mix.k && !in_table(table, mix.token);
     if (__ballot_sync(kFullMask, outside) == 0) {
-      if (table.vectors) return hybrid_row<E, kWidth<E>, kTokens>(table, mix, row);
-      return hybrid_row<E, 1, kTokens>(table, mix, row);
+      if (table.vectors) return hybrid_row<E, kWidth<E>, kTokens>(table, mix, row, team);
+      return hybrid_row<E, 1, kTokens>(table, mix, row, team);
     }
     hard = -1;  // a row of NaN
   }
-  if (table.vectors) return copy_embedding<E, kWidth<E>>(table, hard, row);
-  copy_embedding<E, 1>(table, hard, row);
+  if (table.vectors) return copy_embedding<E, kWidth<E>>(table, hard, row, team);
+  copy_embedding<E, 1>(table, hard, row, team);
 }
 
-// ---- hybrid_embedding: one warp per position ----
+// ---- hybrid_embedding: one block per position ----
 
 struct HybridArgs {
   EmbeddingTable table;
@@ -234,29 +343,24 @@ __device__ __forceinline__ Mix load_mix(const HybridArgs& args, int64_t position
   return mix;
 }
 
-constexpr int kHybridWarps = 4;
-
+// With several tokens, their rows and squares take 128 registers a thread; with one, 64 do
 template <class E, int kTokens>
-__global__ void __launch_bounds__(kHybridWarps* kWarpSize, 4)
+__global__ void __launch_bounds__(BlockTeam::kThreads, kTokens == 1 ? 4 : 2)
     hybrid_embedding_kernel(const __grid_constant__ HybridArgs args, void* out) {
-  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
-  const int64_t position = static_cast<int64_t>(blockIdx.x) * warps + warp_id();
-  if (position >= args.positions) return;
-  const Mix mix = load_mix(args, position);
-  const Embedding kind = args.masked[position] ? Embedding::kMask : Embedding::kHybrid;
-  write_embedding<E, kTokens>(args.table, kind, mix, out, position);
+  const int64_t position = blockIdx.x;
+  const bool masked = args.masked[position];
+  const Mix mix = load_mix(args, position);  // beside `masked`, whatever that turns out to be
+  write_embedding<E, kTokens>(args.table, masked ? Embedding::kMask : Embedding::kHybrid, mix, out,
+                              position, BlockTeam{});
 }
 
-// With few positions, blocks of one warp reach more multiprocessors. Chosen by
-// arithmetic, not yet measured.
-inline LaunchShape hybrid_shape(int64_t positions, const Device& device) {
-  return warps_shape(positions, positions <= 4 * device.multiprocessors ? 1 : kHybridWarps);
+inline LaunchShape hybrid_shape(int64_t positions) {
+  return {static_cast<unsigned>(positions), BlockTeam::kThreads, 0};
 }
 
 template <class E>
-auto launch_hybrid_embedding(const HybridArgs& args, void* out, const Device& device,
-                             Stream stream) {
-  const LaunchShape shape = hybrid_shape(args.positions, device);
+auto launch_hybrid_embedding(const HybridArgs& args, void* out, Stream stream) {
+  const LaunchShape shape = hybrid_shape(args.positions);
   if (args.k == 1) return launch(shape, stream, hybrid_embedding_kernel<E, 1>, args, out);
   return launch(shape, stream, hybrid_embedding_kernel<E, kMaxTopK>, args, out);
 }

@@ -36,6 +36,7 @@ struct HybridBackwardArgs {
 };
 
 constexpr int kSlicePositions = 64;
+constexpr int kHybridWarps = 4;  // of a block, each with work of its own
 
 __device__ __forceinline__ float inverse(float norm) { return norm == 0.0f ? 0.0f : 1.0f / norm; }
 
@@ -64,7 +65,8 @@ __device__ __forceinline__ void position_backward(const HybridBackwardArgs& args
   }
 
   // Dot products of g and s with the embeddings
-  const MixNorms norms = mix_norms<E, kW, kTokens>(table, mix);
+  float unused[1][kW];
+  const MixNorms norms = mix_norms<E, kW, kTokens>(table, mix, WarpTeam{}, unused);
   const E* grad = static_cast<const E*>(args.grad_output) + position * table.dim;
   const E* data = static_cast<const E*>(table.data);
   float grad_token[kTokens], mix_token[kTokens];

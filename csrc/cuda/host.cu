@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -106,6 +107,12 @@ cudaStream_t current_stream(int device_index) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// The benchmark sets the variable, to time both ways in which few rows can be split
+static int most_cluster_rows() {
+  const char* value = std::getenv("DMAX_MOST_CLUSTER_ROWS");
+  return value == nullptr ? kMostClusterRows : std::atoi(value);
+}
+
 const Device& device_properties(const char* op, int device_index) {
   static std::mutex mutex;
   static auto* known = new std::map<int, Device>();
@@ -119,7 +126,7 @@ const Device& device_properties(const char* op, int device_index) {
   };
   const Device device{attribute(cudaDevAttrMultiProcessorCount),
                       attribute(cudaDevAttrComputeCapabilityMajor),
-                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), most_cluster_rows()};
   DMAX_CHECK(device.major >= 8, op,
              ": needs a GPU of compute capability 8.0 or newer, cuda:", device_index, " has ",
              device.major, ".", attribute(cudaDevAttrComputeCapabilityMinor));

@@ -186,18 +186,20 @@ __global__ void __launch_bounds__(kRowThreads, kLossResident<kMean>)
   const int pass = rows.pass(range.row);
   const int64_t row_index = rows.row_in_pass(range.row);
   const int64_t target = targets.of(row_index);
-  if (target == options.ignore_index) {  // no logit is read
-    if (range.begin == 0 && threadIdx.x == 0) out.store(pass, row_index, {0.0f, 0.0f});
-    return;
-  }
+  const bool ignored = target == options.ignore_index;
+  if (ignored && range.begin == 0 && threadIdx.x == 0) out.store(pass, row_index, {0.0f, 0.0f});
+  // With a block per row, other blocks hide the latency of the target, and no logit of an ignored
+  // row is read. Where rows are split there are few blocks, and the first tile's loads do not wait.
+  if (split.splits == 1 && ignored) return;
   const Row<T> row = make_row<T>(rows.data(range.row), rows.vocab);
   for (int t = range.begin + warp_id(); t < range.end; t += kRowWarps) {
     Tile<T> tile;
     load_tile(tile, row, t, -1);
+    if (skipped_after_loads(tile, ignored)) break;
     const LossPartial partial = loss_tile<T, kMean>(tile, row);
     if (lane_id() == 0) *partial_of<LossPartial>(split, range.row, t) = partial;
   }
-  if (!last_of_row(split, range.row) || warp_id() != 0) return;
+  if (ignored || !last_of_row(split, range.row) || warp_id() != 0) return;
   const LossPartial merged = merge_row<LossPartial>(split, range.row, kLog2E);
   if (lane_id() == 0)
     out.store(pass, row_index, row_loss(merged, target_logit(row, target), row.vocab, options));

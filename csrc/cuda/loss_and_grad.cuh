@@ -29,9 +29,9 @@ __device__ __forceinline__ GradScale finish_row(const LossPartial& merged, float
 }
 
 template <class T>
-__device__ __forceinline__ void zero_tiles(T* row, int vocab, int begin, int end) {
+__device__ __forceinline__ void zero_tiles(T* row, int vocab, int begin, int end, int warps) {
   const bool aligned = aligned_16(row);
-  for (int t = begin + warp_id(); t < end; t += kRowWarps) {
+  for (int t = begin + warp_id(); t < end; t += warps) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v)
       store_vector(row, aligned, vocab, t * kTileSize<T> + (v * kWarpSize + lane_id()) * kWidth<T>,
@@ -39,76 +39,100 @@ __device__ __forceinline__ void zero_tiles(T* row, int vocab, int begin, int end
   }
 }
 
-constexpr int kLossAndGradResident = 3;  // blocks per multiprocessor: 80 registers a thread
-
 // ---- One read, one write: a cluster per row ----
 
-// Dynamic shared memory holds the slice's tiles as they are in memory, then their partial results
+// Block `rank` of a cluster holds this many tiles of the row, and the first blocks one more
+struct Slices {
+  int fewest;
+  int with_one_more;
+
+  __device__ __forceinline__ int begin(int rank) const {
+    return rank * fewest + min(rank, with_one_more);
+  }
+  int most() const { return fewest + (with_one_more > 0 ? 1 : 0); }
+};
+
+constexpr int kLossClusterWarps = 10;  // at most
+
+// Blocks of ten warps per multiprocessor: 64 registers a thread, or 96
+template <bool kMean>
+constexpr int kLossClusterResident = kMean ? 2 : 3;
+
+// Dynamic shared memory holds the partial results of all of the row's tiles, then this block's
+// tiles as they are in memory. Every warp hands a tile's partial result, and the target's logit, to
+// all blocks of the cluster at once, so that behind the cluster's one barrier each merges what lies
+// in its own memory and none needs another again.
 template <class T, bool kMean>
-__global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
+__global__ void __launch_bounds__(kLossClusterWarps* kWarpSize, kLossClusterResident<kMean>)
     loss_and_grad_cluster_kernel(const __grid_constant__ LossRows<T> rows, int tiles, int cluster,
-                                 int slice_tiles, const __grid_constant__ Targets targets,
+                                 const __grid_constant__ Slices slices,
+                                 const __grid_constant__ Targets targets,
                                  const __grid_constant__ LossOptions<float> options,
                                  const __grid_constant__ LossGrad grad,
                                  const __grid_constant__ LossOutput out) {
-  const int64_t index = blockIdx.x / static_cast<unsigned>(cluster);
+  ClusterStart start;
+  const int64_t index = cluster_index();
   const int rank = static_cast<int>(cluster_rank());
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
   const int pass = rows.pass(index);
   const int64_t row_index = rows.row_in_pass(index);
   T* data = rows.data(index);
-  const int begin = rank * slice_tiles;
-  const int end = min(begin + slice_tiles, tiles);
+  const int begin = slices.begin(rank);
+  const int end = slices.begin(rank + 1);
   const int64_t target = targets.of(row_index);
-  if (target == options.ignore_index) {  // the whole cluster leaves here, before its barriers
-    zero_tiles(data, rows.vocab, begin, end);
+  if (target == options.ignore_index) {  // the whole cluster leaves here
+    zero_tiles(data, rows.vocab, begin, end, warps);
     if (rank == 0 && threadIdx.x == 0) out.store(pass, row_index, {0.0f, 0.0f});
+    start.wait();
     return;
   }
 
-  const float upstream = grad.of(pass, row_index);  // on its way long before it is needed
-
   // Read the slice into shared memory, with each tile's statistics
   constexpr int kTileVectors = kVectors * kWarpSize;
-  uint4* slice = dynamic_shared;
-  auto* partials = reinterpret_cast<LossPartial*>(dynamic_shared + slice_tiles * kTileVectors);
+  auto* partials = reinterpret_cast<LossPartial*>(dynamic_shared);
+  uint4* slice = dynamic_shared + tiles;
+  static_assert(sizeof(LossPartial) == sizeof(uint4), "the slice is aligned behind the partials");
   const Row<T> row = make_row<T>(data, rows.vocab);
+  const bool inside = target >= 0 && target < rows.vocab;
+  const int target_id = inside ? static_cast<int>(target) : -1;
   __shared__ float x_target;
-  if (threadIdx.x == 0) x_target = target_logit(row, target);  // before a block overwrites it
-  for (int t = begin + warp_id(); t < end; t += kRowWarps) {
+  for (int t = begin + warp_id(); t < end; t += warps) {
     Tile<T> tile;
     load_tile<T, Access::kReadFirst>(tile, row, t, -1);
-    uint4* kept = slice + (t - begin) * kTileVectors + lane_id();
+    uint4* kept = slice + (t - begin) * kTileVectors;
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) kept[v * kWarpSize] = tile.raw[v];
+    for (int v = 0; v < kVectors; ++v) kept[v * kWarpSize + lane_id()] = tile.raw[v];
     const LossPartial partial = loss_tile<T, kMean>(tile, row);
-    if (lane_id() == 0) partials[t - begin] = partial;
+    start.wait();
+    const auto rank_of_lane = static_cast<unsigned>(lane_id());
+    if (lane_id() < cluster) in_cluster_rank(partials, rank_of_lane)[t] = partial;
+    const int place = target_id - t * kTileSize<T>;
+    if (place >= 0 && place < kTileSize<T>) {
+      __syncwarp();
+      if (lane_id() < cluster)
+        *in_cluster_rank(&x_target, rank_of_lane) =
+            to_float(reinterpret_cast<const T*>(kept)[place]);
+    }
   }
-  cluster_sync();
+  start.wait();
+  cluster_arrive();
+  const float upstream = grad.of(pass, row_index);  // on its way while the barrier is waited at
+  cluster_wait();
 
-  // Every block merges the row's statistics from all slices
   __shared__ LossPartial of_row;
   if (warp_id() == 0) {
-    LossPartial merged = LossPartial::empty();
-    for (int t = lane_id(); t < tiles; t += kWarpSize) {
-      const auto owner = static_cast<unsigned>(t) / static_cast<unsigned>(slice_tiles);
-      const unsigned place = t - owner * static_cast<unsigned>(slice_tiles);
-      merged = LossPartial::merge(merged, in_cluster_rank(partials, owner)[place], kLog2E);
-    }
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2)
-      merged = LossPartial::merge(merged, merged.shuffle_xor(lanes), kLog2E);
+    const LossPartial merged =
+        merge_partials<LossPartial>(tiles, kLog2E, [&](int t) { return partials[t]; });
     if (lane_id() == 0) of_row = merged;
   }
-  // No block overwrites its slice before all have read the target's logit, and none leaves while
-  // another reads its partial results
-  cluster_sync();
+  __syncthreads();
 
   // Overwrite the slice with its gradient
   RowLoss loss;
-  const GradScale scale =
-      finish_row<T>(of_row, x_target, target, upstream, rows.vocab, options, &loss);
+  const GradScale scale = finish_row<T>(of_row, inside ? x_target : NAN, target_id, upstream,
+                                        rows.vocab, options, &loss);
   if (rank == 0 && threadIdx.x == 0) out.store(pass, row_index, loss);
-  for (int t = begin + warp_id(); t < end; t += kRowWarps) {
+  for (int t = begin + warp_id(); t < end; t += warps) {
     const uint4* kept = slice + (t - begin) * kTileVectors + lane_id();
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -120,6 +144,8 @@ __global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
 }
 
 // ---- Two reads, one write: one block per row ----
+
+constexpr int kLossAndGradResident = 3;  // blocks per multiprocessor: 80 registers a thread
 
 template <class T, bool kMean>
 __global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
@@ -134,7 +160,7 @@ __global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
   T* data = rows.data(index);
   const int64_t target = targets.of(row_index);
   if (target == options.ignore_index) {
-    zero_tiles(data, rows.vocab, 0, tiles);
+    zero_tiles(data, rows.vocab, 0, tiles, kRowWarps);
     if (threadIdx.x == 0) out.store(pass, row_index, {0.0f, 0.0f});
     return;
   }
@@ -181,15 +207,16 @@ __global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
 
 struct LossAndGradLaunch {
   int tiles;
-  int cluster;      // blocks per row; 0: the two-pass kernel
-  int slice_tiles;  // tiles of a row that one block holds
+  int cluster;  // blocks per row; 0: the two-pass kernel
+  Slices slices;
   LaunchShape shape;
 };
 
 // Chosen by arithmetic, not yet measured: the smallest cluster whose slices let three blocks share
 // a multiprocessor's 228 KB, so that one loads while another waits at the cluster's barrier; or
 // else the largest cluster, provided that a slice fits into a block at all. 8 is the largest
-// cluster that every sm_90 GPU starts without asking.
+// cluster that every sm_90 GPU starts without asking. A block has as many warps as give each the
+// same number of tiles: at V = 157,184 in 16 bits ten, with one tile each.
 template <class T>
 LossAndGradLaunch choose_loss_and_grad_launch(int64_t rows_of_all_passes, int64_t vocab,
                                               const Device& device) {
@@ -199,14 +226,17 @@ LossAndGradLaunch choose_loss_and_grad_launch(int64_t rows_of_all_passes, int64_
   launch.tiles = static_cast<int>((vocab + kTileSize<T> - 1) / kTileSize<T>);
   const auto rows = static_cast<unsigned>(rows_of_all_passes);
   for (int cluster = 1; device.major >= 9 && cluster <= 8; cluster *= 2) {
-    const int slice_tiles = (launch.tiles + cluster - 1) / cluster;
-    const int bytes = slice_tiles * (kTileBytes + static_cast<int>(sizeof(LossPartial)));
+    const Slices slices{launch.tiles / cluster, launch.tiles % cluster};
+    const int bytes =
+        slices.most() * kTileBytes + launch.tiles * static_cast<int>(sizeof(LossPartial));
     const int most = device.max_shared_per_block - 1024;  // beside the static shared memory
     if (bytes > most || (bytes > kComfortable && cluster < 8)) continue;
+    const int rounds = (slices.most() + kLossClusterWarps - 1) / kLossClusterWarps;
+    const int warps = (slices.most() + rounds - 1) / rounds;
     launch.cluster = cluster;
-    launch.slice_tiles = slice_tiles;
-    launch.shape = {rows * static_cast<unsigned>(cluster), kRowThreads, static_cast<size_t>(bytes),
-                    static_cast<unsigned>(cluster)};
+    launch.slices = slices;
+    launch.shape = {rows * static_cast<unsigned>(cluster), static_cast<unsigned>(warps * kWarpSize),
+                    static_cast<size_t>(bytes), static_cast<unsigned>(cluster)};
     return launch;
   }
   launch.shape = {rows, kRowThreads, launch.tiles * sizeof(LossPartial)};
@@ -225,8 +255,8 @@ auto launch_loss_and_grad(const LossAndGradLaunch& chosen, const LossRows<T>& ro
   }
   const auto kernel =
       mean ? loss_and_grad_cluster_kernel<T, true> : loss_and_grad_cluster_kernel<T, false>;
-  return launch(chosen.shape, stream, kernel, rows, chosen.tiles, chosen.cluster,
-                chosen.slice_tiles, targets, options, grad, out);
+  return launch(chosen.shape, stream, kernel, rows, chosen.tiles, chosen.cluster, chosen.slices,
+                targets, options, grad, out);
 }
 
 }  // namespace dmax::cuda

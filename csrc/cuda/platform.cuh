@@ -81,6 +81,10 @@ __device__ __forceinline__ void forget(uint4& v) {
   asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
 }
 
+// The same for a float: a load whose result is forgotten here is issued before here, even if it is
+// needed only under a condition
+__device__ __forceinline__ void forget(float& x) { asm volatile("" : "+f"(x)); }
+
 // Both halves at once; of a NaN and a number they give the number, as fmaxf does
 __device__ __forceinline__ uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
   uint32_t y;
@@ -152,7 +156,7 @@ __device__ __forceinline__ uint32_t floats_to_half2(float low, float high) {
   return y;
 }
 
-// Clusters need sm_90; choose_loss_and_grad_launch asks for none on an older GPU
+// Clusters need sm_90; no launch asks for one on an older GPU
 __device__ __forceinline__ unsigned cluster_rank() {
 #if __CUDA_ARCH__ >= 900
   return cooperative_groups::this_cluster().block_rank();
@@ -161,9 +165,35 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return 0;
 #endif
 }
-__device__ __forceinline__ void cluster_sync() {
+__device__ __forceinline__ unsigned cluster_index() {
 #if __CUDA_ARCH__ >= 900
-  cooperative_groups::this_cluster().sync();
+  unsigned index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return index;
+#else
+  __trap();
+  return 0;
+#endif
+}
+// The two halves of the cluster's barrier. With release, what was written before the one is seen
+// after the other; the relaxed form says only that the block has begun.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   __trap();
 #endif
@@ -192,6 +222,7 @@ int launch(const LaunchShape& shape, Stream, void (*kernel)(Parameters...),
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline void forget(uint4&) {}
+inline void forget(float&) {}
 inline uint4 load_constant(const void* p) { return *static_cast<const uint4*>(p); }
 template <class T>
 T load_other_block(const T* p) {
@@ -246,8 +277,11 @@ inline uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
 inline uint32_t max_half2(uint32_t a, uint32_t b) { return max_of_halves(a, b, half_to_float); }
 
 inline unsigned cluster_rank() { return simt::self().cluster_rank; }
-inline void cluster_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  simt::cluster_barrier({file, line});
+inline unsigned cluster_index() { return simt::self().block.x / simt::self().cluster_size; }
+inline void cluster_arrive() { simt::cluster_arrive(true); }
+inline void cluster_arrive_relaxed() { simt::cluster_arrive(false); }
+inline void cluster_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  simt::cluster_wait({file, line});
 }
 template <class T>
 T* in_cluster_rank(T* shared, unsigned rank) {
@@ -261,6 +295,23 @@ struct Device {
   int multiprocessors;
   int major;                 // of the compute capability
   int max_shared_per_block;  // bytes, with the kernel's consent
+  int most_cluster_rows;     // up to this many rows, a row's blocks form a cluster where they can
+};
+
+// A thread's side of the barrier that every block of a cluster arrives at when it begins. A block's
+// shared memory may be written by others only after they have waited there.
+class ClusterStart {
+ public:
+  __device__ __forceinline__ ClusterStart() { cluster_arrive_relaxed(); }
+  // Whole warps call it; only a warp's first call waits
+  __device__ __forceinline__ void wait() {
+    if (waited_) return;
+    cluster_wait();
+    waited_ = true;
+  }
+
+ private:
+  bool waited_ = false;
 };
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }

@@ -32,8 +32,13 @@ __global__ void __launch_bounds__(kPromoteWarps* kWarpSize)
   int first_failed = args.block;
   for (int begin = 0; begin < args.block; begin += kWarpSize) {
     const int i = begin + lane_id();
-    const bool is_masked = i < args.block && masked[i];
-    const bool failed = is_masked && !passes(confidence[i], args.threshold, args.inclusive);
+    // Both at once: a load that waited for the other would cost a memory latency
+    const int at = min(i, args.block - 1);
+    const bool masked_here = masked[at];
+    float confidence_here = confidence[at];
+    forget(confidence_here);
+    const bool is_masked = i < args.block && masked_here;
+    const bool failed = is_masked && !passes(confidence_here, args.threshold, args.inclusive);
     const uint32_t masked_lanes = __ballot_sync(kFullMask, is_masked);
     const uint32_t failed_lanes = __ballot_sync(kFullMask, failed);
     if (masked_lanes != 0) first_masked = min(first_masked, begin + __ffs(masked_lanes) - 1);

@@ -1,9 +1,11 @@
 // Rows split among blocks: who works on which tiles, and how their statistics become the row's.
 //
 // Every tile leaves one partial result: in shared memory if one block has the whole row, otherwise
-// in global scratch. The last block of a row to finish merges them. Neither which block that is nor
-// how many there are changes a bit: lane l takes the tiles l, l + 32, ... in order, then a
-// butterfly joins the lanes.
+// in global scratch. The last block of a row to finish merges them. From sm_90 on, the blocks of
+// few rows may form a cluster per row instead (kCluster): partial results go straight into the
+// first block's shared memory, and it merges them behind the cluster's barrier, without scratch,
+// counter or fence. Neither which block merges nor how many there are changes a bit: lane l takes
+// the tiles l, l + 32, ... in order, then a butterfly joins the lanes.
 #pragma once
 
 #include "cuda/tile.cuh"
@@ -12,6 +14,13 @@ namespace dmax::cuda {
 
 constexpr int kRowWarps = 8;
 constexpr int kRowThreads = kRowWarps * kWarpSize;
+
+// Eight blocks of ten warps, a tile per warp, take the 77 tiles of V = 157,184 in 16 bits at once
+constexpr int kClusterRowWarps = 10;
+template <bool kCluster>
+constexpr int kBlockWarps = kCluster ? kClusterRowWarps : kRowWarps;
+template <bool kCluster>
+constexpr int kBlockThreads = kBlockWarps<kCluster> * kWarpSize;
 
 struct RowSplit {
   int tiles;           // of a row
@@ -41,13 +50,21 @@ struct TileRange {
   int begin, end;
 };
 
+template <bool kCluster = false>
 __device__ __forceinline__ TileRange block_tiles(const RowSplit& split) {
   const unsigned block = blockIdx.x;
-  // The quotient is exact while blocks * splits < 2^32. A row is split only where blocks are few,
-  // or in two; a launch has fewer than 2^31 blocks.
-  const unsigned row =
-      split.splits == 1 ? block : static_cast<unsigned>(uint64_t{block} * split.reciprocal >> 32);
-  const auto part = static_cast<int>(block - row * static_cast<unsigned>(split.splits));
+  unsigned row;
+  int part;
+  if constexpr (kCluster) {
+    row = cluster_index();
+    part = static_cast<int>(cluster_rank());
+  } else {
+    // The quotient is exact while blocks * splits < 2^32. A row is split only where blocks are few,
+    // or in two; a launch has fewer than 2^31 blocks.
+    row =
+        split.splits == 1 ? block : static_cast<unsigned>(uint64_t{block} * split.reciprocal >> 32);
+    part = static_cast<int>(block - row * static_cast<unsigned>(split.splits));
+  }
   const int begin = part * split.fewest + min(part, split.with_one_more);
   return {row, part, begin, begin + split.fewest + (part < split.with_one_more ? 1 : 0)};
 }
@@ -85,20 +102,78 @@ __device__ __forceinline__ bool last_of_row(const RowSplit& split, int64_t row) 
   return true;
 }
 
-// The row's result, by one warp, the same on every lane. Partial has empty(), merge(a, b, scale)
-// and shuffle_xor(lanes), and its size is a multiple of 16 bytes.
-template <class Partial>
-__device__ __forceinline__ Partial merge_row(const RowSplit& split, int64_t row, float scale) {
+// A row's result from those of its tiles, by one warp, the same on every lane; partial(t) loads
+// one. Partial has empty(), merge(a, b, scale) and shuffle_xor(lanes), and its size is a multiple
+// of 16 bytes.
+template <class Partial, class Load>
+__device__ __forceinline__ Partial merge_partials(int tiles, float scale, const Load& partial) {
   Partial merged = Partial::empty();
-  for (int t = lane_id(); t < split.tiles; t += kWarpSize) {
-    const Partial* p = partial_of<Partial>(split, row, t);
-    merged = Partial::merge(merged, split.splits == 1 ? *p : load_other_block(p), scale);
-  }
+  for (int t = lane_id(); t < tiles; t += kWarpSize)
+    merged = Partial::merge(merged, partial(t), scale);
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2)
     merged = Partial::merge(merged, merged.shuffle_xor(lanes), scale);
   return merged;
 }
+
+template <class Partial>
+__device__ __forceinline__ Partial merge_row(const RowSplit& split, int64_t row, float scale) {
+  return merge_partials<Partial>(split.tiles, scale, [&](int t) {
+    const Partial* p = partial_of<Partial>(split, row, t);
+    return split.splits == 1 ? *p : load_other_block(p);
+  });
+}
+
+// How the blocks of a row meet, by memory and counters or as a cluster. A block makes one when it
+// begins, puts each tile's partial result (whole warps call put), and has the row gathered.
+template <class Partial, bool kCluster>
+class RowMeeting {
+ public:
+  __device__ __forceinline__ RowMeeting(const RowSplit& split, int64_t row)
+      : split_(split), row_(row) {}
+
+  __device__ __forceinline__ void put(int tile, const Partial& partial) {
+    if (lane_id() == 0) *partial_of<Partial>(split_, row_, tile) = partial;
+  }
+  // True in the block that then has all of the row's partial results
+  __device__ __forceinline__ bool gather() { return last_of_row(split_, row_); }
+  __device__ __forceinline__ Partial merged(float scale) const {
+    return merge_row<Partial>(split_, row_, scale);
+  }
+  // A row that is skipped is left without gather()
+  __device__ __forceinline__ void leave() {}
+
+ private:
+  const RowSplit& split_;
+  int64_t row_;
+};
+
+template <class Partial>
+class RowMeeting<Partial, true> {
+ public:
+  __device__ __forceinline__ RowMeeting(const RowSplit& split, int64_t) : split_(split) {}
+
+  __device__ __forceinline__ void put(int tile, const Partial& partial) {
+    start_.wait();
+    if (lane_id() == 0)
+      in_cluster_rank(reinterpret_cast<Partial*>(dynamic_shared), 0)[tile] = partial;
+  }
+  __device__ __forceinline__ bool gather() {
+    start_.wait();
+    cluster_arrive();
+    cluster_wait();
+    return cluster_rank() == 0;
+  }
+  __device__ __forceinline__ Partial merged(float scale) const {
+    const auto* partials = reinterpret_cast<const Partial*>(dynamic_shared);
+    return merge_partials<Partial>(split_.tiles, scale, [&](int t) { return partials[t]; });
+  }
+  __device__ __forceinline__ void leave() { start_.wait(); }
+
+ private:
+  const RowSplit& split_;
+  ClusterStart start_;
+};
 
 struct alignas(16) Top1Partial {
   SoftmaxStats stats;
@@ -129,19 +204,19 @@ struct LogitsView {
   }
 };
 
-// Leaves the partial results of all of this block's tiles. `skipped` rows are not wanted: whether a
+// Puts the partial results of all of this block's tiles. `skipped` rows are not wanted: whether a
 // row is one is known only a memory latency after the kernel's start, and the first tile's loads do
 // not wait for it.
-template <class T, bool kMaySkip = false>
-__device__ __forceinline__ void scan_tiles(const LogitsView<T>& logits, const RowSplit& split,
-                                           const TileRange& range, bool skipped = false) {
+template <class T, bool kMaySkip, bool kCluster>
+__device__ __forceinline__ void scan_tiles(const LogitsView<T>& logits, const TileRange& range,
+                                           RowMeeting<Top1Partial, kCluster>* meeting,
+                                           bool skipped = false) {
   const Row<T> row = logits.row(range.row);
-  for (int t = range.begin + warp_id(); t < range.end; t += kRowWarps) {
+  for (int t = range.begin + warp_id(); t < range.end; t += kBlockWarps<kCluster>) {
     Tile<T> tile;
     load_tile(tile, row, t, logits.suppress);
     if (kMaySkip && skipped_after_loads(tile, skipped)) return;
-    const SoftmaxStats stats = tile_stats(tile, row, logits.suppress, logits.scale);
-    if (lane_id() == 0) *partial_of<Top1Partial>(split, range.row, t) = {stats};
+    meeting->put(t, {tile_stats(tile, row, logits.suppress, logits.scale)});
   }
 }
 
@@ -153,14 +228,25 @@ struct RowWork {
   int64_t vocab;
   int resident;               // blocks of its kernel that share a multiprocessor
   int64_t more_counters = 0;  // for the op itself, after those of RowSplit
+  bool has_cluster_kernel = false;
 };
 
 struct RowLaunch {
-  LaunchShape shape;
+  LaunchShape shape;     // a cluster per row if shape.cluster > 1
   RowSplit split;        // its pointers are null until the caller has memory for them
   size_t partial_bytes;  // for split.partials; 0 if shared memory holds them
-  int64_t row_counters;  // for split.counters; 0 if a block has a whole row
+  int64_t row_counters;  // for split.counters; 0 if a block has a whole row, or a cluster
+
+  bool cluster() const { return shape.cluster > 1; }
 };
+
+// Up to this many rows, a row that would be split among blocks takes a cluster instead. Chosen by
+// arithmetic, not yet measured: a cluster's barrier replaces an atomic and the loads behind it,
+// about 1.4 us less of a launch of 6 us, as long as all clusters run at once: 33 of eight blocks do
+// where two blocks share each of 132 multiprocessors. `python bench/gpu_session.py tune` times both
+// ways.
+constexpr int kMostClusterRows = 32;
+constexpr int kMostClusterBlocks = 8;  // that every sm_90 GPU starts without asking
 
 // Chosen by arithmetic, not yet measured. With fewer rows than the GPU holds blocks, a row is split
 // into as many parts as fit at once: one block too many would start when the others end, and run
@@ -179,6 +265,16 @@ RowLaunch choose_row_launch(const RowWork& work, const Device& device) {
 
   RowLaunch launch{};
   const bool split = splits > 1;
+  if (split && work.has_cluster_kernel && device.major >= 9 &&
+      work.rows <= device.most_cluster_rows && row_bytes <= kDefaultDynamicShared) {
+    unsigned cluster = 2;  // as few blocks as take the row at once
+    while (cluster < kMostClusterBlocks && static_cast<int>(cluster) * kClusterRowWarps < tiles)
+      cluster *= 2;
+    launch.shape = {static_cast<unsigned>(work.rows) * cluster, kBlockThreads<true>, row_bytes,
+                    cluster};
+    launch.split = make_row_split(tiles, static_cast<int>(cluster));
+    return launch;
+  }
   launch.shape = {static_cast<unsigned>(work.rows * splits), kRowThreads, split ? 0 : row_bytes};
   launch.split = make_row_split(tiles, static_cast<int>(splits));
   launch.partial_bytes = split ? static_cast<size_t>(work.rows) * row_bytes : 0;

@@ -38,7 +38,7 @@ void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, 
 
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const RowWork work{view.rows, sizes.vocab, kSpdResident, sizes.batch};
+    const RowWork work = spd_work(view.rows, sizes.vocab, sizes.batch, top_k);
     launch_rows<T, Top1Partial>(call, logits, work, [&](const RowLaunch& run) {
       const size_t predictions = view.rows * sizeof(Prediction);
       const size_t lists = top_k > 1 ? list_bytes(run, args.top_k) : 0;

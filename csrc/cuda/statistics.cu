@@ -25,10 +25,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(Tensor logits,
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const LogitsView<T> view = logits_view<T>(rows, suppress_token, temperature);
-    launch_rows<T, StatisticsPartial>(
-        call, logits, {rows.rows, rows.width, kStatisticsResident}, [&](const RowLaunch& run) {
-          return launch(run.shape, call.stream, row_statistics_kernel<T>, view, run.split, out);
-        });
+    const RowWork work = statistics_work(rows.rows, rows.width);
+    launch_rows<T, StatisticsPartial>(call, logits, work, [&](const RowLaunch& run) {
+      return launch_row_statistics(run, view, out, call.stream);
+    });
   });
   return {token, confidence, runner_up, entropy, logsumexp};
 }

@@ -116,24 +116,38 @@ struct RowStatisticsOutput {
   }
 };
 
-constexpr int kStatisticsResident = 3;  // blocks per multiprocessor: 80 registers a thread
+constexpr int kStatisticsResident = 3;         // blocks per multiprocessor: 80 registers a thread
+constexpr int kStatisticsClusterResident = 2;  // 96
 
-template <class T>
-__global__ void __launch_bounds__(kRowThreads, kStatisticsResident)
+template <class T, bool kCluster>
+__global__ void __launch_bounds__(kBlockThreads<kCluster>,
+                                  kCluster ? kStatisticsClusterResident : kStatisticsResident)
     row_statistics_kernel(const __grid_constant__ LogitsView<T> logits,
                           const __grid_constant__ RowSplit split,
                           const __grid_constant__ RowStatisticsOutput out) {
-  const TileRange range = block_tiles(split);
+  const TileRange range = block_tiles<kCluster>(split);
+  RowMeeting<StatisticsPartial, kCluster> meeting(split, range.row);
   const Row<T> row = logits.row(range.row);
-  for (int t = range.begin + warp_id(); t < range.end; t += kRowWarps) {
+  for (int t = range.begin + warp_id(); t < range.end; t += kBlockWarps<kCluster>) {
     Tile<T> tile;
     load_tile(tile, row, t, logits.suppress);
-    const StatisticsPartial partial = statistics_of_tile(tile, row, logits.suppress, logits.scale);
-    if (lane_id() == 0) *partial_of<StatisticsPartial>(split, range.row, t) = partial;
+    meeting.put(t, statistics_of_tile(tile, row, logits.suppress, logits.scale));
   }
-  if (!last_of_row(split, range.row) || warp_id() != 0) return;
-  const StatisticsPartial all = merge_row<StatisticsPartial>(split, range.row, logits.scale);
+  if (!meeting.gather() || warp_id() != 0) return;
+  const StatisticsPartial all = meeting.merged(logits.scale);
   if (lane_id() == 0) out.store(range.row, all, logits.scale);
+}
+
+template <class T>
+auto launch_row_statistics(const RowLaunch& run, const LogitsView<T>& logits,
+                           const RowStatisticsOutput& out, Stream stream) {
+  const auto kernel =
+      run.cluster() ? row_statistics_kernel<T, true> : row_statistics_kernel<T, false>;
+  return launch(run.shape, stream, kernel, logits, run.split, out);
+}
+
+inline RowWork statistics_work(int64_t rows, int64_t vocab) {
+  return {rows, vocab, kStatisticsResident, 0, true};
 }
 
 }  // namespace dmax::cuda

@@ -19,11 +19,10 @@ std::tuple<Tensor, Tensor> top1_confidence(Tensor logits, double temperature,
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const LogitsView<T> view = logits_view<T>(rows, suppress_token, temperature);
-    launch_rows<T, Top1Partial>(
-        call, logits, {rows.rows, rows.width, kTop1Resident}, [&](const RowLaunch& run) {
-          return launch(run.shape, call.stream, top1_rows_kernel<T, Top1ConfidenceFinish>, view,
-                        run.split, finish);
-        });
+    const RowWork work = top1_work(rows.rows, rows.width);
+    launch_rows<T, Top1Partial>(call, logits, work, [&](const RowLaunch& run) {
+      return launch_top1_rows(run, view, finish, call.stream);
+    });
   });
   return {token, confidence};
 }
@@ -45,11 +44,10 @@ std::tuple<Tensor, Tensor, Tensor> top1_partial(Tensor logits_shard, int64_t voc
   dispatch_float(logits_shard.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const LogitsView<T> view = logits_view<T>(rows, sizes.local_suppress, temperature);
-    launch_rows<T, Top1Partial>(
-        call, logits_shard, {rows.rows, rows.width, kTop1Resident}, [&](const RowLaunch& run) {
-          return launch(run.shape, call.stream, top1_rows_kernel<T, Top1PartialFinish>, view,
-                        run.split, finish);
-        });
+    const RowWork work = top1_work(rows.rows, rows.width);
+    launch_rows<T, Top1Partial>(call, logits_shard, work, [&](const RowLaunch& run) {
+      return launch_top1_rows(run, view, finish, call.stream);
+    });
   });
   return {maximum, sum_exp, token};
 }

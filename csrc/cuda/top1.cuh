@@ -8,19 +8,34 @@ namespace dmax::cuda {
 
 // ---- top1_confidence, top1_partial ----
 
-constexpr int kTop1Resident = 4;  // blocks per multiprocessor: 64 registers a thread
+constexpr int kTop1Resident = 4;         // blocks per multiprocessor: 64 registers a thread
+constexpr int kTop1ClusterResident = 3;  // the same 64
 
 // finish(row, stats) stores what the op makes of a row's statistics; one thread calls it
-template <class T, class Finish>
-__global__ void __launch_bounds__(kRowThreads, kTop1Resident)
+template <class T, class Finish, bool kCluster>
+__global__ void __launch_bounds__(kBlockThreads<kCluster>,
+                                  kCluster ? kTop1ClusterResident : kTop1Resident)
     top1_rows_kernel(const __grid_constant__ LogitsView<T> logits,
                      const __grid_constant__ RowSplit split,
                      const __grid_constant__ Finish finish) {
-  const TileRange range = block_tiles(split);
-  scan_tiles(logits, split, range);
-  if (!last_of_row(split, range.row) || warp_id() != 0) return;
-  const SoftmaxStats stats = merge_row<Top1Partial>(split, range.row, logits.scale).stats;
+  const TileRange range = block_tiles<kCluster>(split);
+  RowMeeting<Top1Partial, kCluster> meeting(split, range.row);
+  scan_tiles<T, false>(logits, range, &meeting);
+  if (!meeting.gather() || warp_id() != 0) return;
+  const SoftmaxStats stats = meeting.merged(logits.scale).stats;
   if (lane_id() == 0) finish(range.row, stats);
+}
+
+template <class T, class Finish>
+auto launch_top1_rows(const RowLaunch& run, const LogitsView<T>& logits, const Finish& finish,
+                      Stream stream) {
+  const auto kernel =
+      run.cluster() ? top1_rows_kernel<T, Finish, true> : top1_rows_kernel<T, Finish, false>;
+  return launch(run.shape, stream, kernel, logits, run.split, finish);
+}
+
+inline RowWork top1_work(int64_t rows, int64_t vocab) {
+  return {rows, vocab, kTop1Resident, 0, true};
 }
 
 struct Top1ConfidenceFinish {

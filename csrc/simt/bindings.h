@@ -25,6 +25,7 @@ struct Gpu {
   int multiprocessors;
   int major;
   int max_shared_per_block;
+  int most_cluster_rows;
 };
 
 // The shape of the launch
@@ -77,7 +78,7 @@ struct MixInput {
   int k;
 };
 
-Chosen hybrid_embedding(Gpu gpu, EmbeddingInput embedding, MixInput mix, Address out);
+Chosen hybrid_embedding(EmbeddingInput embedding, MixInput mix, Address out);
 // Sorts the ids between its kernels, as the op does with ATen's sort
 Chosen hybrid_embedding_backward(EmbeddingInput embedding, MixInput mix, Address grad_output,
                                  Address grad_embedding, Address grad_confidence);

@@ -123,21 +123,31 @@ int block_barrier(BarrierKind kind, int predicate, Site site) {
   return w.barrier_result;
 }
 
-void cluster_barrier(Site site) {
+void cluster_arrive(bool release) {
   Fiber& fiber = *worker->current;
   Cluster& cluster = *worker->cluster;
-  fiber.state = State::kClusterBarrier;
-  fiber.site = site;
-  tsan::release(&cluster.barrier_object);
-  if (++cluster.arrived == cluster.workers.size() * engine->grid.threads) {
-    cluster.arrived = 0;
-    for (Worker* each : cluster.workers) {
-      for (Fiber& f : each->fibers) make_runnable(*each, f);
-      each->status = Worker::Status::kReady;
-    }
-    worker->give_way = engine->workers.size() > 1 && coin();
+  fiber.cluster_phase = cluster.phase;
+  if (release) tsan::release(&cluster.barrier_object);
+  if (++cluster.arrived < cluster.workers.size() * engine->grid.threads) return;
+  cluster.arrived = 0;
+  ++cluster.phase;
+  for (Worker* each : cluster.workers) {
+    for (Fiber& f : each->fibers)
+      if (f.state == State::kClusterBarrier) make_runnable(*each, f);
+    if (each->status == Worker::Status::kAtClusterBarrier) each->status = Worker::Status::kReady;
   }
-  leave(fiber);
+}
+
+void cluster_wait(Site site) {
+  Fiber& fiber = *worker->current;
+  Cluster& cluster = *worker->cluster;
+  if (cluster.phase == fiber.cluster_phase) {
+    fiber.state = State::kClusterBarrier;
+    fiber.site = site;
+    leave(fiber);
+  } else {
+    scheduling_point(fiber);
+  }
   tsan::acquire(&cluster.barrier_object);
 }
 
@@ -146,10 +156,10 @@ void* map_shared_rank(void* shared, unsigned rank) {
   const auto offset = static_cast<size_t>(static_cast<char*>(shared) - w.tls_base);
   if (rank >= w.cluster->workers.size() || offset >= module_tls_size)
     give_up_from_fiber(*w.current, "map_shared_rank: not shared memory, or no such rank");
-  Worker& peer = *w.cluster->workers[rank];
-  if (!peer.tls_base)
+  // Until then the other block may not have begun
+  if (rank != w.rank && w.cluster->phase == w.first_phase)
     give_up_from_fiber(*w.current, "map_shared_rank before the cluster's first barrier");
-  return peer.tls_base + offset;
+  return w.cluster->workers[rank]->tls_base + offset;
 }
 
 // Copies one TSan clock into another through a fiber that has not synchronized with anything else

@@ -38,6 +38,7 @@ struct Fiber {
   uint64_t value = 0;
   int argument = 0;
   uint64_t result = 0;
+  unsigned cluster_phase = 0;  // of the cluster's barrier at which it arrived
 
   // C++-like fences for TSan: the clock that this thread's last fence released, and the clocks that
   // its next one acquires
@@ -84,6 +85,7 @@ struct Worker {
   Cluster* cluster = nullptr;
   unsigned rank = 0;
   unsigned block = 0;
+  unsigned first_phase = 0;  // of the cluster's barrier when the block began
   std::thread thread;
   std::condition_variable turn;
   Context scheduler;
@@ -112,6 +114,7 @@ struct Cluster {
   std::vector<Worker*> workers;
   unsigned finished = 0;
   unsigned arrived = 0;
+  unsigned phase = 0;  // barriers that all threads have arrived at
   char barrier_object = 0;
 };
 

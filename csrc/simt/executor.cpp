@@ -217,6 +217,7 @@ static void fiber_entry() {
 static void start_block(Worker& w) {
   w.live = engine->grid.threads;
   w.arrived = 0;
+  w.first_phase = w.cluster->phase;
   w.runnable.reset(w.live);
   for (unsigned i = 0; i < w.live; ++i) {
     Fiber& fiber = w.fibers[i];

@@ -61,8 +61,10 @@ enum class WarpOp {
 };
 uint64_t warp_collective(WarpOp op, uint32_t mask, uint64_t value, int argument, Site site);
 
-// A cluster's barrier, and the address of `shared` in the block with that rank
-void cluster_barrier(Site site);
+// The two halves of a cluster's barrier, and the address of `shared` in the block with that rank.
+// Without `release`, what the thread wrote before it arrived is not handed to the others.
+void cluster_arrive(bool release);
+void cluster_wait(Site site);
 void* map_shared_rank(void* shared, unsigned rank);
 
 // Scheduling points that TSan is told about: after an atomic on `address`, and for __threadfence

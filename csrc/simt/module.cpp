@@ -23,7 +23,7 @@ PYBIND11_MODULE(dmax_simt, m) {
         py::arg("blocks") = 1, py::arg("cluster") = 1);
   m.def("run_last_block_sums", simt::planted::run_last_block_sums);
 
-  py::class_<Gpu>(m, "Gpu").def(py::init<int, int, int>());
+  py::class_<Gpu>(m, "Gpu").def(py::init<int, int, int, int>());
   py::class_<Chosen>(m, "Chosen")
       .def_readonly("splits", &Chosen::splits)
       .def_readonly("cluster", &Chosen::cluster)

@@ -95,14 +95,32 @@ __global__ void lane_missing_from_syncwarp(const float* in, float* out, bool fix
   __syncthreads();
 }
 
+inline void cluster_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cluster_arrive(true);
+  cluster_wait({file, line});
+}
+
 // out[block] = first thread's value of the next block of the cluster
 __global__ void leaves_cluster_early(const float* in, float* out, bool fixed) {
   __shared__ float mine;
   if (threadIdx.x == 0) mine = in[self().cluster_rank];
-  cluster_barrier({__FILE__, __LINE__});
+  cluster_barrier();
   const unsigned next = (self().cluster_rank + 1) % self().cluster_size;
   if (threadIdx.x == 0) out[blockIdx.x] = *static_cast<float*>(map_shared_rank(&mine, next));
-  if (fixed) cluster_barrier({__FILE__, __LINE__});
+  if (fixed) cluster_barrier();
+}
+
+// Every block writes into the next one's shared memory, which may not have begun
+__global__ void writes_to_a_block_before_it_begins(const float* in, float* out, bool fixed) {
+  __shared__ float mine;
+  const unsigned next = (self().cluster_rank + 1) % self().cluster_size;
+  cluster_arrive(false);
+  if (fixed) cluster_wait({__FILE__, __LINE__});
+  if (threadIdx.x == 0)
+    *static_cast<float*>(map_shared_rank(&mine, next)) = in[self().cluster_rank];
+  if (!fixed) cluster_wait({__FILE__, __LINE__});
+  cluster_barrier();
+  if (threadIdx.x == 0) out[blockIdx.x] = mine;
 }
 
 // Collectives that must work: warp sums by shuffle, votes, reductions, barriers with a value

@@ -25,12 +25,12 @@ static HybridArgs hybrid_args(const EmbeddingInput& embedding, const MixInput& m
           mix.wide_tokens};
 }
 
-Chosen hybrid_embedding(Gpu gpu, EmbeddingInput embedding, MixInput mix, Address out) {
+Chosen hybrid_embedding(EmbeddingInput embedding, MixInput mix, Address out) {
   const HybridArgs args = hybrid_args(embedding, mix, out);
   dispatch(embedding.dtype, [&](auto element) {
-    launch_hybrid_embedding<decltype(element)>(args, pointer<void>(out), device_of(gpu), Stream{});
+    launch_hybrid_embedding<decltype(element)>(args, pointer<void>(out), Stream{});
   });
-  const LaunchShape shape = hybrid_shape(mix.positions, device_of(gpu));
+  const LaunchShape shape = hybrid_shape(mix.positions);
   return {1, 1, shape.blocks, shape.threads};
 }
 
@@ -90,7 +90,7 @@ Chosen spd_step_(Gpu gpu, LogitsInput logits, EmbeddingInput embedding, StateInp
   args.semantics = static_cast<Semantics>(semantics);
   args.predictions = static_cast<Prediction*>(predictions.data());
   args.listed = static_cast<Listed*>(listed.data());
-  const RowWork work{positions, logits.vocab, kSpdResident, state.batch};
+  const RowWork work = spd_work(positions, logits.vocab, state.batch, top_k);
   Chosen result;
   dispatch(logits.dtype, [&](auto element) {
     using T = decltype(element);

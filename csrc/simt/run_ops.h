@@ -23,7 +23,7 @@ T* pointer(Address address) {
 }
 
 inline Device device_of(const Gpu& gpu) {
-  return {gpu.multiprocessors, gpu.major, gpu.max_shared_per_block};
+  return {gpu.multiprocessors, gpu.major, gpu.max_shared_per_block, gpu.most_cluster_rows};
 }
 
 template <class T>
@@ -60,7 +60,8 @@ Chosen launch_rows(const Gpu& gpu, const RowWork& work, const Start& start) {
   run.split.partials = partials.data();
   run.split.counters = counters.data();
   start(run);
-  return {run.split.splits, 1, run.shape.blocks, run.shape.threads};
+  return {run.split.splits, static_cast<int>(run.shape.cluster), run.shape.blocks,
+          run.shape.threads};
 }
 
 }  // namespace dmax::cuda

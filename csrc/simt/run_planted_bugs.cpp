@@ -24,6 +24,7 @@ static Kernel find(const std::string& name) {
       {"shuffle_from_outside_the_mask", shuffle_from_outside_the_mask},
       {"lane_missing_from_syncwarp", lane_missing_from_syncwarp},
       {"leaves_cluster_early", leaves_cluster_early},
+      {"writes_to_a_block_before_it_begins", writes_to_a_block_before_it_begins},
       {"collectives", collectives},
   };
   for (const auto& [known, kernel] : kernels) {

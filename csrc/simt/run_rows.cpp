@@ -9,10 +9,9 @@ namespace dmax::cuda {
 
 template <class T, class Finish>
 Chosen run_top1_rows(const Gpu& gpu, const LogitsInput& in, const Finish& finish) {
-  return launch_rows<T, Top1Partial>(
-      gpu, {in.rows, in.vocab, kTop1Resident}, [&](const RowLaunch& run) {
-        launch(run.shape, Stream{}, top1_rows_kernel<T, Finish>, view_of<T>(in), run.split, finish);
-      });
+  return launch_rows<T, Top1Partial>(gpu, top1_work(in.rows, in.vocab), [&](const RowLaunch& run) {
+    launch_top1_rows(run, view_of<T>(in), finish, Stream{});
+  });
 }
 
 Chosen top1_confidence(Gpu gpu, LogitsInput in, Address token, Address confidence) {
@@ -59,9 +58,8 @@ Chosen row_statistics(Gpu gpu, LogitsInput in, Address token, Address confidence
   dispatch(in.dtype, [&](auto element) {
     using T = decltype(element);
     result = launch_rows<T, StatisticsPartial>(
-        gpu, {in.rows, in.vocab, kStatisticsResident}, [&](const RowLaunch& run) {
-          launch(run.shape, Stream{}, row_statistics_kernel<T>, view_of<T>(in), run.split, out);
-        });
+        gpu, statistics_work(in.rows, in.vocab),
+        [&](const RowLaunch& run) { launch_row_statistics(run, view_of<T>(in), out, Stream{}); });
   });
   return result;
 }
