@@ -214,24 +214,25 @@ class FakeCapture:
 
     def __call__(self, step):
         batch = step.func.__self__
-        addresses = {name: each.data_ptr() for name, each in vars(batch.state).items()}
+        addresses = {name: each.data_ptr() for name, each in batch.state.buffers()}
 
         def replay():
             self.replays += 1
-            for name, each in vars(batch.state).items():
+            for name, each in batch.state.buffers():
                 assert each.data_ptr() == addresses[name], name
             step()
 
         return replay
 
 
-def test_steps_are_captured_at_their_second_turn_and_replayed(prompts, monkeypatch):
+@pytest.mark.parametrize("rule", ["spd", "credit", "edit"])  # two have a memory
+def test_steps_are_captured_at_their_second_turn_and_replayed(prompts, monkeypatch, rule):
     model = ExactModel()
-    expected = decode(model, prompts)
+    expected = decode(model, prompts, rule=rule)
     capture = FakeCapture()
     runner = StepRunner(capture)
     monkeypatch.setattr("dmax_kernels.decoding.spd.make_runner", lambda *_: runner)
-    actual = decode(model, prompts)
+    actual = decode(model, prompts, rule=rule)
     assert_same(actual, expected)
     assert actual.statistics.captured_steps == len(runner.replays) > 1
     assert capture.replays > actual.statistics.forwards // 2
@@ -260,10 +261,11 @@ def device_model():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lag", [0, 1])
-def test_captured_steps_give_the_tokens_of_plain_ones(prompts, lag):
+@pytest.mark.parametrize("rule", ["spd", "local_leap", "prophet", "sched", "credit", "edit"])
+def test_captured_steps_give_the_tokens_of_plain_ones(prompts, rule, lag):
     model = device_model()
-    expected = decode(model, prompts, cuda_graph=False)
-    actual = decode(model, prompts, cuda_graph=True, poll_lag=lag)
+    expected = decode(model, prompts, cuda_graph=False, rule=rule)
+    actual = decode(model, prompts, cuda_graph=True, poll_lag=lag, rule=rule)
     assert actual.answers == expected.answers
     assert actual.promotions == expected.promotions
     assert actual.statistics.captured_steps > 1

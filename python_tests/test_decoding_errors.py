@@ -27,7 +27,8 @@ MISTAKES = {
         {"rule": "soft"},
         "rule must be one of 'spd', 'hybrid', 'hard_prefix', 'hard', 'threshold', 'factor', "
         "'hierarchical', 'top_n', 'autoregressive', 'random', 'entropy_bound', 'margin', "
-        "'uniform', 'parallel_forced', or a Rule, got 'soft'",
+        "'uniform', 'parallel_forced', 'local_leap', 'prophet', 'sched', 'credit', 'edit', or a "
+        "Rule, got 'soft'",
     ),
     "semantics": (
         {"semantics": "dinfer"},
