@@ -70,9 +70,13 @@ def reduce_loss(
     masked, predicted = map(weigh, losses, pass_weights)
     if reduction == "none":
         return masked, predicted
-    total = torch.stack([loss.sum() for loss in (masked, predicted) if loss is not None]).sum()
+    present = [loss for loss in (masked, predicted) if loss is not None]
+    total = sum(present[1:], present[0]).sum()
     if reduction == "sum":
         return total
+    # The divisor is replaced where it is 0: 0 / 0 would leave NaN in the gradient
+    if num_tokens is None and token_weight is None:  # without targets, every loss is 0 already
+        return total / (target != ignore_index).sum().clamp(min=1)
     if num_tokens is None:
         num_tokens = (target != ignore_index).sum()
     divisor: Tensor | float
@@ -82,5 +86,4 @@ def reduce_loss(
     else:
         empty = total.new_full((), num_tokens == 0, dtype=torch.bool)
         divisor = num_tokens or 1
-    # The divisor is replaced as well: 0 / 0 would leave NaN in the gradient
     return (total / divisor).masked_fill(empty.to(total.device), 0.0)
