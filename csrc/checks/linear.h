@@ -122,8 +122,7 @@ inline LinearSizes check_linear_oput_loss_sum(
 inline void check_linear_oput_loss_scale_(const Tensor& grad, const Tensor& factor) {
   constexpr const char* op = "linear_oput_loss_scale_";
   check_float(op, "grad", grad);
-  DMAX_CHECK(grad.is_contiguous(), op, ": grad must be contiguous, got strides ",
-             shape_text(grad.strides()), " for shape ", shape_text(grad.sizes()));
+  check_contiguous(op, "grad", grad);
   check_dtype(op, "factor", factor, ScalarType::Float);
   check_shape(op, "factor", factor, Sizes{}, "one number");
   check_same_device(op, "factor", factor, "grad", grad);

@@ -19,12 +19,12 @@ class KeptLogits {
                                   ScalarType::Float)),
         data_(logits_->mutable_data_ptr<float>()) {}
 
-  // How many rows to keep. Their logits may take an eighth of a float32 gradient of the weight
-  // (D / 8 rows), or 16 MiB if that is more: a bound that does not depend on the number of rows.
+  // How many rows to keep. Their logits may take a quarter of a float32 gradient of the weight (D / 4
+  // rows), or 16 MiB if that is more: a bound that does not depend on the number of rows.
   static int64_t most_rows(int64_t vocab, int64_t dim) {
     constexpr int64_t kLeastBytes = 16 << 20;
     constexpr int64_t kRowStep = 16;  // so that sweeps end with whole vectors of rows
-    const int64_t bytes = std::max<int64_t>(kLeastBytes, vocab * dim * sizeof(float) / 8);
+    const int64_t bytes = std::max<int64_t>(kLeastBytes, vocab * dim * sizeof(float) / 4);
     const int64_t rows = bytes / (vocab * sizeof(float));
     return std::max<int64_t>(1, rows < kRowStep ? rows : rows / kRowStep * kRowStep);
   }
