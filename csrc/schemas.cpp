@@ -80,6 +80,15 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       " bool needs_predicted=True, bool needs_weight=True, bool needs_bias=True)"
       " -> (Tensor grad_hidden_masked, Tensor grad_hidden_predicted, Tensor grad_weight,"
       " Tensor grad_bias)");
+  def("linear_oput_loss_sum(Tensor? hidden_masked, Tensor? hidden_predicted, Tensor weight,"
+      " Tensor target, Tensor? bias=None, Tensor? factor_masked=None,"
+      " Tensor? factor_predicted=None, *, int ignore_index=-100, float label_smoothing=0.0,"
+      " float z_loss=0.0, bool needs_masked=True, bool needs_predicted=True,"
+      " bool needs_weight=True, bool needs_bias=True)"
+      " -> (Tensor total, Tensor logsumexp_masked, Tensor logsumexp_predicted,"
+      " Tensor grad_hidden_masked, Tensor grad_hidden_predicted, Tensor grad_weight,"
+      " Tensor grad_bias)");
+  def("linear_oput_loss_scale_(Tensor(a!) grad, Tensor factor) -> ()");
   def("linear_sample_tokens(Tensor hidden, Tensor weight, Tensor seed, Tensor? bias=None, *,"
       " float temperature=1.0, int suppress_token=-1) -> (Tensor token, Tensor probability)");
 }

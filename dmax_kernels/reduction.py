@@ -32,6 +32,63 @@ def _check_num_tokens(op: str, num_tokens: Tensor | float, reduction: str) -> No
         )
 
 
+def check_reduction(
+    op: str,
+    target: Tensor,
+    token_weight: Tensor | None,
+    reduction: str,
+    num_tokens: Tensor | float | None,
+) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if token_weight is not None and token_weight.shape != target.shape:
+        raise ValueError(
+            f"{op}: token_weight must have target's shape {list(target.shape)}, "
+            f"got {list(token_weight.shape)}"
+        )
+    if num_tokens is not None:
+        _check_num_tokens(op, num_tokens, reduction)
+
+
+def _divisor(
+    target: Tensor, ignore_index: int, num_tokens: Tensor | float | None
+) -> tuple[Tensor | float, Tensor]:
+    """(n, or 1 if n is 0; whether it is 0): 0 / 0 would leave NaN in the gradient."""
+    if num_tokens is None:
+        num_tokens = (target != ignore_index).sum()
+    if isinstance(num_tokens, Tensor):
+        empty = num_tokens == 0
+        return torch.where(empty, 1, num_tokens), empty.to(target.device)
+    empty = torch.full((), num_tokens == 0, dtype=torch.bool, device=target.device)
+    return num_tokens or 1, empty
+
+
+def token_factors(
+    target: Tensor,
+    ignore_index: int,
+    token_weight: Tensor | None,
+    pass_weights: tuple[float, float],
+    reduction: str,
+    num_tokens: Tensor | float | None,
+) -> tuple[tuple[Tensor | None, Tensor | None], Tensor | None]:
+    """The reduction as (float32 factors [...] of each pass's losses, None for 1; whether the mean
+    has no tokens, so that it is 0). ``reduction`` is "sum" or "mean".
+    """
+    divisor, empty = (1, None)
+    if reduction == "mean":
+        divisor, empty = _divisor(target, ignore_index, num_tokens)
+
+    def factor(pass_weight: float) -> Tensor | None:
+        if token_weight is not None:
+            return token_weight.float() * pass_weight / divisor
+        if reduction == "sum" and pass_weight == 1.0:
+            return None
+        ones = torch.ones(target.shape, dtype=torch.float32, device=target.device)
+        return ones * pass_weight / divisor
+
+    return (factor(pass_weights[0]), factor(pass_weights[1])), empty
+
+
 def reduce_loss(
     op: str,
     losses: tuple[Tensor | None, Tensor | None],
@@ -50,15 +107,7 @@ def reduce_loss(
     to average over data-parallel ranks. The mean of a batch without any is 0, and so are its
     gradients.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{op}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    if token_weight is not None and token_weight.shape != target.shape:
-        raise ValueError(
-            f"{op}: token_weight must have target's shape {list(target.shape)}, "
-            f"got {list(token_weight.shape)}"
-        )
-    if num_tokens is not None:
-        _check_num_tokens(op, num_tokens, reduction)
+    check_reduction(op, target, token_weight, reduction, num_tokens)
 
     def weigh(loss: Tensor | None, pass_weight: float) -> Tensor | None:
         if loss is None:
@@ -74,16 +123,7 @@ def reduce_loss(
     total = sum(present[1:], present[0]).sum()
     if reduction == "sum":
         return total
-    # The divisor is replaced where it is 0: 0 / 0 would leave NaN in the gradient
     if num_tokens is None and token_weight is None:  # without targets, every loss is 0 already
         return total / (target != ignore_index).sum().clamp(min=1)
-    if num_tokens is None:
-        num_tokens = (target != ignore_index).sum()
-    divisor: Tensor | float
-    if isinstance(num_tokens, Tensor):
-        empty = num_tokens == 0
-        divisor = torch.where(empty, 1, num_tokens)
-    else:
-        empty = total.new_full((), num_tokens == 0, dtype=torch.bool)
-        divisor = num_tokens or 1
-    return (total / divisor).masked_fill(empty.to(total.device), 0.0)
+    divisor, empty = _divisor(target, ignore_index, num_tokens)
+    return (total / divisor).masked_fill(empty, 0.0)

@@ -327,6 +327,7 @@ def test_linear_oput_loss(draw, backend):
         if want is not None:
             compare(loss.cpu().double(), want, 1e-5, 1e-5)
     actual = run("linear_oput_loss_backward", *grads, *passes, weight, target, *results[2:], bias)
+    at_once = run("linear_oput_loss_sum", *passes, weight, target, bias, *grads)
     # float32 sums; the gradient of 16-bit logits is rounded to 16 bits first, as eager's is, by
     # Triton and, for bfloat16 (on a CPU with AMX or AVX512-BF16), by the CPU
     dtype = weight.dtype
@@ -337,10 +338,11 @@ def test_linear_oput_loss(draw, backend):
     factor = torch.cat([hidden, weight]).abs().max().double().clamp(min=1.0)
     narrow = 0.0 if wide else ROUNDING[dtype]
     rounding = ((3e-7 * logits_size + narrow) * factor * grads.abs().sum()).item()
-    for gradient, want in zip(actual, gradients, strict=True):
-        if want is not None:
-            atol = part * want.abs().max().item() + rounding
-            compare(gradient.cpu().double(), want, 2 * ROUNDING[dtype], atol)
+    for made in (actual, at_once[3:]):
+        for gradient, want in zip(made, gradients, strict=True):
+            if want is not None:
+                atol = part * want.abs().max().item() + rounding
+                compare(gradient.cpu().double(), want, 2 * ROUNDING[dtype], atol)
 
 
 @given(

@@ -96,6 +96,18 @@ def samples():
             (lse, lse, randn(3, 4, 6), randn(3, 4, 6), randn(50, 6), target, lse, lse, randn(50)),
             {"needs_predicted": False},
         ),
+        "linear_oput_loss_sum": (
+            (
+                randn(3, 4, 6, grad=True),
+                randn(3, 4, 6),
+                randn(50, 6, grad=True),
+                target,
+                randn(50, grad=True),
+                randn(3, 4),
+            ),
+            {"label_smoothing": 0.1, "needs_predicted": False},
+        ),
+        "linear_oput_loss_scale_": ((randn(50, 6), torch.tensor(0.3)), {}),
         "linear_sample_tokens": ((randn(3, 4, 6), randn(50, 6), seed), {}),
     }
 

@@ -53,6 +53,8 @@ BAD = {
     "linear_top1_confidence": ((H, E), {"suppress_token": 6}),
     "linear_oput_loss": ((H, H, E, T), {"z_loss": float("nan")}),
     "linear_oput_loss_backward": ((C, C, H, H, E, T, C, C.half()), {}),
+    "linear_oput_loss_sum": ((H, H, E, T, None, C, C.half()), {}),
+    "linear_oput_loss_scale_": ((E, torch.ones(2)), {}),
     "linear_sample_tokens": ((H, E, torch.zeros(2, 2).long()), {}),
 }
 

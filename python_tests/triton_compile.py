@@ -157,6 +157,7 @@ def call_linear_ops() -> None:
     call_linear_loss(16, with_bias=False)
     call_linear_loss(128, with_bias=False)
     call_linear_loss(128, with_bias=True, label_smoothing=0.1)
+    call_linear_loss_sum(64, 4000)
 
 
 def call_linear_loss(rows: int, with_bias: bool, **options) -> None:
@@ -169,6 +170,14 @@ def call_linear_loss(rows: int, with_bias: bool, **options) -> None:
         *losses[:2], hidden, hidden, weight, target, *losses[2:], bias, **options,
         needs_masked=False, needs_predicted=False, needs_weight=False, needs_bias=False,
     )  # fmt: skip
+
+
+def call_linear_loss_sum(rows: int, vocab: int) -> None:
+    """The kernels that read stored logits; the products run here, so they are small ones."""
+    hidden, weight = torch.empty(rows, 16).bfloat16(), torch.empty(vocab, 16).bfloat16()
+    target = torch.zeros(rows, dtype=torch.int64)
+    OPS["linear_oput_loss_sum"](hidden, None, weight, target, label_smoothing=0.1)
+    OPS["linear_oput_loss_scale_"](weight, torch.ones(()))
 
 
 def call_with_other_values() -> None:
@@ -196,6 +205,7 @@ def call_with_other_values() -> None:
         OPS["oput_loss"](logits, None, target, **losses)
         OPS["linear_top1_confidence"](hidden, torch.empty(V, D), **options)
         call_linear_loss(128 + value, with_bias=True, **losses)
+        call_linear_loss_sum(value + 1, 4000 + value)
         OPS["linear_top1_confidence"](torch.empty(64 + value, 16), torch.empty(4000, 16), **options)
         spd_step(1, mask_token_id=value, tau_dec=float(value), tau_acc=value, suppress_token=value)
         edit_step(2, value, float(value), steps=value + 1, suppress_token=value)

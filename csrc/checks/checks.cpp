@@ -47,5 +47,7 @@ STABLE_TORCH_LIBRARY_IMPL(dmax, CompositeExplicitAutograd, m) {
   DMAX_CHECK_KERNEL(linear_top1_confidence);
   DMAX_CHECK_KERNEL(linear_oput_loss);
   DMAX_CHECK_KERNEL(linear_oput_loss_backward);
+  DMAX_CHECK_KERNEL(linear_oput_loss_sum);
+  DMAX_CHECK_KERNEL(linear_oput_loss_scale_);
   DMAX_CHECK_KERNEL(linear_sample_tokens);
 }

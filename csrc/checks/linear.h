@@ -101,4 +101,31 @@ inline LinearSizes check_linear_oput_loss_backward(
   return sizes;
 }
 
+inline LinearSizes check_linear_oput_loss_sum(
+    const OptionalTensor& hidden_masked, const OptionalTensor& hidden_predicted,
+    const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+    const OptionalTensor& factor_masked, const OptionalTensor& factor_predicted,
+    int64_t /*ignore_index*/, double label_smoothing, double z_loss, bool /*needs_masked*/,
+    bool /*needs_predicted*/, bool /*needs_weight*/, bool /*needs_bias*/) {
+  constexpr const char* op = "linear_oput_loss_sum";
+  const LinearSizes sizes = check_linear_passes(op, hidden_masked, hidden_predicted, weight, target,
+                                                bias, label_smoothing, z_loss);
+  if (factor_masked) {
+    check_like_target(op, "factor_masked", *factor_masked, target, "target", target);
+  }
+  if (factor_predicted) {
+    check_like_target(op, "factor_predicted", *factor_predicted, target, "target", target);
+  }
+  return sizes;
+}
+
+inline void check_linear_oput_loss_scale_(const Tensor& grad, const Tensor& factor) {
+  constexpr const char* op = "linear_oput_loss_scale_";
+  check_float(op, "grad", grad);
+  check_contiguous(op, "grad", grad);
+  check_dtype(op, "factor", factor, ScalarType::Float);
+  check_shape(op, "factor", factor, Sizes{}, "one number");
+  check_same_device(op, "factor", factor, "grad", grad);
+}
+
 }  // namespace dmax

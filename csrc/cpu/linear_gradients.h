@@ -1,11 +1,13 @@
 // Gradients of linear_oput_loss by PyTorch's float32 product, one vocabulary block at a time.
 //
-// For each block, the logits are computed again and overwritten with their gradients, from which
-// the products for the hidden states, the weight and the bias follow. The block's part of the
-// weight's gradient is finished and rounded before the next block begins.
+// For each block, the logits are computed again, unless they were kept, and overwritten with their
+// gradients, from which the products for the hidden states, the weight and the bias follow. 16-bit
+// gradients are made in one sweep over all rows: the block's part of the weight's gradient is
+// finished and rounded before the next block begins. A float32 gradient adds up over sweeps.
 // linear_gradients_bfloat16.h does the same in bfloat16.
 #pragma once
 
+#include "cpu/kept_logits.h"
 #include "cpu/linear_logits.h"
 #include "cpu/stacked_passes.h"
 
@@ -27,7 +29,10 @@ class LibraryGradients {
   // Large enough that a block's products outweigh the waits between them, and small enough that its
   // logits (2 MiB) fit in a cache
   static constexpr int64_t kTokens = 1024;
+  static constexpr int64_t kKeptTokens = kTokens;  // in a chunk of kept logits
   static constexpr int64_t kRows = 512;
+
+  static bool takes_sweeps(ScalarType dtype) { return dtype == ScalarType::Float; }
 
   LibraryGradients(const StackedRows& stacked, const Tensor& weight,
                    const LinearLossGradients& grads)
@@ -40,26 +45,28 @@ class LibraryGradients {
         wide_weight_(matrix(narrow_ ? tokens_ : 0, weight.size(1))),
         wide_grad_(matrix(narrow_ && grads.needs_weight() ? tokens_ : 0, weight.size(1))) {}
 
-  // row_gradient(i, x, first, n) overwrites x, the n logits of stacked row i from token `first` on,
-  // with their gradients
+  // row_gradient(i, x, first, n, kept) overwrites x, the n logits of stacked row i from token
+  // `first` on, with their gradients; kept logits have their bias already
   template <class RowGradient>
-  void block(int64_t first, int64_t n, const RowGradient& row_gradient) {
+  void block(const Sweep& sweep, int64_t first, int64_t n, const RowGradient& row_gradient) {
     const Tensor weight = widened_weight(first, n);
     const Tensor grad_weight = narrow_ ? top(wide_grad_, n) : top(grads_.weight, n, first);
-    std::vector<double> bias_sums(grads_.needs_bias() ? n : 0);
-    const int64_t num_rows = hidden_.size(0);
-    for (int64_t row = 0; row < num_rows; row += kRows) {
-      const int64_t m = std::min(kRows, num_rows - row);
+    std::vector<double> bias_sums = earlier_bias_sums(sweep, first, n);
+    for (int64_t row = sweep.first_row; row < sweep.end();) {
+      const int64_t m = sweep.part(row, kRows);
+      const bool kept = sweep.keeps(row);
       const Tensor hidden = top(hidden_, m, row);
-      Tensor rows_of_logits = top(logits_, m);
-      const Tensor x = torch::stable::narrow(rows_of_logits, 1, 0, n);
-      multiply_into(hidden, transposed(weight), false, x);
-      logits_to_gradients(row, m, first, n, row_gradient);
+      float* logits = kept ? sweep.kept.at(row - sweep.first_row, first)
+                           : logits_.mutable_data_ptr<float>();
+      const Tensor x = borrowed_matrix(logits, m, n, tokens_, 1);
+      if (!kept) multiply_into(hidden, transposed(weight), false, x);
+      logits_to_gradients(row, m, first, n, logits, kept, row_gradient);
       if (grads_.needs_hidden()) {
         multiply_into(x, weight, first > 0, top(grads_.hidden, m, row));
       }
       if (grads_.needs_weight()) multiply_into(transposed(x), hidden, row > 0, grad_weight);
-      if (grads_.needs_bias()) add_column_sums(m, n, bias_sums.data());
+      if (grads_.needs_bias()) add_column_sums(logits, m, n, bias_sums.data());
+      row += m;
     }
     if (narrow_ && grads_.needs_weight()) {
       Tensor out = top(grads_.weight, n, first);
@@ -89,18 +96,25 @@ class LibraryGradients {
   }
 
   template <class RowGradient>
-  void logits_to_gradients(int64_t row, int64_t m, int64_t first, int64_t n,
+  void logits_to_gradients(int64_t row, int64_t m, int64_t first, int64_t n, float* x, bool kept,
                            const RowGradient& row_gradient) {
-    float* x = logits_.mutable_data_ptr<float>();
     constexpr int64_t kGrain = 16384;  // logits per thread
     parallel_for(m, kGrain / n, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) row_gradient(row + i, x + i * tokens_, first, n);
+      for (int64_t i = begin; i < end; ++i) row_gradient(row + i, x + i * tokens_, first, n, kept);
     });
   }
 
+  // What the sweeps before this one have added to the bias's gradient
+  std::vector<double> earlier_bias_sums(const Sweep& sweep, int64_t first, int64_t n) const {
+    std::vector<double> sums(grads_.needs_bias() ? n : 0);
+    if (grads_.needs_bias() && sweep.first_row > 0) {
+      std::copy_n(grads_.bias.const_data_ptr<float>() + first, n, sums.begin());
+    }
+    return sums;
+  }
+
   // Sums are float32 within a block of rows and double across blocks
-  void add_column_sums(int64_t m, int64_t n, double* sums) const {
-    const float* x = logits_.const_data_ptr<float>();
+  void add_column_sums(const float* x, int64_t m, int64_t n, double* sums) const {
     std::vector<float> block_sums(n, 0.0f);
     for (int64_t i = 0; i < m; ++i) {
       tile_kernels<float>().add_scaled(block_sums.data(), x + i * tokens_, 1.0f, n);
@@ -119,7 +133,7 @@ class LibraryGradients {
 
   Tensor weight_;
   LinearLossGradients grads_;
-  int64_t tokens_;      // in a full block, and the stride of its logits
+  int64_t tokens_;      // in a full block, and the stride of its logits, kept or not
   bool narrow_;         // 16-bit inputs: a block of the weight and of its gradient are widened
   Tensor hidden_;       // [rows, D]
   Tensor logits_;       // [kRows, tokens_]

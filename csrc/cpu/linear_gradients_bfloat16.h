@@ -19,6 +19,8 @@ class BFloat16Gradients {
   // Tokens per block. Each block runs two parallel regions, and its gradients take 8 KiB per row.
   static constexpr int64_t kTokens = 2048;
 
+  static bool takes_sweeps(ScalarType) { return false; }
+
   BFloat16Gradients(const StackedRows& stacked, const Tensor& weight,
                     const LinearLossGradients& grads)
       : rows_(stacked.size()),
@@ -45,11 +47,11 @@ class BFloat16Gradients {
   }
 
   template <class RowGradient>
-  void block(int64_t first, int64_t n, const RowGradient& row_gradient) {
+  void block(const Sweep& all_rows, int64_t first, int64_t n, const RowGradient& row_gradient) {
     parallel_for(num_parts(n), 1, [&](int64_t begin, int64_t end) {
       TokenBuffers buffers(*this);
       for (int64_t t = begin * kPart; t < std::min(n, end * kPart); t += kPart) {
-        tokens(row_gradient, first, t, std::min(kPart, n - t), buffers);
+        tokens(row_gradient, all_rows, first, t, std::min(kPart, n - t), buffers);
       }
     });
     if (grads_.needs_hidden()) add_to_hidden(first, n);
@@ -65,6 +67,10 @@ class BFloat16Gradients {
   // operand takes 1 MiB of a 2 MiB L2
   static constexpr int64_t kPart = 256;
 
+ public:
+  static constexpr int64_t kKeptTokens = kPart;  // in a chunk of kept logits
+
+ private:
   struct TokenBuffers {
     explicit TokenBuffers(const BFloat16Gradients& op)
         : scratch(op.products_.scratch_bytes(std::max(op.dim_, op.rows_), kPart)),
@@ -92,8 +98,8 @@ class BFloat16Gradients {
   // Computes the gradients of the logits of n of the block's tokens, from its t-th on, and from
   // them the weight's
   template <class RowGradient>
-  void tokens(const RowGradient& row_gradient, int64_t first, int64_t t, int64_t n,
-              TokenBuffers& buffers) const {
+  void tokens(const RowGradient& row_gradient, const Sweep& all_rows, int64_t first, int64_t t,
+              int64_t n, TokenBuffers& buffers) const {
     const int64_t stride = grad_logits_.size(1);
     float* values = buffers.values.data();
     double sums[kPart] = {};
@@ -101,11 +107,14 @@ class BFloat16Gradients {
                                       weight_.column_stride};
     for (int64_t row = 0; row < rows_; row += kPart) {
       const int64_t m = std::min(kPart, rows_ - row);
-      multiply(weight, n, dim_, packed_hidden_[row / kPart], m, buffers.scratch, values);
+      const int64_t kept = std::clamp<int64_t>(all_rows.kept.rows() - row, 0, m);
+      if (kept < m) {
+        multiply(weight, n, dim_, packed_hidden_[row / kPart], m, buffers.scratch, values);
+      }
       float part_sums[kPart] = {};
       for (int64_t i = 0; i < m; ++i) {
-        float* x = values + i * kPart;
-        row_gradient(row + i, x, first + t, n);
+        float* x = i < kept ? all_rows.kept.at(row + i, first + t) : values + i * kPart;
+        row_gradient(row + i, x, first + t, n, i < kept);
         if (grads_.needs_bias()) tile_kernels<float>().add_scaled(part_sums, x, 1.0f, n);
         narrow_.store_scaled(grad_logits() + (row + i) * stride + t, x, 1.0f, n);
       }

@@ -3,6 +3,12 @@
 // The rows of both passes are stacked, without the ignored ones, so that a block of the weight is
 // read (and widened) once for both. Logits exist one block at a time. The backward pass computes
 // each block again, which costs one product in four and saves rows x V numbers.
+//
+// linear_oput_loss_sum knows beforehand how much each row counts and makes the gradients at once.
+// It keeps the logits of some rows (KeptLogits) between finding a row's logsumexp and using it:
+// three products remain. If there are more rows, float32 takes them in sweeps, each of which adds
+// to the weight's gradient. A 16-bit gradient cannot be added to without rounding it several
+// times, so there the logits of the rows that are not kept are computed again.
 #include <array>
 
 #include "cpu/cross_entropy.h"
@@ -55,7 +61,8 @@ struct LossState {
 // Turns logits of a stacked row into their gradients
 class LogitGradients {
  public:
-  LogitGradients(const StackedRows& stacked, const std::array<Tensor, kPasses>& grad_losses,
+  // Losses without a gradient of their own have 1
+  LogitGradients(const StackedRows& stacked, const std::array<OptionalTensor, kPasses>& grad_losses,
                  const std::array<Tensor, kPasses>& log_sums, const Tensor& target_ids,
                  const OptionalTensor& bias, int64_t vocab, const LossOptions& options)
       : rows_(stacked.rows),
@@ -64,28 +71,33 @@ class LogitGradients {
         vocab_(vocab),
         options_(options) {
     for (int pass = 0; pass < kPasses; ++pass) {
-      grad_losses_[pass] =
-          torch::stable::contiguous(grad_losses[pass]);  // an expanded 1 has stride 0
+      if (grad_losses[pass]) {  // an expanded 1 has stride 0
+        grad_losses_[pass] = torch::stable::contiguous(*grad_losses[pass]);
+      }
       log_sums_[pass] = torch::stable::contiguous(log_sums[pass]);
     }
   }
 
-  // x holds stacked row i's logits, without their bias, for tokens first .. first + n
-  void operator()(int64_t i, float* x, int64_t first, int64_t n) const {
-    if (!bias_.empty()) kernels_.add_scaled(x, bias_.data() + first, 1.0f, n);
+  // x holds stacked row i's logits for tokens first .. first + n
+  void operator()(int64_t i, float* x, int64_t first, int64_t n, bool has_bias) const {
+    if (!has_bias && !bias_.empty()) kernels_.add_scaled(x, bias_.data() + first, 1.0f, n);
     const auto [pass, row] = rows_[i];
     const int64_t place = target_ids_.const_data_ptr<int64_t>()[row] - first;
     loss_gradient(kernels_, x, x, n, vocab_, place >= 0 && place < n ? place : -1,
-                  log_sums_[pass].const_data_ptr<float>()[row],
-                  grad_losses_[pass].const_data_ptr<float>()[row], options_);
+                  log_sums_[pass].const_data_ptr<float>()[row], grad_loss(pass, row), options_);
   }
 
  private:
+  float grad_loss(int pass, int64_t row) const {
+    const OptionalTensor& grads = grad_losses_[pass];
+    return grads ? grads->const_data_ptr<float>()[row] : 1.0f;
+  }
+
   const TileKernels<float>& kernels_ = tile_kernels<float>();
   const std::vector<StackedRow>& rows_;
   Tensor target_ids_;
   std::vector<float> bias_;
-  std::array<Tensor, kPasses> grad_losses_;
+  std::array<OptionalTensor, kPasses> grad_losses_;
   std::array<Tensor, kPasses> log_sums_;
   int64_t vocab_;
   LossOptions options_;
@@ -105,15 +117,129 @@ LinearLossGradients empty_gradients(const StackedRows& stacked, const Tensor& we
 }
 
 template <class Gradients>
-void fill_gradients(const StackedRows& stacked, const Tensor& weight,
-                    const LogitGradients& row_gradient, const LinearLossGradients& grads) {
-  if (stacked.size() == 0) return;
-  const int64_t vocab = weight.size(0);
-  Gradients gradients(stacked, weight, grads);
+void add_sweep(Gradients& gradients, const Sweep& sweep, int64_t vocab,
+               const LogitGradients& row_gradient) {
   for (int64_t first = 0; first < vocab; first += Gradients::kTokens) {
-    gradients.block(first, std::min(Gradients::kTokens, vocab - first), row_gradient);
+    gradients.block(sweep, first, std::min(Gradients::kTokens, vocab - first), row_gradient);
   }
-  gradients.finish();
+}
+
+// f(gradients) fills in `grads` by the products that suit the weight's dtype
+template <class F>
+void with_gradients(const StackedRows& stacked, const Tensor& weight,
+                    const LinearLossGradients& grads, const F& f) {
+  const auto fill = [&](auto gradients) {
+    f(gradients);
+    gradients.finish();
+  };
+  if (stacked.size() == 0) return;
+  if (weight.scalar_type() == ScalarType::BFloat16 && bfloat16_products()) {
+    fill(BFloat16Gradients(stacked, weight, grads));
+  } else {
+    fill(LibraryGradients(stacked, weight, grads));
+  }
+}
+
+// The arguments that the loss and its gradients share, and the results of the forward pass
+struct LossProblem {
+  StackedRows stacked;
+  const Tensor& weight;
+  const OptionalTensor& bias;
+  Tensor target_ids;
+  LossOptions options;
+  std::array<PassResults, kPasses> results;
+};
+
+LossProblem loss_problem(const OptionalTensor& hidden_masked,
+                         const OptionalTensor& hidden_predicted, const Tensor& weight,
+                         const Tensor& target, const OptionalTensor& bias, const Tensor& target_ids,
+                         const LossOptions& options) {
+  return {stacked_rows(hidden_masked, hidden_predicted, target_ids, options.ignore_index),
+          weight,
+          bias,
+          target_ids,
+          options,
+          {empty_results(hidden_masked, weight, target),
+           empty_results(hidden_predicted, weight, target)}};
+}
+
+// Losses and logsumexps of the sweep's rows, and the logits of those that it keeps
+void reduce_losses(const LossProblem& problem, const Sweep& sweep) {
+  const Tensor& weight = problem.weight;
+  const int64_t vocab = weight.size(0);
+  const LossOptions& options = problem.options;
+  const int64_t* targets = problem.target_ids.const_data_ptr<int64_t>();
+  const int64_t block = std::min(sweep.num_rows, kLinearRows);
+  Tensor buffer = empty_like_device(weight, {block, weight.size(1)}, weight.scalar_type());
+  for (int64_t first_row = sweep.first_row; first_row < sweep.end(); first_row += block) {
+    const int64_t m = std::min(block, sweep.end() - first_row);
+    gather_rows(problem.stacked, first_row, m, buffer);
+    const auto row_of = [&](int64_t i) -> const StackedRow& {
+      return problem.stacked.rows[first_row + i];
+    };
+    reduce_linear_rows<LossState>(
+        torch::stable::narrow(buffer, 0, 0, m), weight, problem.bias, -1,
+        [&](int64_t i, LossState& state, const TileKernels<float>& kernels, const float* x,
+            int64_t n, int64_t first_id) {
+          if (sweep.keeps(first_row + i)) {
+            std::copy_n(x, n, sweep.kept.at(first_row + i - sweep.first_row, first_id));
+          }
+          state.stats.add(kernels, x, n, first_id, 1.0);
+          const int64_t place = targets[row_of(i).row] - first_id;
+          if (place >= 0 && place < n) state.target_logit = x[place];
+          if (options.label_smoothing != 0) state.logit_sum += kernels.sum(x, n, 0.0f);
+        },
+        [](LossState& state, const LossState& later) { state.merge(later); },
+        [&](int64_t i, const LossState& state) {
+          const double maximum = state.stats.maximum;
+          const double log_rest = state.stats.log_rest();
+          const auto [pass, row] = row_of(i);
+          problem.results[pass].loss.mutable_data_ptr<float>()[row] =
+              static_cast<float>(loss_of_row(maximum, log_rest, state.target_logit, options, [&] {
+                return maximum - state.logit_sum / vocab;
+              }));
+          problem.results[pass].logsumexp.mutable_data_ptr<float>()[row] =
+              static_cast<float>(maximum + log_rest);
+        });
+  }
+}
+
+// The sweeps' losses and gradients, one sweep after the other
+template <class Gradients>
+void fill_losses_and_gradients(const LossProblem& problem, const LogitGradients& row_gradient,
+                               Gradients& gradients) {
+  const int64_t rows = problem.stacked.size();
+  const int64_t vocab = problem.weight.size(0), dim = problem.weight.size(1);
+  const int64_t most_kept = std::min(rows, KeptLogits::most_rows(vocab, dim));
+  int64_t sweep_rows = rows;
+  if (Gradients::takes_sweeps(problem.weight.scalar_type())) {
+    const int64_t sweeps = (rows + most_kept - 1) / most_kept;
+    sweep_rows = (rows + sweeps - 1) / sweeps;
+  }
+  Sweep sweep{0, sweep_rows,
+              KeptLogits(problem.weight, std::min(sweep_rows, most_kept), vocab,
+                         Gradients::kKeptTokens)};
+  for (; sweep.first_row < rows; sweep.first_row += sweep_rows) {
+    sweep.num_rows = std::min(sweep_rows, rows - sweep.first_row);
+    reduce_losses(problem, sweep);
+    add_sweep(gradients, sweep, vocab, row_gradient);
+  }
+}
+
+// sum of factor * loss over the rows of both passes; factors that are absent are 1
+double weighted_sum(const LossProblem& problem,
+                    const std::array<OptionalTensor, kPasses>& factors) {
+  double total = 0;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const Tensor& losses = problem.results[pass].loss;
+    const float* loss = losses.const_data_ptr<float>();
+    OptionalTensor factor;
+    if (factors[pass]) factor = torch::stable::contiguous(*factors[pass]);
+    for (int64_t i = 0; i < losses.numel(); ++i) {
+      total += factor ? static_cast<double>(loss[i]) * factor->const_data_ptr<float>()[i] : loss[i];
+    }
+  }
+  return total;
 }
 
 }  // namespace
@@ -122,42 +248,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss(
     OptionalTensor hidden_masked, OptionalTensor hidden_predicted, Tensor weight, Tensor target,
     OptionalTensor bias, int64_t ignore_index, double label_smoothing, double z_loss) {
   constexpr const char* op = "linear_oput_loss";
-  const LinearSizes sizes = check_linear_oput_loss(hidden_masked, hidden_predicted, weight, target,
-                                                   bias, ignore_index, label_smoothing, z_loss);
-  const Tensor ids = checked_targets(op, target, sizes.vocab, ignore_index);
-  const int64_t* targets = ids.const_data_ptr<int64_t>();
-  const LossOptions options{ignore_index, label_smoothing, z_loss};
-  const std::array<PassResults, kPasses> results{empty_results(hidden_masked, weight, target),
-                                                 empty_results(hidden_predicted, weight, target)};
-  const StackedRows stacked = stacked_rows(hidden_masked, hidden_predicted, ids, ignore_index);
-  const int64_t block = std::min(stacked.size(), kLinearRows);
-  Tensor buffer = empty_like_device(weight, {block, sizes.dim}, weight.scalar_type());
-  for (int64_t first_row = 0; first_row < stacked.size(); first_row += block) {
-    const int64_t m = std::min(block, stacked.size() - first_row);
-    gather_rows(stacked, first_row, m, buffer);
-    const auto row_of = [&](int64_t i) -> const StackedRow& { return stacked.rows[first_row + i]; };
-    reduce_linear_rows<LossState>(
-        torch::stable::narrow(buffer, 0, 0, m), weight, bias, -1,
-        [&](int64_t i, LossState& state, const TileKernels<float>& kernels, const float* x,
-            int64_t n, int64_t first_id) {
-          state.stats.add(kernels, x, n, first_id, 1.0);
-          const int64_t place = targets[row_of(i).row] - first_id;
-          if (place >= 0 && place < n) state.target_logit = x[place];
-          if (label_smoothing != 0) state.logit_sum += kernels.sum(x, n, 0.0f);
-        },
-        [](LossState& state, const LossState& later) { state.merge(later); },
-        [&](int64_t i, const LossState& state) {
-          const double maximum = state.stats.maximum;
-          const double log_rest = state.stats.log_rest();
-          const auto [pass, row] = row_of(i);
-          results[pass].loss.mutable_data_ptr<float>()[row] =
-              static_cast<float>(loss_of_row(maximum, log_rest, state.target_logit, options, [&] {
-                return maximum - state.logit_sum / sizes.vocab;
-              }));
-          results[pass].logsumexp.mutable_data_ptr<float>()[row] =
-              static_cast<float>(maximum + log_rest);
-        });
-  }
+  const int64_t vocab = check_linear_oput_loss(hidden_masked, hidden_predicted, weight, target,
+                                               bias, ignore_index, label_smoothing, z_loss)
+                            .vocab;
+  const Tensor ids = checked_targets(op, target, vocab, ignore_index);
+  const LossProblem problem = loss_problem(hidden_masked, hidden_predicted, weight, target, bias,
+                                           ids, {ignore_index, label_smoothing, z_loss});
+  reduce_losses(problem, {0, problem.stacked.size(), {}});
+  const auto& results = problem.results;
   return {results[0].loss, results[1].loss, results[0].logsumexp, results[1].logsumexp};
 }
 
@@ -182,15 +280,70 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
   const LogitGradients row_gradient(stacked, {grad_masked, grad_predicted},
                                     {logsumexp_masked, logsumexp_predicted}, ids, bias, vocab,
                                     {ignore_index, label_smoothing, z_loss});
-  if (weight.scalar_type() == ScalarType::BFloat16 && bfloat16_products()) {
-    fill_gradients<BFloat16Gradients>(stacked, weight, row_gradient, grads);
-  } else {
-    fill_gradients<LibraryGradients>(stacked, weight, row_gradient, grads);
-  }
+  with_gradients(stacked, weight, grads, [&](auto& gradients) {
+    add_sweep(gradients, {0, stacked.size(), {}}, vocab, row_gradient);
+  });
   const auto hidden_grads =
       scattered_gradients(stacked, {hidden_masked, hidden_predicted},
                           {needs_masked, needs_predicted}, weight, grads.hidden);
   return {hidden_grads[0], hidden_grads[1], grads.weight, grads.bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_oput_loss_sum(
+    OptionalTensor hidden_masked, OptionalTensor hidden_predicted, Tensor weight, Tensor target,
+    OptionalTensor bias, OptionalTensor factor_masked, OptionalTensor factor_predicted,
+    int64_t ignore_index, double label_smoothing, double z_loss, bool needs_masked,
+    bool needs_predicted, bool needs_weight, bool needs_bias) {
+  constexpr const char* op = "linear_oput_loss_sum";
+  const int64_t vocab =
+      check_linear_oput_loss_sum(hidden_masked, hidden_predicted, weight, target, bias,
+                                 factor_masked, factor_predicted, ignore_index, label_smoothing,
+                                 z_loss, needs_masked, needs_predicted, needs_weight, needs_bias)
+          .vocab;
+  const Tensor ids = checked_targets(op, target, vocab, ignore_index);
+  const LossProblem problem = loss_problem(hidden_masked, hidden_predicted, weight, target, bias,
+                                           ids, {ignore_index, label_smoothing, z_loss});
+  const StackedRows& stacked = problem.stacked;
+  const auto& results = problem.results;
+  const bool needs_hidden =
+      (needs_masked && hidden_masked) || (needs_predicted && hidden_predicted);
+  const LinearLossGradients grads =
+      empty_gradients(stacked, weight, needs_hidden, needs_weight, needs_bias && bias);
+  const std::array<OptionalTensor, kPasses> factors{factor_masked, factor_predicted};
+  const LogitGradients row_gradient(stacked, factors, {results[0].logsumexp, results[1].logsumexp},
+                                    ids, bias, vocab, problem.options);
+  with_gradients(stacked, weight, grads, [&](auto& gradients) {
+    fill_losses_and_gradients(problem, row_gradient, gradients);
+  });
+  const auto hidden_grads =
+      scattered_gradients(stacked, {hidden_masked, hidden_predicted},
+                          {needs_masked, needs_predicted}, weight, grads.hidden);
+  Tensor total = torch::stable::new_zeros(weight, {}, ScalarType::Float);
+  *total.mutable_data_ptr<float>() = static_cast<float>(weighted_sum(problem, factors));
+  return {total,           results[0].logsumexp, results[1].logsumexp, hidden_grads[0],
+          hidden_grads[1], grads.weight,         grads.bias};
+}
+
+// Does nothing if the factor is 1, as it is for loss.backward()
+void linear_oput_loss_scale_(Tensor grad, Tensor factor) {
+  check_linear_oput_loss_scale_(grad, factor);
+  const float by = *factor.const_data_ptr<float>();
+  if (by == 1.0f) return;
+  dispatch_float(grad.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const TileKernels<T>& kernels = tile_kernels<T>();
+    T* data = static_cast<T*>(grad.mutable_data_ptr());
+    const int64_t tiles = (grad.numel() + kTile - 1) / kTile;
+    parallel_for(tiles, 8, [&](int64_t begin, int64_t end) {
+      std::vector<float> wide(kTile);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        T* x = data + tile * kTile;
+        const int64_t n = std::min(kTile, grad.numel() - tile * kTile);
+        kernels.widen(wide.data(), x, n);
+        kernels.store_scaled(x, wide.data(), by, n);
+      }
+    });
+  });
 }
 
 }  // namespace dmax::cpu
@@ -198,4 +351,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
 STABLE_TORCH_LIBRARY_IMPL(dmax, CPU, m) {
   m.impl("linear_oput_loss", TORCH_BOX(&dmax::cpu::linear_oput_loss));
   m.impl("linear_oput_loss_backward", TORCH_BOX(&dmax::cpu::linear_oput_loss_backward));
+  m.impl("linear_oput_loss_sum", TORCH_BOX(&dmax::cpu::linear_oput_loss_sum));
+  m.impl("linear_oput_loss_scale_", TORCH_BOX(&dmax::cpu::linear_oput_loss_scale_));
 }

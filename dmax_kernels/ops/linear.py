@@ -7,9 +7,15 @@ from dmax_kernels.ops._register import (
     empty_per_row,
     register_autograd,
     register_fake,
+    register_in_place,
     register_not_differentiable,
 )
-from dmax_kernels.reduction import autocast_operands, reduce_loss
+from dmax_kernels.reduction import (
+    autocast_operands,
+    check_reduction,
+    reduce_loss,
+    token_factors,
+)
 
 
 def linear_top1_confidence(
@@ -160,15 +166,26 @@ def linear_oput_loss(
     hidden_masked, hidden_predicted, weight, bias = autocast_operands(
         hidden_masked, hidden_predicted, weight, bias
     )
+    operands = (hidden_masked, hidden_predicted, weight, bias)
+    options = {
+        "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss
+    }  # fmt: skip
+    if _gradients_come_with_the_loss(operands, token_weight, reduction, num_tokens):
+        check_reduction("linear_oput_loss", target, token_weight, reduction, num_tokens)
+        factors, empty = token_factors(
+            target, ignore_index, token_weight, pass_weights, reduction, num_tokens
+        )
+        needed = ("needs_masked", "needs_predicted", "needs_weight", "needs_bias")
+        needs = {
+            name: t is not None and t.requires_grad
+            for name, t in zip(needed, operands, strict=True)
+        }
+        total, *_ = torch.ops.dmax.linear_oput_loss_sum(
+            hidden_masked, hidden_predicted, weight, target, bias, *factors, **options, **needs
+        )
+        return total if empty is None else total.masked_fill(empty, 0.0)
     loss_masked, loss_predicted, _, _ = torch.ops.dmax.linear_oput_loss(
-        hidden_masked,
-        hidden_predicted,
-        weight,
-        target,
-        bias,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
+        hidden_masked, hidden_predicted, weight, target, bias, **options
     )
     losses = (
         None if hidden_masked is None else loss_masked,
@@ -180,6 +197,27 @@ def linear_oput_loss(
     )  # fmt: skip
 
 
+def _gradients_come_with_the_loss(
+    operands: tuple[Tensor | None, ...],
+    token_weight: Tensor | None,
+    reduction: str,
+    num_tokens: Tensor | float | None,
+) -> bool:
+    """Whether to call linear_oput_loss_sum: three products in place of four."""
+    if reduction not in ("sum", "mean") or not torch.is_grad_enabled():
+        return False
+    if not any(t is not None and t.requires_grad for t in operands):
+        return False
+    # Only the losses of the single tokens have a gradient for these two
+    if any(isinstance(t, Tensor) and t.requires_grad for t in (token_weight, num_tokens)):
+        return False
+    # A loss scale keeps float16 gradients from underflowing, but it comes with the backward pass
+    if operands[2].dtype == torch.float16:
+        return False
+    # The gradients are kept outside of what torch.func's transforms follow
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
+
+
 @register_fake("linear_oput_loss")
 def _(hidden_masked, hidden_predicted, weight, target, bias=None, **options):
     def loss(hidden):
@@ -188,11 +226,9 @@ def _(hidden_masked, hidden_predicted, weight, target, bias=None, **options):
     return tuple(loss(hidden) for hidden in (hidden_masked, hidden_predicted) * 2)
 
 
-@register_fake("linear_oput_loss_backward")
-def _(
-    grad_masked, grad_predicted, hidden_masked, hidden_predicted, weight, target,
-    logsumexp_masked, logsumexp_predicted, bias=None, *, needs_masked=True, needs_predicted=True,
-    needs_weight=True, needs_bias=True, **options,
+def _empty_grads(
+    hidden_masked, hidden_predicted, weight, bias, needs_masked, needs_predicted, needs_weight,
+    needs_bias,
 ):  # fmt: skip
     def grad(of, needed):
         return weight.new_empty(of.shape if needed and of is not None else (0,))
@@ -203,6 +239,43 @@ def _(
         grad(weight, needs_weight),
         grad(bias, needs_bias),
     )
+
+
+@register_fake("linear_oput_loss_backward")
+def _(
+    grad_masked, grad_predicted, hidden_masked, hidden_predicted, weight, target,
+    logsumexp_masked, logsumexp_predicted, bias=None, *, needs_masked=True, needs_predicted=True,
+    needs_weight=True, needs_bias=True, **options,
+):  # fmt: skip
+    return _empty_grads(
+        hidden_masked, hidden_predicted, weight, bias, needs_masked, needs_predicted, needs_weight,
+        needs_bias,
+    )  # fmt: skip
+
+
+@register_fake("linear_oput_loss_sum")
+def _(
+    hidden_masked, hidden_predicted, weight, target, bias=None, factor_masked=None,
+    factor_predicted=None, *, needs_masked=True, needs_predicted=True, needs_weight=True,
+    needs_bias=True, **options,
+):  # fmt: skip
+    def per_token(hidden):
+        return weight.new_empty((0,) if hidden is None else target.shape, dtype=torch.float32)
+
+    return (
+        weight.new_empty((), dtype=torch.float32),
+        per_token(hidden_masked),
+        per_token(hidden_predicted),
+        *_empty_grads(
+            hidden_masked, hidden_predicted, weight, bias, needs_masked, needs_predicted,
+            needs_weight, needs_bias,
+        ),
+    )  # fmt: skip
+
+
+@register_fake("linear_oput_loss_scale_")
+def _(grad, factor):
+    return None
 
 
 def _setup_context(ctx, inputs, options, output):
@@ -235,3 +308,54 @@ def _backward(ctx, grad_masked, grad_predicted, *_):
 
 register_autograd("linear_oput_loss", _backward, _setup_context)
 register_not_differentiable("linear_oput_loss_backward", "second derivatives are not there")
+
+
+def _setup_sum_context(ctx, inputs, options, output):
+    _, logsumexp_masked, logsumexp_predicted, *grads = output
+    ctx.options = {k: v for k, v in options.items() if not k.startswith("needs_")}
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros of the gradients' shapes come with grad_total
+    ctx.save_for_backward(*inputs, logsumexp_masked, logsumexp_predicted)
+    ctx.grads = grads  # not saved: the first backward pass gives them away
+
+
+def _sum_backward(ctx, grad_total, *_):
+    *inputs, bias, factor_masked, factor_predicted, lse_masked, lse_predicted = ctx.saved_tensors
+    masked, predicted, weight, _, biased = ctx.needs_input_grad[:5]
+    needed = (masked, predicted, weight, biased)
+    grads, ctx.grads = ctx.grads, None
+    if grads is None or torch.is_grad_enabled():
+        # A second backward pass, or one that is to be differentiated: with a product more
+
+        def grad_loss(factor, logsumexp):
+            factor = torch.ones_like(logsumexp) if factor is None else factor
+            return grad_total * factor
+
+        grads = torch.ops.dmax.linear_oput_loss_backward(
+            grad_loss(factor_masked, lse_masked),
+            grad_loss(factor_predicted, lse_predicted),
+            *inputs,
+            lse_masked,
+            lse_predicted,
+            bias,
+            **ctx.options,
+            needs_masked=needed[0],
+            needs_predicted=needed[1],
+            needs_weight=needed[2],
+            needs_bias=needed[3],
+        )
+    else:
+        grads = [_times(g, grad_total) if need else g for g, need in zip(grads, needed, strict=True)]
+    *grads, grad_bias = (g if need else None for g, need in zip(grads, needed, strict=True))
+    return *grads, None, grad_bias, None, None  # none for target and factors
+
+
+def _times(grad, factor):
+    if type(factor) is not Tensor:  # a trace, whose compiler chooses what is written in place
+        return (grad * factor.to(torch.float32)).to(grad.dtype)
+    torch.ops.dmax.linear_oput_loss_scale_(grad, factor)
+    return grad
+
+
+register_autograd("linear_oput_loss_sum", _sum_backward, _setup_sum_context)
+register_in_place("linear_oput_loss_scale_")

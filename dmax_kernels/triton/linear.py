@@ -9,7 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
-from dmax_kernels.triton.linear_loss import linear_oput_loss, linear_oput_loss_backward
+from dmax_kernels.triton.linear_loss import (
+    linear_oput_loss,
+    linear_oput_loss_backward,
+    linear_oput_loss_scale_,
+    linear_oput_loss_sum,
+)
 from dmax_kernels.triton.linear_rows import linear_statistics
 from dmax_kernels.triton.sample import merge_samples
 from dmax_kernels.triton.stats import NO_ID, Partials, softmax_scale
@@ -18,6 +23,8 @@ from dmax_kernels.triton.top1 import merge_top1
 __all__ = [
     "linear_oput_loss",
     "linear_oput_loss_backward",
+    "linear_oput_loss_scale_",
+    "linear_oput_loss_sum",
     "linear_sample_tokens",
     "linear_top1_confidence",
 ]

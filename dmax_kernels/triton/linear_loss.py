@@ -4,6 +4,10 @@ With R rows of both passes there are four products of 2 R V D operations each: t
 forward pass and again in the backward pass, the gradient of the hidden states, and that of the
 weight. At 2 x 4,096 rows, V = 157,184 and D = 2,048 that is 21.1 TFLOP. The logits are computed
 twice because a token's upstream gradient is only known when the backward pass begins.
+linear_oput_loss_sum knows it from the start: it keeps the logits of the first rows, KEPT_BYTES of
+them in float32, and computes only those of the other rows twice. Up to 1,707 rows at this V that
+leaves three products. (Blocks of rows would leave three for any R, but each block would read and
+write a float32 gradient of the weight: 2.6 GB, in which time 1,024 rows' logits are computed.)
 
 The backward pass goes through the vocabulary in chunks of C tokens (16,384 at this R). A Triton
 kernel writes the gradient of the chunk's logits [R, C] in the inputs' dtype, and two library
@@ -19,6 +23,7 @@ take 2.7 ms at 4.8 TB/s, mostly under the products.
 
 import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,13 +33,17 @@ from torch import Tensor
 from dmax_kernels.triton.launch import Rows, device_of, next_power_of_2, row_view
 from dmax_kernels.triton.linear_chunks import float32_product
 from dmax_kernels.triton.linear_rows import any_of, choose_linear_tiles, logits_tile, precision_of
-from dmax_kernels.triton.loss import grad_of_logits, loss_of_row, merge_log_sums
+from dmax_kernels.triton.loss import grad_of_logits, loss_of_row, merge_log_sums, pass_loss
 from dmax_kernels.triton.stats import LOG2_E, finite_or_zero
 
 # Elements of one chunk of logit gradients, and the most and the fewest tokens of a chunk
 CHUNK_ELEMENTS = 1 << 27
 MOST_CHUNK_TOKENS = 16384
 LEAST_CHUNK_TOKENS = 2048
+# Logits that linear_oput_loss_sum keeps
+KEPT_BYTES = 1 << 30
+# Elements per program of the kernels that read stored numbers. Not timed yet
+KEPT_TILE = 4096
 
 
 @triton.jit(do_not_specialize=["num_rows", "blocks_per_pass", "ignore_index", "num_groups",
@@ -163,6 +172,41 @@ def logits_grad_kernel(
     tl.store(at, grad.to(grad_logits.dtype.element_ty), mask=valid)
 
 
+@triton.jit(do_not_specialize=["first_token", "num_tokens", "ignore_index"])
+def kept_grad_kernel(
+    logits, logits_stride, target, grad_loss, logsumexp, first_token, num_tokens, vocab,
+    ignore_index, log2_e, label_smoothing, z_loss, grad_logits, grad_stride, TILE: tl.constexpr,
+):
+    """logits_grad_kernel's results from stored logits: one tile of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    ids, valid = first_token + column, column < num_tokens
+    target_id = tl.load(target + row).to(tl.int64)
+    out = grad_logits + row * grad_stride + column
+    if target_id == ignore_index:
+        tl.store(out, tl.zeros([TILE], grad_logits.dtype.element_ty), mask=valid)
+        return
+    lse = tl.load(logsumexp + row)
+    x = tl.load(logits + row * logits_stride + ids, mask=valid, other=float("-inf"))
+    grad = grad_of_logits(
+        tl.exp2((x - lse) * log2_e), ids == target_id, tl.load(grad_loss + row), lse, vocab,
+        label_smoothing, z_loss,
+    )
+    known = (target_id >= 0) & (target_id < vocab)
+    grad = tl.where(known, grad, float("nan"))
+    tl.store(out, grad.to(grad_logits.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def scale_kernel(values, count, factor, TILE: tl.constexpr):
+    by = tl.load(factor)
+    if by == 1.0:  # loss.backward()'s: nothing is read or written
+        return
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    x = tl.load(values + at, mask=at < count, other=0.0).to(tl.float32)
+    tl.store(values + at, (x * by).to(values.dtype.element_ty), mask=at < count)
+
+
 @contextlib.contextmanager
 def plain_products(t: Tensor) -> Iterator[None]:
     """On t's device, and without autocast, which would take a float32 product to 16 bits."""
@@ -268,40 +312,78 @@ def linear_oput_loss_backward(
     needs_weight: bool = True,
     needs_bias: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    vocab = weight.shape[0]
-    passes = [
-        one_pass
-        for one_pass in (
-            (hidden_masked, grad_masked, logsumexp_masked, needs_masked),
-            (hidden_predicted, grad_predicted, logsumexp_predicted, needs_predicted),
-        )
-        if one_pass[0] is not None
-    ]
-
-    def grad_like(t: Tensor | None, needed: bool) -> Tensor:
-        shape = t.shape if needed and t is not None else (0,)
-        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-
-    grad_weight = grad_like(weight, needs_weight)
-    grad_bias = grad_like(bias, needs_bias)
-    grads_hidden = [
-        grad_like(hidden_masked, needs_masked), grad_like(hidden_predicted, needs_predicted)
-    ]
-    if target.numel() == 0:
-        return *grads_hidden, grad_weight, grad_bias
-
+    present = [h is not None for h in (hidden_masked, hidden_predicted)]
     with plain_products(weight):
-        # Both passes as one matrix; ignored rows as 0, since 0 times a NaN would not be 0
-        ignored = (target == ignore_index).view(-1, 1)
-        num_rows, dim = target.numel(), weight.shape[1]
-        hidden = torch.cat([h.reshape(num_rows, dim).masked_fill(ignored, 0) for h, *_ in passes])
-        grad_loss = torch.cat([g.reshape(-1) for _, g, _, _ in passes])
-        logsumexp = torch.cat([lse.reshape(-1) for _, _, lse, _ in passes])
-        target_ids = target.reshape(-1).repeat(len(passes))
+        stacked = stacked_passes(hidden_masked, hidden_predicted, target, ignore_index)
+        grad_loss, logsumexp = (
+            torch.cat([t.reshape(-1) for t, there in zip(pair, present, strict=True) if there])
+            for pair in ((grad_masked, grad_predicted), (logsumexp_masked, logsumexp_predicted))
+        )
+        return linear_gradients(
+            stacked, weight, bias, grad_loss, logsumexp, None,
+            Needed(needs_masked, needs_predicted, needs_weight, needs_bias and bias is not None),
+            ignore_index, label_smoothing, z_loss,
+        )
+
+
+class StackedPasses(NamedTuple):
+    """The rows of the given passes as one matrix; ignored ones are 0, as 0 times NaN is not."""
+
+    hidden: Tensor  # [rows of all passes, D]
+    target: Tensor  # [rows of all passes]
+    shapes: list[torch.Size | None]  # of the passes' hidden states; None: not given
+
+
+def stacked_passes(
+    hidden_masked: Tensor | None, hidden_predicted: Tensor | None, target: Tensor,
+    ignore_index: int,
+) -> StackedPasses:
+    passes = [hidden_masked, hidden_predicted]
+    given = [h.reshape(target.numel(), h.shape[-1]) for h in passes if h is not None]
+    ignored = (target == ignore_index).view(-1, 1)
+    return StackedPasses(
+        torch.cat([h.masked_fill(ignored, 0) for h in given]),
+        target.reshape(-1).repeat(len(given)),
+        [None if h is None else h.shape for h in passes],
+    )
+
+
+class Needed(NamedTuple):
+    """Which gradients to compute."""
+
+    masked: bool
+    predicted: bool
+    weight: bool
+    bias: bool
+
+
+def linear_gradients(
+    stacked: StackedPasses, weight: Tensor, bias: Tensor | None, grad_loss: Tensor,
+    logsumexp: Tensor, kept: Tensor | None, needed: Needed, ignore_index: int,
+    label_smoothing: float, z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the hidden states, the weight and the bias; an empty one is not needed.
+
+    ``kept``: the float32 logits [rows, V] of the first rows, with their bias.
+    """
+    vocab = weight.shape[0]
+    hidden, target_ids, shapes = stacked
+
+    def zeros(shape: tuple[int, ...] | None, wanted: bool) -> Tensor:
+        size = shape if wanted and shape is not None else (0,)
+        return torch.zeros(size, dtype=weight.dtype, device=weight.device)
+
+    grad_weight = zeros(weight.shape, needed.weight)
+    grad_bias = zeros((vocab,), needed.bias)
+    grads_hidden = [
+        zeros(shape, wanted) for shape, wanted in zip(shapes, needed[:2], strict=True)
+    ]
+    if hidden.numel() > 0:
         weight_rows = row_view(weight)
         bias_values = None if bias is None else bias.contiguous()
+        num_kept = 0 if kept is None else len(kept)
 
-        needs_hidden = any(needed for *_, needed in passes)
+        needs_hidden = any(grad.numel() > 0 for grad in grads_hidden)
         grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else (0,), dtype=torch.float32)
         chunk = CHUNK_ELEMENTS // len(hidden) // LEAST_CHUNK_TOKENS * LEAST_CHUNK_TOKENS
         chunk = min(vocab, max(LEAST_CHUNK_TOKENS, min(MOST_CHUNK_TOKENS, chunk)))
@@ -309,22 +391,108 @@ def linear_oput_loss_backward(
         grad_logits = hidden.new_empty(len(hidden), -(-chunk // 8) * 8)
         for first in range(0, vocab, chunk):
             n = min(chunk, vocab - first)
-            write_logits_grad(
-                hidden, weight_rows, bias_values, target_ids, grad_loss, logsumexp, first, n,
-                grad_logits, ignore_index, label_smoothing, z_loss,
-            )
+            if num_kept > 0:
+                kept_grad_kernel[(num_kept, -(-n // KEPT_TILE))](
+                    kept, kept.stride(0), target_ids, grad_loss, logsumexp, first, n, vocab,
+                    ignore_index, LOG2_E, float(label_smoothing), float(z_loss), grad_logits,
+                    grad_logits.stride(0), TILE=KEPT_TILE, num_warps=4,
+                )
+            if num_kept < len(hidden):
+                write_logits_grad(
+                    hidden[num_kept:], weight_rows, bias_values, target_ids[num_kept:],
+                    grad_loss[num_kept:], logsumexp[num_kept:], first, n, grad_logits[num_kept:],
+                    ignore_index, label_smoothing, z_loss,
+                )
             grad_chunk = grad_logits[:, :n]
             if needs_hidden:
                 grad_hidden += float32_product(grad_chunk, weight[first : first + n])
-            if needs_weight:
+            if needed.weight:
                 grad_weight[first : first + n] = float32_product(grad_chunk.t(), hidden)
-            if bias is not None and needs_bias:
+            if needed.bias:
                 grad_bias[first : first + n] = grad_chunk.sum(dim=0, dtype=torch.float32)
         if needs_hidden:
-            rows = iter(grad_hidden.split(num_rows))
-            for h, grad in zip((hidden_masked, hidden_predicted), grads_hidden, strict=True):
-                if h is not None:
+            given = sum(shape is not None for shape in shapes)
+            rows = iter(grad_hidden.chunk(given))
+            for shape, grad in zip(shapes, grads_hidden, strict=True):
+                if shape is not None:
                     of_pass = next(rows)
                     if grad.numel():
-                        grad.view(num_rows, dim).copy_(of_pass)
+                        grad.copy_(of_pass.view(shape))
     return *grads_hidden, grad_weight, grad_bias
+
+
+def linear_oput_loss_sum(
+    hidden_masked: Tensor | None,
+    hidden_predicted: Tensor | None,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    factor_masked: Tensor | None = None,
+    factor_predicted: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    needs_masked: bool = True,
+    needs_predicted: bool = True,
+    needs_weight: bool = True,
+    needs_bias: bool = True,
+) -> tuple[Tensor, ...]:
+    options = (ignore_index, label_smoothing, z_loss)
+    vocab = weight.shape[0]
+    with plain_products(weight):
+        stacked = stacked_passes(hidden_masked, hidden_predicted, target, ignore_index)
+        hidden = stacked.hidden
+        num_kept = min(len(hidden), KEPT_BYTES // (4 * vocab))
+        # Rows at 16-byte steps, which the library's products want
+        kept = hidden.new_empty((num_kept, -(-vocab // 4) * 4), dtype=torch.float32)[:, :vocab]
+        losses, logsumexps = [], []
+        if num_kept > 0:
+            float32_product(hidden[:num_kept], weight.t(), out=kept)
+            if bias is not None:
+                kept += bias
+            result = pass_loss(
+                Rows(kept, num_kept, vocab, kept.stride(0)), stacked.target[:num_kept], *options
+            )
+            losses.append(result.loss)
+            logsumexps.append(result.logsumexp)
+        if num_kept < len(hidden):
+            loss, _, logsumexp, _ = linear_oput_loss(
+                hidden[num_kept:], None, weight, stacked.target[num_kept:], bias,
+                ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+            )
+            losses.append(loss)
+            logsumexps.append(logsumexp)
+        loss, logsumexp = (
+            torch.cat(parts) if parts else hidden.new_empty(0, dtype=torch.float32)
+            for parts in (losses, logsumexps)
+        )
+        factors = torch.cat(
+            [
+                loss.new_ones(target.numel()) if factor is None else factor.reshape(-1)
+                for factor, shape in zip((factor_masked, factor_predicted), stacked.shapes,
+                                         strict=True)
+                if shape is not None
+            ]
+        )
+        grads = linear_gradients(
+            stacked, weight, bias, factors, logsumexp, kept,
+            Needed(needs_masked, needs_predicted, needs_weight, needs_bias and bias is not None),
+            *options,
+        )
+        given = sum(shape is not None for shape in stacked.shapes)
+        by_pass = iter(logsumexp.chunk(given) if len(logsumexp) else [logsumexp] * given)
+        logsumexps = [
+            logsumexp.new_empty(0) if shape is None else next(by_pass).clone().view(target.shape)
+            for shape in stacked.shapes
+        ]
+        return (loss * factors).sum(), *logsumexps, *grads
+
+
+def linear_oput_loss_scale_(grad: Tensor, factor: Tensor) -> None:
+    if grad.numel() == 0:
+        return
+    with device_of(grad):
+        scale_kernel[(-(-grad.numel() // KEPT_TILE),)](
+            grad, grad.numel(), factor, TILE=KEPT_TILE, num_warps=4
+        )
