@@ -18,7 +18,7 @@ namespace {
 std::vector<float> widened_bias(const OptionalTensor& bias) {
   if (!bias) return {};
   std::vector<float> wide(bias->numel());
-  const Tensor values = torch::stable::contiguous(*bias);
+  const Tensor values = as_contiguous(*bias);
   dispatch_float(bias->scalar_type(), [&](auto element) {
     using T = decltype(element);
     tile_kernels<T>().widen(wide.data(), static_cast<const T*>(values.const_data_ptr()),
@@ -64,9 +64,8 @@ class LogitGradients {
         vocab_(vocab),
         options_(options) {
     for (int pass = 0; pass < kPasses; ++pass) {
-      grad_losses_[pass] =
-          torch::stable::contiguous(grad_losses[pass]);  // an expanded 1 has stride 0
-      log_sums_[pass] = torch::stable::contiguous(log_sums[pass]);
+      grad_losses_[pass] = as_contiguous(grad_losses[pass]);  // an expanded 1 has stride 0
+      log_sums_[pass] = as_contiguous(log_sums[pass]);
     }
   }
 
