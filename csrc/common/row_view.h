@@ -42,7 +42,7 @@ inline RowView row_view(const Tensor& t) {
   if (t.numel() > 0 && rows_collapse(t, &rows, &row_stride)) {
     return RowView{t, rows, width, row_stride};
   }
-  Tensor copy = torch::stable::contiguous(t);
+  Tensor copy = as_contiguous(t);
   return RowView{copy, width == 0 ? 0 : copy.numel() / width, width, width};
 }
 

@@ -31,8 +31,30 @@ inline Sizes leading_sizes(const Tensor& t, int64_t drop = 1) {
   return Sizes(t.sizes().begin(), t.sizes().end() - drop);
 }
 
+// The C functions below are called directly: torch::stable's finds its operator by name in every
+// call, which takes longer than the call. These outlive a release as the stable ABI does.
+
+inline int32_t dtype_number(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
+// An uninitialised, contiguous tensor on the device of `like`
 inline Tensor empty_like_device(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  Sizes strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * (sizes[i] > 1 ? sizes[i] : 1);
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               dtype_number(dtype), device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// The tensor itself where it is contiguous already
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 }  // namespace dmax

@@ -19,7 +19,7 @@ struct LossOptions {
 // Targets as int64, each ignore_index or inside the vocabulary
 inline Tensor checked_targets(const char* op, const Tensor& target, int64_t vocab,
                               int64_t ignore_index) {
-  const Tensor wide = torch::stable::contiguous(torch::stable::to(target, ScalarType::Long));
+  const Tensor wide = as_contiguous(torch::stable::to(target, ScalarType::Long));
   const int64_t* data = wide.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < wide.numel(); ++i) {
     DMAX_CHECK(data[i] == ignore_index || (data[i] >= 0 && data[i] < vocab), op,

@@ -27,9 +27,8 @@ struct Positions {
 
 Positions checked_positions(const char* op, const Tensor& token, const Tensor& confidence,
                             const Tensor& masked, const EmbeddingSizes& sizes) {
-  Positions positions{torch::stable::contiguous(torch::stable::to(token, ScalarType::Long)),
-                      torch::stable::contiguous(confidence), torch::stable::contiguous(masked),
-                      sizes};
+  Positions positions{as_contiguous(torch::stable::to(token, ScalarType::Long)),
+                      as_contiguous(confidence), as_contiguous(masked), sizes};
   const int64_t* ids = positions.token.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < sizes.positions * sizes.k; ++i) {
     DMAX_CHECK(positions.is_masked(i / sizes.k) || (ids[i] >= 0 && ids[i] < sizes.vocab), op,
@@ -164,7 +163,7 @@ std::tuple<Tensor, Tensor> hybrid_embedding_backward(Tensor grad_output, Tensor 
   Tensor grad_confidence =
       torch::stable::new_zeros(confidence, sizes_of(confidence), ScalarType::Float);
   const RowView view = row_view(embedding);
-  const Tensor grad_c = torch::stable::contiguous(grad_output);
+  const Tensor grad_c = as_contiguous(grad_output);
   float* grad_confidence_out = grad_confidence.mutable_data_ptr<float>();
 
   dispatch_float(embedding.scalar_type(), [&](auto element) {

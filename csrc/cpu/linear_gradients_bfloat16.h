@@ -39,7 +39,7 @@ class BFloat16Gradients {
       products_.pack_rows(view.from_row(row), m, dim_, packed_hidden_.back().data);
     }
     if (grads.needs_weight()) {
-      hidden_columns_ = torch::stable::contiguous(torch::stable::transpose(hidden_, 0, 1));
+      hidden_columns_ = as_contiguous(torch::stable::transpose(hidden_, 0, 1));
     }
     if (grads.needs_hidden()) {
       grad_columns_ = torch::stable::new_zeros(weight, {dim_, rows_}, ScalarType::Float);

@@ -24,7 +24,7 @@ namespace {
 std::vector<float> widened_bias(const OptionalTensor& bias) {
   if (!bias) return {};
   std::vector<float> wide(bias->numel());
-  const Tensor values = torch::stable::contiguous(*bias);
+  const Tensor values = as_contiguous(*bias);
   dispatch_float(bias->scalar_type(), [&](auto element) {
     using T = decltype(element);
     tile_kernels<T>().widen(wide.data(), static_cast<const T*>(values.const_data_ptr()),
@@ -72,9 +72,9 @@ class LogitGradients {
         options_(options) {
     for (int pass = 0; pass < kPasses; ++pass) {
       if (grad_losses[pass]) {  // an expanded 1 has stride 0
-        grad_losses_[pass] = torch::stable::contiguous(*grad_losses[pass]);
+        grad_losses_[pass] = as_contiguous(*grad_losses[pass]);
       }
-      log_sums_[pass] = torch::stable::contiguous(log_sums[pass]);
+      log_sums_[pass] = as_contiguous(log_sums[pass]);
     }
   }
 

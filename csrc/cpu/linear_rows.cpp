@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> linear_sample_tokens(Tensor hidden, Tensor weight, Te
   if (token.numel() == 0) return {token, probability};
   int64_t* token_out = token.mutable_data_ptr<int64_t>();
   float* probability_out = probability.mutable_data_ptr<float>();
-  const Tensor seed_c = torch::stable::contiguous(seed);
+  const Tensor seed_c = as_contiguous(seed);
   const int64_t* seeds = seed_c.const_data_ptr<int64_t>();
   const bool seed_per_row = is_seed_per_row(seed);
 

@@ -29,7 +29,7 @@ void reduce_linear_rows_of(const Tensor& hidden, const Tensor& weight, const Opt
   const T* bias_data = nullptr;
   OptionalTensor bias_c;
   if (bias) {
-    bias_c = torch::stable::contiguous(*bias);
+    bias_c = as_contiguous(*bias);
     bias_data = static_cast<const T*>(bias_c->const_data_ptr());
   }
 

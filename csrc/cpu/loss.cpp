@@ -63,7 +63,7 @@ Tensor pass_loss_and_grad_(const OptionalTensor& logits, const OptionalTensor& g
   const RowView view = row_view(*logits);
   Tensor loss = torch::stable::new_zeros(like, sizes_of(target), ScalarType::Float);
   OptionalTensor grad_c;
-  if (grad) grad_c = torch::stable::contiguous(*grad);
+  if (grad) grad_c = as_contiguous(*grad);
   const float* grads = grad_c ? grad_c->const_data_ptr<float>() : nullptr;
   const int64_t* targets = target_ids.const_data_ptr<int64_t>();
   float* loss_out = loss.mutable_data_ptr<float>();
@@ -117,8 +117,8 @@ Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor
   const Tensor ids = checked_targets(op, target, vocab, ignore_index);
   Tensor grad_logits = empty_like_device(logits, sizes_of(logits), logits.scalar_type());
   const RowView view = row_view(logits);
-  const Tensor grad_c = torch::stable::contiguous(grad_loss);  // an expanded 1 comes with stride 0
-  const Tensor logsumexp_c = torch::stable::contiguous(logsumexp);
+  const Tensor grad_c = as_contiguous(grad_loss);  // an expanded 1 comes with stride 0
+  const Tensor logsumexp_c = as_contiguous(logsumexp);
   const int64_t* targets = ids.const_data_ptr<int64_t>();
   const float* grads = grad_c.const_data_ptr<float>();
   const float* log_sums = logsumexp_c.const_data_ptr<float>();

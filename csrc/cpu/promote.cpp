@@ -9,8 +9,8 @@ namespace dmax::cpu {
 Tensor prefix_promote(Tensor confidence, Tensor masked, double threshold, bool inclusive) {
   const auto sizes = check_prefix_promote(confidence, masked, threshold, inclusive);
   Tensor promoted = empty_like_device(confidence, sizes_of(confidence), ScalarType::Bool);
-  const Tensor c = torch::stable::contiguous(confidence);
-  const Tensor m = torch::stable::contiguous(masked);
+  const Tensor c = as_contiguous(confidence);
+  const Tensor m = as_contiguous(masked);
   const float* c_data = c.const_data_ptr<float>();
   const bool* m_data = m.const_data_ptr<bool>();
   bool* out = promoted.mutable_data_ptr<bool>();

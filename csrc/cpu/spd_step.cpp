@@ -101,7 +101,7 @@ void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, 
   int64_t* token_data = token.mutable_data_ptr<int64_t>();
   bool* converged_data = converged.mutable_data_ptr<bool>();
   OptionalTensor thresholds_c;
-  if (thresholds) thresholds_c = torch::stable::contiguous(*thresholds);
+  if (thresholds) thresholds_c = as_contiguous(*thresholds);
   const float* taus = thresholds_c ? thresholds_c->const_data_ptr<float>() : nullptr;
 
   // Hard positions are looked up in the table, so their ids are checked before anything is written

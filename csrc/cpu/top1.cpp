@@ -89,9 +89,9 @@ std::tuple<Tensor, Tensor> top1_merge(Tensor maximum, Tensor sum_exp, Tensor tok
   const Sizes out_sizes(maximum.sizes().begin() + 1, maximum.sizes().end());
   Tensor merged = empty_like_device(maximum, out_sizes, ScalarType::Long);
   Tensor confidence = empty_like_device(maximum, out_sizes, ScalarType::Float);
-  const Tensor maximum_c = torch::stable::contiguous(maximum);
-  const Tensor sum_exp_c = torch::stable::contiguous(sum_exp);
-  const Tensor token_c = torch::stable::contiguous(token);
+  const Tensor maximum_c = as_contiguous(maximum);
+  const Tensor sum_exp_c = as_contiguous(sum_exp);
+  const Tensor token_c = as_contiguous(token);
   int64_t* merged_out = merged.mutable_data_ptr<int64_t>();
   float* confidence_out = confidence.mutable_data_ptr<float>();
 

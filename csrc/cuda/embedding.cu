@@ -25,8 +25,7 @@ struct MixTensors {
 };
 
 MixTensors mix_tensors(const Tensor& token, const Tensor& confidence, const Tensor& masked) {
-  return {torch::stable::contiguous(token), torch::stable::contiguous(confidence),
-          torch::stable::contiguous(masked)};
+  return {as_contiguous(token), as_contiguous(confidence), as_contiguous(masked)};
 }
 
 // ATen's stable sort: (values, indices), with equal ids in their first order
@@ -73,7 +72,7 @@ std::tuple<Tensor, Tensor> hybrid_embedding_backward(Tensor grad_output, Tensor 
 
   const RowView table = row_view(embedding);
   const MixTensors mix = mix_tensors(token, confidence, masked);
-  const Tensor grad = torch::stable::contiguous(grad_output);
+  const Tensor grad = as_contiguous(grad_output);
   const int64_t entries = sizes.positions * sizes.k;
   const Tensor ids = empty_like_device(embedding, {entries}, ScalarType::Long);
   const Tensor positions = call.scratch(embedding, sizes.positions * sizeof(PositionGrad));

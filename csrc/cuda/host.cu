@@ -2,8 +2,10 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -113,12 +115,7 @@ static int most_cluster_rows() {
   return value == nullptr ? kMostClusterRows : std::atoi(value);
 }
 
-const Device& device_properties(const char* op, int device_index) {
-  static std::mutex mutex;
-  static auto* known = new std::map<int, Device>();
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known->find(device_index);
-  if (found != known->end()) return found->second;
+static Device read_properties(const char* op, int device_index) {
   const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
     check_cuda(op, cudaDeviceGetAttribute(&value, which, device_index));
@@ -130,7 +127,24 @@ const Device& device_properties(const char* op, int device_index) {
   DMAX_CHECK(device.major >= 8, op,
              ": needs a GPU of compute capability 8.0 or newer, cuda:", device_index, " has ",
              device.major, ".", attribute(cudaDevAttrComputeCapabilityMinor));
-  return known->emplace(device_index, device).first->second;
+  return device;
+}
+
+const Device& device_properties(const char* op, int device_index) {
+  // Read by every call, and therefore without a lock. Two threads that come first may both read a
+  // device's properties; the one that comes second lets go of its copy.
+  constexpr int kMostDevices = 256;  // torch counts them in 8 bits
+  static std::atomic<const Device*> known[kMostDevices];
+  DMAX_CHECK(device_index >= 0 && device_index < kMostDevices, op,
+             ": no such device, cuda:", device_index);
+  std::atomic<const Device*>& place = known[device_index];
+  const Device* found = place.load(std::memory_order_acquire);
+  if (found != nullptr) return *found;
+  auto read = std::make_unique<const Device>(read_properties(op, device_index));
+  if (place.compare_exchange_strong(found, read.get(), std::memory_order_acq_rel)) {
+    return *read.release();  // it lives as long as the process
+  }
+  return *found;
 }
 
 void Call::check(cudaError_t error) const { check_cuda(op_, error); }

@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> oput_loss(OptionalTensor logits_maske
     out[2 + i] = empty_like_device(like, shape, ScalarType::Float);
     if (logits) passes.push_back({row_view(*logits), out[i], out[2 + i], {}});
   }
-  const Tensor targets = torch::stable::contiguous(target);
+  const Tensor targets = as_contiguous(target);
   const LossOptions options = loss_options(ignore_index, label_smoothing, z_loss);
   const int64_t rows = passes[0].rows.rows * static_cast<int64_t>(passes.size());
   if (rows > 0) {
@@ -88,9 +88,9 @@ Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor
   Tensor grad_logits = empty_like_device(logits, sizes_of(logits), logits.scalar_type());
   const RowView view = row_view(logits);
   if (view.rows == 0) return grad_logits;
-  const Tensor targets = torch::stable::contiguous(target);
-  const Tensor grads = torch::stable::contiguous(grad_loss);  // an expanded 1 comes with stride 0
-  const Tensor log_sums = torch::stable::contiguous(logsumexp);
+  const Tensor targets = as_contiguous(target);
+  const Tensor grads = as_contiguous(grad_loss);  // an expanded 1 comes with stride 0
+  const Tensor log_sums = as_contiguous(logsumexp);
   const LossOptions options = loss_options(ignore_index, label_smoothing, z_loss);
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
@@ -123,10 +123,10 @@ std::tuple<Tensor, Tensor> oput_loss_and_grad_(OptionalTensor logits_masked,
     losses[i] = empty_like_device(like, logits ? sizes_of(target) : Sizes{0}, ScalarType::Float);
     if (!logits) continue;
     Pass pass{row_view(*logits), losses[i], losses[i], {}};
-    if (grad) pass.grad = torch::stable::contiguous(*grad);
+    if (grad) pass.grad = as_contiguous(*grad);
     passes.push_back(pass);
   }
-  const Tensor targets = torch::stable::contiguous(target);
+  const Tensor targets = as_contiguous(target);
   const LossOptions options = loss_options(ignore_index, label_smoothing, z_loss);
   LossGrad grads{};
   for (size_t i = 0; i < passes.size(); ++i) {

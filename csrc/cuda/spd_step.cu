@@ -18,7 +18,7 @@ void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, 
   if (view.rows == 0) return;
   const RowView table = row_view(embedding);
   OptionalTensor tau;
-  if (thresholds) tau = torch::stable::contiguous(*thresholds);
+  if (thresholds) tau = as_contiguous(*thresholds);
 
   SpdArgs args{};
   args.editable = editable.const_data_ptr<bool>();

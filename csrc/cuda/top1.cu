@@ -87,9 +87,9 @@ std::tuple<Tensor, Tensor> merge_shards(const char* op, const Tensor& maximum,
   Tensor merged = empty_like_device(maximum, out, ScalarType::Long);
   Tensor probability = empty_like_device(maximum, out, ScalarType::Float);
   if (maximum.numel() == 0) return {merged, probability};
-  const Tensor maxima = torch::stable::contiguous(maximum);
-  const Tensor sums = torch::stable::contiguous(sum_exp);
-  const Tensor tokens = torch::stable::contiguous(token);
+  const Tensor maxima = as_contiguous(maximum);
+  const Tensor sums = as_contiguous(sum_exp);
+  const Tensor tokens = as_contiguous(token);
   OptionalTensor scores, weights;
   ShardRows shards{maxima.const_data_ptr<float>(),
                    sums.const_data_ptr<float>(),
@@ -100,8 +100,8 @@ std::tuple<Tensor, Tensor> merge_shards(const char* op, const Tensor& maximum,
                    maximum.numel() / maximum.size(0),
                    softmax_scale(temperature)};
   if (score) {
-    scores = torch::stable::contiguous(*score);
-    weights = torch::stable::contiguous(*weight);
+    scores = as_contiguous(*score);
+    weights = as_contiguous(*weight);
     shards.score = scores->const_data_ptr<float>();
     shards.weight = weights->const_data_ptr<float>();
   }

@@ -46,9 +46,12 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
     positional = [argument for argument in op._schema.arguments if not argument.kwarg_only]
     keyword_only = [argument for argument in op._schema.arguments if argument.kwarg_only]
 
+    redispatch, after = op._handle.redispatch_boxed, torch._C._after_autograd_keyset
+    is_grad_enabled, any_requires_grad = torch.is_grad_enabled, torch._C._any_requires_grad
+
     def below_autograd(keyset, args, options):
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
+            return redispatch(keyset & after, *args, **options)
 
     class Differentiable(torch.autograd.function._SingleLevelFunction):
         @staticmethod
@@ -69,9 +72,10 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
             raise RuntimeError(f"{name}: has no forward-mode derivative")
 
     def autograd(keyset, *args, **options):
-        differentiated = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        # Most calls: with nothing to record, the op needs no guard, which takes a microsecond
+        differentiated = is_grad_enabled() and any_requires_grad(*args)
         if not differentiated and forward_ad._current_level < 0:
-            return below_autograd(keyset, args, options)
+            return redispatch(keyset & after, *args, **options)
         # The dispatcher drops arguments that equal their defaults
         args = (*args, *(argument.default_value for argument in positional[len(args) :]))
         options = {a.name: options.get(a.name, a.default_value) for a in keyword_only}
@@ -105,8 +109,12 @@ def register_in_place(name: str) -> None:
         if argument.alias_info is not None and argument.alias_info.is_write
     }
 
+    redispatch, after = op._handle.redispatch_boxed, torch._C._after_ADInplaceOrView_keyset
+    increment_version = torch.autograd.graph.increment_version
+
     def count_versions(keyset, *args, **kwargs):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*(args[i] for i in written)):
+        given = [args[i] for i in written if args[i] is not None]
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*given):
             leaf = next(
                 n for i, n in written.items() if args[i] is not None and args[i].requires_grad
             )
@@ -114,8 +122,7 @@ def register_in_place(name: str) -> None:
                 f"{name}: {leaf} is written in place and must not require a gradient, got one that "
                 "does: detach it, or call the op under torch.no_grad()"
             )
-        torch.autograd.graph.increment_version([args[i] for i in written if args[i] is not None])
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+        increment_version(given)
+        return redispatch(keyset & after, *args, **kwargs)
 
     _library.impl(name, count_versions, "ADInplaceOrView", with_keyset=True)
