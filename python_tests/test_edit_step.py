@@ -4,7 +4,7 @@ import pytest
 import torch
 from edit_cases import EDIT_OPTIONS, copy_of, edit_case, new_state
 from edit_in_python import ENGINES, Engine
-from fuzzing import FUNCTIONS, everywhere, on, random_generator, run_examples
+from fuzzing import FLOATS, FUNCTIONS, LAYOUTS, everywhere, on, random_generator, run_examples
 from hypothesis import strategies as st
 from tolerances import REFERENCE_RTOL, assert_close
 
@@ -152,6 +152,17 @@ def test_dinfers_margin(backend):
 
 
 @everywhere
+def test_temperature_scales_what_is_compared(backend):
+    """Odds of 3 to 1 of each other id: 3 / 18 at temperature 1, 729 / 744 at 1 / 6."""
+    logits = torch.zeros(1, 2, VOCAB)
+    logits[..., 5] = torch.tensor(3.0).log()
+    for temperature, filled in ((1.0, 1), (1 / 6, 2)):
+        state = state_of([[MASK, MASK]])
+        take_step(backend, logits, state, temperature=temperature)
+        assert (state["token"] == 5).sum() == filled
+
+
+@everywhere
 def test_a_predicted_mask_stays_or_makes_a_mask(backend):
     """As in SGLang, where a block's masks are whatever its ids say."""
     options = {"rule": "joint_threshold", "edit_threshold": 0.5}
@@ -191,6 +202,7 @@ def test_done_row_is_left_alone(backend, rule):
 
 # ---- Trajectories against the engines
 
+KEEPING_VALUES = sorted(set(LAYOUTS) - {"one row expanded"})
 THRESHOLDS = st.sampled_from([-1.0, 0.0, 0.125, 0.2, 0.25, 0.5, 0.7, 1.0])
 
 
@@ -220,6 +232,7 @@ def follow_the_engines(draw, backend, rule):
     if batch > 1:
         options |= {"threshold": 0.0, "thresholds": torch.tensor(taus)}
 
+    layout, dtype = LAYOUTS[draw(st.sampled_from(KEEPING_VALUES))], draw(FLOATS)
     state = state_of(token, prompt)
     done = [False] * batch
     for _ in range(4 if slow else 7):
@@ -228,7 +241,7 @@ def follow_the_engines(draw, backend, rule):
             [(y, min(m, 1) if y == MASK else m) for y, m in zip(*row, strict=True)]
             for row in zip(y, m, strict=True)
         ]
-        take_step(backend, logits_of(pairs), state, **options)
+        take_step(backend, layout(logits_of(pairs).to(dtype)), state, **options)
         for b in range(batch):
             if done[b]:
                 continue

@@ -168,8 +168,15 @@ def decode(logits, embedding, seed, state):
     dmax_kernels.spd_step_(
         logits, embedding, **state, mask_token_id=29, tau_dec=0.1, tau_acc=0.9, top_k=2
     )
+    filled = torch.full_like(token, 29)
+    dmax_kernels.edit_step_(
+        logits, editable=state["editable"], token=filled, prediction=token.clone(),
+        confidence=confidence.clone(), post_edit_steps=torch.zeros_like(state["step"]),
+        done=torch.zeros_like(state["converged"]), mask_token_id=29, threshold=0.2,
+        rule="joint_threshold",
+    )  # fmt: skip
     return (
-        token + 0, confidence * 1, promoted, embeds, sampled, probability, merged,
+        token + 0, confidence * 1, promoted, embeds, sampled, probability, merged, filled,
         statistics.entropy * 1, *statistics,
     )  # fmt: skip
 

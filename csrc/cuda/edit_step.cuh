@@ -117,7 +117,7 @@ __device__ __forceinline__ void update_row(const EditArgs& args, int64_t batch_r
   const float edit_threshold = own == nullptr ? args.edit_threshold : own[1];
   const float best_confidence = confidence_of_key(best);
   bool edited = false;
-  // No barrier comes before it: a thread reads and writes its own positions only
+  // A thread reads and writes its own positions only, so no barrier has to come first
   for (int i = thread; i < args.block; i += kRowThreads) {
     const int64_t index = base + i;
     if (!args.editable[index]) continue;
