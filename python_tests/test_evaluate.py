@@ -10,7 +10,7 @@ from stand_in import save_stand_in
 from dmax_kernels.__main__ import main
 from dmax_kernels.cli import evaluate as command
 from dmax_kernels.decoding import spd_generate
-from dmax_kernels.evaluation import metrics
+from dmax_kernels.evaluation import cells, metrics
 from dmax_kernels.models import workers
 from dmax_kernels.models.checkpoint import load_checkpoint
 from dmax_kernels.models.pretrained import load_pretrained
@@ -18,6 +18,7 @@ from dmax_kernels.ring_walk import evaluate, task
 from dmax_kernels.ring_walk.evaluate import Cell
 
 PNG = b"\x89PNG"
+FIRST = 10  # problems after which a row may stop
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -27,6 +28,13 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_first_problems():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "FIRST_PROBLEMS", FIRST)
+        yield
 
 
 def run(*more, data="ring_walk"):
@@ -43,7 +51,7 @@ def one_line(capsys):
 def walks(tmp_path_factory):
     """One run over more problems than the first batch, with a row that collapses."""
     folder = tmp_path_factory.mktemp("evaluate")
-    problems = evaluate.FIRST_PROBLEMS + 6
+    problems = FIRST + 4
     printed = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *text, **_: printed.append(" ".join(map(str, text))))
@@ -59,16 +67,16 @@ def walks(tmp_path_factory):
 
 def test_the_rows_are_the_demos_cells(walks):
     _, report, _, count = walks
-    cells = [
+    expected = [
         Cell(model, rule, tau)
         for model in ("base", "oput")
         for rule, tau in (("spd", 0.5), ("threshold", 0.9), ("threshold", 0.5))
     ]
     names = {name: name for name in ("base", "oput")}
     demo = dict(
-        evaluate.evaluate_cells(cells, names, task.evaluation_problems(count), "fused", workers=1)
+        evaluate.evaluate_cells(expected, names, task.evaluation_problems(count), "fused", 1)
     )
-    assert len(report["rows"]) == len(cells)
+    assert len(report["rows"]) == len(expected)
     renamed = {"tokens_per_forward": "tokens_per_forward_mean"}
     for row, (cell, result) in zip(report["rows"], demo.items(), strict=True):
         assert (row["model"], row["rule"], row["tau_dec"]) == (cell.model, cell.rule, cell.tau_dec)
@@ -76,7 +84,7 @@ def test_the_rows_are_the_demos_cells(walks):
             if name != "arness":
                 assert row[renamed.get(name, name)] == value, (cell, name)
     assert [row["collapsed"] for row in report["rows"]] == [True, *[False] * 5]
-    assert {row["problems"] for row in report["rows"]} == {count, evaluate.FIRST_PROBLEMS}
+    assert {row["problems"] for row in report["rows"]} == {count, FIRST}
 
 
 def test_the_figures_follow_from_the_problems(walks):
@@ -138,7 +146,7 @@ def test_what_a_run_writes(walks):
     rows = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
     assert len(rows) == sum(row["problems"] for row in report["rows"])
     tokenizer = load_checkpoint("oput")[1]
-    for row in random.Random(0).sample(rows, 20):
+    for row in random.Random(0).sample(rows, 12):
         problem = task.evaluation_problems(60)[int(row["problem"][len("ring_walk[") : -1])]
         words = tokenizer(row["response"])["input_ids"] + [task.EOS_ID] * row["complete"]
         graded = task.grade(problem, task.decode(words))
@@ -216,12 +224,24 @@ def test_a_grade_of_the_users_own(problems, tmp_path):
     output = tmp_path / "rows.json"
     more = ["--prompt-field", "question", "--grade", "test_evaluate:is_long", "--json", output]
     more += ["--max-new-tokens", "40", "--problems", "2", "--batch-size", "2", "--rule", "factor"]
-    assert run("--model", folder, *more, data=problems[0]) == 0
+    assert run("--model", f"mine={folder}", *more, data=problems[0]) == 0
     (row,) = json.loads(output.read_text())["rows"]
+    assert row["model"] == "mine"
     assert row["rule"] == "factor"
     assert row["asked"] == 1.0
     assert row["problems"] == 2
     assert row["per_problem"]["right"]["long"] == [n > 20 for n in row["per_problem"]["tokens"]]
+
+
+def moody(response, record):
+    return {"long" if record["gold"] == "so w3" else "short": True}
+
+
+def test_a_grade_with_other_measures_each_time_is_refused(problems, tmp_path, capsys):
+    folder = save_stand_in(tmp_path / "model")
+    more = ["--prompt-field", "question", "--grade", "test_evaluate:moody"]
+    assert run("--model", folder, *more, "--max-new-tokens", "8", data=problems[0]) == 1
+    assert "must have the same measures each time, long, got short" in one_line(capsys)
 
 
 def test_a_mistake_is_one_line(problems, tmp_path, capsys):
@@ -230,7 +250,11 @@ def test_a_mistake_is_one_line(problems, tmp_path, capsys):
     asked = ["--model", "oput", "--prompt-field", "question"]
     cases = [
         (["--model", "none"], "ring_walk", "OWNER/NAME on the Hugging Face hub, got 'none'"),
-        ([*walks, "--model", "oput"], "ring_walk", "--model must be given once for each model"),
+        (
+            [*walks, "--model", "oput"],
+            "ring_walk",
+            "--model must be given once for each label, got oput",
+        ),
         ([*walks, "--rule", "fast"], "ring_walk", "rule must be one of 'spd'"),
         ([*walks, "--rule", "spd:x"], "ring_walk", "--rule must be NAME or NAME:TAU,TAU,..., got"),
         ([*walks, "--rule", "spd:2"], "ring_walk", "tau_dec must be in [0, 1], got 2.0"),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dmax_kernels.evaluation.cells import Cell, Outcome
     from dmax_kernels.evaluation.run import Evaluation
     from dmax_kernels.models.prompt_file import Prompt
+    from dmax_kernels.models.workers import Models
 
 DESCRIPTION = """\
 Answers problems with models and decoding rules, and prints for each of them accuracy, tokens per
@@ -58,7 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = DESCRIPTION
     add = parser.add_argument
-    add("--model", required=True, action="append", help="a name or a folder; several are compared")
+    add(
+        "--model",
+        required=True,
+        action="append",
+        metavar="[LABEL=]NAME",
+        help="a name or a folder, as `generate` takes it; several are compared, by their labels",
+    )
     add(
         "--rule",
         action="append",
@@ -121,17 +128,17 @@ def run(args: argparse.Namespace) -> int:
     if args.data != RING_WALK:
         check_input("--data", Path(args.data))
     from dmax_kernels.evaluation.report import LEGEND, Report
+    from dmax_kernels.models.workers import Models
 
     device, dtype = machine(args)
-    labels = args.model
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"--model must be given once for each model, got {' '.join(labels)}")
-    cells = read_cells(args)
+    names = read_models(args.model)
+    cells = read_cells(args, names)
     if not 0 <= args.baseline < len(cells):
         raise ValueError(f"--baseline must be in [0, {len(cells)}), got {args.baseline}")
     evaluation = make_evaluation(args)
     evaluation.check(cells)
-    outcomes = decode_cells(args, evaluation, cells, device, dtype)
+    setup = partial(Models, names, dtype=dtype, device=device)
+    outcomes = decode_cells(args, evaluation, cells, setup)
     report = Report({cell: outcomes[cell] for cell in cells}, args.baseline)
 
     print(f"{len(evaluation.prompts)} problems of {args.data}, ops {evaluation.options['ops']!r}.")
@@ -151,14 +158,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_cells(args: argparse.Namespace) -> list[Cell]:
+def read_models(texts: list[str]) -> dict[str, str]:
+    """The models' names by their labels; without a label, the name is one."""
+    names: dict[str, str] = {}
+    for text in texts:
+        label, equals, name = text.partition("=")
+        if not equals or "/" in label or not label:
+            label = name = text
+        if label in names:
+            raise ValueError(f"--model must be given once for each label, got {label} twice")
+        names[label] = name
+    return names
+
+
+def read_cells(args: argparse.Namespace, names: dict[str, str]) -> list[Cell]:
     """The rows: each model with each rule and each of its thresholds."""
     from dmax_kernels.evaluation.cells import Cell
     from dmax_kernels.models.pretrained import defaults_of
 
     cells: dict[Cell, None] = {}
-    for model in args.model:
-        own = defaults_of(model)
+    for model, name in names.items():
+        own = defaults_of(name)
         for text in args.rule or [own.rule]:
             rule, _, taus = text.partition(":")
             try:
@@ -218,19 +238,21 @@ def ring_walks(count: int, seed: int) -> list[Prompt]:
 
 
 def decode_cells(
-    args: argparse.Namespace, evaluation: Evaluation, cells: list[Cell], device: str, dtype: Any
+    args: argparse.Namespace,
+    evaluation: Evaluation,
+    cells: list[Cell],
+    setup: partial[Models],
 ) -> dict[Cell, Outcome]:
     import torch
     from tqdm import tqdm
 
     from dmax_kernels.evaluation.run import evaluate
-    from dmax_kernels.models.workers import Models, available_cores
+    from dmax_kernels.models.workers import available_cores
 
     workers = min(args.workers, len(cells))
     threads = args.threads or max(1, available_cores() // workers)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    setup = partial(Models, {model: model for model in args.model}, dtype=dtype, device=device)
     outcomes = {}
     total = len(cells) * len(evaluation.prompts)
     with tqdm(total=total, desc="decoding", unit="problem", leave=False) as bar:

@@ -169,9 +169,14 @@ def add_batch(
     for problem, token_ids in zip(problems, output.answers, strict=True):
         complete = token_ids[-1] in ends
         text = tokenizer.decode(token_ids, skip_special_tokens=True)
-        response = Response(token_ids, complete, text)
-        for measure, is_right in grade(response, problem.record).items():
-            outcome.right.setdefault(measure, []).append(bool(is_right))
+        graded = grade(Response(token_ids, complete, text), problem.record)
+        if outcome.right and graded.keys() != outcome.right.keys():
+            names = [", ".join(measures) or "none" for measures in (outcome.right, graded)]
+            raise ValueError(
+                f"a grade must have the same measures each time, {names[0]}, got {names[1]}"
+            )
+        for measure, is_right in graded.items():
+            outcome.right.setdefault(measure, []).append(is_right)
         outcome.complete.append(complete)
         outcome.texts.append(text)
     outcome.tokens += output.num_tokens.tolist()
