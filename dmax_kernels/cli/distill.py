@@ -47,6 +47,7 @@ DEFAULTS: dict[str, Any] = {"max_new_tokens": 2048, "rule": "threshold", "tau_de
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = "%(prog)s --model NAME --data JSONL --output JSONL [options]"
     parser.description = DESCRIPTION
     add = parser.add_argument
     add("--model", required=True, help="a name or a folder, as `generate` takes it")

@@ -29,14 +29,14 @@ forward pass (mean of ratios and ratio of sums, with and without the end-of-sequ
 passes per block and tokens per second; accuracy under parallelism (AUP) of each rule over its
 thresholds; and intervals for the differences from one row, paired by problem.
 
-  # Table 1's GSM8K rows: the paper evaluates zero-shot, one problem at a time, up to 2048 tokens
-  python -m dmax_kernels evaluate --model inclusionAI/LLaDA2.0-mini --model Zigeng/DMax-Math-16B \\
-      --data gsm8k_test.jsonl --prompt-field question --prompt-suffix "
-  Let's think step by step
-  " --rule threshold:0.95 --rule hierarchical:0.95 --rule spd:0.5,0 --json gsm8k.json
   # what `demo` shows, from the shipped models
-  python -m dmax_kernels evaluate --model base --model oput --data ring_walk --problems 200 \\
-      --rule threshold:0.95,0.5 --rule spd:0.5,0
+  python -m dmax_kernels evaluate --model base --model oput --data ring_walk \\
+      --rule threshold:0.95,0.5 --rule spd:0.5,0 --picture rows.png
+  # the paper's Table 1, zero-shot: two of its rows, and a third by the model's own rule
+  python -m dmax_kernels evaluate --model inclusionAI/LLaDA2.0-mini --data gsm8k_test.jsonl \\
+      --prompt-field question --prompt-suffix $'\\nLet\\'s think step by step\\n' \\
+      --rule threshold:0.95 --rule hierarchical:0.95 --json base.json
+  python -m dmax_kernels evaluate --model Zigeng/DMax-Math-16B --data gsm8k_test.jsonl ...
 
 Problems are records in JSON lines: a prompt, as `distill` reads it, and the right "answer". A
 response is right if the answer that is extracted from it is the same text or the same number. By
@@ -57,6 +57,7 @@ DEFAULTS: dict[str, Any] = {"max_new_tokens": 2048}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = "%(prog)s --model NAME [--model ...] --data JSONL [--rule ...] [options]"
     parser.description = DESCRIPTION
     add = parser.add_argument
     add(

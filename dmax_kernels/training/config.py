@@ -106,7 +106,7 @@ class TrainConfig:
     betas: tuple[float, float] = option((0.9, 0.95), "AdamW's decay rates of its two moments")
     schedule: str = option(
         "cosine",
-        "how the rate falls after the warm-up: cosine to 0, linear to 0, or constant",
+        "how the rate falls after the warm-up: cosine, linear, or constant",
         ("cosine", "linear", "constant"),
     )
     warmup_steps: int = option(20, "steps over which the rate rises linearly to its peak")
