@@ -73,9 +73,8 @@ def test_the_rows_are_the_demos_cells(walks):
         for rule, tau in (("spd", 0.5), ("threshold", 0.9), ("threshold", 0.5))
     ]
     names = {name: name for name in ("base", "oput")}
-    demo = dict(
-        evaluate.evaluate_cells(expected, names, task.evaluation_problems(count), "fused", 1)
-    )
+    problems = task.evaluation_problems(count)
+    demo = dict(evaluate.evaluate_cells(expected, names, problems, "fused", workers=1))
     assert len(report["rows"]) == len(expected)
     renamed = {"tokens_per_forward": "tokens_per_forward_mean"}
     for row, (cell, result) in zip(report["rows"], demo.items(), strict=True):

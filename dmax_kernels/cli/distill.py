@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,8 @@ Several processes, each with a model of its own:
   torchrun --nproc-per-node 8 -m dmax_kernels distill ...              # on any number of machines
                                                                        # that share a file system
 """
+# What changes no token
+FREE = ("ops", "cuda_graph", "poll_lag")
 DEFAULTS: dict[str, Any] = {"max_new_tokens": 2048, "rule": "threshold", "tau_dec": 0.95}
 
 
@@ -103,7 +104,7 @@ def distill_file(args: argparse.Namespace, folder: Path, rank: int, count: int) 
     import torch  # imported here, as what follows: `--help` need not wait for them
 
     from dmax_kernels.models.prompt_file import fingerprint, read_prompts
-    from dmax_kernels.models.workers import Models, available_cores, run_tasks
+    from dmax_kernels.models.workers import available_cores, run_tasks, with_models
     from dmax_kernels.training.distill import (
         Answer,
         Answering,
@@ -121,7 +122,7 @@ def distill_file(args: argparse.Namespace, folder: Path, rank: int, count: int) 
     prompts = read_prompts(args.data, "--data", field=args.prompt_field, suffix=args.prompt_suffix)
     options = {**DEFAULTS, **given_options(args)}
     settings = {
-        **{name: value for name, value in options.items() if name not in ("ops", "cuda_graph")},
+        **{name: value for name, value in options.items() if name not in FREE},
         **{"model": args.model, "dtype": args.dtype, "raw": args.raw, "pad": args.pad_prompts},
         "prompts": fingerprint(prompts),
     }
@@ -131,11 +132,11 @@ def distill_file(args: argparse.Namespace, folder: Path, rank: int, count: int) 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     answering = Answering(prompts, options, raw=args.raw, pad=args.pad_prompts)
-    setup = partial(Models, {"model": args.model}, dtype=dtype, device=device)
+    setup = with_models(answering, {"model": args.model}, dtype=dtype, device=device)
 
     def answer_batches(batches: list[list[int]]) -> Iterator[list[Answer]]:
         workers = min(args.processes, max(len(batches), 1))
-        for _, answers in run_tasks(answering, batches, setup, workers=workers, threads=threads):
+        for _, answers in run_tasks(setup, batches, workers=workers, threads=threads):
             yield answers
 
     distill(
@@ -144,11 +145,10 @@ def distill_file(args: argparse.Namespace, folder: Path, rank: int, count: int) 
         count=count,
         progress=rank == 0,
     )
-    answers = log.answers()
-    if len(answers) < len(prompts):  # another process writes the output, when it is done
+    if len(log.places()) < len(prompts):  # another process writes the output, when it is done
         return 0
-    kept = write_training_data(args.output, prompts, answers)
-    counts = Counts().add(list(answers.values()))
+    kept = write_training_data(args.output, prompts, log)
+    counts = Counts().add(log.answers())
     print(
         f"wrote {args.output}: {kept} of {len(prompts)} prompts; dropped "
         f"{counts.incomplete} incomplete, {counts.too_long} too long for the model's context and "

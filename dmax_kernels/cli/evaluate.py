@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from dmax_kernels.evaluation.cells import Cell, Outcome
     from dmax_kernels.evaluation.run import Evaluation
     from dmax_kernels.models.prompt_file import Prompt
-    from dmax_kernels.models.workers import Models
 
 DESCRIPTION = """\
 Answers problems with models and decoding rules, and prints for each of them accuracy, tokens per
@@ -129,7 +127,6 @@ def run(args: argparse.Namespace) -> int:
     if args.data != RING_WALK:
         check_input("--data", Path(args.data))
     from dmax_kernels.evaluation.report import LEGEND, Report
-    from dmax_kernels.models.workers import Models
 
     device, dtype = machine(args)
     names = read_models(args.model)
@@ -138,8 +135,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--baseline must be in [0, {len(cells)}), got {args.baseline}")
     evaluation = make_evaluation(args)
     evaluation.check(cells)
-    setup = partial(Models, names, dtype=dtype, device=device)
-    outcomes = decode_cells(args, evaluation, cells, setup)
+    where = {"dtype": dtype, "device": device}
+    outcomes = decode_cells(args, evaluation, cells, names, where)
     report = Report({cell: outcomes[cell] for cell in cells}, args.baseline)
 
     print(f"{len(evaluation.prompts)} problems of {args.data}, ops {evaluation.options['ops']!r}.")
@@ -242,7 +239,8 @@ def decode_cells(
     args: argparse.Namespace,
     evaluation: Evaluation,
     cells: list[Cell],
-    setup: partial[Models],
+    names: dict[str, str],
+    where: dict[str, Any],
 ) -> dict[Cell, Outcome]:
     import torch
     from tqdm import tqdm
@@ -258,7 +256,11 @@ def decode_cells(
     total = len(cells) * len(evaluation.prompts)
     with tqdm(total=total, desc="decoding", unit="problem", leave=False) as bar:
         for cell, outcome in evaluate(
-            evaluation, cells, setup, workers=workers, threads=threads, on_batch=bar.update
+            *(evaluation, cells, names),
+            workers=workers,
+            threads=threads,
+            on_batch=bar.update,
+            **where,
         ):
             outcomes[cell] = outcome
             bar.total -= len(evaluation.prompts) - outcome.problems  # of a row that has collapsed

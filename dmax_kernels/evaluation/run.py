@@ -11,7 +11,7 @@ from dmax_kernels.decoding import DecodeConfig
 from dmax_kernels.decoding.rules import find_rule
 from dmax_kernels.evaluation.cells import Cell, Grade, Outcome, Problem, run_cell
 from dmax_kernels.models.prompt_file import Prompt, encode_prompts
-from dmax_kernels.models.workers import Models, run_tasks
+from dmax_kernels.models.workers import Models, run_tasks, with_models
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,24 @@ class Evaluation:
 def evaluate(
     evaluation: Evaluation,
     cells: list[Cell],
-    setup: partial[Models],
+    names: dict[str, str],
     *,
     workers: int = 1,
     threads: int = 1,
     on_batch: Callable[[int], None] = lambda count: None,
+    **options: Any,
 ) -> Iterator[tuple[Cell, Outcome]]:
-    """Outcomes as they come. `on_batch` is told of every batch in one process, else of cells."""
+    """Outcomes as they come.
+
+    Args:
+        names, options: of `Models`.
+        on_batch: told of the problems of each batch in one process, else of each cell.
+    """
     if workers == 1:
         function = partial(Evaluation.run, evaluation, on_batch=on_batch)
-        yield from run_tasks(function, cells, setup)
+        yield from run_tasks(with_models(function, names, **options), cells)
         return
-    for cell, outcome in run_tasks(evaluation, cells, setup, workers=workers, threads=threads):
+    setup = with_models(evaluation, names, **options)
+    for cell, outcome in run_tasks(setup, cells, workers=workers, threads=threads):
         on_batch(outcome.problems)
         yield cell, outcome

@@ -1,20 +1,24 @@
-"""One function over many tasks, in processes of which each has loaded its models once."""
+"""Many tasks in several processes, of which each loads its models once."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from typing import Any
 
 import torch
 
 from dmax_kernels.models.pretrained import Loaded, load_pretrained
 
-# Makes what a process needs for all of its tasks, from the process's number, counted from 0
-Setup = Callable[[int], Any]
+Work = Callable[[Any], Any]  # from a task to its result
+# Makes a process's work, from the process's number, counted from 0. It is sent to a process once,
+# with all that its tasks share; a task is sent alone.
+Setup = Callable[[int], Work]
+WithModels = Callable[["Models", Any], Any]  # from models and a task to its result
 
 
 class Models:
@@ -48,23 +52,31 @@ class Models:
         return self.held[1]
 
 
+def with_models(
+    function: Callable[[Models, Any], Any], names: dict[str, str], **options: Any
+) -> Setup:
+    """The setup of work that is function(models, task); `options` are those of `Models`."""
+    return partial(_bind, function, partial(Models, names, **options))
+
+
+def _bind(
+    function: Callable[[Models, Any], Any], load: Callable[[int], Models], number: int
+) -> Work:
+    return partial(function, load(number))
+
+
 def run_tasks(
-    function: Callable[[Any, Any], Any],
-    tasks: Sequence[Any],
-    setup: Setup,
-    *,
-    workers: int = 1,
-    threads: int = 1,
+    setup: Setup, tasks: Iterable[Any], *, workers: int = 1, threads: int = 1
 ) -> Iterator[tuple[Any, Any]]:
-    """(task, function(state, task)) as the results come, where state is setup(process's number).
+    """(task, its result) as the results come.
 
     One worker is this very process, in order. Several are new processes with `threads` CPU threads
-    each; they need a function, a setup and tasks that can be pickled.
+    each; they need a setup and tasks that can be pickled.
     """
     if workers == 1:
-        state = setup(0)
+        work = setup(0)
         for task in tasks:
-            yield task, function(state, task)
+            yield task, work(task)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's thread pools
     executor = ProcessPoolExecutor(
@@ -74,9 +86,10 @@ def run_tasks(
         initargs=(setup, threads, context.Value("i", 0)),
     )
     try:
-        waiting = {executor.submit(_call, function, task): task for task in tasks}
-        for done in as_completed(waiting):
-            yield waiting[done], done.result()
+        waiting = {executor.submit(_work, task): task for task in tasks}
+        for done in as_completed(list(waiting)):
+            # Taken out, or every result would stay in memory
+            yield waiting.pop(done), done.result()
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -88,7 +101,7 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-_held: dict[str, Any] = {}  # one worker's state
+_held: dict[str, Any] = {}  # one worker's work, and what makes it
 
 
 def _start(setup: Setup, threads: int, counter: Any) -> None:
@@ -97,11 +110,11 @@ def _start(setup: Setup, threads: int, counter: Any) -> None:
     with counter.get_lock():
         number = counter.value
         counter.value += 1
-    _held["setup"], _held["number"] = setup, number
+    _held["setup"] = partial(setup, number)
 
 
-def _call(function: Callable[[Any, Any], Any], task: Any) -> Any:
+def _work(task: Any) -> Any:
     # Not in `_start`: what fails there reaches the parent as a broken pool, without its reason
-    if "state" not in _held:
-        _held["state"] = _held["setup"](_held["number"])
-    return function(_held["state"], task)
+    if "work" not in _held:
+        _held["work"] = _held["setup"]()
+    return _held["work"](task)

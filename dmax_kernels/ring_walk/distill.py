@@ -36,7 +36,7 @@ def distill(
 
     answers = log.AnswerLog(folder, asdict(settings))
     log.distill(answers, len(problems), settings.batch_size, answer_batches)
-    return list(answers.answers().values())
+    return list(answers.answers())
 
 
 def draw_problems(settings: Distillation) -> list[task.Problem]:

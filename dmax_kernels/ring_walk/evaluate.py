@@ -13,7 +13,7 @@ from dmax_kernels.decoding import GenerationOutput
 from dmax_kernels.evaluation import cells as measured
 from dmax_kernels.evaluation.cells import Cell, Outcome, run_cell
 from dmax_kernels.models.checkpoint import SHIPPED
-from dmax_kernels.models.workers import Models, run_tasks
+from dmax_kernels.models.workers import Models, run_tasks, with_models
 from dmax_kernels.ring_walk import task
 from dmax_kernels.ring_walk.export import build_tokenizer
 
@@ -124,9 +124,8 @@ def evaluate_cells(
     ten times slower.
     """
     names = {label: str(checkpoint) for label, checkpoint in checkpoints.items()}
-    return run_tasks(
-        partial(_evaluate, problems, ops), cells, partial(Models, names), workers=workers
-    )
+    setup = with_models(partial(_evaluate, problems, ops), names)
+    return run_tasks(setup, cells, workers=workers)
 
 
 def _evaluate(problems: list[task.Problem], ops: str, models: Models, cell: Cell) -> Result:

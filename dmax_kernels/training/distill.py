@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 from tqdm import tqdm
 
 from dmax_kernels.decoding import spd_generate
-from dmax_kernels.files import save_json, write_text
+from dmax_kernels.evaluation.cells import in_batches
+from dmax_kernels.files import save_json, write_atomically
 from dmax_kernels.models.prompt_file import Prompt, encode_prompts
 from dmax_kernels.models.workers import Models
 from dmax_kernels.training.config import check_same_run
@@ -63,14 +65,29 @@ class AnswerLog:
                 with self.path.open("rb+") as file:
                     file.truncate(whole)
 
-    def answers(self) -> dict[int, Answer]:
-        """All answers of all processes, by the prompts' numbers in ascending order."""
+    def places(self) -> dict[int, tuple[Path, int]]:
+        """The file and the offset of every answer of all processes, by the prompt's number."""
         found = {}
         for path in sorted(self.folder.glob("part-*.jsonl")):
-            for line in path.read_bytes().split(b"\n")[:-1]:
-                answer = Answer(**json.loads(line))
-                found[answer.index] = answer
-        return dict(sorted(found.items()))
+            offset = 0
+            with path.open("rb") as file:
+                for line in file:
+                    if line.endswith(b"\n"):
+                        found[json.loads(line)["index"]] = path, offset
+                    offset += len(line)
+        return found
+
+    def answers(self, chosen: Callable[[int], bool] = lambda index: True) -> Iterator[Answer]:
+        """The answers in the order of their prompts. One at a time is in memory."""
+        places = self.places()
+        with ExitStack() as stack:
+            files: dict[Path, Any] = {}
+            for index in filter(chosen, sorted(places)):
+                path, offset = places[index]
+                if path not in files:
+                    files[path] = stack.enter_context(path.open("rb"))
+                files[path].seek(offset)
+                yield Answer(**json.loads(files[path].readline()))
 
     def add(self, answers: Sequence[Answer]) -> None:
         # The folder comes with its first answers: a run that failed before leaves nothing behind
@@ -100,13 +117,10 @@ def distill(
     Args:
         answer_batches: from batches of prompts' numbers, the answers of each batch as they come.
     """
-    done = log.answers()
-    batches = [
-        range(i, min(i + batch_size, num_prompts)) for i in range(0, num_prompts, batch_size)
-    ]
-    own = batches[rank::count]
+    done = log.places()
+    own = list(in_batches(range(num_prompts), batch_size))[rank::count]
     left = [[i for i in batch if i not in done] for batch in own]
-    counts = Counts().add([done[i] for batch in own for i in batch if i in done])
+    counts = Counts().add(log.answers(lambda i: i // batch_size % count == rank))
     total = sum(map(len, own))
     with tqdm(
         total=total,
@@ -132,7 +146,7 @@ class Counts:
     forwards: int = 0
     seconds: float = 0.0
 
-    def add(self, answers: Sequence[Answer]) -> Counts:
+    def add(self, answers: Iterable[Answer]) -> Counts:
         for answer in answers:
             self.answered += 1
             self.complete += answer.complete
@@ -225,19 +239,25 @@ def longest_prompt(model_config: Any, options: dict[str, Any]) -> int | None:
     return room
 
 
-def write_training_data(path: Path, prompts: list[Prompt], answers: dict[int, Answer]) -> int:
+def write_training_data(path: Path, prompts: list[Prompt], log: AnswerLog) -> int:
     """The file that `train --data` reads: each prompt's record with its response, if complete.
 
     A record keeps its other fields. A response without a visible character is left out: `train`
     could learn nothing from it. Returns the number of records.
     """
-    kept = [
-        json.dumps(with_response(prompts[i], answer.response)) + "\n"
-        for i, answer in answers.items()
-        if answer.complete and answer.response.strip()
-    ]
-    write_text(path, "".join(kept))
-    return len(kept)
+    kept = 0
+
+    def write(temporary: Path) -> None:
+        nonlocal kept
+        with temporary.open("w", encoding="utf-8") as file:
+            for answer in log.answers():
+                if answer.complete and answer.response.strip():
+                    record = with_response(prompts[answer.index], answer.response)
+                    file.write(json.dumps(record) + "\n")
+                    kept += 1
+
+    write_atomically(path, write)
+    return kept
 
 
 def with_response(prompt: Prompt, response: str) -> dict[str, Any]:
