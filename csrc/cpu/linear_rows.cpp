@@ -1,5 +1,5 @@
 // linear_top1_confidence and linear_sample_tokens: one token per row, from the hidden states.
-#include "cpu/gumbel_race.h"
+#include "cpu/sample_results.h"
 #include "cpu/linear_stream.h"
 #include "cpu/row_stats.h"
 
