@@ -2,7 +2,7 @@
 #include "checks/rows.h"
 #include "common/dispatch.h"
 #include "common/row_view.h"
-#include "cpu/draw_row.h"
+#include "cpu/draw_rows.h"
 #include "cpu/sample_results.h"
 #include "cpu/shard_merge.h"
 
@@ -13,10 +13,10 @@ SampleTensors sample_tokens(Tensor logits, Tensor seed, double temperature, int6
                             int64_t suppress_token, OptionalTensor allowed) {
   const int64_t vocab = check_sample_tokens(logits, seed, temperature, top_k, top_p, min_p,
                                             row_options, suppress_token, allowed);
-  SampleResults results(logits);
+  const SampleResults results(logits);
   const RowView view = row_view(logits);
-  const DrawArguments arguments(
-      seed, {temperature, static_cast<double>(top_k), top_p, min_p}, row_options, allowed, vocab);
+  const DrawArguments arguments(seed, {temperature, static_cast<double>(top_k), top_p, min_p},
+                                row_options, allowed, vocab);
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
@@ -58,21 +58,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_partial(Tensor logits_
     const auto temperature_of = [&](int64_t) { return temperature; };
     draw_rows<T>(view.rows, sizes.vocab, row_of, temperature_of,
                  [&](int64_t row, const RowDraw<T>& draw, DrawScratch* scratch) {
-      maximum_out[row] = draw.maximum;
-      if (!draw.defined()) {  // NaN, +inf or only -inf: the maximum tells which
-        const bool empty = draw.maximum == -std::numeric_limits<float>::infinity();
-        sum_exp_out[row] = weight_out[row] = empty ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-        token_out[row] = vocab_start + draw.first_maximum();
-        score_out[row] = draw.maximum;
-        return;
-      }
-      const Drawn drawn =
-          draw.draw(arguments.key(row), Cut{}, vocab_start, scratch->scores.data());
-      sum_exp_out[row] = static_cast<float>(draw.total);
-      token_out[row] = vocab_start + drawn.token;
-      score_out[row] = drawn.score;
-      weight_out[row] = static_cast<float>(draw.weight(drawn.logit));
-    });
+                   maximum_out[row] = draw.maximum;
+                   if (!draw.defined()) {  // NaN, +inf or only -inf: the maximum tells which
+                     const bool empty = draw.maximum == -std::numeric_limits<float>::infinity();
+                     sum_exp_out[row] = weight_out[row] =
+                         empty ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+                     token_out[row] = vocab_start + draw.first_maximum();
+                     score_out[row] = draw.maximum;
+                     return;
+                   }
+                   const Drawn drawn =
+                       draw.draw(arguments.key(row), Cut{}, vocab_start, scratch->scores.data());
+                   sum_exp_out[row] = static_cast<float>(draw.total);
+                   token_out[row] = vocab_start + drawn.token;
+                   score_out[row] = drawn.score;
+                   weight_out[row] = static_cast<float>(draw.weight(drawn.logit));
+                 });
   });
   return {maximum, sum_exp, token, score, weight};
 }

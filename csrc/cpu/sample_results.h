@@ -2,7 +2,7 @@
 #pragma once
 
 #include "checks/draw.h"
-#include "cpu/draw_row.h"
+#include "cpu/draw_rows.h"
 
 namespace dmax::cpu {
 
@@ -69,6 +69,10 @@ class SampleResults {
     store(row, id, static_cast<float>(weight / kept), top1,
           std::min(static_cast<float>(weight), top1));
   }
+  void store_greedy(int64_t row, int64_t id, double total) const {
+    const float confidence = static_cast<float>(1 / total);
+    store(row, id, confidence, confidence, confidence);
+  }
   void store(int64_t row, int64_t id, float p, float top1, float relative) const {
     token_[row] = id;
     probability_[row] = p;
@@ -84,8 +88,8 @@ class SampleResults {
   template <class Value>
   static Tensor make(const Tensor& rows, Value** data) {
     constexpr bool kIds = std::is_same_v<Value, int64_t>;
-    Tensor t = empty_like_device(rows, leading_sizes(rows),
-                                 kIds ? ScalarType::Long : ScalarType::Float);
+    Tensor t =
+        empty_like_device(rows, leading_sizes(rows), kIds ? ScalarType::Long : ScalarType::Float);
     *data = t.mutable_data_ptr<Value>();
     return t;
   }
@@ -109,21 +113,15 @@ void sample_rows(int64_t count, const DrawArguments& arguments, const SampleResu
                  if (!draw.defined()) return results.store_undefined(row, draw.first_maximum());
                  const DrawOptions options = arguments.options(row);
                  if (options.greedy()) {
-                   const float confidence = static_cast<float>(1 / draw.total);
-                   return results.store(row, draw.first_maximum(), confidence, confidence,
-                                        confidence);
+                   return results.store_greedy(row, draw.first_maximum(), draw.total);
                  }
                  Cut cut;
                  double kept = draw.total;
                  if (options.filters(vocab)) {
-                   cut = filter_row<T>({draw.row, draw.maxima, draw.maximum, draw.total,
-                                        draw.scale()},
-                                       options, &scratch->filters);
-                   draw.keep(cut);
+                   cut = filter_row(draw, options, &scratch->filters);
                    kept = draw.total_mass();
                  }
-                 const Drawn drawn =
-                     draw.draw(arguments.key(row), cut, 0, scratch->scores.data());
+                 const Drawn drawn = draw.draw(arguments.key(row), cut, 0, scratch->scores.data());
                  results.store(row, drawn.token, draw.weight(drawn.logit), kept, draw.total);
                });
 }

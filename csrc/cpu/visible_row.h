@@ -43,8 +43,8 @@ template <class T>
 struct VisibleRow {
   const T* x;
   int64_t vocab;
-  int64_t suppress;        // -1: none
-  const uint32_t* words;   // nullptr: every token is allowed
+  int64_t suppress;       // -1: none
+  const uint32_t* words;  // nullptr: every token is allowed
 
   int64_t num_tiles() const { return (vocab + kTile - 1) / kTile; }
 

@@ -36,6 +36,13 @@ struct DrawKernels {
   // many. Both outputs have room for 16 elements more than it returns.
   int64_t (*collect)(const T* x, int64_t n, float threshold, int32_t first_id, float* values,
                      int32_t* ids);
+  // Adds 2^((x - maximum) * scale) of each element above -inf to the amount of its bucket, which is
+  // (maximum - x) * per_unit, rounded down, or the last one if that is beyond it
+  void (*histogram)(const T* x, int64_t n, float maximum, float scale, float per_unit, int buckets,
+                    double* amounts);
+  // As collect(), the elements of one bucket
+  int64_t (*collect_bucket)(const T* x, int64_t n, float maximum, float per_unit, int buckets,
+                            int bucket, int32_t first_id, float* values, int32_t* ids);
 };
 
 // What follows from the draw tiles or from collected elements is float32 whatever T was
@@ -56,6 +63,10 @@ struct RaceKernels {
 
 template <class T>
 const DrawKernels<T>& draw_kernels();
+template <class T>
+const DrawKernels<T>& draw_kernels_of(const T*) {
+  return draw_kernels<T>();
+}
 const RaceKernels& race_kernels();
 
 }  // namespace dmax::cpu

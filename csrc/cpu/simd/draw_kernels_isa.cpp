@@ -107,20 +107,19 @@ void widen_allowed(float* y, const T* x, int64_t n, const uint32_t* bits) {
   }
 }
 
-template <class T>
-int64_t collect(const T* x, int64_t n, float threshold, int32_t first_id, float* values,
-                int32_t* ids) {
+// Appends the elements that test() hits, and their ids; returns how many
+template <class T, class Test>
+DMAX_INLINE int64_t collect_where(const T* x, int64_t n, int32_t first_id, float* values,
+                                  int32_t* ids, const Test& test) {
   int64_t count = 0;
-  const VecF least = splat(threshold);
   for (int64_t i = 0; i < n; i += kLanes) {
     const VecF v = load_or_infinity(x + i, n - i);
     // -inf has no mass and is never drawn
-    const VecI hits = (v >= least) & (v > splat(-kInfinity));
+    const VecI hits = test(v) & (v > splat(-kInfinity));
     if (!any(hits)) continue;
     const int32_t id = first_id + static_cast<int32_t>(i);
 #if defined(__AVX512F__)
-    const __mmask16 mask =
-        _mm512_test_epi32_mask((__m512i)hits.part[0], (__m512i)hits.part[0]);
+    const __mmask16 mask = _mm512_test_epi32_mask((__m512i)hits.part[0], (__m512i)hits.part[0]);
     _mm512_storeu_ps(values + count, _mm512_maskz_compress_ps(mask, (__m512)v.part[0]));
     const __m512i place = _mm512_add_epi32((__m512i)lane_index().part[0], _mm512_set1_epi32(id));
     _mm512_storeu_si512(ids + count, _mm512_maskz_compress_epi32(mask, place));
@@ -134,6 +133,45 @@ int64_t collect(const T* x, int64_t n, float threshold, int32_t first_id, float*
 #endif
   }
   return count;
+}
+
+template <class T>
+int64_t collect(const T* x, int64_t n, float threshold, int32_t first_id, float* values,
+                int32_t* ids) {
+  const VecF least = splat(threshold);
+  return collect_where(x, n, first_id, values, ids, [&](VecF v) { return v >= least; });
+}
+
+DMAX_INLINE VecI bucket_of(VecF v, float maximum, float per_unit, int buckets) {
+  const VecF place = (splat(maximum) - v) * per_unit;
+  return convert<int32_t>(min(place, splat(static_cast<float>(buckets - 1))));
+}
+
+template <class T>
+void histogram(const T* x, int64_t n, float maximum, float scale, float per_unit, int buckets,
+               double* amounts) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const VecF v = load_or_infinity(x + i, n - i);
+    VecF weight;
+    for (int part = 0; part < kParts; ++part) {
+      weight.part[part] = exp2_part((v.part[part] - maximum) * scale);
+    }
+    weight = select(v > splat(-kInfinity), weight, splat(0.0f));
+    int32_t bucket[kLanes];
+    float amount[kLanes];
+    const VecI place = bucket_of(v, maximum, per_unit, buckets);
+    __builtin_memcpy(bucket, &place, sizeof(bucket));
+    store(amount, weight);
+    for (int lane = 0; lane < kLanes; ++lane) amounts[bucket[lane]] += amount[lane];
+  }
+}
+
+template <class T>
+int64_t collect_bucket(const T* x, int64_t n, float maximum, float per_unit, int buckets,
+                       int bucket, int32_t first_id, float* values, int32_t* ids) {
+  const VecI wanted = splat(bucket);
+  return collect_where(x, n, first_id, values, ids,
+                       [&](VecF v) { return bucket_of(v, maximum, per_unit, buckets) == wanted; });
 }
 
 PerturbedBest race(const float* x, int64_t n, int64_t first, NoiseKey key, float temperature,
@@ -221,7 +259,7 @@ void drop_below(float* x, int64_t n, float threshold) {
 
 template <class T>
 constexpr DrawKernels<T> kernels() {
-  return {maxima<T>, masses<T>, widen_allowed<T>, collect<T>};
+  return {maxima<T>, masses<T>, widen_allowed<T>, collect<T>, histogram<T>, collect_bucket<T>};
 }
 
 }  // namespace

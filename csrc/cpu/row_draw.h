@@ -1,14 +1,14 @@
-// The hierarchical draw of rows of logits; shared by sample_tokens, sample_partial and the drawing
-// op that starts from hidden states.
+// The hierarchical draw of one row of logits; shared by sample_tokens, sample_partial and the
+// drawing op that starts from hidden states.
 //
 // A row is read from memory once, for the maxima of its draw tiles. A second loop adds the
-// exponentials of the tiles that can matter while a cache still holds the row; a third one, over the
-// tiles' masses only, draws a tile. Where filters are on, the masses of what they keep are added in
-// between. Draw tiles and the order within them are fixed, so a row's bits depend neither on threads
-// nor on other rows nor on how the vocabulary is cut.
+// exponentials of the tiles that can matter while a cache still holds the row; a third one, over
+// the tiles' masses only, draws a tile. Where filters are on, the masses of what they keep are
+// added in between. Draw tiles and the order within them are fixed, so a row's bits depend neither
+// on threads nor on other rows nor on how the vocabulary is cut.
 #pragma once
 
-#include "cpu/draw_filters.h"
+#include "cpu/visible_row.h"
 #include "cpu/vocab_scan.h"
 
 namespace dmax::cpu {
@@ -24,9 +24,22 @@ constexpr int64_t kDrawTilesPerTile = kTile / kDrawTile;
 
 inline int64_t num_draw_tiles(int64_t vocab) { return (vocab + kDrawTile - 1) / kDrawTile; }
 
+// Kept are the logits above `value`, and those equal to it up to `last_id`
+struct Cut {
+  float value = -std::numeric_limits<float>::infinity();
+  int64_t last_id = std::numeric_limits<int64_t>::max();
+
+  bool keeps_all() const { return value == -std::numeric_limits<float>::infinity(); }
+};
+
+inline Cut stricter(const Cut& a, const Cut& b) {
+  if (a.value != b.value) return a.value > b.value ? a : b;
+  return a.last_id < b.last_id ? a : b;
+}
+
 struct Drawn {
-  float score;   // of the tile
-  int64_t token; // counted from the row's first
+  float score;    // of the tile
+  int64_t token;  // counted from the row's first
   float logit;
 };
 
@@ -51,9 +64,9 @@ struct RowDraw {
   void find_maxima(int64_t tile) const {
     float* out = maxima + tile * kDrawTilesPerTile;
     float buffer[kTile];
-    const bool any = row.visit(tile * kTile, tile_width(tile), buffer, [&](const auto* x, int64_t n) {
-      of_tiles[tile] = draw_kernels<std::decay_t<decltype(*x)>>().maxima(x, n, out);
-    });
+    const bool any = row.visit(
+        tile * kTile, tile_width(tile), buffer,
+        [&](const auto* x, int64_t n) { of_tiles[tile] = draw_kernels_of(x).maxima(x, n, out); });
     if (any) return;
     of_tiles[tile] = -std::numeric_limits<float>::infinity();
     std::fill_n(out, cpu::num_draw_tiles(tile_width(tile)), of_tiles[tile]);
@@ -75,8 +88,7 @@ struct RowDraw {
     // logits lie 30 deeper at most 30 - log(64) - 22.9 = 2.9 less: it is not drawn either
     if (!(depth < kNegligibleDepth) ||
         !row.visit(tile * kTile, tile_width(tile), buffer, [&](const auto* x, int64_t n) {
-          draw_kernels<std::decay_t<decltype(*x)>>().masses(
-              x, n, maxima + tile * kDrawTilesPerTile, scale(), out);
+          draw_kernels_of(x).masses(x, n, maxima + tile * kDrawTilesPerTile, scale(), out);
         })) {
       std::fill_n(out, cpu::num_draw_tiles(tile_width(tile)), 0.0f);
     }
@@ -94,7 +106,8 @@ struct RowDraw {
   int64_t first_maximum() const {
     if (maximum == -std::numeric_limits<float>::infinity()) return 0;
     int64_t tile = 0;
-    while (of_tiles[tile] != maximum && !(std::isnan(maximum) && std::isnan(of_tiles[tile]))) ++tile;
+    while (of_tiles[tile] != maximum && !(std::isnan(maximum) && std::isnan(of_tiles[tile])))
+      ++tile;
     int64_t place = 0;
     float buffer[kTile];
     row.visit(tile * kTile, tile_width(tile), buffer, [&](const auto* x, int64_t n) {
@@ -106,35 +119,43 @@ struct RowDraw {
   // Logits of the tokens begin .. begin + n that are kept, -inf at the others
   void load_kept(int64_t begin, int64_t n, const Cut& cut, float* buffer) const {
     row.load(begin, n, buffer);
-    if (cut.value == -std::numeric_limits<float>::infinity()) return;
+    if (cut.keeps_all()) return;
     race_kernels().drop_below(buffer, n, cut.value);
-    for (int64_t i = n - 1; i >= 0 && begin + i > cut.last_id; --i) {
-      if (buffer[i] == cut.value) buffer[i] = -std::numeric_limits<float>::infinity();
+    if (cut.last_id >= begin + n) return;
+    for (int64_t i = std::max<int64_t>(cut.last_id + 1 - begin, 0); i < n; ++i) {
+      i += tile_kernels<float>().find(buffer + i, n - i, cut.value);
+      if (i < n) buffer[i] = -std::numeric_limits<float>::infinity();
     }
   }
 
-  // Leaves of the masses those of the tokens that are kept
-  void keep(const Cut& cut) const {
+  // Calls f(begin, n) with the tokens of adjacent draw tiles, kTile at most, whose maxima are not
+  // below `threshold`
+  template <class F>
+  void for_each_run(float threshold, const F& f) const {
     const int64_t tiles = num_draw_tiles();
-    float buffer[kTile];
-    for (int64_t tile = 0; tile < tiles;) {
-      int64_t end = tile;  // of a run of tiles of which something is kept
-      while (end < tiles && end - tile < kDrawTilesPerTile && maxima[end] >= cut.value) ++end;
-      if (end == tile) {
-        masses[tile++] = 0;
-        continue;
-      }
-      const int64_t begin = tile * kDrawTile;
-      const int64_t n = std::min(end * kDrawTile, row.vocab) - begin;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      int64_t end = tile;
+      while (end < tiles && end - tile < kDrawTilesPerTile && maxima[end] >= threshold) ++end;
+      if (end == tile) continue;
+      f(tile * kDrawTile, std::min(end * kDrawTile, row.vocab) - tile * kDrawTile);
+      tile = end - 1;
+    }
+  }
+
+  // Makes the masses those of the tokens that are kept
+  void keep(const Cut& cut) const {
+    if (cut.keeps_all()) return;
+    std::fill_n(masses, num_draw_tiles(), 0.0f);
+    for_each_run(cut.value, [&](int64_t begin, int64_t n) {
+      const int64_t tile = begin / kDrawTile;
+      float buffer[kTile], kept[kDrawTilesPerTile];
       load_kept(begin, n, cut, buffer);
-      float kept[kDrawTilesPerTile];
       draw_kernels<float>().maxima(buffer, n, kept);
       draw_kernels<float>().masses(buffer, n, maxima + tile, scale(), masses + tile);
-      for (int64_t i = 0; tile + i < end; ++i) {  // equal to the cut, but of higher ids
+      for (int64_t i = 0; i < cpu::num_draw_tiles(n); ++i) {  // equal to the cut, with higher ids
         if (kept[i] == -std::numeric_limits<float>::infinity()) masses[tile + i] = 0;
       }
-      tile = end;
-    }
+    });
   }
 
   // A draw from the tiles' masses, of a row whose ids begin at first_id, a multiple of kDrawTile.
@@ -158,62 +179,5 @@ struct RowDraw {
     return {best.score, token, logits[token - begin]};
   }
 };
-
-// Memory of a thread for its rows
-struct DrawScratch {
-  explicit DrawScratch(int64_t vocab) : scores(num_draw_tiles(vocab)) {}
-  std::vector<float> scores;
-  FilterScratch filters;
-};
-
-// Calls done(i, row, scratch) with every row 0 .. count, read and weighed; row_of(i) and
-// temperature_of(i) say which it is. If there are enough rows for every thread, a thread takes
-// whole rows; if they are few and long, all threads share the tiles of every row.
-template <class T, class RowOf, class TemperatureOf, class Done>
-void draw_rows(int64_t count, int64_t vocab, const RowOf& row_of,
-               const TemperatureOf& temperature_of, const Done& done) {
-  const int64_t tiles = (vocab + kTile - 1) / kTile;
-  const int64_t draw_tiles = num_draw_tiles(vocab);
-  const int64_t floats = tiles + 2 * draw_tiles;
-  const auto row_in = [&](int64_t i, float* memory) {
-    return RowDraw<T>{row_of(i), temperature_of(i), memory, memory + tiles,
-                      memory + tiles + draw_tiles};
-  };
-  const bool worth_sharing = count * vocab >= 2 * kLogitsPerThread;
-  if (count >= 2 * num_threads() || num_threads() == 1 || !worth_sharing) {
-    parallel_for_rows(count, vocab, [&](int64_t begin, int64_t end) {
-      std::vector<float> memory(floats);
-      DrawScratch scratch(vocab);
-      for (int64_t i = begin; i < end; ++i) {
-        RowDraw<T> row = row_in(i, memory.data());
-        for (int64_t tile = 0; tile < tiles; ++tile) row.find_maxima(tile);
-        row.find_maximum();
-        for (int64_t tile = 0; tile < tiles; ++tile) row.add_masses(tile);
-        row.total = row.total_mass();
-        done(i, row, &scratch);
-      }
-    });
-    return;
-  }
-  constexpr int64_t kGrain = kLogitsPerThread / kTile;
-  std::vector<float> memory(count * floats);
-  std::vector<RowDraw<T>> rows;
-  rows.reserve(count);
-  for (int64_t i = 0; i < count; ++i) rows.push_back(row_in(i, &memory[i * floats]));
-  parallel_for(count * tiles, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) rows[i / tiles].find_maxima(i % tiles);
-  });
-  for (RowDraw<T>& row : rows) row.find_maximum();
-  parallel_for(count * tiles, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) rows[i / tiles].add_masses(i % tiles);
-  });
-  parallel_for_rows(count, vocab, [&](int64_t begin, int64_t end) {
-    DrawScratch scratch(vocab);
-    for (int64_t i = begin; i < end; ++i) {
-      rows[i].total = rows[i].total_mass();
-      done(i, rows[i], &scratch);
-    }
-  });
-}
 
 }  // namespace dmax::cpu
