@@ -22,6 +22,13 @@ def mask_words(vocab: int) -> int:
     return -(-vocab // 32)
 
 
+def allowed_tokens(allowed: Tensor, vocab: int) -> Tensor:
+    """The mask's bits as bool [..., V]; one row of them for all is [V]."""
+    bits = allowed.unsqueeze(-1) >> torch.arange(32, device=allowed.device, dtype=torch.int32)
+    tokens = (bits & 1).bool().flatten(-2)[..., :vocab]
+    return tokens.flatten() if tokens.numel() == vocab else tokens
+
+
 def visible_tokens(
     op: str,
     vocab: int,

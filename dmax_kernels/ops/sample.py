@@ -11,6 +11,8 @@ from torch import Tensor
 from dmax_kernels.ops._register import empty_per_row, register_fake, register_not_differentiable
 from dmax_kernels.vocabulary import visible_tokens
 
+DRAW_TILE = 64  # kDrawTile of csrc/common/constants.h
+
 
 class Sample(NamedTuple):
     """A token per row and what the row's softmax says of it."""

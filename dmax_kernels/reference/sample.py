@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dmax_kernels.ops.sample import Sample
+from dmax_kernels.ops.sample import DRAW_TILE, Sample
 from dmax_kernels.reference.top1 import (
     local_suppress_token,
     shard_masses,
@@ -40,7 +40,7 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
     return c0, c1, c2, c3
 
 
-TILE = 64
+TILE = DRAW_TILE
 TILE_COUNTERS = 1 << 31  # where the counters of the tiles begin; below are those of the ids
 
 
@@ -149,9 +149,11 @@ def sample_tokens(
     probability = softmax_of(kept.double(), t).gather(-1, token)
     probability = torch.where(greedy, top1_probability, probability)
     relative = torch.exp((visible.gather(-1, token) - largest) / t).minimum(top1_probability)
-    floats = (probability, top1_probability, relative)
-    floats = (torch.where(largest.isfinite(), each, torch.nan).squeeze(-1) for each in floats)
-    return Sample(token.squeeze(-1), *(each.float() for each in floats))
+    floats = (
+        torch.where(largest.isfinite(), each, torch.nan).float().squeeze(-1)
+        for each in (probability, top1_probability, relative)
+    )
+    return Sample(token.squeeze(-1), *floats)
 
 
 def sample_partial(

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dmax_kernels.vocabulary import allowed_tokens
+
 
 def visible_logits(logits: Tensor, suppress_token: int, allowed: Tensor | None = None) -> Tensor:
     """float32 logits, -inf (never chosen, no mass) at the suppressed token and where the mask's bit
@@ -13,11 +15,7 @@ def visible_logits(logits: Tensor, suppress_token: int, allowed: Tensor | None =
         visible = visible.clone()
         visible[..., suppress_token] = -torch.inf
     if allowed is not None:
-        bits = allowed.unsqueeze(-1) >> torch.arange(32, device=allowed.device, dtype=torch.int32)
-        bits = (bits & 1).bool().flatten(-2)[..., : logits.shape[-1]]
-        if allowed.numel() == allowed.shape[-1]:  # one row of bits for all
-            bits = bits.flatten()
-        visible = visible.masked_fill(~bits, -torch.inf)
+        visible = visible.masked_fill(~allowed_tokens(allowed, logits.shape[-1]), -torch.inf)
     return visible
 
 

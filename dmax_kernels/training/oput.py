@@ -272,9 +272,9 @@ class Oput(Objective):
         }  # fmt: skip
         weight, bias = self.net.head()
         if weight is None:
-            drawn, _ = self.ops.sample_tokens(states, seeds, **options)
+            drawn = self.ops.sample_tokens(states, seeds, **options).token
         else:
-            drawn, _ = self.ops.linear_sample_tokens(states, weight, seeds, bias, **options)
+            drawn = self.ops.linear_sample_tokens(states, weight, seeds, bias, **options).token
         return noisy_masked.flatten().index_copy(0, at, drawn).view_as(noisy_masked)
 
 
