@@ -66,7 +66,8 @@ class Ranks:
 def assert_same(actual, expected, rtol=2 * CONFIDENCE_RTOL):
     """Ids must be equal, probabilities equal to rounding (float32 flushes tiny ones)."""
     assert torch.equal(actual[0], expected[0]), (actual[0] - expected[0]).nonzero()
-    assert_close(actual[1], expected[1], rtol, atol=1e-37)
+    for each, wanted in zip(actual[1:], expected[1:], strict=True):
+        assert_close(each, wanted, rtol, atol=1e-37)
 
 
 def check_decoding(ranks: Ranks) -> None:
@@ -88,7 +89,38 @@ def check_decoding(ranks: Ranks) -> None:
                         dmax_kernels.sample_tokens(logits, seed, **options),
                     )
             greedy = distributed.sample_tokens(mine, SEED, **layout, temperature=0)
-            assert_same(greedy, dmax_kernels.top1_confidence(logits))
+            assert_same(greedy[:2], dmax_kernels.top1_confidence(logits))
+
+
+def check_draws(ranks: Ranks) -> None:
+    """Shards of whole tiles, and others; filters, masks, and options per row, one at a time."""
+    vocab, rows = 1000, 30
+    logits = 3 * ranks.randn(rows, vocab)
+    logits[3] = -torch.inf
+    logits[4, 700] = torch.nan
+    mask = torch.randint(-(2**31), 2**31, (rows, 32), generator=ranks.generator).int()
+    mask[5] = 0
+    per_row = torch.rand(rows, generator=ranks.generator)
+    even = -(-vocab // (64 * ranks.num_ranks)) * 64
+    for sizes in (
+        [even] * ranks.num_ranks,
+        [100, *[900 // (ranks.num_ranks - 1)] * (ranks.num_ranks - 1)],
+    ):
+        mine = ranks.cut(logits, sizes, 1)
+        layout = {"shard_sizes": sizes, "vocab_size": vocab}
+        for options in (
+            {},
+            {"allowed": mask},
+            {"allowed": mask[:1], "suppress_tokens": (5, 999), "temperature": 0.7},
+            {"allowed": mask, "temperature": 0},
+            {"top_k": 7},
+            {"top_p": per_row, "suppress_token": 9, "min_p": 0.01, "allowed": mask},
+            {"temperature": per_row.round(decimals=1)},
+        ):
+            assert_same(
+                distributed.sample_tokens(mine, SEED, **layout, **options),
+                dmax_kernels.sample_tokens(logits, SEED, **options),
+            )
 
 
 def check_ties(ranks: Ranks) -> None:
@@ -118,8 +150,8 @@ def check_linear(ranks: Ranks) -> None:
             dmax_kernels.linear_top1_confidence(hidden, weight, bias, **options),
             rtol=1e-5,
         )
-        for temperature in (0, 0.7):
-            options["temperature"] = temperature
+        for more in ({"temperature": 0}, {}, {"top_k": 20, "suppress_tokens": (5, 8)}):
+            options |= more
             assert_same(
                 distributed.linear_sample_tokens(
                     hidden, mine[0], SEED, mine[1], **layout, **options
@@ -379,6 +411,7 @@ def check_page(ranks: Ranks) -> None:
 
 CHECKS = (
     check_decoding,
+    check_draws,
     check_ties,
     check_linear,
     check_hybrid_embedding,

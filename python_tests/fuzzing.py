@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import simt_ops
 import torch
+from draws import assert_drawn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import REFERENCE_RTOL
@@ -20,7 +21,6 @@ import dmax_kernels
 from dmax_kernels import reference
 from dmax_kernels.ops.edit_step import EDIT_RULES
 from dmax_kernels.ops.spd_step import SEMANTICS
-from dmax_kernels.reference.sample import exponential_noise
 from dmax_kernels.triton import IMPLEMENTATIONS
 
 EXAMPLES = int(os.environ.get("DMAX_FUZZ_EXAMPLES", "40"))
@@ -230,9 +230,17 @@ def check_choice(token, probability, x, scores, slack, rtol=REFERENCE_RTOL):
     compare(probability.double(), expected, rtol, 1e-7)
 
 
-def check_sample(token, probability, x, seed, error=0.0, rtol=REFERENCE_RTOL):
-    """Samples of x = logits / temperature, good to ``error``. Backends may disagree only where two
-    ids finish the Gumbel race within float32's rounding of x + noise."""
-    noise = exponential_noise(seed, x.shape[:-1], x.shape[-1]).double().log()
+def check_sample(sample, x, seed, error=0.0, rtol=REFERENCE_RTOL):
+    """Samples of x = logits / temperature, good to ``error``, without filters. Backends may
+    disagree only where two scores of the draw lie within float32's rounding."""
+    token, probability, top1_probability, relative_confidence = sample
     size = x.masked_fill(~x.isfinite(), 0.0).abs().amax(dim=-1)
-    check_choice(token, probability, x, x - noise, error + 4e-7 * (size + 25), rtol)
+    slack = error + 4e-7 * (size + 25)
+    everything = torch.full_like(size, INF)  # the draw is checked here, the rest as any choice
+    assert_drawn(token, x, seed, slack)
+    check_choice(token, probability, x, torch.zeros_like(x), everything, rtol)
+    top1 = torch.softmax(x, dim=-1).amax(dim=-1)
+    depth = x.gather(-1, token.unsqueeze(-1)).squeeze(-1) - x.amax(dim=-1)
+    compare(top1_probability.double(), top1, rtol, 1e-7)
+    relative = torch.where(top1.isnan(), NAN, torch.minimum(top1, depth.exp()))
+    compare(relative_confidence.double(), relative, rtol, 1e-7)

@@ -35,8 +35,7 @@ def test_one_rank_without_a_group_has_the_bits_of_the_plain_ops():
             dmax_kernels.sample_tokens(LOGITS, SEED, **options),
         ),
     ):
-        assert torch.equal(actual[0], expected[0])
-        assert torch.equal(actual[1], expected[1])
+        assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
     target = torch.arange(6)
     leaves = [padded.clone().requires_grad_(), LOGITS.clone().requires_grad_()]
     distributed.oput_loss(leaves[0], None, target, vocab_size=50, reduction="mean").backward()
@@ -51,7 +50,7 @@ def test_one_rank_of_a_head_and_a_table():
     expected = dmax_kernels.linear_top1_confidence(hidden, table)
     actual = distributed.linear_top1_confidence(hidden, table)
     assert torch.equal(actual[0], expected[0])
-    sampled, _ = distributed.linear_sample_tokens(hidden, table, SEED)
+    sampled, *_ = distributed.linear_sample_tokens(hidden, table, SEED)
     assert torch.equal(sampled, dmax_kernels.linear_sample_tokens(hidden, table, SEED)[0])
     arguments = (*expected, expected[1] < 0.2, 49)
     assert torch.equal(

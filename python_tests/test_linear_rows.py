@@ -254,12 +254,11 @@ def test_samples_of_the_stored_logits(backend, per_row, rows, vocab_size):
         seed = torch.randint(-(2**62), 2**62, (rows, 2), generator=torch.manual_seed(1))
     options = {"temperature": 9.0, "suppress_token": vocab_size - 1 if vocab_size > 1 else -1}
     logits = hidden @ weight.t() + bias
-    expected, expected_probability = reference.sample_tokens(logits, seed, **options)
-    token, probability = BACKENDS[backend].linear_sample_tokens(
-        hidden, weight, seed, bias, **options
-    )
+    expected, *expected_floats = reference.sample_tokens(logits, seed, **options)
+    token, *floats = BACKENDS[backend].linear_sample_tokens(hidden, weight, seed, bias, **options)
     assert torch.equal(token, expected)
-    assert_close(probability, expected_probability, 1e-5)
+    for actual, wanted in zip(floats, expected_floats, strict=True):
+        assert_close(actual, wanted, 1e-5)
 
 
 @everywhere
@@ -280,8 +279,8 @@ def test_only_the_rows_asked_for(backend):
     seed = torch.arange(12).view(6, 2)
     masked = torch.tensor([True, False, False, True, False, True])
     op = BACKENDS[backend].linear_sample_tokens
-    everything, _ = op(hidden, weight, seed)
-    of_masked, _ = op(hidden[masked], weight, seed[masked])
+    everything = op(hidden, weight, seed)[0]
+    of_masked = op(hidden[masked], weight, seed[masked])[0]
     assert torch.equal(of_masked, everything[masked])
 
 
@@ -290,7 +289,7 @@ def test_distribution():
     probability = torch.tensor([0.5, 0.25, 0.15, 0.08, 0.02])
     draws = 20_000
     hidden = torch.ones(draws, 1)
-    token, reported = dmax_kernels.linear_sample_tokens(
+    token, reported, *_ = dmax_kernels.linear_sample_tokens(
         hidden, probability.log()[:, None], torch.tensor([17, 1])
     )
     counts = torch.bincount(token, minlength=5)
@@ -305,12 +304,12 @@ def test_samples_of_undefined_logits(backend):
     weight[140] = torch.inf
     for value, expected in ((torch.inf, 140), (torch.nan, 140)):
         weight[140] = value
-        token, probability = BACKENDS[backend].linear_sample_tokens(
+        token, probability, *_ = BACKENDS[backend].linear_sample_tokens(
             torch.ones(1, 1), weight, torch.tensor([1, 2])
         )
         assert token.tolist() == [expected]
         assert probability.isnan().all()
-    token, probability = BACKENDS[backend].linear_sample_tokens(
+    token, probability, *_ = BACKENDS[backend].linear_sample_tokens(
         torch.ones(1, 1), torch.full((300, 1), -torch.inf), torch.tensor([1, 2])
     )
     assert token.tolist() == [0]

@@ -55,6 +55,7 @@ def samples():
     partial = torch.ops.dmax.top1_partial(logits, 0)
     stacked = tuple(torch.stack([t, t + 1]) for t in partial)
     seed = torch.tensor([1, 2])
+    mask = torch.tensor([0x7FFFFFF7, -1], dtype=torch.int32)
     sampled = tuple(torch.stack([t, t + 1]) for t in torch.ops.dmax.sample_partial(logits, seed, 0))
     hybrid = (randn(20, 6, grad=True), token, confidence, masked, 5)
     lse = logits.logsumexp(-1)
@@ -70,7 +71,10 @@ def samples():
         ),
         "spd_step_": (spd_arguments(), {"top_k": 2}),
         "edit_step_": (edit_arguments(), {"rule": 2}),
-        "sample_tokens": ((logits, seed), {}),
+        "sample_tokens": (
+            (logits, seed),
+            {"row_options": torch.tensor([0.7, 9, 0.9, 0.01]).expand(3, 4, 4), "allowed": mask},
+        ),
         "oput_loss": (
             (randn(3, 4, 50, grad=True), randn(3, 4, 50, grad=True), target),
             {"label_smoothing": 0.1},
@@ -79,7 +83,7 @@ def samples():
         "oput_loss_and_grad_": ((logits.clone(), None, target, randn(3, 4)), {}),
         "top1_partial": ((logits, 100), {}),
         "top1_merge": (stacked, {"temperature": 0.7}),
-        "sample_partial": ((logits, seed, 101), {"temperature": 0.7, "suppress_token": 103}),
+        "sample_partial": ((logits, seed, 128), {"temperature": 0.7, "suppress_token": 130}),
         "sample_merge": (sampled, {"temperature": 0.7}),
         "linear_top1_confidence": ((randn(3, 4, 6), randn(50, 6), randn(50)), {}),
         "linear_oput_loss": (
@@ -108,7 +112,10 @@ def samples():
             {"label_smoothing": 0.1, "needs_predicted": False},
         ),
         "linear_oput_loss_scale_": ((randn(50, 6), torch.tensor(0.3)), {}),
-        "linear_sample_tokens": ((randn(3, 4, 6), randn(50, 6), seed), {}),
+        "linear_sample_tokens": (
+            (randn(3, 4, 6), randn(50, 6), seed),
+            {"top_k": 9, "allowed": mask},
+        ),
     }
 
 
@@ -159,7 +166,7 @@ def decode(logits, embedding, seed, state):
     statistics = dmax_kernels.row_statistics(logits)
     promoted = dmax_kernels.prefix_promote(confidence, state["masked"], 0.2)
     embeds = dmax_kernels.hybrid_embedding(embedding, tokens, confidences, ~promoted, 29)
-    sampled, probability = dmax_kernels.sample_tokens(logits, seed)
+    sampled = dmax_kernels.sample_tokens(logits, seed, top_k=5, suppress_tokens=(1, 2))
     shards = [
         dmax_kernels.top1_partial(shard.contiguous(), start)
         for shard, start in ((logits[..., :20], 0), (logits[..., 20:], 20))
@@ -176,7 +183,7 @@ def decode(logits, embedding, seed, state):
         rule="joint_threshold",
     )  # fmt: skip
     return (
-        token + 0, confidence * 1, promoted, embeds, sampled, probability, merged, filled,
+        token + 0, confidence * 1, promoted, embeds, *sampled, merged, filled,
         statistics.entropy * 1, *statistics,
     )  # fmt: skip
 

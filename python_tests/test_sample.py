@@ -9,12 +9,14 @@ import float64
 import pytest
 import torch
 from cases import DTYPES, SMALL_VOCABS, stacked_rows, strided_copies
+from draws import assert_drawn
 from tolerances import CONFIDENCE_RTOL, REFERENCE_RTOL, assert_close
 from triton_device import triton
 
 import dmax_kernels
 from dmax_kernels import reference
-from dmax_kernels.reference.sample import exponential_noise, philox4x32
+from dmax_kernels.reference.sample import philox4x32
+from dmax_kernels.reference.top1 import visible_logits
 from dmax_kernels.triton.launch import TILE
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's inf - inf
@@ -49,17 +51,18 @@ def test_philox_known_answers():
         assert [int(word) for word in words] == expected
 
 
-def assert_same_samples(backend, logits, seed, **options):
-    """Equal to the reference, unless its two best scores lie within rounding of each other."""
-    token, probability = BACKENDS[backend].sample_tokens(logits, seed, **options)
-    expected, expected_probability = reference.sample_tokens(logits, seed, **options)
-    x = logits.float() / options.get("temperature", 1.0)
-    score = x - exponential_noise(seed, logits.shape[:-1], logits.shape[-1]).log()
-    gap = score.gather(-1, expected.unsqueeze(-1)) - score.gather(-1, token.unsqueeze(-1))
-    differs = token != expected
-    assert (gap.squeeze(-1)[differs].abs() <= 1e-5).all()
-    assert differs.sum() <= 0.001 * max(differs.numel(), 1000)
-    assert_close(probability[~differs], expected_probability[~differs], REFERENCE_RTOL, atol=1e-37)
+def assert_same_samples(backend, logits, seed, temperature=1.0, suppress_token=-1):
+    """Equal to the reference, unless two of its scores lie within rounding of each other."""
+    options = {"temperature": temperature, "suppress_token": suppress_token}
+    token, *floats = BACKENDS[backend].sample_tokens(logits, seed, **options)
+    expected, *expected_floats = reference.sample_tokens(logits, seed, **options)
+    x = visible_logits(logits, suppress_token) / temperature
+    # 1e-5, and the rounding of a large x + noise
+    assert_drawn(token, x, seed, 1e-5 + 1e-6 * x.nan_to_num(0, 0, 0).abs().amax(dim=-1))
+    same = token == expected
+    assert (~same).sum() <= 0.001 * max(same.numel(), 1000)
+    for actual, wanted in zip(floats, expected_floats, strict=True):
+        assert_close(actual[same], wanted[same], REFERENCE_RTOL, atol=1e-37)
 
 
 # A seed per call, where the row enters the counter; and large, negative ones per row
@@ -88,35 +91,35 @@ def test_large_vocabulary(num_rows):
 @everywhere
 def test_undefined_rows(backend):
     names, logits = stacked_rows(127 if backend == "triton" else 5000, torch.float32)
-    token, probability = BACKENDS[backend].sample_tokens(logits, SEED)
+    token, *floats = BACKENDS[backend].sample_tokens(logits, SEED)
     expected, _ = float64.top1_confidence(logits)
     for i, name in enumerate(names):
         if "nan" in name or name in ("inf", "infs", "all_minus_inf"):
             assert token[i] == expected[i], name
-            assert probability[i].isnan(), name
+            assert all(each[i].isnan() for each in floats), name
         else:
             assert logits[i, token[i]] > -torch.inf, name
-            assert probability[i] > 0, name
+            assert floats[0][i] > 0, name
 
 
-# 40 tokens, one of them without mass; G-test at 39 - 1 degrees of freedom, 200,000 draws. The
-# seeds are fixed, so the test either always passes or always fails.
+# 200 tokens in four tiles, one of them without mass; G-test at 199 - 1 degrees of freedom, 100,000
+# draws. The seeds are fixed, so the test either always passes or always fails.
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_distribution(backend, temperature):
-    draws = 200_000
-    logits = torch.randn(40, generator=torch.manual_seed(5))
+    draws, vocab_size = 100_000, 200
+    logits = torch.randn(vocab_size, generator=torch.manual_seed(5))
     logits[17] = -torch.inf
-    token, _ = BACKENDS[backend].sample_tokens(
-        logits.expand(draws, 40), torch.tensor([99, 0]), temperature=temperature
-    )
-    counts = torch.bincount(token, minlength=40).double()
+    token = BACKENDS[backend].sample_tokens(
+        logits.expand(draws, vocab_size), torch.tensor([99, 0]), temperature=temperature
+    )[0]
+    counts = torch.bincount(token, minlength=vocab_size).double()
     expected = draws * float64.softmax_of(logits, temperature)
     assert counts[17] == 0
     seen = counts > 0
     g = 2 * (counts[seen] * (counts[seen] / expected[seen]).log()).sum().item()
-    # 38 degrees of freedom: mean 38, standard deviation 8.7
-    assert 38 - 4 * math.sqrt(76) < g < 38 + 5 * math.sqrt(76)
+    # 198 degrees of freedom: mean 198, standard deviation 19.9
+    assert 198 - 4 * math.sqrt(396) < g < 198 + 5 * math.sqrt(396)
 
 
 def test_rare_tokens_are_sampled_in_proportion():
@@ -124,7 +127,7 @@ def test_rare_tokens_are_sampled_in_proportion():
     draws, vocab_size = 4000, 20000
     logits = torch.zeros(vocab_size)
     logits[123] = math.log(vocab_size - 1)
-    token, _ = dmax_kernels.sample_tokens(logits.expand(draws, vocab_size), torch.tensor([7, 7]))
+    token = dmax_kernels.sample_tokens(logits.expand(draws, vocab_size), torch.tensor([7, 7])).token
     share = (token == 123).double().mean().item()
     assert abs(share - 0.5) < 5 * 0.5 / math.sqrt(draws)
     rest = token[token != 123].double()
@@ -135,17 +138,18 @@ def test_rare_tokens_are_sampled_in_proportion():
 def test_greedy_is_top1(backend):
     functions = BACKENDS[backend]
     _, logits = stacked_rows(127 if backend == "triton" else 5000, torch.bfloat16)
-    token, probability = functions.sample_tokens(logits, SEED, temperature=0.0, suppress_token=3)
+    token, *floats = functions.sample_tokens(logits, SEED, temperature=0.0, suppress_token=3)
     expected, confidence = functions.top1_confidence(logits, suppress_token=3)
     assert torch.equal(token, expected)
-    assert torch.equal(probability.nan_to_num(), confidence.nan_to_num())
+    for each in floats:
+        assert_close(each, confidence, RTOL[backend])
 
 
 def test_tiny_temperature_is_greedy():
     logits = torch.randn(50, 300, generator=torch.manual_seed(9))
-    token, probability = dmax_kernels.sample_tokens(logits, SEED, temperature=1e-20)
+    token, *floats = dmax_kernels.sample_tokens(logits, SEED, temperature=1e-20)
     assert torch.equal(token, logits.argmax(-1))
-    assert (probability == 1).all()
+    assert all((each == 1).all() for each in floats)
 
 
 @everywhere
@@ -153,7 +157,7 @@ def test_seed_per_row_does_not_depend_on_the_batch(backend):
     sample_tokens = BACKENDS[backend].sample_tokens
     logits = torch.randn(6, 500, generator=torch.manual_seed(10))
     seeds = torch.stack([torch.arange(6) + 100, torch.arange(6) * 2**33], dim=1)
-    token, _ = sample_tokens(logits, seeds)
+    token = sample_tokens(logits, seeds)[0]
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     assert torch.equal(sample_tokens(logits[order], seeds[order])[0], token[order])
     for i in range(6):
@@ -175,7 +179,7 @@ def test_every_part_of_the_key_matters():
 
 def test_strides_threads_and_shapes():
     _, logits = stacked_rows(2049, torch.float32)
-    expected, _ = dmax_kernels.sample_tokens(logits, SEED)
+    expected = dmax_kernels.sample_tokens(logits, SEED).token
     for name, copy in strided_copies(logits).items():
         assert torch.equal(dmax_kernels.sample_tokens(copy, SEED)[0], expected), name
     for functions in BACKENDS.values():
@@ -197,17 +201,17 @@ def sharded_sample(functions, logits, seed, widths, **options):
     return functions.sample_merge(*stacked, temperature=options.get("temperature", 1.0))
 
 
-# One shard, even ones, starts that leave every remainder of 4 (four ids share a counter) and of 64
-# (a chunk of the CPU kernel), shards of one token; every edge case, in every dtype
+# One shard, halves, a single tile and one of few tokens at the end, tiles that lie differently in
+# the CPU's and Triton's larger ones; every edge case, in every dtype
 @pytest.mark.parametrize(
     ("backend", "dtype", "widths"),
     [
         (b, d, w)
         for b in ("reference", "cpu")
         for d in DTYPES
-        for w in ([5000], [2500, 2500], [1, 2049, 1, 904, 2045], [4998, 1, 1])
+        for w in ([5000], [2560, 2440], [64, 2112, 64, 832, 1928], [4928, 64, 8])
     ]
-    + [("triton", torch.float32, w) for w in ([1, 1, 1, 130], [TILE + 6, 127])],
+    + [("triton", torch.float32, w) for w in ([64, 64, 5], [TILE + 64, 127])],
     ids=str,
 )
 def test_sharded_equals_unsharded(backend, dtype, widths):
@@ -217,7 +221,7 @@ def test_sharded_equals_unsharded(backend, dtype, widths):
         if backend == "triton" and not options:
             continue  # the interpreter takes seconds
         token, probability = sharded_sample(functions, logits, SEED, widths, **options)
-        expected, expected_probability = functions.sample_tokens(logits, SEED, **options)
+        expected, expected_probability, *_ = functions.sample_tokens(logits, SEED, **options)
         assert not [names[i] for i in (token != expected).nonzero()[:, 0]]
         assert_close(probability, expected_probability, RTOL[backend], atol=1e-37)
 
@@ -227,8 +231,8 @@ def test_many_draws():
     logits = torch.randn(5000, 130, generator=torch.manual_seed(1))
     per_row = torch.stack([torch.arange(5000) * 2**40, -torch.arange(5000)], dim=1)
     for seed in (SEED, per_row):
-        expected, _ = dmax_kernels.sample_tokens(logits, seed)
-        token, _ = sharded_sample(dmax_kernels, logits, seed, [33, 34, 63])
+        expected = dmax_kernels.sample_tokens(logits, seed).token
+        token, _ = sharded_sample(dmax_kernels, logits, seed, [64, 64, 2])
         assert torch.equal(token, expected)
         assert token.unique().numel() > 100
 
@@ -236,7 +240,7 @@ def test_many_draws():
 @compiled
 def test_ids_far_up(backend):
     """The noise is that of the id in the whole vocabulary, up to the last one."""
-    logits, start = torch.zeros(3, 10), 2**31 - 10
+    logits, start = torch.zeros(3, 64), 2**31 - 64
     *_, token, score, _ = BACKENDS[backend].sample_partial(logits, SEED, start)
     *_, expected, expected_score, _ = reference.sample_partial(logits, SEED, start)
     assert torch.equal(token, expected)
@@ -247,22 +251,22 @@ def test_ids_far_up(backend):
 @everywhere
 def test_shard_without_mass(backend):
     functions = BACKENDS[backend]
-    logits = torch.randn(6, 40)
+    logits = torch.randn(6, 64)
     padded = torch.cat([logits, torch.full((6, 24), -torch.inf)], dim=1)
-    maximum, sum_exp, token, score, weight = functions.sample_partial(padded[:, 40:], SEED, 40)
+    maximum, sum_exp, token, score, weight = functions.sample_partial(padded[:, 64:], SEED, 64)
     assert (maximum == -torch.inf).all()
     assert (score == -torch.inf).all()
     assert (sum_exp == 0).all()
     assert (weight == 0).all()
-    assert (token == 40).all()
-    token, _ = sharded_sample(functions, padded, SEED, [40, 24])
+    assert (token == 64).all()
+    token, _ = sharded_sample(functions, padded, SEED, [64, 24])
     assert torch.equal(token, functions.sample_tokens(logits, SEED)[0])
 
 
 @compiled
 def test_shapes_of_shards(backend):
     functions = BACKENDS[backend]
-    partials = functions.sample_partial(torch.randn(2, 3, 7), SEED, 5)
+    partials = functions.sample_partial(torch.randn(2, 3, 7), SEED, 64)
     assert all(t.shape == (2, 3) for t in partials)
     token, probability = functions.sample_merge(*(torch.stack([t, t]) for t in partials))
     assert token.shape == probability.shape == (2, 3)
@@ -278,15 +282,16 @@ F32, I64 = torch.ones(2, 3), torch.ones(2, 3).long()
         ("sample_tokens", (F32, F32[0, :2]), {}, "seed must be int64, got float32"),
         ("sample_tokens", (F32, I64[0]), {}, r"seed must have shape \[2\] .*, got \[3\]"),
         ("sample_tokens", (F32, I64[:, :2].repeat(2, 1)), {}, r"seed must have shape \[2, 2\]"),
-        ("sample_tokens", (F32, SEED), {"temperature": -1.0}, "temperature must be at least 1e-30"),
+        ("sample_tokens", (F32, SEED), {"temperature": -1.0}, r"temperature must be 0 \(greedy"),
         ("sample_tokens", (F32, SEED), {"suppress_token": 3}, "suppress_token must be .*, got 3"),
         ("sample_tokens", (F32.int(), SEED), {}, "logits must be float32.*, got int32"),
         ("sample_partial", (F32, SEED, -1), {}, "vocab_start must be .* -1"),
+        ("sample_partial", (F32, SEED, 63), {}, "vocab_start must be a multiple of 64, .*, got 63"),
         (
             "sample_partial",
-            (F32, SEED, 2**31 - 2),
+            (F32, SEED, 2**31),
             {},
-            "token ids must be below 2147483648, got a shard of 3 from 2147483646",
+            "token ids must be below 2147483648, got a shard of 3 from 2147483648",
         ),
         ("sample_partial", (I64, SEED, 0), {}, "logits_shard must be float32"),
         ("sample_partial", (F32, F32, 0), {}, "seed must be int64"),

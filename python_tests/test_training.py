@@ -261,7 +261,7 @@ def test_the_oput_losses_are_equations_3_to_5(temperature):
         for i, row in enumerate(noisy_masked):
             p = log_p(model, batch.tokens[i], row, start)[masked[i]]
             p[:, MASK] = -torch.inf
-            drawn, _ = reference.sample_tokens(p, seeds[i][masked[i]], temperature=temperature)
+            drawn, *_ = reference.sample_tokens(p, seeds[i][masked[i]], temperature=temperature)
             noisy_predicted[i, masked[i]] = drawn
     assert (noisy_predicted != clean).any()
     assert (noisy_predicted != MASK).all()

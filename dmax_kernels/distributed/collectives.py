@@ -56,6 +56,14 @@ def gather(
     ]
 
 
+def check_layout(op: str, shard: VocabShard, like: Tensor) -> None:
+    """The check of gather(), before a choice that depends on the ranks' widths: ranks that take
+    them to be different would wait for each other.
+    """
+    if shard.num_ranks > 1 and like.device.type == "cpu":
+        gather(op, shard, like.dtype, (like.new_empty(0),))
+
+
 def sum_of_disjoint(op: str, shard: VocabShard, rows: Tensor) -> Tensor:
     """The sum over ranks; at each position at most one rank's tensor is not zero.
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dmax_kernels import ops
-from dmax_kernels.distributed.collectives import gather
+from dmax_kernels.distributed.collectives import check_layout, gather
 from dmax_kernels.distributed.layout import (
+    VocabShard,
     at_least_one_column,
     check_suppress_token,
     read_shard,
     visible,
 )
-from dmax_kernels.distributed.linear import ShardedHead, read_head
+from dmax_kernels.distributed.linear import Columns, ShardedHead, read_head
+from dmax_kernels.ops.sample import DRAW_TILE, Sample
+from dmax_kernels.vocabulary import allowed_tokens, visible_tokens
 
 
 def top1_confidence(
@@ -56,6 +60,98 @@ def top1_confidence(
     return ops.top1_merge(*gather(op, shard, logits.dtype, fields), temperature=temperature)
 
 
+class _Draw(NamedTuple):
+    """The options of a draw over shards."""
+
+    filters: dict[str, Any]  # temperature, top_k, top_p and min_p
+    suppress_token: int
+    allowed: Tensor | None
+
+    @property
+    def has_filters(self) -> bool:
+        """Whether a rank needs to know the other shards. Options per row count as filters: the
+        partial op has one temperature."""
+        if self.greedy:
+            return False
+        numbers = not any(isinstance(option, Tensor) for option in self.filters.values())
+        off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        return not numbers or any(self.filters[name] != value for name, value in off.items())
+
+    def is_partial(self, op: str, shard: VocabShard, sharded: Tensor) -> bool:
+        """Whether every rank draws from its shard: without filters, from tiles that are whole."""
+        check_layout(op, shard, sharded)
+        starts = (sum(shard.sizes[:rank]) for rank in range(shard.num_ranks))
+        whole_tiles = all(start % DRAW_TILE == 0 for start in starts)
+        return self.greedy or (whole_tiles and not self.has_filters)
+
+    def visible(self, logits: Tensor, start: int) -> Tensor:
+        """The logits of ids from ``start`` on, -inf where the mask does not allow them."""
+        if self.allowed is None:
+            return logits
+        end = start + logits.shape[-1]
+        tokens = allowed_tokens(self.allowed, self.allowed.shape[-1] * 32)[..., start:end]
+        tokens = torch.nn.functional.pad(tokens, (0, logits.shape[-1] - tokens.shape[-1]))
+        return logits.masked_fill(~tokens, -torch.inf)
+
+    @property
+    def greedy(self) -> bool:
+        temperature = self.filters["temperature"]
+        return not isinstance(temperature, Tensor) and temperature == 0
+
+    def partial(self, logits: Tensor, seed: Tensor, start: int) -> tuple[Tensor, ...]:
+        if logits.shape[-1] == 0:  # it may begin anywhere, and has no mass
+            start -= start % DRAW_TILE
+        logits = self.visible(at_least_one_column(logits), start)
+        if self.greedy:
+            return ops.top1_partial(logits, start, suppress_token=self.suppress_token)
+        return ops.sample_partial(
+            logits, seed, start, temperature=self.filters["temperature"],
+            suppress_token=self.suppress_token,
+        )  # fmt: skip
+
+    def merge(self, maximum: Tensor, sum_exp: Tensor, token: Tensor, *sampled: Tensor) -> Sample:
+        temperature = self.filters["temperature"]
+        if not sampled:  # greedy
+            token, confidence = ops.top1_merge(maximum, sum_exp, token)
+            return Sample(token, confidence, confidence, confidence)
+        _, top1_probability = ops.top1_merge(maximum, sum_exp, token, temperature=temperature)
+        token, probability = ops.sample_merge(
+            maximum, sum_exp, token, *sampled, temperature=temperature
+        )
+        # Both are weights over one sum, which cancels
+        relative = (probability / top1_probability).minimum(top1_probability)
+        return Sample(token, probability, top1_probability, relative)
+
+    def whole(self, op: str, logits: Tensor, seed: Tensor, shard: VocabShard) -> Sample:
+        """The unsharded op on the logits of all ranks."""
+        if shard.num_ranks > 1:
+            logits = self._gathered(op, logits, shard)
+        return ops.sample_tokens(
+            logits[..., : shard.vocab_size], seed, **self.filters,
+            suppress_token=self.suppress_token, allowed=self.allowed,
+        )  # fmt: skip
+
+    @staticmethod
+    def _gathered(op: str, logits: Tensor, shard: VocabShard) -> Tensor:
+        widest = max(shard.sizes)
+        widest += widest % 2  # 16-bit floats travel in pairs
+        padded = torch.nn.functional.pad(logits, (0, widest - logits.shape[-1]))
+        (gathered,) = gather(op, shard, logits.dtype, (padded,))
+        columns = [part[..., :width] for part, width in zip(gathered, shard.sizes, strict=True)]
+        return torch.cat(columns, dim=-1)
+
+
+def _read_draw(
+    op: str, shard: VocabShard, device: torch.device, suppress_token: int,
+    suppress_tokens: Sequence[int], allowed: Tensor | None, **filters: Any,
+) -> _Draw:  # fmt: skip
+    check_suppress_token(op, suppress_token, shard)
+    _, suppress_token, allowed = visible_tokens(
+        op, shard.vocab_size, device, suppress_token, suppress_tokens, allowed
+    )
+    return _Draw(filters, suppress_token, allowed)
+
+
 def sample_tokens(
     logits: Tensor,
     seed: Tensor,
@@ -63,41 +159,50 @@ def sample_tokens(
     group: ProcessGroup | None = None,
     shard_sizes: Sequence[int] | None = None,
     vocab_size: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
     suppress_token: int = -1,
-) -> tuple[Tensor, Tensor]:
+    suppress_tokens: Sequence[int] = (),
+    allowed: Tensor | None = None,
+) -> Sample:
     """:func:`dmax_kernels.sample_tokens` of the whole vocabulary (Eq. 3's rollout).
 
-    The noise depends on the id in the whole vocabulary. The sampled ids are therefore exactly those
-    of the unsharded op at the same seed, however the vocabulary is cut. This takes one all-gather
-    of 24 bytes per row.
+    The noise depends on the tile and the id in the whole vocabulary. The sampled ids are therefore
+    exactly those of the unsharded op at the same seed, however the vocabulary is cut.
+
+    Without filters this takes one all-gather of 24 bytes per row, if every shard begins at a
+    multiple of 64 ids (greedy: wherever it begins). Otherwise, and where a filter is on or an
+    option is a tensor, the ranks gather the logits, and each runs the unsharded op: V numbers per
+    row, in the logits' dtype, are sent and stored. On the CPU, comparing the widths first is one
+    more, small all-gather.
 
     Args:
         logits: this rank's columns [..., V_shard], or a DTensor sharded on its last dimension.
         seed: as in the unsharded op, the same on every rank.
         group, shard_sizes, vocab_size: see :mod:`dmax_kernels.distributed`.
-        temperature: 0 (greedy: exactly :func:`top1_confidence`) or 1e-30 to 1e30.
-        suppress_token: an id of the whole vocabulary; -1 for none.
+        temperature, top_k, top_p, min_p: as in the unsharded op, the same on every rank; greedy is
+            :func:`top1_confidence` at temperature 1.
+        suppress_token, suppress_tokens, allowed: as in the unsharded op, of the whole vocabulary.
 
     Returns:
-        token int64 [...] and its probability float32 [...], the same on every rank.
+        token, probability, top1_probability and relative_confidence [...], the same on every rank.
 
     Raises:
         ValueError: shards that do not fit together. RuntimeError: as the unsharded op.
     """
     op = "sample_tokens"
-    options = {"temperature": temperature, "suppress_token": suppress_token}
     logits, shard = read_shard(op, "logits", logits, -1, group, shard_sizes, vocab_size)
-    check_suppress_token(op, suppress_token, shard)
+    draw = _read_draw(
+        op, shard, logits.device, suppress_token, suppress_tokens, allowed,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+    )  # fmt: skip
     mine = visible(logits, shard, -1)
-    if shard.num_ranks == 1:
-        return ops.sample_tokens(mine, seed, **options)
-    mine = at_least_one_column(mine)
-    if temperature == 0:
-        fields = ops.top1_partial(mine, shard.start, suppress_token=suppress_token)
-        return ops.top1_merge(*gather(op, shard, logits.dtype, fields))
-    fields = ops.sample_partial(mine, seed, shard.start, **options)
-    return ops.sample_merge(*gather(op, shard, logits.dtype, fields), temperature=temperature)
+    if shard.num_ranks == 1 or not draw.is_partial(op, shard, logits):
+        return draw.whole(op, logits, seed, shard)
+    fields = draw.partial(mine, seed, shard.start)
+    return draw.merge(*gather(op, shard, logits.dtype, fields))
 
 
 def _gather_blocks(
@@ -167,39 +272,49 @@ def linear_sample_tokens(
     group: ProcessGroup | None = None,
     shard_sizes: Sequence[int] | None = None,
     vocab_size: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
     suppress_token: int = -1,
-) -> tuple[Tensor, Tensor]:
+    suppress_tokens: Sequence[int] = (),
+    allowed: Tensor | None = None,
+) -> Sample:
     """:func:`dmax_kernels.linear_sample_tokens` with the LM head's rows sharded.
 
     It draws the noise of :func:`sample_tokens` and makes the logits as
-    :func:`linear_top1_confidence` does.
+    :func:`linear_top1_confidence` does. Where :func:`sample_tokens` gathers the logits, this does
+    so too, in float32: all rows' logits of the whole vocabulary then exist on every rank.
 
     Args:
         hidden, weight, bias, group, shard_sizes, vocab_size: as in :func:`linear_top1_confidence`.
-        seed, temperature, suppress_token: as in :func:`sample_tokens`.
+        seed, temperature, top_k, top_p, min_p, suppress_token, suppress_tokens, allowed: as in
+            :func:`sample_tokens`.
 
     Returns:
-        token int64 [...] and its probability float32 [...], the same on every rank.
+        token, probability, top1_probability and relative_confidence [...], the same on every rank.
 
     Raises:
         ValueError: shards or shapes that do not fit together. RuntimeError: as the unsharded op.
     """
     op = "linear_sample_tokens"
     head = read_head(op, hidden, weight, bias, group, shard_sizes, vocab_size)
-    check_suppress_token(op, suppress_token, head.shard)
-    options = {"temperature": temperature, "suppress_token": suppress_token}
-    if head.shard.num_ranks == 1:
-        return ops.linear_sample_tokens(hidden, head.weight, seed, head.bias, **options)
-    if temperature == 0:
+    shard = head.shard
+    draw = _read_draw(
+        op, shard, hidden.device, suppress_token, suppress_tokens, allowed,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+    )  # fmt: skip
+    if shard.num_ranks == 1:
+        return ops.linear_sample_tokens(
+            hidden, head.weight, seed, head.bias, **draw.filters,
+            suppress_token=draw.suppress_token, allowed=draw.allowed,
+        )  # fmt: skip
+    if draw.is_partial(op, shard, head.weight):
         fields = _gather_blocks(
-            op,
-            head,
-            hidden,
-            lambda logits, start: ops.top1_partial(logits, start, suppress_token=suppress_token),
+            op, head, hidden, lambda logits, start: draw.partial(logits, seed, start)
         )
-        return ops.top1_merge(*fields)
-    fields = _gather_blocks(
-        op, head, hidden, lambda logits, start: ops.sample_partial(logits, seed, start, **options)
-    )
-    return ops.sample_merge(*fields, temperature=temperature)
+        return draw.merge(*fields)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    mine = head.logits(rows, Columns(0, shard.width))
+    mine = torch.nn.functional.pad(mine, (0, shard.sizes[shard.rank] - shard.width))
+    return draw.whole(op, mine.view(*hidden.shape[:-1], -1), seed, shard)

@@ -134,7 +134,7 @@ def draw(logits: Tensor, sampling: str) -> Tensor:
         probability = torch.softmax(logits, dim=-1, dtype=torch.float32)
         return torch.multinomial(probability.flatten(0, 1), num_samples=1).view(logits.shape[:-1])
     seed = torch.randint(torch.iinfo(torch.int64).max, (2,), device=logits.device)
-    return dmax_kernels.sample_tokens(logits, seed)[0]
+    return dmax_kernels.sample_tokens(logits, seed).token
 
 
 def entropy_bound_mask(entropy: Tensor, bound: float) -> Tensor:

@@ -201,7 +201,7 @@ class Oput(TwoPasses):
         }
         weight, bias = self.net.head()
         if weight is None:
-            drawn = self.ops.sample_tokens(states, seeds, **options)[0]
+            drawn = self.ops.sample_tokens(states, seeds, **options).token
         else:
-            drawn = self.ops.linear_sample_tokens(states, weight, seeds, bias, **options)[0]
+            drawn = self.ops.linear_sample_tokens(states, weight, seeds, bias, **options).token
         return noisy_masked.flatten().index_copy(0, at, drawn).view_as(noisy_masked)
