@@ -41,8 +41,10 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       " Tensor(f!) inputs_embeds, int mask_token_id, float tau_dec, float tau_acc, *,"
       " int semantics=0, int top_k=1, float temperature=1.0, int suppress_token=-1,"
       " Tensor? thresholds=None) -> ()");
-  def("sample_tokens(Tensor logits, Tensor seed, *, float temperature=1.0, int suppress_token=-1)"
-      " -> (Tensor token, Tensor probability)");
+  def("sample_tokens(Tensor logits, Tensor seed, *, float temperature=1.0, int top_k=0,"
+      " float top_p=1.0, float min_p=0.0, Tensor? row_options=None, int suppress_token=-1,"
+      " Tensor? allowed=None) -> (Tensor token, Tensor probability, Tensor top1_probability,"
+      " Tensor relative_confidence)");
   def("oput_loss(Tensor? logits_masked, Tensor? logits_predicted, Tensor target, *,"
       " int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0)"
       " -> (Tensor loss_masked, Tensor loss_predicted, Tensor logsumexp_masked,"
@@ -76,5 +78,7 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       " -> (Tensor grad_hidden_masked, Tensor grad_hidden_predicted, Tensor grad_weight,"
       " Tensor grad_bias)");
   def("linear_sample_tokens(Tensor hidden, Tensor weight, Tensor seed, Tensor? bias=None, *,"
-      " float temperature=1.0, int suppress_token=-1) -> (Tensor token, Tensor probability)");
+      " float temperature=1.0, int top_k=0, float top_p=1.0, float min_p=0.0,"
+      " Tensor? row_options=None, int suppress_token=-1, Tensor? allowed=None) -> (Tensor token,"
+      " Tensor probability, Tensor top1_probability, Tensor relative_confidence)");
 }

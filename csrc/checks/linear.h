@@ -42,12 +42,15 @@ inline LinearSizes check_linear_top1_confidence(const Tensor& hidden, const Tens
 
 inline LinearSizes check_linear_sample_tokens(const Tensor& hidden, const Tensor& weight,
                                               const Tensor& seed, const OptionalTensor& bias,
-                                              double temperature, int64_t suppress_token) {
+                                              double temperature, int64_t top_k, double top_p,
+                                              double min_p, const OptionalTensor& row_options,
+                                              int64_t suppress_token,
+                                              const OptionalTensor& allowed) {
   constexpr const char* op = "linear_sample_tokens";
   const LinearSizes sizes = check_linear(op, hidden, weight, bias);
-  if (temperature != 0) check_temperature(op, temperature);  // 0: greedy
-  check_suppress_token(op, suppress_token, sizes.vocab);
-  check_seed(op, seed, "hidden", hidden);
+  check_draw(op, "hidden", hidden, sizes.vocab, seed,
+             {temperature, static_cast<double>(top_k), top_p, min_p}, row_options, suppress_token,
+             allowed);
   return sizes;
 }
 

@@ -4,8 +4,7 @@
 // returns the sizes that the C++ kernels use.
 #pragma once
 
-#include "common/constants.h"
-#include "common/tensor_checks.h"
+#include "checks/draw.h"
 
 namespace dmax {
 
@@ -42,24 +41,15 @@ inline int64_t check_row_statistics(const Tensor& logits, double temperature,
   return check_rows("row_statistics", logits, temperature, suppress_token);
 }
 
-// Whether the seed tensor holds one (seed, offset) per row; then the row is not part of the counter
-inline bool is_seed_per_row(const Tensor& seed) { return seed.dim() != 1; }
-
-inline void check_seed(const char* op, const Tensor& seed, const char* logits_name,
-                       const Tensor& logits) {
-  check_dtype(op, "seed", seed, ScalarType::Long);
-  check_same_device(op, "seed", seed, logits_name, logits);
-  Sizes need = is_seed_per_row(seed) ? leading_sizes(logits) : Sizes{};
-  need.push_back(2);
-  check_shape(op, "seed", seed, need, "one (seed, offset), or one per row");
-}
-
 inline int64_t check_sample_tokens(const Tensor& logits, const Tensor& seed, double temperature,
-                                   int64_t suppress_token) {
+                                   int64_t top_k, double top_p, double min_p,
+                                   const OptionalTensor& row_options, int64_t suppress_token,
+                                   const OptionalTensor& allowed) {
   constexpr const char* op = "sample_tokens";
-  const bool greedy = temperature == 0;
-  const int64_t vocab = check_rows(op, logits, greedy ? 1.0 : temperature, suppress_token);
-  check_seed(op, seed, "logits", logits);
+  const int64_t vocab = check_logits(op, "logits", logits);
+  check_draw(op, "logits", logits, vocab, seed,
+             {temperature, static_cast<double>(top_k), top_p, min_p}, row_options, suppress_token,
+             allowed);
   return vocab;
 }
 
@@ -94,6 +84,8 @@ inline ShardSizes check_sample_partial(const Tensor& logits_shard, const Tensor&
                                        int64_t suppress_token) {
   constexpr const char* op = "sample_partial";
   const ShardSizes sizes = check_shard(op, logits_shard, vocab_start, temperature, suppress_token);
+  DMAX_CHECK(vocab_start % kDrawTile == 0, op, ": vocab_start must be a multiple of ", kDrawTile,
+             ", the ids that a draw takes together, got ", vocab_start);
   constexpr int64_t kMost = int64_t{1} << 31;
   DMAX_CHECK(vocab_start <= kMost - sizes.vocab, op, ": token ids must be below ", kMost,
              ", got a shard of ", sizes.vocab, " from ", vocab_start);

@@ -43,40 +43,13 @@ std::tuple<Tensor, Tensor> linear_top1_confidence(Tensor hidden, Tensor weight, 
   return {token, confidence};
 }
 
-std::tuple<Tensor, Tensor> linear_sample_tokens(Tensor hidden, Tensor weight, Tensor seed,
-                                                OptionalTensor bias, double temperature,
-                                                int64_t suppress_token) {
-  check_linear_sample_tokens(hidden, weight, seed, bias, temperature, suppress_token);
-  if (temperature == 0) {  // greedy
-    return linear_top1_confidence(hidden, weight, bias, 1, suppress_token);
-  }
-  Tensor token = empty_like_device(hidden, leading_sizes(hidden), ScalarType::Long);
-  Tensor probability = empty_like_device(hidden, leading_sizes(hidden), ScalarType::Float);
-  if (token.numel() == 0) return {token, probability};
-  int64_t* token_out = token.mutable_data_ptr<int64_t>();
-  float* probability_out = probability.mutable_data_ptr<float>();
-  const Tensor seed_c = torch::stable::contiguous(seed);
-  const int64_t* seeds = seed_c.const_data_ptr<int64_t>();
-  const bool seed_per_row = is_seed_per_row(seed);
-
-  reduce_linear_rows<RowSample>(
-      hidden, weight, bias, suppress_token,
-      [&](int64_t row, RowSample& sample, const TileKernels<float>& kernels, const float* x,
-          int64_t n, int64_t first_id) {
-        sample.stats.add(kernels, x, n, first_id, temperature);
-        const PerturbedBest best =
-            kernels.sample(x, n, first_id, noise_key(seeds, seed_per_row, row),
-                           static_cast<float>(temperature), sample.best);
-        if (best.id != sample.best.id) sample.logit = x[best.id - first_id];
-        sample.best = best;
-      },
-      [&](RowSample& sample, const RowSample& later) { sample.merge(later, temperature); },
-      [&](int64_t row, const RowSample& sample) {
-        const RowStats& stats = sample.stats;
-        token_out[row] = stats.defined() ? sample.best.id : stats.token;
-        probability_out[row] = stats.probability(sample.logit, temperature);
-      });
-  return {token, probability};
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_sample_tokens(
+    Tensor hidden, Tensor weight, Tensor seed, OptionalTensor bias, double temperature,
+    int64_t top_k, double top_p, double min_p, OptionalTensor row_options, int64_t suppress_token,
+    OptionalTensor allowed) {
+  check_linear_sample_tokens(hidden, weight, seed, bias, temperature, top_k, top_p, min_p,
+                             row_options, suppress_token, allowed);
+  fail("linear_sample_tokens: this draw is not in the CPU kernels yet");
 }
 
 }  // namespace dmax::cpu

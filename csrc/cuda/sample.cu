@@ -11,30 +11,12 @@ static SampleKey sample_key(const Tensor& seeds, double temperature, int64_t fir
           static_cast<float>(1.0 / temperature), static_cast<uint32_t>(first_id)};
 }
 
-std::tuple<Tensor, Tensor> sample_tokens(Tensor logits, Tensor seed, double temperature,
-                                         int64_t suppress_token) {
-  check_sample_tokens(logits, seed, temperature, suppress_token);
-  if (temperature == 0) return top1_confidence(logits, 1.0, suppress_token);  // greedy
-  const Call call("sample_tokens", logits);
-  Tensor token = empty_like_device(logits, leading_sizes(logits), ScalarType::Long);
-  Tensor probability = empty_like_device(logits, leading_sizes(logits), ScalarType::Float);
-  const RowView rows = row_view(logits);
-  if (rows.rows == 0) return {token, probability};
-  const Tensor seeds = torch::stable::contiguous(seed);
-  const SampleKey key = sample_key(seeds, temperature, 0);
-  const SampleTokensFinish finish{token.mutable_data_ptr<int64_t>(),
-                                  probability.mutable_data_ptr<float>()};
-
-  dispatch_float(logits.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    const auto kernel = sample_rows_kernel<T, FirstId::kZero, SampleTokensFinish>;
-    const LogitsView<T> view = logits_view<T>(rows, suppress_token, temperature);
-    launch_rows<T, SamplePartial>(
-        call, logits, {rows.rows, rows.width, kSampleResident}, [&](const RowLaunch& run) {
-          return launch(run.shape, call.stream, kernel, view, run.split, key, finish);
-        });
-  });
-  return {token, probability};
+std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens(
+    Tensor logits, Tensor seed, double temperature, int64_t top_k, double top_p, double min_p,
+    OptionalTensor row_options, int64_t suppress_token, OptionalTensor allowed) {
+  check_sample_tokens(logits, seed, temperature, top_k, top_p, min_p, row_options, suppress_token,
+                      allowed);
+  fail("sample_tokens: this draw is not in the CUDA kernels yet");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_partial(Tensor logits_shard, Tensor seed,

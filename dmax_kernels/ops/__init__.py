@@ -4,13 +4,14 @@ from dmax_kernels.ops.embedding import hybrid_embedding
 from dmax_kernels.ops.linear import linear_oput_loss, linear_sample_tokens, linear_top1_confidence
 from dmax_kernels.ops.loss import oput_loss, oput_loss_and_grad_
 from dmax_kernels.ops.promote import prefix_promote
-from dmax_kernels.ops.sample import sample_merge, sample_partial, sample_tokens
+from dmax_kernels.ops.sample import Sample, sample_merge, sample_partial, sample_tokens
 from dmax_kernels.ops.spd_step import spd_step_
 from dmax_kernels.ops.statistics import RowStatistics, row_statistics
 from dmax_kernels.ops.top1 import top1_confidence, top1_merge, top1_partial, topk_confidence
 
 __all__ = [
     "RowStatistics",
+    "Sample",
     "hybrid_embedding",
     "linear_oput_loss",
     "linear_sample_tokens",

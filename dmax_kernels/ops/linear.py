@@ -1,5 +1,9 @@
 """Tokens and losses from the hidden states and the LM head: the logits are never stored."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +13,9 @@ from dmax_kernels.ops._register import (
     register_fake,
     register_not_differentiable,
 )
+from dmax_kernels.ops.sample import Sample, empty_sample, row_options
 from dmax_kernels.reduction import autocast_operands, reduce_loss
+from dmax_kernels.vocabulary import visible_tokens
 
 
 def linear_top1_confidence(
@@ -62,39 +68,61 @@ def linear_sample_tokens(
     seed: Tensor,
     bias: Tensor | None = None,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
     suppress_token: int = -1,
-) -> tuple[Tensor, Tensor]:
+    suppress_tokens: Sequence[int] = (),
+    allowed: Tensor | None = None,
+    vocab_limit: int | None = None,
+) -> Sample:
     """:func:`dmax_kernels.sample_tokens` of ``hidden @ weight.T + bias`` (Eq. 3's rollout).
 
     The noise is keyed by (seed, offset, row, id) as there, so that a sample depends neither on how
     the product is tiled nor, with a seed per row, on which other rows are asked for: pass
     ``hidden[masked]`` to draw for the masked positions alone. Logits are float32, as in
-    :func:`dmax_kernels.linear_top1_confidence`.
+    :func:`dmax_kernels.linear_top1_confidence`. They are not stored, except where a filter is on:
+    then those of a few rows at a time are, in at most 64 MB on the CPU.
 
     Args:
         hidden: [..., D], float32, bfloat16 or float16.
         weight: [V, D], the LM head, in hidden's dtype.
         seed: int64 on hidden's device, [2] or [..., 2], as in :func:`dmax_kernels.sample_tokens`.
         bias: [V] in hidden's dtype, or None.
-        temperature: 0 (greedy: exactly :func:`dmax_kernels.linear_top1_confidence`) or 1e-30 to
-            1e30.
-        suppress_token: an id that is never sampled; -1 for none.
+        temperature, top_k, top_p, min_p, suppress_token, suppress_tokens, allowed, vocab_limit: as
+            in :func:`dmax_kernels.sample_tokens`. Greedy is
+            :func:`dmax_kernels.linear_top1_confidence` at temperature 1.
 
     Returns:
-        token int64 [...] and its probability float32 [...].
+        token, probability, top1_probability and relative_confidence [...], as
+        :func:`dmax_kernels.sample_tokens`.
 
     Raises:
-        RuntimeError: dtypes or shapes that do not fit, a temperature or token id out of range.
+        RuntimeError: dtypes or shapes that do not fit, an option or token id out of range.
+        ValueError: as :func:`dmax_kernels.sample_tokens`.
     """
-    return torch.ops.dmax.linear_sample_tokens(
-        hidden, weight, seed, bias, temperature=temperature, suppress_token=suppress_token
+    op = "linear_sample_tokens"
+    vocab, suppress_token, allowed = visible_tokens(
+        op, weight.shape[0] if weight.dim() else 1, hidden.device, suppress_token,
+        suppress_tokens, allowed, vocab_limit,
+    )  # fmt: skip
+    if vocab_limit is not None:
+        weight = weight[:vocab]
+        bias = None if bias is None else bias[:vocab]
+    options = row_options(
+        op, "hidden", hidden, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
+    return Sample(
+        *torch.ops.dmax.linear_sample_tokens(
+            hidden, weight, seed, bias, **options, suppress_token=suppress_token, allowed=allowed
+        )
     )
 
 
 @register_fake("linear_sample_tokens")
-def _(hidden, weight, seed, bias=None, *, temperature=1.0, suppress_token=-1):
-    return empty_per_row(hidden, torch.int64, torch.float32)
+def _(hidden, weight, seed, bias=None, **options):
+    return empty_sample(hidden)
 
 
 register_not_differentiable("linear_sample_tokens", "detach the hidden states and the weight")

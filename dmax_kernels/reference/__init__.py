@@ -13,13 +13,14 @@ from dmax_kernels.reference.linear import (
 )
 from dmax_kernels.reference.loss import oput_loss, oput_loss_and_grad_
 from dmax_kernels.reference.promote import prefix_promote
-from dmax_kernels.reference.sample import sample_merge, sample_partial, sample_tokens
+from dmax_kernels.reference.sample import Sample, sample_merge, sample_partial, sample_tokens
 from dmax_kernels.reference.spd_step import spd_step_
 from dmax_kernels.reference.statistics import RowStatistics, row_statistics
 from dmax_kernels.reference.top1 import top1_confidence, top1_merge, top1_partial, topk_confidence
 
 __all__ = [
     "RowStatistics",
+    "Sample",
     "hybrid_embedding",
     "linear_oput_loss",
     "linear_sample_tokens",

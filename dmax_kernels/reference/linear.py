@@ -1,11 +1,13 @@
 """Tokens and losses from the hidden states and the LM head; here the logits are stored."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dmax_kernels.reduction import autocast_operands, reduce_loss
 from dmax_kernels.reference.loss import token_loss
-from dmax_kernels.reference.sample import sample_tokens
+from dmax_kernels.reference.sample import Sample, sample_tokens
 from dmax_kernels.reference.top1 import top1_confidence
 
 
@@ -32,12 +34,9 @@ def linear_sample_tokens(
     weight: Tensor,
     seed: Tensor,
     bias: Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    suppress_token: int = -1,
-) -> tuple[Tensor, Tensor]:
-    logits = linear_logits(hidden, weight, bias)
-    return sample_tokens(logits, seed, temperature=temperature, suppress_token=suppress_token)
+    **options: Any,
+) -> Sample:
+    return sample_tokens(linear_logits(hidden, weight, bias), seed, **options)
 
 
 def linear_oput_loss(

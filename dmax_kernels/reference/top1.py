@@ -4,16 +4,24 @@ import torch
 from torch import Tensor
 
 
-def visible_logits(logits: Tensor, suppress_token: int) -> Tensor:
-    """float32 logits with the suppressed token's column at -inf (never chosen, no mass)."""
+def visible_logits(logits: Tensor, suppress_token: int, allowed: Tensor | None = None) -> Tensor:
+    """float32 logits, -inf (never chosen, no mass) at the suppressed token and where the mask's bit
+    is not set.
+    """
     visible = logits.float()
     if suppress_token >= 0:
         visible = visible.clone()
         visible[..., suppress_token] = -torch.inf
+    if allowed is not None:
+        bits = allowed.unsqueeze(-1) >> torch.arange(32, device=allowed.device, dtype=torch.int32)
+        bits = (bits & 1).bool().flatten(-2)[..., : logits.shape[-1]]
+        if allowed.numel() == allowed.shape[-1]:  # one row of bits for all
+            bits = bits.flatten()
+        visible = visible.masked_fill(~bits, -torch.inf)
     return visible
 
 
-def softmax_of(visible: Tensor, temperature: float) -> Tensor:
+def softmax_of(visible: Tensor, temperature: float | Tensor) -> Tensor:
     """softmax(visible / temperature). Subtracting first keeps full precision under an offset."""
     return torch.softmax((visible - visible.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
 

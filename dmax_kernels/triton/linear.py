@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
+from dmax_kernels.triton.launch import device_of, row_view
 from dmax_kernels.triton.linear_loss import linear_oput_loss, linear_oput_loss_backward
 from dmax_kernels.triton.linear_rows import linear_statistics
 from dmax_kernels.triton.sample import merge_samples
@@ -75,24 +75,11 @@ def linear_sample_tokens(
     bias: Tensor | None = None,
     *,
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    row_options: Tensor | None = None,
     suppress_token: int = -1,
-) -> tuple[Tensor, Tensor]:
-    if temperature == 0:
-        return linear_top1_confidence(hidden, weight, bias, suppress_token=suppress_token)
-    shape, device = hidden.shape[:-1], hidden.device
-    token = torch.empty(shape, dtype=torch.int64, device=device)
-    probability = torch.empty(shape, dtype=torch.float32, device=device)
-    if token.numel() == 0:
-        return token, probability
-    bias = None if bias is None else bias.contiguous()
-    seed = seed.reshape(-1, 2).contiguous() if seed.dim() != 1 else seed.contiguous()
-    with device_of(hidden):
-        for span, partials in linear_statistics(
-            row_view(hidden), row_view(weight), bias, temperature, suppress_token, seed
-        ):
-            linear_sample_merge_kernel[(span.stop - span.start,)](
-                *partials, softmax_scale(temperature),
-                token.view(-1)[span], probability.view(-1)[span],
-                GROUPS=next_power_of_2(partials.num_groups), num_warps=4,
-            )
-    return token, probability
+    allowed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    raise RuntimeError("linear_sample_tokens: this draw is not in the Triton kernels yet")
