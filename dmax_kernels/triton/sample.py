@@ -10,7 +10,6 @@ from torch import Tensor
 from dmax_kernels.triton.draw import Results, greedy_results, sample_of_tiles, store_sample
 from dmax_kernels.triton.launch import (
     TILE,
-    TILE_WARPS,
     Rows,
     choose_tiles,
     device_of,
@@ -29,6 +28,10 @@ from dmax_kernels.triton.stats import (
     tiles_of_program,
 )
 from dmax_kernels.triton.top1 import NO_ID_64, shard_places, top1_of_rows, winning_token
+
+
+# Sixteen logits per thread: the draw needs registers beside them
+SAMPLE_WARPS = 8
 
 
 @triton.jit
@@ -162,7 +165,7 @@ def launch_tile_samples(
     tile_sample_kernel[(rows.count, tiles.programs)](
         rows.tensor, rows.stride, rows.width, suppress_token, softmax_scale(temperature),
         1.0 / temperature, seed.contiguous(), first_id // DRAW_TILE.value, *partials,
-        tiles.per_program, SEED_PER_ROW=seed.dim() != 1, TILE=TILE, num_warps=TILE_WARPS,
+        tiles.per_program, SEED_PER_ROW=seed.dim() != 1, TILE=TILE, num_warps=SAMPLE_WARPS,
     )
     return partials
 

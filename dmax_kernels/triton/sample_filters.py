@@ -22,8 +22,6 @@ from dmax_kernels.triton.top1 import order_key, value_of_key
 
 LOG2_E_DEVICE = tl.constexpr(LOG2_E)
 LOWEST_KEY = tl.constexpr(-0x7F800001)  # of -inf
-COUNT = tl.constexpr(0)
-MASS = tl.constexpr(1)
 
 READ_TILES = 64  # draw tiles per step of a program: as many logits as one tile elsewhere
 READ_WARPS = 4
@@ -45,6 +43,22 @@ class DrawOptions(NamedTuple):
         filters = 0 < self.top_k < vocab or self.top_p < 1 or self.min_p > 0
         given = self.row_options is not None or self.allowed is not None
         return given or (filters and self.temperature != 0)
+
+    def in_rows(self) -> "DrawOptions":
+        """The tensors with one leading dimension; a mask for all rows stays one row."""
+        options, allowed = self.row_options, self.allowed
+        return self._replace(
+            row_options=None if options is None else options.reshape(-1, 4),
+            allowed=None if allowed is None else allowed.reshape(-1, allowed.shape[-1]),
+        )
+
+    def span(self, rows: slice) -> "DrawOptions":
+        """Those of some rows; needs the form of in_rows()."""
+        options, allowed = self.row_options, self.allowed
+        return self._replace(
+            row_options=None if options is None else options[rows],
+            allowed=allowed if allowed is None or len(allowed) == 1 else allowed[rows],
+        )
 
 
 @triton.jit
@@ -70,11 +84,20 @@ def options_of(row_options, row, temperature, top_k, top_p, min_p, HAS_OPTIONS: 
 def load_visible(row, tile, active, vocab, suppress_token, allowed, HAS_ALLOWED: tl.constexpr):
     """Ids and float32 logits [N, 64] of draw tiles [N], -inf where not active or not visible."""
     ids = tile[:, None] * DRAW_TILE + tl.arange(0, DRAW_TILE)[None, :]
-    inside = active[:, None] & (ids < vocab) & (ids != suppress_token)
     if HAS_ALLOWED:
+        inside = active[:, None] & (ids < vocab)
         words = tl.load(allowed + ids // 32, mask=inside, other=0)
-        inside &= ((words >> (ids % 32)) & 1) != 0
-    return ids, tl.load(row + ids, mask=inside, other=float("-inf")).to(tl.float32)
+        visible = (words >> (ids % 32)) & 1
+        active &= tl.max(visible, axis=1) > 0
+    # One mask per tile leaves the loads 16 bytes wide; one per id does not
+    if tl.max(tile, axis=0) < vocab // DRAW_TILE:
+        x = tl.load(row + ids, mask=active[:, None], other=float("-inf")).to(tl.float32)
+    else:
+        inside = active[:, None] & (ids < vocab)
+        x = tl.load(row + ids, mask=inside, other=float("-inf")).to(tl.float32)
+    if HAS_ALLOWED:
+        x = tl.where(visible != 0, x, float("-inf"))
+    return ids, tl.where(ids == suppress_token, float("-inf"), x)
 
 
 @triton.jit(do_not_specialize=["top_k", "suppress_token", "num_tiles"])
@@ -114,13 +137,10 @@ def weights(x, maximum, scale):
 
 
 @triton.jit
-def measure_of(x, keys, least, maximum, scale, KIND: tl.constexpr):
+def measure_of(x, keys, least, maximum, scale, by_mass):
     """The number or the mass of x whose key is at least that, as float64."""
-    if KIND == COUNT:
-        part = (keys >= least).to(tl.float32)
-    else:
-        part = tl.where(keys >= least, weights(x, maximum, scale), 0.0)
-    return tl.sum(part).to(tl.float64)
+    part = tl.where(by_mass, weights(x, maximum, scale), 1.0)
+    return tl.sum(tl.where(keys >= least, part, 0.0)).to(tl.float64)
 
 
 @triton.jit
@@ -131,7 +151,7 @@ def middle(low, high):
 
 @triton.jit
 def maxima_bound(
-    tile_max, tile_sum, num_tiles, maximum, scale, target, KIND: tl.constexpr, STATS: tl.constexpr
+    tile_max, tile_sum, num_tiles, maximum, scale, target, by_mass, STATS: tl.constexpr
 ):
     """A key that the cut cannot be below: the tiles' maxima down to it reach the target alone."""
     low = tl.zeros([], tl.int32) + LOWEST_KEY
@@ -141,7 +161,8 @@ def maxima_bound(
         found = tl.zeros([], tl.float64)
         for start in range(0, num_tiles, STATS):
             _, maxima, _, _ = load_stats(tile_max, tile_sum, start, num_tiles, STATS)
-            found += measure_of(maxima, order_key(maxima), key, maximum, scale, KIND)
+            keys = tl.where(maxima == float("-inf"), LOWEST_KEY - 1, order_key(maxima))
+            found += measure_of(maxima, keys, key, maximum, scale, by_mass)
         if found >= target:
             low = key
         else:
@@ -152,7 +173,7 @@ def maxima_bound(
 @triton.jit
 def measure_row(
     row, vocab, suppress_token, allowed, tile_max, tile_sum, num_tiles, maximum, scale, low, key,
-    HAS_ALLOWED: tl.constexpr, KIND: tl.constexpr, N: tl.constexpr,
+    by_mass, HAS_ALLOWED: tl.constexpr, N: tl.constexpr,
 ):
     """(measure of the tokens down to key, the lowest key of those, the highest key below), from
     the tiles whose maximum is at least low.
@@ -164,9 +185,9 @@ def measure_row(
         tile, maxima, _, _ = load_stats(tile_max, tile_sum, start, num_tiles, N)
         active = (order_key(maxima) >= low) & (maxima > float("-inf"))
         if tl.max(active.to(tl.int32), axis=0) > 0:
-            _, x = load_visible(row, tile, active, vocab, suppress_token, allowed, HAS_ALLOWED)
+            _ids, x = load_visible(row, tile, active, vocab, suppress_token, allowed, HAS_ALLOWED)
             keys = tl.where(x == float("-inf"), LOWEST_KEY - 1, order_key(x))
-            found += measure_of(x, keys, key, maximum, scale, KIND)
+            found += measure_of(x, keys, key, maximum, scale, by_mass)
             above = tl.minimum(above, tl.min(tl.where(keys >= key, keys, 0x7FFFFFFF)))
             below = tl.maximum(below, tl.max(tl.where(keys < key, keys, LOWEST_KEY)))
     return found, above, below
@@ -175,33 +196,30 @@ def measure_row(
 @triton.jit
 def cut_of(
     row, vocab, suppress_token, allowed, tile_max, tile_sum, num_tiles, maximum, scale, target,
-    HAS_ALLOWED: tl.constexpr, KIND: tl.constexpr, N: tl.constexpr, STATS: tl.constexpr,
+    by_mass, HAS_ALLOWED: tl.constexpr, N: tl.constexpr, STATS: tl.constexpr,
 ):
     """The key of the token with which the count, or the mass relative to the maximum's, reaches
     the target; the measure above that key, and down to it. LOWEST_KEY if no token does.
     """
     # The cut is never below low and never above high
-    low = maxima_bound(tile_max, tile_sum, num_tiles, maximum, scale, target, KIND, STATS)
+    low = maxima_bound(tile_max, tile_sum, num_tiles, maximum, scale, target, by_mass, STATS)
     high = order_key(maximum)
     above = tl.zeros([], tl.float64)
     down_to = tl.zeros([], tl.float64)
-    while low < high:
-        key = middle(low, high)
+    while (low < high) | ((low > LOWEST_KEY) & (down_to == 0)):
+        key = tl.where(low < high, middle(low, high), low)
         found, nearest, below = measure_row(
             row, vocab, suppress_token, allowed, tile_max, tile_sum, num_tiles, maximum, scale,
-            low, key, HAS_ALLOWED, KIND, N,
+            low, key, by_mass, HAS_ALLOWED, N,
         )
         if found >= target:
             low = nearest
             down_to = found
         else:
+            # At low itself the measure falls short only by the rounding of its sum
+            down_to = tl.where(low == high, found, down_to)
+            above = tl.where(low == high, above, found)
             high = tl.maximum(low, below)
-            above = found
-    if (low > LOWEST_KEY) & (down_to == 0):  # the bound itself
-        down_to, _, _ = measure_row(
-            row, vocab, suppress_token, allowed, tile_max, tile_sum, num_tiles, maximum, scale,
-            low, low, HAS_ALLOWED, KIND, N,
-        )
     return low, above, down_to
 
 
@@ -301,52 +319,42 @@ def sample_filtered_kernel(
     if defined & (t > 0) & (greedy == 0):
         key = tl.zeros([], tl.int32) + LOWEST_KEY
         last_id = tl.zeros([], tl.int32) + NO_ID
-        whole = total.to(tl.float64)
-        if (k > 0) & (k < vocab):
-            key, above, down_to = cut_of(
-                row, vocab, suppress_token, allowed, tile_max, tile_sum, num_tiles, maximum, scale,
-                k.to(tl.float64), HAS_ALLOWED, COUNT, N, STATS,
-            )
-            if (key > LOWEST_KEY) & (down_to > k):
-                number = (k.to(tl.float64) - above).to(tl.int32)
-                last_id = id_of_tie(
-                    row, vocab, suppress_token, allowed, tile_max, tile_sum, num_tiles, key,
-                    number, HAS_ALLOWED, N,
+        for filter in range(2):  # top_k, then top_p
+            by_mass = filter == 1
+            if tl.where(by_mass, p < 1, (k > 0) & (k < vocab)):
+                target = k.to(tl.float64)
+                if by_mass:  # a part of what top_k keeps, added up as the search adds it up
+                    whole = tl.zeros([], tl.float64)
+                    for start in range(0, num_tiles, N):
+                        tile, maxima, _, _ = load_stats(tile_max, tile_sum, start, num_tiles, N)
+                        active = order_key(maxima) >= key
+                        if tl.max(active.to(tl.int32), axis=0) > 0:
+                            ids, x = load_visible(
+                                row, tile, active, vocab, suppress_token, allowed, HAS_ALLOWED
+                            )
+                            kept = kept_of(
+                                x, ids, key, last_id, maximum, inverse_temperature, float("-inf")
+                            )
+                            part = tl.where(kept, weights(x, maximum, scale), 0.0)
+                            whole += tl.sum(part).to(tl.float64)
+                    target = p.to(tl.float64) * whole
+                cut, above, down_to = cut_of(
+                    row, vocab, suppress_token, allowed, tile_max, tile_sum, num_tiles, maximum,
+                    scale, target, by_mass, HAS_ALLOWED, N, STATS,
                 )
-        if p < 1:
-            # The mass of what top_k keeps, added up as the search adds it up
-            whole = tl.zeros([], tl.float64)
-            for start in range(0, num_tiles, N):
-                tile, maxima, _, _ = load_stats(tile_max, tile_sum, start, num_tiles, N)
-                active = order_key(maxima) >= key
-                if tl.max(active.to(tl.int32), axis=0) > 0:
-                    ids, x = load_visible(
-                        row, tile, active, vocab, suppress_token, allowed, HAS_ALLOWED
+                # Of equal tokens, as many as the target takes
+                each = tl.where(by_mass, weights(value_of_key(cut), maximum, scale), 1.0)
+                number = tl.ceil((target - above) / each)
+                ties = tl.floor((down_to - above) / each + 0.5)
+                cut_id = tl.zeros([], tl.int32) + NO_ID
+                if (cut > LOWEST_KEY) & (number < ties):
+                    cut_id = id_of_tie(
+                        row, vocab, suppress_token, allowed, tile_max, tile_sum, num_tiles, cut,
+                        tl.maximum(number, 1.0).to(tl.int32), HAS_ALLOWED, N,
                     )
-                    kept = kept_of(
-                        x, ids, key, last_id, maximum, inverse_temperature, float("-inf")
-                    )
-                    part = tl.where(kept, weights(x, maximum, scale), 0.0)
-                    whole += tl.sum(part).to(tl.float64)
-            target = p.to(tl.float64) * whole
-            p_key, above, down_to = cut_of(
-                row, vocab, suppress_token, allowed, tile_max, tile_sum, num_tiles, maximum, scale,
-                target, HAS_ALLOWED, MASS, N, STATS,
-            )
-            # Of equal tokens, as many as the mass takes
-            each = weights(value_of_key(p_key), maximum, scale).to(tl.float64)
-            number = tl.ceil(((target - above) / each).to(tl.float64))
-            ties = tl.floor((down_to - above) / each + 0.5)
-            p_id = tl.zeros([], tl.int32) + NO_ID
-            if (p_key > LOWEST_KEY) & (number < ties):
-                p_id = id_of_tie(
-                    row, vocab, suppress_token, allowed, tile_max, tile_sum, num_tiles, p_key,
-                    tl.maximum(number, 1.0).to(tl.int32), HAS_ALLOWED, N,
-                )
-            # The mass of all that top_k keeps may not reach the target, for its rounding
-            if (p_key > key) | ((p_key == key) & (p_id < last_id)):
-                key = p_key
-                last_id = p_id
+                if (cut > key) | ((cut == key) & (cut_id < last_id)):
+                    key = cut
+                    last_id = cut_id
         least_depth = tl.where(m > 0, tl.log(tl.where(m > 0, m, 1.0)), float("-inf"))
         filtered = (key > LOWEST_KEY) | (m > 0)
 
@@ -426,5 +434,6 @@ def sample_filtered(
         options.top_p, options.min_p, row_options, mask, mask_stride, seed.contiguous(), first_row,
         tile_max, tile_sum, num_tiles, *results, **flags, SEED_PER_ROW=seed.dim() != 1,
         N=READ_TILES, STATS=min(1024, next_power_of_2(num_tiles)), num_warps=ROW_WARPS,
+        maxnreg=128,
     )
     return results
