@@ -2,18 +2,30 @@
 #include "checks/rows.h"
 #include "common/dispatch.h"
 #include "common/row_view.h"
-#include "cpu/gumbel_race.h"
+#include "cpu/draw_rows.h"
+#include "cpu/sample_results.h"
 #include "cpu/shard_merge.h"
-#include "cpu/vocab_scan.h"
 
 namespace dmax::cpu {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens(
-    Tensor logits, Tensor seed, double temperature, int64_t top_k, double top_p, double min_p,
-    OptionalTensor row_options, int64_t suppress_token, OptionalTensor allowed) {
-  check_sample_tokens(logits, seed, temperature, top_k, top_p, min_p, row_options, suppress_token,
-                      allowed);
-  fail("sample_tokens: this draw is not in the CPU kernels yet");
+SampleTensors sample_tokens(Tensor logits, Tensor seed, double temperature, int64_t top_k,
+                            double top_p, double min_p, OptionalTensor row_options,
+                            int64_t suppress_token, OptionalTensor allowed) {
+  const int64_t vocab = check_sample_tokens(logits, seed, temperature, top_k, top_p, min_p,
+                                            row_options, suppress_token, allowed);
+  const SampleResults results(logits);
+  const RowView view = row_view(logits);
+  const DrawArguments arguments(seed, {temperature, static_cast<double>(top_k), top_p, min_p},
+                                row_options, allowed, vocab);
+  dispatch_float(logits.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
+    sample_rows<T>(view.rows, arguments, results, 0, vocab, [&](int64_t row) {
+      return VisibleRow<T>{data + row * view.row_stride, vocab, suppress_token,
+                           arguments.allowed(row)};
+    });
+  });
+  return results.tensors();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_partial(Tensor logits_shard, Tensor seed,
@@ -29,8 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_partial(Tensor logits_
   Tensor score = empty_like_device(logits_shard, out_sizes, ScalarType::Float);
   Tensor weight = empty_like_device(logits_shard, out_sizes, ScalarType::Float);
   const RowView view = row_view(logits_shard);
-  const Tensor seed_c = torch::stable::contiguous(seed);
-  const int64_t* seeds = seed_c.const_data_ptr<int64_t>();
+  const DrawArguments arguments(seed, {temperature}, {}, {}, sizes.vocab);
   float* maximum_out = maximum.mutable_data_ptr<float>();
   float* sum_exp_out = sum_exp.mutable_data_ptr<float>();
   int64_t* token_out = token.mutable_data_ptr<int64_t>();
@@ -39,27 +50,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_partial(Tensor logits_
 
   dispatch_float(logits_shard.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const VocabScan scan{sizes.vocab, sizes.local_suppress, temperature};
-    const TileKernels<T>& kernels = tile_kernels<T>();
     const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
-    const auto row_of = [&](int64_t row) { return data + row * view.row_stride; };
-    scan_rows<T>(view.rows, scan, row_of, [&](int64_t row, const RowStats& stats) {
-      maximum_out[row] = stats.maximum;
-      if (!stats.defined()) {  // NaN, +inf or only -inf: the maximum tells which
-        const bool empty = stats.maximum == -std::numeric_limits<float>::infinity();
-        sum_exp_out[row] = weight_out[row] = empty ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-        token_out[row] = vocab_start + stats.token;
-        score_out[row] = stats.maximum;
-        return;
-      }
-      const NoiseKey key = noise_key(seeds, is_seed_per_row(seed), row);
-      const PerturbedBest best = sample_row(kernels, row_of(row), scan, stats, key, vocab_start);
-      const double logit = kernels.value(row_of(row) + (best.id - vocab_start));
-      sum_exp_out[row] = static_cast<float>(stats.sum_exp());
-      token_out[row] = best.id;
-      score_out[row] = best.score;
-      weight_out[row] = static_cast<float>(std::exp((logit - stats.maximum) / temperature));
-    });
+    const auto row_of = [&](int64_t row) {
+      return VisibleRow<T>{data + row * view.row_stride, sizes.vocab, sizes.local_suppress,
+                           nullptr};
+    };
+    const auto temperature_of = [&](int64_t) { return temperature; };
+    draw_rows<T>(view.rows, sizes.vocab, row_of, temperature_of,
+                 [&](int64_t row, const RowDraw<T>& draw, DrawScratch* scratch) {
+                   maximum_out[row] = draw.maximum;
+                   if (!draw.defined()) {  // NaN, +inf or only -inf: the maximum tells which
+                     const bool empty = draw.maximum == -std::numeric_limits<float>::infinity();
+                     sum_exp_out[row] = weight_out[row] =
+                         empty ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+                     token_out[row] = vocab_start + draw.first_maximum();
+                     score_out[row] = draw.maximum;
+                     return;
+                   }
+                   const Drawn drawn =
+                       draw.draw(arguments.key(row), Cut{}, vocab_start, scratch->scores.data());
+                   sum_exp_out[row] = static_cast<float>(draw.total);
+                   token_out[row] = vocab_start + drawn.token;
+                   score_out[row] = drawn.score;
+                   weight_out[row] = static_cast<float>(draw.weight(drawn.logit));
+                 });
   });
   return {maximum, sum_exp, token, score, weight};
 }

@@ -145,12 +145,13 @@ def sample_tokens(
         visible.argmax(dim=-1, keepdim=True),
         draw(kept, seed, t)[0].unsqueeze(-1),
     )
-    top1_probability = softmax_of(visible, t).amax(dim=-1, keepdim=True)
-    probability = torch.where(greedy, top1_probability, softmax_of(kept, t).gather(-1, token))
+    top1_probability = softmax_of(visible.double(), t).amax(dim=-1, keepdim=True)
+    probability = softmax_of(kept.double(), t).gather(-1, token)
+    probability = torch.where(greedy, top1_probability, probability)
     relative = torch.exp((visible.gather(-1, token) - largest) / t).minimum(top1_probability)
     floats = (probability, top1_probability, relative)
     floats = (torch.where(largest.isfinite(), each, torch.nan).squeeze(-1) for each in floats)
-    return Sample(token.squeeze(-1), *floats)
+    return Sample(token.squeeze(-1), *(each.float() for each in floats))
 
 
 def sample_partial(

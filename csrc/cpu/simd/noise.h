@@ -1,12 +1,12 @@
 // Exp(1) noise by Philox4x32-10 (see dmax_kernels/reference/sample.py).
 #pragma once
 
-#include "cpu/simd/tile_kernels.h"
+#include "cpu/simd/draw_kernels.h"
 #include "cpu/simd/vector_math.h"
 
 namespace dmax::cpu::DMAX_ISA {
 
-// Exp(1) noise for ids 64 * chunk .. 64 * chunk + 63
+// Exp(1) noise of the counters 64 * chunk .. 64 * chunk + 63, which are ids or tiles
 inline void exponential_noise(uint32_t chunk, const NoiseKey& key, float* noise) {
   VecU c[4] = {bits_as<uint32_t>(lane_index()) + chunk * 16u, splat(key.row),
                splat(static_cast<uint32_t>(key.offset)),

@@ -11,6 +11,7 @@
 #endif
 
 #include "cpu/simd/amx_products.h"
+#include "cpu/simd/draw_kernels.h"
 
 namespace dmax::cpu {
 
@@ -19,6 +20,10 @@ namespace dmax::cpu {
   extern const TileKernels<float> kFloat32Kernels;     \
   extern const TileKernels<BFloat16> kBFloat16Kernels; \
   extern const TileKernels<Float16> kFloat16Kernels;   \
+  extern const DrawKernels<float> kFloat32Draw;        \
+  extern const DrawKernels<BFloat16> kBFloat16Draw;    \
+  extern const DrawKernels<Float16> kFloat16Draw;      \
+  extern const RaceKernels kRace;                      \
   }
 
 DMAX_DECLARE_ISA(portable)
@@ -122,6 +127,20 @@ template <>
 const TileKernels<Float16>& tile_kernels<Float16>() {
   return DMAX_SELECT(kFloat16Kernels);
 }
+
+template <>
+const DrawKernels<float>& draw_kernels<float>() {
+  return DMAX_SELECT(kFloat32Draw);
+}
+template <>
+const DrawKernels<BFloat16>& draw_kernels<BFloat16>() {
+  return DMAX_SELECT(kBFloat16Draw);
+}
+template <>
+const DrawKernels<Float16>& draw_kernels<Float16>() {
+  return DMAX_SELECT(kFloat16Draw);
+}
+const RaceKernels& race_kernels() { return DMAX_SELECT(kRace); }
 
 const AmxProducts* amx_products() {
 #if defined(DMAX_HAVE_AMX)

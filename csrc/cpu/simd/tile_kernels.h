@@ -14,18 +14,6 @@ namespace dmax::cpu {
 // 2,048 elements are 8 KiB of float32: a tile stays in L1 between two loops over it.
 constexpr int64_t kTile = 2048;
 
-// Counter-based noise of one row (Philox4x32-10; see dmax_kernels/reference/sample.py)
-struct NoiseKey {
-  uint64_t seed;
-  uint64_t offset;
-  uint32_t row;
-};
-
-struct PerturbedBest {
-  float score;
-  int64_t id;
-};
-
 // Sums over w = 2^t with t = (x - maximum) * scale
 struct EntropySums {
   float weight;    // sum of w, the same bits as sum_exp
@@ -50,9 +38,6 @@ struct TileKernels {
   double (*sum)(const T* x, int64_t n, float shift);
   // y = factor * 2^((x - maximum) * log2(e)) + shift; y may be x
   void (*softmax_grad)(const T* x, T* y, int64_t n, float maximum, float factor, float shift);
-  // Arg-max of x / temperature + Gumbel noise over ids first_id..first_id + n, if above `best`
-  PerturbedBest (*sample)(const T* x, int64_t n, int64_t first_id, NoiseKey key, float temperature,
-                          PerturbedBest best);
   // Sum of a * b
   double (*dot)(const T* a, const T* b, int64_t n);
   // sum += factor * x

@@ -1,6 +1,5 @@
 // The loops of tile_kernels.h; compiled once per instruction set (DMAX_ISA).
 #include "common/constants.h"
-#include "cpu/simd/noise.h"
 #include "cpu/simd/tile_kernels.h"
 #include "cpu/simd/vector_math.h"
 
@@ -212,39 +211,6 @@ void softmax_grad(const T* x, T* y, int64_t n, float maximum, float factor, floa
 }
 
 template <class T>
-PerturbedBest sample(const T* x, int64_t n, int64_t first_id, NoiseKey key, float temperature,
-                     PerturbedBest best) {
-  // No noise exceeds -log(-log1p(-2^-33)) = 22.9.
-  // Elements further below cannot win and need no random numbers.
-  constexpr float kMostNoise = 23.0f;
-  constexpr int64_t kChunk = 64;
-  float noise[kChunk];
-  const int64_t end_id = first_id + n;
-  for (int64_t chunk = first_id / kChunk; chunk * kChunk < end_id; ++chunk) {
-    const int64_t begin = chunk * kChunk > first_id ? chunk * kChunk : first_id;
-    const int64_t end = (chunk + 1) * kChunk < end_id ? (chunk + 1) * kChunk : end_id;
-    const T* logits = x + (begin - first_id);
-    if (!(maximum(logits, end - begin) / temperature + kMostNoise >= best.score)) continue;
-    exponential_noise(static_cast<uint32_t>(chunk), key, noise);
-    for (int64_t i = 0; i < end - begin; i += kLanes) {
-      const int64_t left = end - begin - i;
-      const int count = left < kLanes ? static_cast<int>(left) : kLanes;
-      const VecF logit =
-          count == kLanes ? load(logits + i) : load_tail(logits + i, count, -kInfinity);
-      const VecF e = load_tail(noise + (begin - chunk * kChunk) + i, count, 1.0f);
-      const VecF score = logit / temperature - log(e);
-      for (int lane = 0; lane < count; ++lane) {
-        const int64_t id = begin + i + lane;
-        if (score[lane] > best.score || (score[lane] == best.score && id < best.id)) {
-          best = {score[lane], id};
-        }
-      }
-    }
-  }
-  return best;
-}
-
-template <class T>
 double dot(const T* a, const T* b, int64_t n) {
   // Block sums are added in double, so that the norm of a long row is accurate to float32
   double total = 0;
@@ -323,9 +289,9 @@ void row_products(const T* x, int64_t x_stride, int64_t tokens, const float* a, 
 
 template <class T>
 constexpr TileKernels<T> kernels() {
-  return {value<T>,        maximum<T>,      find<T>,         find_above<T>,  sum_exp<T>,
-          entropy_sums<T>, sum<T>,          softmax_grad<T>, sample<T>,      dot<T>,
-          add_scaled<T>,   store_scaled<T>, widen<T>,        row_products<T>};
+  return {value<T>,        maximum<T>, find<T>,         find_above<T>, sum_exp<T>,
+          entropy_sums<T>, sum<T>,     softmax_grad<T>, dot<T>,        add_scaled<T>,
+          store_scaled<T>, widen<T>,   row_products<T>};
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/simd/simd.h"
+#include "cpu/simd/vector_math.h"
 
 namespace dmax::cpu::DMAX_ISA {
 
@@ -51,6 +52,43 @@ DMAX_INLINE void transpose(VecF* x) {
   for (int i = 0; i < kLanes; ++i) x[i] = load(lanes[i]);
 #endif
 }
+
+#if defined(__AVX512F__)
+// Lane i of the result is combine's reduction of x[i], along the tree of reduce_add and reduce_max.
+// 45 instructions, where sixteen reductions of their own are 200.
+template <class Combine>
+DMAX_INLINE VecF reduce_each(VecF* x, const Combine& combine) {
+#pragma GCC unroll 4
+  for (int level = 0; level < 4; ++level) {
+    const int side = 8 >> level;
+    const __m512i take_low = _mm512_load_si512(kSwappedLanes.low[level]);
+    const __m512i take_high = _mm512_load_si512(kSwappedLanes.high[level]);
+#pragma GCC unroll 8
+    for (int i = 0; i < side; ++i) {
+      const __m512 a = (__m512)x[i].part[0], b = (__m512)x[i + side].part[0];
+      x[i].part[0] = combine((VecF::Native)_mm512_permutex2var_ps(a, take_low, b),
+                             (VecF::Native)_mm512_permutex2var_ps(a, take_high, b));
+    }
+  }
+  return x[0];
+}
+
+DMAX_INLINE VecF add_each(VecF* x) {
+  return reduce_each(x, [](VecF::Native a, VecF::Native b) { return a + b; });
+}
+DMAX_INLINE VecF max_each(VecF* x) { return reduce_each(x, max_part); }
+#else
+DMAX_INLINE VecF add_each(VecF* x) {
+  float sums[kLanes];
+  for (int i = 0; i < kLanes; ++i) sums[i] = reduce_add(x[i]);
+  return load(sums);
+}
+DMAX_INLINE VecF max_each(VecF* x) {
+  float most[kLanes];
+  for (int i = 0; i < kLanes; ++i) most[i] = reduce_max(x[i]);
+  return load(most);
+}
+#endif
 
 // columns[16][16] -> out[row * stride + column], for the first `rows` rows and `count` columns
 DMAX_INLINE void store_transposed(const float* columns, int64_t rows, int64_t count, float* out,
