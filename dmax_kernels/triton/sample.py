@@ -51,9 +51,8 @@ def load_draw_tiles(row, tile, vocab, suppress_token, MASKED: tl.constexpr, N: t
 @triton.jit
 def store_tile_sample(
     row, tile, vocab, suppress_token, scale, inverse_temperature, seed, row_number, offset,
-    first_tile, out_max, out_sum, out_score, out_token, MASKED: tl.constexpr, TILE: tl.constexpr,
+    first_tile, out_max, out_sum, out_score, out_token, MASKED: tl.constexpr, N: tl.constexpr,
 ):
-    N: tl.constexpr = TILE // DRAW_TILE
     ids, x = load_draw_tiles(row, tile * N, vocab, suppress_token, MASKED, N)
     maximum, sum_exp, score, token = sample_of_tiles(
         x, ids, tile * N, first_tile, scale, inverse_temperature, seed, row_number, offset, N
@@ -68,7 +67,7 @@ def store_tile_sample(
 def tile_sample_kernel(
     logits, row_stride, vocab, suppress_token, scale, inverse_temperature, seed, first_tile,
     partial_max, partial_sum, partial_score, partial_token, num_tiles, tiles_per_program,
-    SEED_PER_ROW: tl.constexpr, TILE: tl.constexpr,
+    SEED_PER_ROW: tl.constexpr, N: tl.constexpr,
 ):
     row_id = tl.program_id(0).to(tl.int64)
     row = logits + row_id * row_stride
@@ -78,16 +77,16 @@ def tile_sample_kernel(
     out_score = partial_score + row_id * num_tiles
     out_token = partial_token + row_id * num_tiles
 
-    first, last, full_tiles = tiles_of_program(num_tiles, tiles_per_program, vocab, TILE)
+    first, last, full_tiles = tiles_of_program(num_tiles, tiles_per_program, vocab, N * DRAW_TILE)
     for tile in range(first, tl.minimum(last, full_tiles)):
         store_tile_sample(
             row, tile, vocab, suppress_token, scale, inverse_temperature, key, row_number, offset,
-            first_tile, out_max, out_sum, out_score, out_token, False, TILE,
+            first_tile, out_max, out_sum, out_score, out_token, False, N,
         )
     if last > full_tiles:
         store_tile_sample(
             row, full_tiles, vocab, suppress_token, scale, inverse_temperature, key, row_number,
-            offset, first_tile, out_max, out_sum, out_score, out_token, True, TILE,
+            offset, first_tile, out_max, out_sum, out_score, out_token, True, N,
         )
 
 
@@ -165,7 +164,8 @@ def launch_tile_samples(
     tile_sample_kernel[(rows.count, tiles.programs)](
         rows.tensor, rows.stride, rows.width, suppress_token, softmax_scale(temperature),
         1.0 / temperature, seed.contiguous(), first_id // DRAW_TILE.value, *partials,
-        tiles.per_program, SEED_PER_ROW=seed.dim() != 1, TILE=TILE, num_warps=SAMPLE_WARPS,
+        tiles.per_program, SEED_PER_ROW=seed.dim() != 1, N=TILE // DRAW_TILE.value,
+        num_warps=SAMPLE_WARPS,
     )
     return partials
 
