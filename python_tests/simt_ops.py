@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dmax_kernels.ops import RowStatistics
 from dmax_kernels.ops.edit_step import EDIT_RULES
+from dmax_kernels.ops.sample import Sample
 from dmax_kernels.ops.spd_step import SEMANTICS
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -120,12 +121,30 @@ def row_statistics(logits, *, temperature=1.0, suppress_token=-1, gpu=H200):
     return RowStatistics(token, *others)
 
 
-def sample_tokens(logits, seed, *, temperature=1.0, suppress_token=-1, gpu=H200):
+def draw_input(temperature, top_k, top_p, min_p, allowed):
+    """``("DrawInput", ...)``: options of each row are packed as sample_tokens packs them."""
+    options = (temperature, top_k, top_p, min_p)
+    row_options = None
+    if any(isinstance(each, Tensor) for each in options):
+        columns = [torch.as_tensor(each, dtype=torch.float32) for each in options]
+        row_options = torch.stack(torch.broadcast_tensors(*columns), dim=-1).contiguous()
+        options = (1.0, 0, 1.0, 0.0)
+    stride = 0 if allowed is None or allowed.numel() == allowed.shape[-1] else allowed.shape[-1]
+    mask = None if allowed is None else allowed.contiguous()
+    return ("DrawInput", *map(float, options), raw(row_options), raw(mask), stride)
+
+
+def sample_tokens(
+    logits, seed, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, suppress_token=-1,
+    allowed=None, gpu=H200,
+):  # fmt: skip
     token = torch.empty(logits.shape[:-1], dtype=torch.int64)
-    probability = torch.empty(logits.shape[:-1])
-    call("sample_tokens", gpu_input(gpu), logits_input(logits, suppress_token, temperature),
-         raw(seed.contiguous()), seed.dim() > 1, raw(token), raw(probability))  # fmt: skip
-    return token, probability
+    floats = [torch.empty(logits.shape[:-1]) for _ in range(3)]
+    draw = draw_input(temperature, top_k, top_p, min_p, allowed)
+    scalar = temperature if not isinstance(temperature, Tensor) and temperature != 0 else 1.0
+    call("sample_tokens", gpu_input(gpu), logits_input(logits, suppress_token, scalar),
+         raw(seed.contiguous()), seed.dim() > 1, draw, raw(token), *map(raw, floats))  # fmt: skip
+    return Sample(token, *floats)
 
 
 def sample_partial(
@@ -275,6 +294,11 @@ def oput_loss_and_grad_(
          loss_input(*passes, target, ignore_index, label_smoothing, z_loss),
          raw(grad_masked), raw(grad_predicted), *map(raw, loss))  # fmt: skip
     return tuple(loss)
+
+
+def bytes_read() -> int:
+    """By the launches since the last call, in vectors of logits."""
+    return load().take_bytes_read()
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ LOOPS = {
     ("maximum_of_bits", "BFloat16"): ("vpmaxsw", 2),
 }
 # (function, template argument) of dot_products.cpp, and the least products in its main loop: four
-# pairs of columns x eight tokens x two panels of rows; eight tokens of one row, or four of more rows
+# pairs of columns x eight tokens x two panels of rows; eight tokens of one row, or four of more
 DOT_PRODUCTS = {
     ("add_group", "true"): 64,
     ("add_group", "false"): 64,

@@ -256,7 +256,9 @@ def test_scale(backend):
             else:
                 torch.ops.dmax.linear_oput_loss_scale_(scaled, by)
             torch.testing.assert_close(scaled.cpu(), expected, rtol=0, atol=0, equal_nan=True)
-    with pytest.raises(RuntimeError, match="scale_: grad is written in place and must be contiguous"):
+    with pytest.raises(
+        RuntimeError, match="scale_: grad is written in place and must be contiguous"
+    ):
         torch.ops.dmax.linear_oput_loss_scale_(torch.ones(4, 4).t()[:2], torch.tensor(1.0))
     with pytest.raises(RuntimeError, match=r"scale_: factor must have shape \[\]"):
         torch.ops.dmax.linear_oput_loss_scale_(torch.ones(4), torch.ones(2))

@@ -37,7 +37,8 @@ def row_calls(dtype):
         simt_ops.row_statistics(logits, suppress_token=0)
         simt_ops.sample_tokens(logits, seed)
         simt_ops.top1_partial(logits, 50, suppress_token=52)
-        simt_ops.sample_partial(logits, seed, 50, suppress_token=52)
+        simt_ops.sample_partial(logits, seed, 64, suppress_token=65)
+        simt_ops.sample_tokens(logits, seed, top_k=2, top_p=0.9, min_p=0.1)
     for logits in strided_copies(logits_of(3, 2100, dtype)).values():
         simt_ops.top1_confidence(logits)
     logits = logits_of(2, SPLIT, dtype)
@@ -45,6 +46,11 @@ def row_calls(dtype):
     for gpu in (H200, H200_CLUSTERS):
         simt_ops.row_statistics(logits, gpu=gpu)
     simt_ops.sample_tokens(logits, seed)
+    for options in ({"top_k": 3000}, {"top_p": 0.9}, {"temperature": torch.tensor([0.5, 0.0])}):
+        simt_ops.sample_tokens(logits, seed, **options)
+    allowed = torch.full((1, -(-SPLIT // 32)), 0x10000001, dtype=torch.int32)
+    simt_ops.sample_tokens(logits[:, 1:], seed, allowed=allowed)
+    simt_ops.sample_tokens(torch.zeros_like(logits), seed, top_p=0.9)
     parts = [simt_ops.top1_partial(logits[:, a : a + 4096], a) for a in (0, 4096)]
     simt_ops.top1_merge(*(torch.stack(each) for each in zip(*parts, strict=True)))
     parts = [simt_ops.sample_partial(logits[:, a : a + 4096], seed, a) for a in (0, 4096)]
@@ -107,6 +113,7 @@ def tiny_calls(dtype):
     simt_ops.topk_confidence(logits, 2)
     simt_ops.row_statistics(logits)
     simt_ops.sample_tokens(logits, seed)
+    simt_ops.sample_tokens(logits[:, :SMALL], seed, top_k=20)
     for gpu in (ONE_MULTIPROCESSOR, H200_CLUSTERS):
         simt_ops.top1_confidence(logits, gpu=gpu)
     target = torch.tensor([3, 8])

@@ -15,11 +15,10 @@ import triton
 
 SCRIPT = Path(__file__).parent / "triton_compile.py"
 # At 128 threads per program, 128 registers leave room for four programs per multiprocessor. The
-# noise generator, bound by arithmetic, takes more, and so does the entropy, which keeps logits and
-# weights of a tile (three programs); tile_statistics_kernel does so on sm_80 alone.
+# entropy takes more, which keeps logits and weights of a tile (three programs);
+# tile_statistics_kernel does so on sm_80 alone.
 # A matrix product keeps its accumulators in registers and takes all there are.
 MOST_REGISTERS = {
-    "tile_sample_kernel": 184,
     "tile_statistics_kernel": 160,
     "tile_entropy_kernel": 168,
     "linear_statistics_kernel": 255,
@@ -32,6 +31,8 @@ STREAMING = {
     "tile_topk_kernel",
     "tile_entropy_kernel",
     "tile_sample_kernel",
+    "draw_tiles_kernel",
+    "sample_filtered_kernel",
     "tile_sums_kernel",
     "grad_kernel",
     "hybrid_embedding_kernel",

@@ -37,8 +37,8 @@ def test_ids_as_in_cpp(dtype, vocab_size):
         ("sample_tokens", (seed,)),
     ):
         on_gpu = (x.cuda() if torch.is_tensor(x) else x for x in more)
-        token, confidence = TRITON[op](logits, *on_gpu, suppress_token=156895)
-        expected, expected_confidence = cpp_op(op, logits.cpu(), *more, suppress_token=156895)
+        token, confidence, *_ = TRITON[op](logits, *on_gpu, suppress_token=156895)
+        expected, expected_confidence, *_ = cpp_op(op, logits.cpu(), *more, suppress_token=156895)
         assert torch.equal(token.cpu(), expected), op
         assert_close(confidence.cpu(), expected_confidence, 2 * CONFIDENCE_RTOL)
 
@@ -89,8 +89,8 @@ def linear_head_is_exact():
         probability = torch.softmax(logits / 40, dim=-1).amax(dim=-1)
         assert_close(confidence, probability, 1e-5)
         seed = torch.tensor([rows, 3], device="cuda")
-        sampled, _ = TRITON["linear_sample_tokens"](hidden, weight, seed, temperature=40.0)
-        stored, _ = TRITON["sample_tokens"](logits.float(), seed, temperature=40.0)
+        sampled, *_ = TRITON["linear_sample_tokens"](hidden, weight, seed, temperature=40.0)
+        stored, *_ = TRITON["sample_tokens"](logits.float(), seed, temperature=40.0)
         assert (sampled == stored).float().mean() >= 0.99
 
 
@@ -178,9 +178,9 @@ def test_sample_distribution():
     probability = torch.tensor([0.5, 0.25, 0.15, 0.08, 0.02], device="cuda")
     draws = 100_000
     seed = torch.tensor([17, 1], device="cuda")
-    stored, _ = TRITON["sample_tokens"](probability.log().expand(draws, 5), seed)
+    stored, *_ = TRITON["sample_tokens"](probability.log().expand(draws, 5), seed)
     hidden = torch.ones(draws, 1, device="cuda")
-    linear, _ = TRITON["linear_sample_tokens"](hidden, probability.log()[:, None], seed)
+    linear, *_ = TRITON["linear_sample_tokens"](hidden, probability.log()[:, None], seed)
     for token in (stored, linear):
         counts = torch.bincount(token, minlength=5)
         chi_squared = ((counts - draws * probability).square() / (draws * probability)).sum()
@@ -232,7 +232,7 @@ def test_graph_replay_steps_on_and_draws_anew():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         TRITON["spd_step_"](*arguments)
-        sampled, _ = TRITON["sample_tokens"](logits, seed)
+        sampled, *_ = TRITON["sample_tokens"](logits, seed)
         seed[1] += 1
     draws = []
     for _ in range(3):
@@ -240,7 +240,7 @@ def test_graph_replay_steps_on_and_draws_anew():
         draws.append(sampled.clone())
     assert (step > 0).all()
     assert not torch.equal(draws[0], draws[1])
-    again, _ = TRITON["sample_tokens"](logits, torch.tensor([1, 1], device="cuda"))
+    again, *_ = TRITON["sample_tokens"](logits, torch.tensor([1, 1], device="cuda"))
     assert torch.equal(again, draws[1])
 
 

@@ -116,8 +116,9 @@ def call_every_op() -> None:
     OPS["sample_tokens"](logits(), torch.zeros(2, dtype=torch.int64))
     shards = torch.empty(8, ROWS)
     OPS["top1_merge"](shards, shards, shards.long())
-    for start in (0, 1, 2, 3):  # what is left of 4 is compiled in
-        OPS["sample_partial"](logits(), torch.zeros(2, dtype=torch.int64), start)
+    OPS["sample_partial"](logits(), torch.zeros(2, dtype=torch.int64), 64)
+    for dtype in (torch.bfloat16, torch.float32):
+        call_filters(logits(dtype))
     OPS["sample_merge"](shards, shards, shards.long(), shards, shards)
     confidence, masked = torch.empty(ROWS, K), torch.empty(ROWS, K, dtype=torch.bool)
     OPS["prefix_promote"](confidence, masked, 0.9)
@@ -138,6 +139,15 @@ def call_every_op() -> None:
         spd_step(top_k)
     for rule in range(4):
         edit_step(rule)
+
+
+def call_filters(logits: torch.Tensor) -> None:
+    """The one kernel for all filters, and its forms with a mask and with options per row."""
+    seed = torch.zeros(2, dtype=torch.int64)
+    allowed = torch.empty(ROWS, V // 32, dtype=torch.int32)
+    row_options = torch.ones(ROWS, 4)
+    OPS["sample_tokens"](logits, seed, top_k=20, top_p=0.9)
+    OPS["sample_tokens"](logits, seed, row_options=row_options, allowed=allowed)
 
 
 def call_linear_ops() -> None:
@@ -197,7 +207,12 @@ def call_with_other_values() -> None:
         OPS["row_statistics"](logits[: value + 1], **options)
         OPS["top1_partial"](logits, value, **options)
         OPS["sample_tokens"](logits, torch.zeros(2, dtype=torch.int64), **options)
-        OPS["sample_partial"](logits, torch.zeros(2, dtype=torch.int64), 4 * value, **options)
+        OPS["sample_partial"](logits, torch.zeros(2, dtype=torch.int64), 64 * value, **options)
+        seed = torch.zeros(2, dtype=torch.int64)
+        OPS["sample_tokens"](logits, seed, top_k=value + 1, min_p=1 / (value + 2), **options)
+        OPS["linear_sample_tokens"](
+            torch.empty(80 + value, 16), torch.empty(4000, 16), seed, top_p=0.5
+        )
         OPS["prefix_promote"](confidence, masked, value)
         OPS["hybrid_embedding"](*position, value)
         OPS["hybrid_embedding_backward"](torch.empty(K, D, dtype=torch.bfloat16), *position, value)

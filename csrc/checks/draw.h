@@ -45,7 +45,7 @@ inline void check_row_options(const char* op, const Tensor& row_options, const c
   need.push_back(4);
   check_shape(op, "row_options", row_options, need, "temperature, top_k, top_p and min_p per row");
   if (row_options.is_cuda()) return;
-  const Tensor values = torch::stable::contiguous(row_options);
+  const Tensor values = as_contiguous(row_options);
   const float* options = values.const_data_ptr<float>();
   for (int64_t row = 0; row < values.numel() / 4; ++row) {
     const DrawOptions of_row = draw_options_of(options, row);

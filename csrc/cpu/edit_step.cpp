@@ -103,7 +103,7 @@ void edit_step_(Tensor logits, Tensor editable, Tensor token, Tensor prediction,
   int32_t* steps_data = post_edit_steps.mutable_data_ptr<int32_t>();
   bool* done_data = done.mutable_data_ptr<bool>();
   OptionalTensor thresholds_c;
-  if (thresholds) thresholds_c = torch::stable::contiguous(*thresholds);
+  if (thresholds) thresholds_c = as_contiguous(*thresholds);
   const float* taus = thresholds_c ? thresholds_c->const_data_ptr<float>() : nullptr;
 
   std::vector<RowState> rows;   // rows that are not done

@@ -19,8 +19,8 @@ class KeptLogits {
                                   ScalarType::Float)),
         data_(logits_->mutable_data_ptr<float>()) {}
 
-  // How many rows to keep. Their logits may take a quarter of a float32 gradient of the weight (D / 4
-  // rows), or 16 MiB if that is more: a bound that does not depend on the number of rows.
+  // How many rows to keep. Their logits may take a quarter of a float32 gradient of the weight (D /
+  // 4 rows), or 16 MiB if that is more: a bound that does not depend on the number of rows.
   static int64_t most_rows(int64_t vocab, int64_t dim) {
     constexpr int64_t kLeastBytes = 16 << 20;
     constexpr int64_t kRowStep = 16;  // so that sweeps end with whole vectors of rows

@@ -56,8 +56,8 @@ class LibraryGradients {
       const int64_t m = sweep.part(row, kRows);
       const bool kept = sweep.keeps(row);
       const Tensor hidden = top(hidden_, m, row);
-      float* logits = kept ? sweep.kept.at(row - sweep.first_row, first)
-                           : logits_.mutable_data_ptr<float>();
+      float* logits =
+          kept ? sweep.kept.at(row - sweep.first_row, first) : logits_.mutable_data_ptr<float>();
       const Tensor x = borrowed_matrix(logits, m, n, tokens_, 1);
       if (!kept) multiply_into(hidden, transposed(weight), false, x);
       logits_to_gradients(row, m, first, n, logits, kept, row_gradient);

@@ -195,9 +195,8 @@ void reduce_losses(const LossProblem& problem, const Sweep& sweep) {
           const double log_rest = state.stats.log_rest();
           const auto [pass, row] = row_of(i);
           problem.results[pass].loss.mutable_data_ptr<float>()[row] =
-              static_cast<float>(loss_of_row(maximum, log_rest, state.target_logit, options, [&] {
-                return maximum - state.logit_sum / vocab;
-              }));
+              static_cast<float>(loss_of_row(maximum, log_rest, state.target_logit, options,
+                                             [&] { return maximum - state.logit_sum / vocab; }));
           problem.results[pass].logsumexp.mutable_data_ptr<float>()[row] =
               static_cast<float>(maximum + log_rest);
         });
@@ -216,9 +215,9 @@ void fill_losses_and_gradients(const LossProblem& problem, const LogitGradients&
     const int64_t sweeps = (rows + most_kept - 1) / most_kept;
     sweep_rows = (rows + sweeps - 1) / sweeps;
   }
-  Sweep sweep{0, sweep_rows,
-              KeptLogits(problem.weight, std::min(sweep_rows, most_kept), vocab,
-                         Gradients::kKeptTokens)};
+  Sweep sweep{
+      0, sweep_rows,
+      KeptLogits(problem.weight, std::min(sweep_rows, most_kept), vocab, Gradients::kKeptTokens)};
   for (; sweep.first_row < rows; sweep.first_row += sweep_rows) {
     sweep.num_rows = std::min(sweep_rows, rows - sweep.first_row);
     reduce_losses(problem, sweep);
@@ -234,7 +233,7 @@ double weighted_sum(const LossProblem& problem,
     const Tensor& losses = problem.results[pass].loss;
     const float* loss = losses.const_data_ptr<float>();
     OptionalTensor factor;
-    if (factors[pass]) factor = torch::stable::contiguous(*factors[pass]);
+    if (factors[pass]) factor = as_contiguous(*factors[pass]);
     for (int64_t i = 0; i < losses.numel(); ++i) {
       total += factor ? static_cast<double>(loss[i]) * factor->const_data_ptr<float>()[i] : loss[i];
     }
@@ -320,8 +319,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_oput_l
                           {needs_masked, needs_predicted}, weight, grads.hidden);
   Tensor total = torch::stable::new_zeros(weight, {}, ScalarType::Float);
   *total.mutable_data_ptr<float>() = static_cast<float>(weighted_sum(problem, factors));
-  return {total,           results[0].logsumexp, results[1].logsumexp, hidden_grads[0],
-          hidden_grads[1], grads.weight,         grads.bias};
+  return {total,           results[0].logsumexp, results[1].logsumexp,
+          hidden_grads[0], hidden_grads[1],      grads.weight,
+          grads.bias};
 }
 
 // Does nothing if the factor is 1, as it is for loss.backward()

@@ -84,11 +84,11 @@ std::tuple<Tensor, Tensor> sample_merge(Tensor maximum, Tensor sum_exp, Tensor t
   const Sizes out_sizes(maximum.sizes().begin() + 1, maximum.sizes().end());
   Tensor sampled = empty_like_device(maximum, out_sizes, ScalarType::Long);
   Tensor probability = empty_like_device(maximum, out_sizes, ScalarType::Float);
-  const Tensor maximum_c = torch::stable::contiguous(maximum);
-  const Tensor sum_exp_c = torch::stable::contiguous(sum_exp);
-  const Tensor token_c = torch::stable::contiguous(token);
-  const Tensor score_c = torch::stable::contiguous(score);
-  const Tensor weight_c = torch::stable::contiguous(weight);
+  const Tensor maximum_c = as_contiguous(maximum);
+  const Tensor sum_exp_c = as_contiguous(sum_exp);
+  const Tensor token_c = as_contiguous(token);
+  const Tensor score_c = as_contiguous(score);
+  const Tensor weight_c = as_contiguous(weight);
   const float* scores = score_c.const_data_ptr<float>();
   const float* weights = weight_c.const_data_ptr<float>();
   int64_t* sampled_out = sampled.mutable_data_ptr<int64_t>();

@@ -13,15 +13,13 @@ class DrawArguments {
  public:
   DrawArguments(const Tensor& seed, const DrawOptions& options, const OptionalTensor& row_options,
                 const OptionalTensor& allowed, int64_t vocab)
-      : seed_(torch::stable::contiguous(seed)),
-        seed_per_row_(is_seed_per_row(seed)),
-        options_(options) {
+      : seed_(as_contiguous(seed)), seed_per_row_(is_seed_per_row(seed)), options_(options) {
     if (row_options) {
-      row_options_ = torch::stable::contiguous(*row_options);
+      row_options_ = as_contiguous(*row_options);
       of_rows_ = row_options_->const_data_ptr<float>();
     }
     if (allowed) {
-      allowed_ = torch::stable::contiguous(*allowed);
+      allowed_ = as_contiguous(*allowed);
       words_ = reinterpret_cast<const uint32_t*>(allowed_->const_data_ptr<int32_t>());
       words_stride_ = allowed_->numel() == mask_words(vocab) ? 0 : mask_words(vocab);
     }

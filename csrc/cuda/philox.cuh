@@ -13,42 +13,21 @@ __device__ __forceinline__ uint32_t word_of(const Words& words, int i) {
   return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
-// What a kernel knows about a row's first id at compile time
-enum class FirstId {
-  kZero,
-  kMultipleOf4,
-  kAny,  // four adjacent ids of the row may need the words of two counters
-};
-
-// The noise of one row of logits, whose ids begin at first_id. The key is the seed; the counter
-// holds the id's group of four, the row and the offset.
-template <FirstId kFirst>
+// The noise of one row. The key is the seed; the counter holds the place's group of four, the row
+// and the offset. An id's place is the id in the whole vocabulary, a draw tile's comes after
+// kTileCounters.
 struct NoiseStream {
   uint32_t key_low, key_high;
   uint32_t row;
   uint32_t offset_low, offset_high;
-  uint32_t first_group;  // first_id / 4
-  uint32_t shift;        // first_id % 4
 
-  // The words of the row's elements 4 * group to 4 * group + 3
+  __device__ __forceinline__ uint32_t word(uint32_t place) const {
+    return word_of(words(place >> 2), static_cast<int>(place & 3));
+  }
+
+  // The words of the places 4 * group to 4 * group + 3
   __device__ __forceinline__ Words words(uint32_t group) const {
-    const Words low = group_words(group);
-    if (kFirst != FirstId::kAny || shift == 0) return low;
-    const Words high = group_words(group + 1);
-    if (shift == 1) return {low.y, low.z, low.w, high.x};
-    if (shift == 2) return {low.z, low.w, high.x, high.y};
-    return {low.w, high.x, high.y, high.z};
-  }
-
-  // The word of one element
-  __device__ __forceinline__ uint32_t word(int element) const {
-    const uint32_t place = static_cast<uint32_t>(element) + (kFirst == FirstId::kAny ? shift : 0);
-    return word_of(group_words(place >> 2), place & 3);
-  }
-
-  // The words of the ids 4 * (first_group + group) to 4 * (first_group + group) + 3
-  __device__ __forceinline__ Words group_words(uint32_t group) const {
-    Words c{kFirst == FirstId::kZero ? group : first_group + group, row, offset_low, offset_high};
+    Words c{group, row, offset_low, offset_high};
     uint32_t k0 = key_low;
     uint32_t k1 = key_high;
 #pragma unroll
@@ -64,18 +43,12 @@ struct NoiseStream {
   }
 };
 
-template <FirstId kFirst>
-__device__ __forceinline__ NoiseStream<kFirst> noise_stream(const int64_t* pair, int64_t row,
-                                                            uint32_t first_id) {
+__device__ __forceinline__ NoiseStream noise_stream(const int64_t* pair, int64_t row) {
   const auto seed = static_cast<uint64_t>(pair[0]);
   const auto offset = static_cast<uint64_t>(pair[1]);
-  return {static_cast<uint32_t>(seed),
-          static_cast<uint32_t>(seed >> 32),
-          static_cast<uint32_t>(row),
-          static_cast<uint32_t>(offset),
-          static_cast<uint32_t>(offset >> 32),
-          first_id >> 2,
-          first_id & 3};
+  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
+          static_cast<uint32_t>(row), static_cast<uint32_t>(offset),
+          static_cast<uint32_t>(offset >> 32)};
 }
 
 // Gumbel noise -log(E), E = -log1p(-v): the small v that win the race keep their full precision
@@ -84,9 +57,7 @@ __device__ __forceinline__ float gumbel(uint32_t word) {
   return -logf(-log1pf(-v));
 }
 
-// 1 + v, rounded down to a multiple of 2^-23, for two integer instructions
-__device__ __forceinline__ float one_plus_floor(uint32_t word) {
-  return __uint_as_float((word >> 9) | 0x3f800000u);
-}
+// No noise is larger: -log(-log1p(-2^-33)) is 22.87
+constexpr float kLargestNoise = 23.0f;
 
 }  // namespace dmax::cuda

@@ -223,7 +223,10 @@ int launch(const LaunchShape& shape, Stream, void (*kernel)(Parameters...),
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline void forget(uint4&) {}
 inline void forget(float&) {}
-inline uint4 load_constant(const void* p) { return *static_cast<const uint4*>(p); }
+inline uint4 load_constant(const void* p) {
+  simt::count_bytes_read(sizeof(uint4));
+  return *static_cast<const uint4*>(p);
+}
 template <class T>
 T load_other_block(const T* p) {
   return *p;

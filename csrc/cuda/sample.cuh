@@ -1,194 +1,221 @@
-// The Gumbel-max sample of every row, in one read, for a whole vocabulary and for one shard of it.
+// A sample of every row in one read, for a whole vocabulary and for one shard of it.
 //
-// An element's noise is needed only if the element can win. With v uniform and
-// E = -log1p(-v) >= v, an element x beats a score S only if v <= exp(x / T - S), and
-// exp(x / T - max / T) is at hand for the softmax. Most elements therefore cost a Philox word and a
-// comparison, and a vector whose best element even the smallest v cannot lift costs no word at all.
-// The elements that remain are scored exactly; leaving out those that cannot win changes no bit.
+// The draw has two levels, both Gumbel-max: a draw tile of 64 ids by the log of its mass, then an
+// id in that tile by its logit. The largest of some perturbed logits is distributed as the log of
+// their mass plus one Gumbel variable, so the law is that of perturbing every logit, for one noise
+// per 64 ids. The ids of the winning tile are read again.
 #pragma once
 
-#include "cuda/philox.cuh"
+#include "cuda/draw_tiles.cuh"
 #include "cuda/rows.cuh"
 
 namespace dmax::cuda {
-
-struct Sample {
-  float score;  // logit / temperature + Gumbel noise
-  float logit;
-  int32_t id;
-};
-
-__device__ __forceinline__ Sample better(const Sample& a, const Sample& b) {
-  const bool a_wins = a.score > b.score || (a.score == b.score && a.id < b.id);
-  return {a_wins ? a.score : b.score, a_wins ? a.logit : b.logit, a_wins ? a.id : b.id};
-}
-
-__device__ __forceinline__ Sample warp_best(Sample mine) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2)
-    mine = better(mine, {__shfl_xor_sync(kFullMask, mine.score, lanes),
-                         __shfl_xor_sync(kFullMask, mine.logit, lanes),
-                         __shfl_xor_sync(kFullMask, mine.id, lanes)});
-  return mine;
-}
-
-struct alignas(16) SamplePartial {
-  SoftmaxStats stats;  // id is set only if max is NaN or +inf: then it is the row's token
-  Sample sample;
-  int32_t unused[2];
-
-  // There is a NaN or +inf, and stats.id is the first one
-  __device__ __forceinline__ bool broken() const { return !(stats.max < INFINITY); }
-  // Nothing but -inf: no mass
-  __device__ __forceinline__ bool no_mass() const { return stats.max == -INFINITY; }
-  __device__ __forceinline__ int token() const {
-    return broken() ? stats.id : no_mass() ? 0 : sample.id;
-  }
-  // exp((logit - max) / temperature)
-  __device__ __forceinline__ float weight(float scale) const {
-    return exp2_approx((sample.logit - stats.max) * scale);
-  }
-
-  static __device__ __forceinline__ SamplePartial empty() {
-    return {empty_stats(), {-INFINITY, -INFINITY, kNoId}, {0, 0}};
-  }
-  static __device__ __forceinline__ SamplePartial merge(const SamplePartial& a,
-                                                        const SamplePartial& b, float scale) {
-    return {merge_stats(a.stats, b.stats, [=](float d) { return exp2_approx(d * scale); }),
-            better(a.sample, b.sample),
-            {0, 0}};
-  }
-  __device__ __forceinline__ SamplePartial shuffle_xor(int lanes) const {
-    return {{__shfl_xor_sync(kFullMask, stats.max, lanes),
-             __shfl_xor_sync(kFullMask, stats.rest, lanes),
-             __shfl_xor_sync(kFullMask, stats.id, lanes)},
-            {__shfl_xor_sync(kFullMask, sample.score, lanes),
-             __shfl_xor_sync(kFullMask, sample.logit, lanes),
-             __shfl_xor_sync(kFullMask, sample.id, lanes)},
-            {0, 0}};
-  }
-};
 
 struct SampleKey {
   const int64_t* seed;  // [2], or [rows, 2]
   bool seed_per_row;
   float inverse_temperature;
-  uint32_t first_id;  // of the row's first element
+  uint32_t first_id;  // of the row's first element, a multiple of kDrawTile
+
+  __device__ __forceinline__ NoiseStream noise(int64_t row) const {
+    return noise_stream(seed + (seed_per_row ? 2 * row : 0), seed_per_row ? 0 : row);
+  }
 };
 
-__device__ __forceinline__ Sample score(float x, int id, uint32_t word, float inverse_temperature) {
-  // One rounding, spelled out, for the same bits in every kernel
-  return {fmaf(x, inverse_temperature, gumbel(word)), x, id};
+// The best perturbed score and its place: a draw tile of the row, or an id
+struct Scored {
+  float score;
+  int place;
+
+  // Places come in rising order, so that the first of equal scores stays
+  __device__ __forceinline__ void offer(float other, int at) {
+    if (other > score) *this = {other, at};
+  }
+};
+
+__device__ __forceinline__ Scored better(const Scored& a, const Scored& b) {
+  const bool a_wins = a.score > b.score || (a.score == b.score && a.place < b.place);
+  return {a_wins ? a.score : b.score, a_wins ? a.place : b.place};
 }
 
-// How large v may be for an element with exp((x - max) / T) = 1 to reach `best`; a little larger,
-// so that no rounding of the comparison leaves out an element that would have won
-__device__ __forceinline__ float reach(float max, float best, float inverse_temperature) {
-  const float slack = 1e-3f + 1e-6f * fabsf(best);
-  return exp2_approx((max * inverse_temperature - best + slack) * kLog2E);
+__device__ __forceinline__ Scored warp_best(const Scored& mine) {
+  const float score = warp_max(mine.score);
+  const int place = mine.score == score ? mine.place : kNoId;
+  return {score, static_cast<int>(__reduce_min_sync(kFullMask, static_cast<uint32_t>(place)))};
 }
 
-// Returns the tile's SoftmaxStats::rest, and sets `best` to the best of its samples and `best`;
-// both are the same on every lane
-template <class T, FirstId kFirst>
-__device__ __forceinline__ float sample_tile(const Tile<T>& tile, const Row<T>& row,
-                                             const VectorMaxima<T>& maxima, float max,
-                                             const NoiseStream<kFirst>& noise,
-                                             const LogitsView<T>& logits, float inverse_temperature,
-                                             Sample* best) {
-  // A first score per lane, that of its largest element, to have something to beat
-  const int first = lane_argmax(tile, maxima);
-  Sample mine = *best;
-  if (first < row.vocab) {
-    mine = better(mine, score(maxima.lane, first, noise.word(first), inverse_temperature));
-  }
-  const float within = reach(max, warp_max(mine.score), inverse_temperature);
+// A tile's partial result, and a row's
+struct alignas(16) SamplePartial {
+  float max;
+  float rest;   // SoftmaxStats::rest
+  float score;  // of the best draw tile
+  int place;    // that draw tile; of a broken part, the id of its first NaN or +inf
 
-  // The sum of exponentials, and one bit per element that may beat that
-  float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  uint32_t candidates[2] = {0, 0};
-  const float reference = finite_reference(max);
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const float vector_weight = exp2_approx((maxima.of[v] - reference) * logits.scale);
-    const bool in_reach = !(vector_weight * within < 0x1p-34f);  // below the smallest v
-#pragma unroll
-    for (int group = 0; group < kWidth<T> / 4; ++group) {
-      float weights[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        weights[i] = exp2_approx((tile.at(v, group * 4 + i) - reference) * logits.scale);
-        sums[i] += weights[i];
-      }
-      if (!in_reach) continue;
-      const Words words = noise.words(static_cast<uint32_t>(tile.id(v, group * 4)) >> 2);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool beaten = one_plus_floor(word_of(words, i)) > fmaf(weights[i], within, 1.0f);
-        const int bit = v * kWidth<T> + group * 4 + i;
-        if (!beaten) candidates[bit / 32] |= 1u << (bit % 32);
-      }
-    }
-  }
+  // There is a NaN or +inf
+  __device__ __forceinline__ bool broken() const { return !(max < INFINITY); }
+  // Nothing but -inf
+  __device__ __forceinline__ bool no_mass() const { return max == -INFINITY; }
+  __device__ __forceinline__ bool defined() const { return is_finite(max); }
 
-  // Few are left. They are read again and scored exactly.
-#pragma unroll 1
-  for (int half = 0; half < 2; ++half) {
-    uint32_t left = half == 0 ? candidates[0] : candidates[1];
-    while (left != 0) {
-      const int bit = half * 32 + __ffs(left) - 1;
-      left &= left - 1;
-      const int id = tile.id(bit / kWidth<T>, bit % kWidth<T>);
-      if (id >= row.vocab || id == logits.suppress) continue;
-      const float x = to_float(row.data[id]);
-      mine = better(mine, score(x, id, noise.word(id), inverse_temperature));
-    }
+  static __device__ __forceinline__ SamplePartial empty() {
+    return {-INFINITY, 0.0f, -INFINITY, kNoId};
   }
-  *best = warp_best(mine);
-  return warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) - 1.0f;
+  static __device__ __forceinline__ SamplePartial merge(const SamplePartial& a,
+                                                        const SamplePartial& b, float scale) {
+    const SoftmaxStats stats =
+        merge_stats(SoftmaxStats{a.max, a.rest, a.place}, SoftmaxStats{b.max, b.rest, b.place},
+                    [=](float d) { return exp2_approx(d * scale); });
+    const Scored best = better({a.score, a.place}, {b.score, b.place});
+    const bool broken = !(stats.max < INFINITY);
+    return {stats.max, stats.rest, best.score, broken ? stats.id : best.place};
+  }
+  __device__ __forceinline__ SamplePartial shuffle_xor(int lanes) const {
+    return {__shfl_xor_sync(kFullMask, max, lanes), __shfl_xor_sync(kFullMask, rest, lanes),
+            __shfl_xor_sync(kFullMask, score, lanes), __shfl_xor_sync(kFullMask, place, lanes)};
+  }
+};
+
+// The score of this lane's draw tile, `index` in its row
+__device__ __forceinline__ float tile_score(float log_mass, int index, const NoiseStream& noise,
+                                            uint32_t first_id) {
+  const uint32_t place = kTileCounters + first_id / kDrawTile + static_cast<uint32_t>(index);
+  return log_mass + gumbel(noise.word(place));
 }
 
-constexpr int kSampleResident = 2;  // blocks per multiprocessor: 128 registers a thread
+struct Drawn {
+  int id;
+  float logit;
+};
 
-// finish(row, partial, scale) stores what the op makes of a row's sample; one thread calls it
-template <class T, FirstId kFirst, class Finish>
+// The sample among the ids of draw tile `index` for which visible(id, x), by one warp
+template <class T, class Visible>
+__device__ __forceinline__ Drawn draw_in_tile(const Row<T>& row, int index,
+                                              const NoiseStream& noise, uint32_t first_id,
+                                              float inverse_temperature, const Visible& visible) {
+  constexpr int kEach = kDrawTile / kWarpSize;
+  const int first = index * kDrawTile + lane_id() * kEach;
+  const uint32_t place = first_id + static_cast<uint32_t>(first);
+  const Words words = noise.words(place >> 2);
+  Scored best{-INFINITY, kNoId};
+  float logit = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int id = first + i;
+    if (id >= row.vocab) break;
+    const float x = to_float(row.data[id]);
+    if (!visible(id, x)) continue;
+    // One rounding, spelled out, for the same bits in every kernel
+    const float score = fmaf(x, inverse_temperature, gumbel(word_of(words, (place & 3) + i)));
+    if (score > best.score) logit = x;
+    best.offer(score, id);
+  }
+  const int id = warp_best(best).place;
+  return {id, warp_max(best.place == id ? logit : -INFINITY)};
+}
+
+// What an op makes of a row: `drawn` is the sample, or in a row without one the token to report
+struct SampledRow {
+  SamplePartial part;
+  Drawn drawn;
+
+  // exp((logit - max) / temperature)
+  __device__ __forceinline__ float weight(float scale) const {
+    return exp2_approx((drawn.logit - part.max) * scale);
+  }
+};
+
+constexpr int kSampleResident = 3;  // blocks per multiprocessor: 80 registers a thread
+
+// finish(row, sampled, scale) stores what the op makes of a row's sample; one thread calls it
+template <class T, class Finish>
 __global__ void __launch_bounds__(kRowThreads, kSampleResident)
     sample_rows_kernel(const __grid_constant__ LogitsView<T> logits,
                        const __grid_constant__ RowSplit split,
                        const __grid_constant__ SampleKey key,
                        const __grid_constant__ Finish finish) {
   const TileRange range = block_tiles(split);
-  const int64_t* pair = key.seed + (key.seed_per_row ? 2 * range.row : 0);
-  const auto noise = noise_stream<kFirst>(pair, key.seed_per_row ? 0 : range.row, key.first_id);
+  const NoiseStream noise = key.noise(range.row);
   const Row<T> row = logits.row(range.row);
 
-  // Every tile's statistics and best sample
-  Sample best{-INFINITY, -INFINITY, kNoId};
+  Scored best{-INFINITY, kNoId};  // of this lane's draw tiles
+  float to_beat = -INFINITY;      // the warp's best score
   for (int t = range.begin + warp_id(); t < range.end; t += kRowWarps) {
     Tile<T> tile;
     load_tile(tile, row, t, logits.suppress);
-    const VectorMaxima<T> maxima = vector_maxima(tile);
-    SoftmaxStats stats{warp_max(maxima.lane), 0.0f, kNoId};
-    stats.rest =
-        sample_tile(tile, row, maxima, stats.max, noise, logits, key.inverse_temperature, &best);
-    if (stats.rest != stats.rest) find_broken(tile, row, logits.suppress, &stats);
-    if (lane_id() == 0) *partial_of<SamplePartial>(split, range.row, t) = {stats, best, {0, 0}};
+    const DrawTile mine = reduce_draw_tile(tile, logits.scale);
+
+    // The tile's statistics
+    SoftmaxStats stats{warp_max(mine.max), 0.0f, kNoId};
+    const float weight = exp2_approx((mine.max - finite_reference(stats.max)) * logits.scale);
+    stats.rest = warp_sum(counts<T>() ? mine.sum * weight : 0.0f) - 1.0f;
+    const bool broken = stats.rest != stats.rest;
+    if (broken) find_broken(tile, row, logits.suppress, &stats);
+
+    // No noise where none could make a draw tile win
+    const float mass = log_mass(mine, key.inverse_temperature);
+    if (__ballot_sync(kFullMask, mass + kLargestNoise > to_beat) != 0) {
+      const int index = t * kDrawTiles<T> + own_draw_tile<T>();
+      best.offer(tile_score(mass, index, noise, key.first_id), index);
+      to_beat = warp_max(best.score);
+    }
+    Scored of_warp{-INFINITY, kNoId};
+    if (t + kRowWarps >= range.end) of_warp = warp_best(best);
+    if (lane_id() == 0)
+      *partial_of<SamplePartial>(split, range.row, t) = {stats.max, stats.rest, of_warp.score,
+                                                         broken ? stats.id : of_warp.place};
   }
   if (!last_of_row(split, range.row) || warp_id() != 0) return;
 
-  const SamplePartial merged = merge_row<SamplePartial>(split, range.row, logits.scale);
-  if (lane_id() == 0) finish(range.row, merged, logits.scale);
+  SampledRow sampled{merge_row<SamplePartial>(split, range.row, logits.scale), {0, 0.0f}};
+  if (sampled.part.defined()) {
+    sampled.drawn =
+        draw_in_tile(row, sampled.part.place, noise, key.first_id, key.inverse_temperature,
+                     [&](int id, float) { return id != logits.suppress; });
+  } else if (sampled.part.broken()) {
+    sampled.drawn.id = sampled.part.place;
+  }
+  if (lane_id() == 0) finish(range.row, sampled, logits.scale);
 }
 
-struct SampleTokensFinish {
+// The results of sample_tokens, one per row
+struct SampleResults {
   int64_t* token;
   float* probability;
+  float* top1_probability;
+  float* relative_confidence;
 
-  __device__ __forceinline__ void operator()(int64_t row, const SamplePartial& partial,
+  __device__ __forceinline__ void store(int64_t row, int id, float of_token, float of_top1,
+                                        float relative) const {
+    token[row] = id;
+    probability[row] = of_token;
+    top1_probability[row] = of_top1;
+    relative_confidence[row] = relative;
+  }
+  __device__ __forceinline__ void store_undefined(int64_t row, int id) const {
+    store(row, id, NAN, NAN, NAN);
+  }
+};
+
+struct SampleTokensFinish {
+  SampleResults results;
+
+  __device__ __forceinline__ void operator()(int64_t row, const SampledRow& sampled,
                                              float scale) const {
-    const bool defined = !partial.broken() && !partial.no_mass();
-    token[row] = partial.token();
-    probability[row] = defined ? partial.weight(scale) / (1.0f + partial.stats.rest) : NAN;
+    if (!sampled.part.defined()) return results.store_undefined(row, sampled.drawn.id);
+    const float weight = sampled.weight(scale);
+    const float top1 = 1.0f / (1.0f + sampled.part.rest);
+    results.store(row, sampled.drawn.id, weight / (1.0f + sampled.part.rest), top1,
+                  fminf(top1, weight));
+  }
+};
+
+// At temperature 0: the top-1 of every row, for top1_rows_kernel
+struct GreedyFinish {
+  SampleResults results;
+
+  __device__ __forceinline__ void operator()(int64_t row, const SoftmaxStats& stats) const {
+    const float confidence = top1_probability(stats);
+    results.store(row, stats.id, confidence, confidence, confidence);
   }
 };
 
@@ -201,25 +228,16 @@ struct SamplePartialFinish {
   float* weight;
   int64_t vocab_start;
 
-  __device__ __forceinline__ void operator()(int64_t row, const SamplePartial& partial,
+  __device__ __forceinline__ void operator()(int64_t row, const SampledRow& sampled,
                                              float scale) const {
-    const float max = partial.stats.max;
-    const bool defined = !partial.broken() && !partial.no_mass();
-    const float undefined = partial.no_mass() ? 0.0f : NAN;
-    maximum[row] = max;
-    sum_exp[row] = defined ? 1.0f + partial.stats.rest : undefined;
-    token[row] = vocab_start + partial.token();
-    score[row] = defined ? partial.sample.score : max;
-    weight[row] = defined ? partial.weight(scale) : undefined;
+    const SamplePartial& part = sampled.part;
+    const float undefined = part.no_mass() ? 0.0f : NAN;
+    maximum[row] = part.max;
+    sum_exp[row] = part.defined() ? 1.0f + part.rest : undefined;
+    token[row] = vocab_start + sampled.drawn.id;
+    score[row] = part.defined() ? part.score : part.max;
+    weight[row] = part.defined() ? sampled.weight(scale) : undefined;
   }
 };
-
-// The kernel of sample_partial. A shard that begins at a multiple of 4 takes the words of one
-// Philox counter for four ids; elsewhere they may lie in two.
-template <class T>
-auto sample_partial_kernel(int64_t vocab_start) {
-  return vocab_start % 4 == 0 ? sample_rows_kernel<T, FirstId::kMultipleOf4, SamplePartialFinish>
-                              : sample_rows_kernel<T, FirstId::kAny, SamplePartialFinish>;
-}
 
 }  // namespace dmax::cuda

@@ -95,6 +95,23 @@ __device__ __forceinline__ uint4 load_edge_vector(const Row<T>& row, int first) 
   return raw;
 }
 
+// Makes an id of the row -inf, if it lies in this tile; -1 for none
+template <class T>
+__device__ __forceinline__ void suppress_in(Tile<T>& tile, int suppress) {
+  const int place = suppress - tile.begin;
+  if (place >= 0 && place < kTileSize<T> && suppress >= 0) {
+    if (place / kWidth<T> % kWarpSize == lane_id()) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int e = 0; e < kWidth<T>; ++e)
+          if (tile.id(v, e) == suppress)
+            set_element_bits<T>(tile.raw[v], e, minus_infinity_bits<T>());
+      }
+    }
+  }
+}
+
 // `suppress` is an id to be read as -inf, or -1
 template <class T, Access kAccess = Access::kConstant>
 __device__ __forceinline__ void load_tile(Tile<T>& tile, const Row<T>& row, int index,
@@ -110,20 +127,7 @@ __device__ __forceinline__ void load_tile(Tile<T>& tile, const Row<T>& row, int 
     for (int v = 0; v < kVectors; ++v)
       tile.raw[v] = load_edge_vector<T, kAccess>(row, tile.id(v, 0));
   }
-
-  // The suppressed element, if it lies in this tile
-  const int place = suppress - tile.begin;
-  if (place >= 0 && place < kTileSize<T> && suppress >= 0) {
-    if (place / kWidth<T> % kWarpSize == lane_id()) {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-        for (int e = 0; e < kWidth<T>; ++e)
-          if (tile.id(v, e) == suppress)
-            set_element_bits<T>(tile.raw[v], e, minus_infinity_bits<T>());
-      }
-    }
-  }
+  suppress_in(tile, suppress);
 }
 
 // `skipped`, in a place that no compiler moves to before the tile's loads

@@ -44,14 +44,23 @@ struct LogitsInput {
   double temperature;
 };
 
+// The options of a draw; row_options and allowed may be absent (0)
+struct DrawInput {
+  double temperature, top_k, top_p, min_p;
+  Address row_options;
+  Address allowed;
+  int64_t allowed_stride;
+};
+
 Chosen top1_confidence(Gpu gpu, LogitsInput logits, Address token, Address confidence);
 Chosen top1_partial(Gpu gpu, LogitsInput logits, int64_t vocab_start, Address maximum,
                     Address sum_exp, Address token);
 Chosen topk_confidence(Gpu gpu, LogitsInput logits, int k, Address tokens, Address confidences);
 Chosen row_statistics(Gpu gpu, LogitsInput logits, Address token, Address confidence,
                       Address runner_up, Address entropy, Address logsumexp);
-Chosen sample_tokens(Gpu gpu, LogitsInput logits, Address seed, bool seed_per_row, Address token,
-                     Address probability);
+Chosen sample_tokens(Gpu gpu, LogitsInput logits, Address seed, bool seed_per_row, DrawInput draw,
+                     Address token, Address probability, Address top1_probability,
+                     Address relative_confidence);
 Chosen sample_partial(Gpu gpu, LogitsInput logits, Address seed, bool seed_per_row,
                       int64_t vocab_start, Address maximum, Address sum_exp, Address token,
                       Address score, Address weight);

@@ -110,6 +110,11 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
   simt::after_atomic(address);
   return old;
 }
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  const unsigned old = __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+  simt::after_atomic(address);
+  return old;
+}
 inline void __threadfence() { simt::fence(); }
 
 // ---- Bits and arithmetic ----

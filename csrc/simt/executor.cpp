@@ -312,6 +312,15 @@ Options& options() {
 
 const ThreadCoordinates& self() { return worker->current->at; }
 
+// One fiber runs at a time, also where blocks have OS threads of their own
+static int64_t bytes_read = 0;
+void count_bytes_read(int64_t bytes) { bytes_read += bytes; }
+int64_t take_bytes_read() {
+  const int64_t bytes = bytes_read;
+  bytes_read = 0;
+  return bytes;
+}
+
 int take_launch_count() {
   const int count = launch_count;
   launch_count = 0;

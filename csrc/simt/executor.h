@@ -85,4 +85,8 @@ void run(const Grid& grid, const std::function<void()>& thread_main, void* (*dyn
 // The number of launches since the last call, for tests that count them
 int take_launch_count();
 
+// Bytes that load_constant has read since the last call
+void count_bytes_read(int64_t bytes);
+int64_t take_bytes_read();
+
 }  // namespace simt

@@ -19,6 +19,7 @@ PYBIND11_MODULE(dmax_simt, m) {
   using namespace dmax::cuda;
   m.def("set_options", set_options);
   m.def("take_launch_count", simt::take_launch_count);
+  m.def("take_bytes_read", simt::take_bytes_read);
   m.def("run_planted", simt::planted::run_kernel, py::arg("name"), py::arg("fixed"),
         py::arg("blocks") = 1, py::arg("cluster") = 1);
   m.def("run_last_block_sums", simt::planted::run_last_block_sums);
@@ -31,6 +32,8 @@ PYBIND11_MODULE(dmax_simt, m) {
       .def_readonly("threads", &Chosen::threads);
   py::class_<LogitsInput>(m, "LogitsInput")
       .def(py::init<int, Address, int64_t, int64_t, int64_t, int64_t, double>());
+  py::class_<DrawInput>(m, "DrawInput")
+      .def(py::init<double, double, double, double, Address, Address, int64_t>());
   py::class_<EmbeddingInput>(m, "EmbeddingInput")
       .def(py::init<int, Address, int64_t, int64_t, int64_t, int64_t>());
   py::class_<MixInput>(m, "MixInput")

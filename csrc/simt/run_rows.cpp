@@ -1,6 +1,6 @@
 // The families over rows of logits, and prefix_promote
 #include "cuda/promote.cuh"
-#include "cuda/sample.cuh"
+#include "cuda/sample_filtered.cuh"
 #include "cuda/statistics.cuh"
 #include "cuda/top1.cuh"
 #include "simt/run_ops.h"
@@ -66,12 +66,12 @@ Chosen row_statistics(Gpu gpu, LogitsInput in, Address token, Address confidence
 
 template <class T, class Finish>
 Chosen run_sample_rows(const Gpu& gpu, const LogitsInput& in, const SampleKey& key,
-                       const Finish& finish,
-                       void (*kernel)(LogitsView<T>, RowSplit, SampleKey, Finish)) {
-  return launch_rows<T, SamplePartial>(
-      gpu, {in.rows, in.vocab, kSampleResident}, [&](const RowLaunch& run) {
-        launch(run.shape, Stream{}, kernel, view_of<T>(in), run.split, key, finish);
-      });
+                       const Finish& finish) {
+  return launch_rows<T, SamplePartial>(gpu, {in.rows, in.vocab, kSampleResident},
+                                       [&](const RowLaunch& run) {
+                                         launch(run.shape, Stream{}, sample_rows_kernel<T, Finish>,
+                                                view_of<T>(in), run.split, key, finish);
+                                       });
 }
 
 static SampleKey sample_key(const LogitsInput& in, Address seed, bool seed_per_row,
@@ -80,14 +80,41 @@ static SampleKey sample_key(const LogitsInput& in, Address seed, bool seed_per_r
           static_cast<uint32_t>(first_id)};
 }
 
-Chosen sample_tokens(Gpu gpu, LogitsInput in, Address seed, bool seed_per_row, Address token,
-                     Address probability) {
+template <class T>
+Chosen run_sample_filtered(const Gpu& gpu, const LogitsInput& in, const SampleKey& key,
+                           const DrawInput& draw, const SampleResults& results) {
+  RowLaunch run = choose_filtered_launch<T>({in.rows, in.vocab, kFilteredResident}, device_of(gpu));
+  Scratch tiles(run.partial_bytes);
+  Counters counters(run.row_counters);
+  run.split.counters = counters.data();
+  const FilteredDraw filtered{{draw.temperature, draw.top_k, draw.top_p, draw.min_p},
+                              pointer<const float>(draw.row_options),
+                              pointer<const uint32_t>(draw.allowed),
+                              draw.allowed_stride,
+                              static_cast<DrawTile*>(tiles.data())};
+  launch(run.shape, Stream{}, sample_filtered_kernel<T>, view_of<T>(in), run.split, key, filtered,
+         results);
+  return {run.split.splits, 1, run.shape.blocks, run.shape.threads};
+}
+
+Chosen sample_tokens(Gpu gpu, LogitsInput in, Address seed, bool seed_per_row, DrawInput draw,
+                     Address token, Address probability, Address top1_probability,
+                     Address relative_confidence) {
+  const SampleResults results{pointer<int64_t>(token), pointer<float>(probability),
+                              pointer<float>(top1_probability),
+                              pointer<float>(relative_confidence)};
+  const DrawOptions options{draw.temperature, draw.top_k, draw.top_p, draw.min_p};
   Chosen result;
   dispatch(in.dtype, [&](auto element) {
-    const SampleTokensFinish finish{pointer<int64_t>(token), pointer<float>(probability)};
     using T = decltype(element);
-    result = run_sample_rows<T>(gpu, in, sample_key(in, seed, seed_per_row, 0), finish,
-                                sample_rows_kernel<T, FirstId::kZero, SampleTokensFinish>);
+    const SampleKey key = sample_key(in, seed, seed_per_row, 0);
+    if (needs_filtered_kernel(options, in.vocab, draw.row_options != 0, draw.allowed != 0)) {
+      result = run_sample_filtered<T>(gpu, in, key, draw, results);
+    } else if (options.greedy()) {
+      result = run_top1_rows<T>(gpu, in, GreedyFinish{results});
+    } else {
+      result = run_sample_rows<T>(gpu, in, key, SampleTokensFinish{results});
+    }
   });
   return result;
 }
@@ -102,7 +129,7 @@ Chosen sample_partial(Gpu gpu, LogitsInput in, Address seed, bool seed_per_row, 
     const SamplePartialFinish finish{pointer<float>(maximum), pointer<float>(sum_exp),
                                      pointer<int64_t>(token), pointer<float>(score),
                                      pointer<float>(weight),  vocab_start};
-    result = run_sample_rows<T>(gpu, in, key, finish, sample_partial_kernel<T>(vocab_start));
+    result = run_sample_rows<T>(gpu, in, key, finish);
   });
   return result;
 }

@@ -373,7 +373,9 @@ def _sum_backward(ctx, grad_total, *_):
             needs_bias=needed[3],
         )
     else:
-        grads = [_times(g, grad_total) if need else g for g, need in zip(grads, needed, strict=True)]
+        grads = [
+            _times(g, grad_total) if need else g for g, need in zip(grads, needed, strict=True)
+        ]
     *grads, grad_bias = (g if need else None for g, need in zip(grads, needed, strict=True))
     return *grads, None, grad_bias, None, None  # none for target and factors
 

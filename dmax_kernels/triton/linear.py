@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmax_kernels.triton.launch import device_of, row_view
+from dmax_kernels.triton.draw import Results, greedy_results, store_sample
+from dmax_kernels.triton.launch import Rows, device_of, next_power_of_2, row_view
+from dmax_kernels.triton.linear_chunks import float32_product
 from dmax_kernels.triton.linear_loss import (
     linear_oput_loss,
     linear_oput_loss_backward,
@@ -17,6 +19,7 @@ from dmax_kernels.triton.linear_loss import (
 )
 from dmax_kernels.triton.linear_rows import linear_statistics
 from dmax_kernels.triton.sample import merge_samples
+from dmax_kernels.triton.sample_filters import DrawOptions, sample_filtered
 from dmax_kernels.triton.stats import NO_ID, Partials, softmax_scale
 from dmax_kernels.triton.top1 import merge_top1
 
@@ -58,7 +61,7 @@ def linear_top1_confidence(
 @triton.jit(do_not_specialize=["num_groups"])
 def linear_sample_merge_kernel(
     partial_max, partial_sum, partial_token, partial_score, partial_value, num_groups, scale,
-    out_token, out_probability, GROUPS: tl.constexpr,
+    out_token, out_probability, out_top1, out_relative, GROUPS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     groups = tl.arange(0, GROUPS)
@@ -71,8 +74,38 @@ def linear_sample_merge_kernel(
     values = tl.load(partial_value + at, mask=valid, other=float("-inf"))
     best, total, _, token = merge_samples(maxima, sums, scores, tokens, scale)
     value = tl.max(tl.where(tokens == token, values, float("-inf")), axis=0)
-    tl.store(out_token + row, token.to(tl.int64))
-    tl.store(out_probability + row, tl.exp2((value - best) * scale) / total)
+    store_sample(
+        row, token, value, best, total, scale, out_token, out_probability, out_top1, out_relative
+    )
+
+
+# Rows whose logits are in memory at once where a filter needs them, in float32: 40 MB of 157,184
+# tokens. The product then reads the weight once for 64 rows.
+LOGIT_ROWS = 64
+
+
+def draw_from_logits(
+    hidden: Rows, weight: Rows, bias: Tensor | None, seed: Tensor, options: DrawOptions,
+    suppress_token: int, results: Results,
+) -> None:
+    """Exact draws with filters: logits by the library's product, LOGIT_ROWS rows at a time."""
+    flat = hidden.tensor.as_strided((hidden.count, hidden.width), (hidden.stride, 1))
+    table = weight.tensor.as_strided((weight.count, weight.width), (weight.stride, 1))
+    most = min(LOGIT_ROWS, hidden.count)
+    buffer = flat.new_empty((most, weight.count), dtype=torch.float32)
+    options = options.in_rows()
+    for first in range(0, hidden.count, LOGIT_ROWS):
+        span = slice(first, min(first + LOGIT_ROWS, hidden.count))
+        logits = buffer[: span.stop - first]
+        float32_product(flat[span], table.t(), out=logits)
+        if bias is not None:
+            logits += bias
+        drawn = sample_filtered(
+            Rows(logits, len(logits), weight.count, weight.count),
+            seed if seed.dim() == 1 else seed[span], options.span(span), suppress_token, first,
+        )
+        for result, part in zip(results, drawn, strict=True):
+            result[span] = part
 
 
 def linear_sample_tokens(
@@ -89,4 +122,28 @@ def linear_sample_tokens(
     suppress_token: int = -1,
     allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    raise RuntimeError("linear_sample_tokens: this draw is not in the Triton kernels yet")
+    shape = hidden.shape[:-1]
+    options = DrawOptions(temperature, top_k, top_p, min_p, row_options, allowed)
+    filters = options.needs_filters(weight.shape[0])
+    if temperature == 0 and not filters:
+        greedy = linear_top1_confidence(hidden, weight, bias, suppress_token=suppress_token)
+        return greedy_results(*greedy)
+    results = Results.empty(shape.numel(), hidden.device)
+    if shape.numel() == 0:
+        return results.in_shape(shape)
+    bias = None if bias is None else bias.contiguous()
+    seed = seed.reshape(-1, 2).contiguous() if seed.dim() != 1 else seed.contiguous()
+    with device_of(hidden):
+        if filters:
+            draw_from_logits(
+                row_view(hidden), row_view(weight), bias, seed, options, suppress_token, results
+            )
+            return results.in_shape(shape)
+        for span, partials in linear_statistics(
+            row_view(hidden), row_view(weight), bias, temperature, suppress_token, seed
+        ):
+            linear_sample_merge_kernel[(span.stop - span.start,)](
+                *partials, softmax_scale(temperature), *results.span(span),
+                GROUPS=next_power_of_2(partials.num_groups), num_warps=4,
+            )
+    return results.in_shape(shape)

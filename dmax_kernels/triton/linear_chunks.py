@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmax_kernels.triton.draw import sample_of_tiles
 from dmax_kernels.triton.launch import Rows
-from dmax_kernels.triton.philox import gumbel_noise, row_key
-from dmax_kernels.triton.sample import tile_sample
+from dmax_kernels.triton.philox import DRAW_TILE, row_key
 from dmax_kernels.triton.stats import softmax_scale, tile_statistics
 
 CHUNK_ROWS = 512
@@ -45,16 +45,20 @@ def chunk_statistics_kernel(
     if HAS_BIAS:
         x += tl.load(bias + ids, mask=place < count, other=0.0).to(tl.float32)
     x = tl.where(ids == suppress_token, float("-inf"), x)
-    maximum, sum_exp, token = tile_statistics(x, ids, scale)
     at = row * num_tiles + tile
     if SAMPLE:
         key, offset, row_number = row_key(seed, row, SEED_PER_ROW)
         if not SEED_PER_ROW:
             row_number += first_row
-        noise = gumbel_noise(key, row_number, offset, tile, TILE)
-        score, token = tile_sample(x, ids, sum_exp, token, inverse_temperature, noise)
+        N: tl.constexpr = TILE // DRAW_TILE
+        maximum, sum_exp, score, token = sample_of_tiles(
+            tl.reshape(x, [N, DRAW_TILE]), tl.reshape(ids, [N, DRAW_TILE]), tile * N, 0, scale,
+            inverse_temperature, key, row_number, offset, N,
+        )
         tl.store(partial_score + at, score)
         tl.store(partial_value + at, tl.max(tl.where(ids == token, x, float("-inf")), axis=0))
+    else:
+        maximum, sum_exp, token = tile_statistics(x, ids, scale)
     tl.store(partial_max + at, maximum)
     tl.store(partial_sum + at, sum_exp)
     tl.store(partial_token + at, token)

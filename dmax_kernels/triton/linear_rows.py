@@ -18,7 +18,7 @@ from triton.language.target_info import cuda_capability_geq
 
 from dmax_kernels.triton.launch import Rows, next_power_of_2, num_multiprocessors
 from dmax_kernels.triton.linear_chunks import CHUNK_ROWS, CHUNK_TILE, chunk_statistics
-from dmax_kernels.triton.philox import gumbel_of_word, philox_words
+from dmax_kernels.triton.philox import DRAW_TILE, id_noise, tile_noise
 from dmax_kernels.triton.stats import NO_ID, finite_or_zero, softmax_scale
 
 # Rows per launch at most. This keeps the partial results below 8 MB, and it costs nothing: so many
@@ -73,12 +73,12 @@ def choose_linear_tiles(
     block_m = min(num_rows, 128 if num_rows > 64 else 64)
     if dtype == torch.float32:  # no tensor cores at full precision, and rows twice as wide
         block_m, block_n, block_k, num_warps, num_stages = min(block_m, 64), 64, 32, 4, 3
-    elif num_rows <= 16:
-        block_n, block_k, num_warps, num_stages = 128, 128, 4, 3
-    elif sampling:  # the noise needs registers beside the accumulators
+    elif sampling:  # the 64 tokens of a draw tile
         block_n, block_k, num_warps, num_stages = 64, 64, 4 if num_rows <= 64 else 8, 4
         if num_rows <= 32:
             block_k, num_stages = 128, 3
+    elif num_rows <= 16:
+        block_n, block_k, num_warps, num_stages = 128, 128, 4, 3
     elif num_rows <= 128:
         block_n, block_k, num_warps, num_stages = 128, 64, 4 if num_rows <= 64 else 8, 4
         if num_rows <= 32 and not compiles_for_hopper():  # 128 tokens spill on Blackwell
@@ -139,15 +139,6 @@ def any_of(flags):
     return tl.max(flags.to(tl.int32), axis=0) > 0
 
 
-@triton.jit
-def tile_noise(seed, row, offset, first, BLOCK_N: tl.constexpr):
-    """Gumbel noise [M, N] of the rows' keys for the ids first, first + 1, ..."""
-    group = first // 4 + tl.arange(0, BLOCK_N // 4)[None, :] + row.to(tl.int32)[:, None] * 0
-    word0, word1, word2, word3 = philox_words(seed[:, None], row[:, None], offset[:, None], group)
-    word = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
-    return gumbel_of_word(word)
-
-
 @triton.jit(do_not_specialize=["num_rows", "suppress_token", "num_groups", "tiles_per_program"])
 def linear_statistics_kernel(
     hidden, hidden_stride, weight, weight_stride, bias, num_rows, vocab, dim, suppress_token, scale,
@@ -177,7 +168,10 @@ def linear_statistics_kernel(
     token = tl.full([BLOCK_M], NO_ID, tl.int32)
     nan_token = tl.full([BLOCK_M], NO_ID, tl.int32)
     best_score = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    value = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if SAMPLE:  # the best draw tile of each row, and its logits
+        tl.static_assert(BLOCK_N == DRAW_TILE)
+        best_tile = tl.full([BLOCK_M], NO_ID, tl.int32)
+        best_x = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
 
     num_tiles = tl.cdiv(vocab, BLOCK_N)
     first_tile = group * tiles_per_program
@@ -191,30 +185,41 @@ def linear_statistics_kernel(
         tile_max = tl.max(x, axis=1)
         new_max = tl.maximum(maximum, tile_max)
         reference = finite_or_zero(new_max)
-        tile_sum = tl.sum(tl.exp2((x - reference[:, None]) * scale), axis=1)
+        if SAMPLE:  # the draw takes the sum relative to the tile's own maximum
+            own_reference = finite_or_zero(tile_max)
+            own_sum = tl.sum(tl.exp2((x - own_reference[:, None]) * scale), axis=1)
+            tile_sum = own_sum * tl.exp2((tile_max - reference) * scale)
+        else:
+            tile_sum = tl.sum(tl.exp2((x - reference[:, None]) * scale), axis=1)
         sum_exp = sum_exp * tl.exp2((maximum - reference) * scale) + tile_sum
 
-        # Its id. `token` is NO_ID before the first tile and an id after it, even if all are -inf
         if SAMPLE:
-            score = x * inverse_temperature + tile_noise(
-                key, counter_row, offset, tile * BLOCK_N, BLOCK_N
-            )
-            top_score = tl.max(score, axis=1)
-            top = tl.min(tl.where(score == top_score[:, None], ids[None, :], NO_ID), axis=1)
-            better = (top_score > best_score) | (token == NO_ID)
-            top_value = tl.max(tl.where(ids[None, :] == top[:, None], x, float("-inf")), axis=1)
-            value = tl.where(better, top_value, value)
-            best_score = tl.where(better, top_score, best_score)
+            noise = tile_noise(key, counter_row, offset, tile + row * 0)
+            score = tile_max * inverse_temperature + tl.log(own_sum) + noise
+            score = tl.where(tile_max == float("inf"), float("inf"), score)
+            better = (score > best_score) | (best_tile == NO_ID)
+            best_score = tl.where(better, score, best_score)
+            best_tile = tl.where(better, tile, best_tile)
+            best_x = tl.where(better[:, None], x, best_x)
         else:
+            # `token` is NO_ID before the first tile and an id after it, even if all are -inf
             top = tl.min(tl.where(x == tile_max[:, None], ids[None, :], NO_ID), axis=1)
             better = (tile_max > maximum) | (token == NO_ID)
-        token = tl.where(better, top, token)
+            token = tl.where(better, top, token)
         maximum = new_max
 
         # A NaN, which is rare: the first one's id
         if any_of(tile_sum != tile_sum):
             first_nan = tl.min(tl.where(x != x, ids[None, :], NO_ID), axis=1)
             nan_token = tl.minimum(nan_token, first_nan)
+
+    if SAMPLE:  # the id drawn in the best tile
+        noise = id_noise(key[:, None], counter_row[:, None], offset[:, None], best_tile[:, None])
+        perturbed = best_x * inverse_temperature + noise
+        ids = best_tile[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        top = tl.max(perturbed, axis=1)
+        token = tl.min(tl.where(perturbed == top[:, None], ids, NO_ID), axis=1)
+        value = tl.max(tl.where(ids == token[:, None], best_x, float("-inf")), axis=1)
 
     maximum = tl.where(nan_token != NO_ID, float("nan"), maximum)
     token = tl.where(nan_token != NO_ID, nan_token, token)

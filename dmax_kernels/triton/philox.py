@@ -1,7 +1,8 @@
 """Noise for sampling: Philox4x32-10 words keyed by (seed, offset, row, id), Gumbel noise of them.
 
-A number depends on its key alone, not on tiles, programs or backends. Key: the two halves of the
-64-bit seed; counter: (id >> 2, row, the two halves of the 64-bit offset); word id & 3 of the four.
+A number depends on its key alone, not on programs or backends. Key: the two halves of the 64-bit
+seed; counter: (place >> 2, row, the two halves of the 64-bit offset); word place & 3 of the four.
+The place of an id is the id, that of draw tile t is 2^31 + t.
 """
 
 import triton
@@ -38,20 +39,28 @@ def gumbel_of_word(word):
     return -tl.log(exponential)
 
 
+DRAW_TILE = tl.constexpr(64)  # csrc/common/constants.h: ids that a draw takes together
+TILE_GROUPS = tl.constexpr(1 << 29)  # tiles are counted from 2^31 on, four to a group
+
+
 @triton.jit
-def gumbel_noise(
-    seed, row, offset, tile, TILE: tl.constexpr, first_group=0, SHIFT: tl.constexpr = 0
-):
-    """Noise of the ids of one vocabulary tile, [TILE]; the row begins at 4 first_group + SHIFT."""
-    group = first_group + tile * (TILE // 4) + tl.arange(0, TILE // 4)
+def tile_noise(seed, row, offset, tile):
+    """Gumbel noise of draw tiles of the whole vocabulary, in the shape of ``tile``."""
+    word0, word1, word2, word3 = philox_words(seed, row, offset, tile // 4 + TILE_GROUPS)
+    place = tile % 4
+    low = tl.where(place == 0, word0, word1)
+    high = tl.where(place == 2, word2, word3)
+    return gumbel_of_word(tl.where(place < 2, low, high))
+
+
+@triton.jit
+def id_noise(seed, row, offset, tile):
+    """Gumbel noise of a draw tile's ids: [64] for a scalar tile, [M, 64] for tiles [M, 1]."""
+    lanes = tl.arange(0, DRAW_TILE // 4)
+    if len(tile.shape) == 0:
+        group = tile * (DRAW_TILE // 4) + lanes
+    else:
+        group = tile * (DRAW_TILE // 4) + lanes[None, :]
     word0, word1, word2, word3 = philox_words(seed, row, offset, group)
-    if SHIFT != 0:  # four adjacent ids then need the words of two counters
-        next0, next1, next2, _ = philox_words(seed, row, offset, group + 1)
-        if SHIFT == 1:
-            word0, word1, word2, word3 = word1, word2, word3, next0
-        elif SHIFT == 2:
-            word0, word1, word2, word3 = word2, word3, next0, next1
-        else:
-            word0, word1, word2, word3 = word3, next0, next1, next2
     word = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
     return gumbel_of_word(word)

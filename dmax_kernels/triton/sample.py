@@ -1,7 +1,4 @@
-"""Gumbel-max sampling in one read, whole or from vocabulary shards.
-
-The noise is keyed by (seed, offset, row, id), so that a sample is the same however it is computed.
-"""
+"""Samples in one read, whole or from vocabulary shards; filters are in sample_filters.py."""
 
 from typing import NamedTuple
 
@@ -10,60 +7,66 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmax_kernels.triton.draw import Results, greedy_results, sample_of_tiles, store_sample
 from dmax_kernels.triton.launch import (
     TILE,
-    TILE_WARPS,
     Rows,
     choose_tiles,
     device_of,
     next_power_of_2,
     row_view,
 )
-from dmax_kernels.triton.philox import gumbel_noise, row_key
+from dmax_kernels.triton.philox import DRAW_TILE, row_key
+from dmax_kernels.triton.sample_filters import DrawOptions, sample_filtered
 from dmax_kernels.triton.stats import (
     NO_ID,
     finite_or_zero,
     first_where,
     load_partials,
-    load_tile,
     merge_sums,
     softmax_scale,
-    tile_statistics,
     tiles_of_program,
 )
-from dmax_kernels.triton.top1 import NO_ID_64, shard_places, winning_token
+from dmax_kernels.triton.top1 import NO_ID_64, shard_places, top1_of_rows, winning_token
+
+# Sixteen logits per thread: the draw needs registers beside them
+SAMPLE_WARPS = 8
 
 
 @triton.jit
-def tile_sample(x, ids, sum_exp, token, inverse_temperature, noise):
-    """(score, id) of a tile's best perturbed logit; a NaN's or +inf's id passes through."""
-    score = x * inverse_temperature + noise
-    best = tl.max(score, axis=0)
-    sampled = first_where(score == best, ids)
-    return best, tl.where(sum_exp < float("inf"), sampled, token)
+def load_draw_tiles(row, tile, vocab, suppress_token, MASKED: tl.constexpr, N: tl.constexpr):
+    """Ids and float32 logits [N, 64] of N draw tiles from `tile` on, as load_tile gives them."""
+    ids = (tile + tl.arange(0, N))[:, None] * DRAW_TILE + tl.arange(0, DRAW_TILE)[None, :]
+    if MASKED:
+        x = tl.load(row + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+    else:
+        x = tl.load(row + ids).to(tl.float32)
+    first = tile * DRAW_TILE
+    if (suppress_token >= first) & (suppress_token < first + N * DRAW_TILE):
+        x = tl.where(ids == suppress_token, float("-inf"), x)
+    return ids, x
 
 
 @triton.jit
 def store_tile_sample(
     row, tile, vocab, suppress_token, scale, inverse_temperature, seed, row_number, offset,
-    first_group, out_max, out_sum, out_score, out_token, MASKED: tl.constexpr, TILE: tl.constexpr,
-    SHIFT: tl.constexpr,
+    first_tile, out_max, out_sum, out_score, out_token, MASKED: tl.constexpr, N: tl.constexpr,
 ):
-    ids, x = load_tile(row, tile * TILE, vocab, suppress_token, MASKED, TILE)
-    maximum, sum_exp, token = tile_statistics(x, ids, scale)
-    noise = gumbel_noise(seed, row_number, offset, tile, TILE, first_group, SHIFT)
-    score, token = tile_sample(x, ids, sum_exp, token, inverse_temperature, noise)
+    ids, x = load_draw_tiles(row, tile * N, vocab, suppress_token, MASKED, N)
+    maximum, sum_exp, score, token = sample_of_tiles(
+        x, ids, tile * N, first_tile, scale, inverse_temperature, seed, row_number, offset, N
+    )
     tl.store(out_max + tile, maximum)
     tl.store(out_sum + tile, sum_exp)
     tl.store(out_score + tile, score)
     tl.store(out_token + tile, token)
 
 
-@triton.jit(do_not_specialize=["suppress_token", "first_group", "num_tiles", "tiles_per_program"])
+@triton.jit(do_not_specialize=["suppress_token", "first_tile", "num_tiles", "tiles_per_program"])
 def tile_sample_kernel(
-    logits, row_stride, vocab, suppress_token, scale, inverse_temperature, seed, first_group,
+    logits, row_stride, vocab, suppress_token, scale, inverse_temperature, seed, first_tile,
     partial_max, partial_sum, partial_score, partial_token, num_tiles, tiles_per_program,
-    SEED_PER_ROW: tl.constexpr, TILE: tl.constexpr, SHIFT: tl.constexpr,
+    SEED_PER_ROW: tl.constexpr, N: tl.constexpr,
 ):
     row_id = tl.program_id(0).to(tl.int64)
     row = logits + row_id * row_stride
@@ -73,16 +76,16 @@ def tile_sample_kernel(
     out_score = partial_score + row_id * num_tiles
     out_token = partial_token + row_id * num_tiles
 
-    first, last, full_tiles = tiles_of_program(num_tiles, tiles_per_program, vocab, TILE)
+    first, last, full_tiles = tiles_of_program(num_tiles, tiles_per_program, vocab, N * DRAW_TILE)
     for tile in range(first, tl.minimum(last, full_tiles)):
         store_tile_sample(
             row, tile, vocab, suppress_token, scale, inverse_temperature, key, row_number, offset,
-            first_group, out_max, out_sum, out_score, out_token, False, TILE, SHIFT,
+            first_tile, out_max, out_sum, out_score, out_token, False, N,
         )
     if last > full_tiles:
         store_tile_sample(
             row, full_tiles, vocab, suppress_token, scale, inverse_temperature, key, row_number,
-            offset, first_group, out_max, out_sum, out_score, out_token, True, TILE, SHIFT,
+            offset, first_tile, out_max, out_sum, out_score, out_token, True, N,
         )
 
 
@@ -119,15 +122,16 @@ def load_and_merge_samples(
 @triton.jit(do_not_specialize=["num_tiles"])
 def sample_merge_tiles_kernel(
     logits, row_stride, partial_max, partial_sum, partial_score, partial_token, num_tiles, scale,
-    out_token, out_probability, TILES: tl.constexpr,
+    out_token, out_probability, out_top1, out_relative, TILES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     best, total, _, token = load_and_merge_samples(
         partial_max, partial_sum, partial_score, partial_token, row, num_tiles, scale, TILES
     )
     x = tl.load(logits + row * row_stride + token).to(tl.float32)
-    tl.store(out_token + row, token.to(tl.int64))
-    tl.store(out_probability + row, tl.exp2((x - best) * scale) / total)
+    store_sample(
+        row, token, x, best, total, scale, out_token, out_probability, out_top1, out_relative
+    )
 
 
 class SamplePartials(NamedTuple):
@@ -158,26 +162,21 @@ def launch_tile_samples(
     )
     tile_sample_kernel[(rows.count, tiles.programs)](
         rows.tensor, rows.stride, rows.width, suppress_token, softmax_scale(temperature),
-        1.0 / temperature, seed.contiguous(), first_id // 4, *partials, tiles.per_program,
-        SEED_PER_ROW=seed.dim() != 1, TILE=TILE, SHIFT=first_id % 4, num_warps=TILE_WARPS,
+        1.0 / temperature, seed.contiguous(), first_id // DRAW_TILE.value, *partials,
+        tiles.per_program, SEED_PER_ROW=seed.dim() != 1, N=TILE // DRAW_TILE.value,
+        num_warps=SAMPLE_WARPS,
     )
     return partials
 
 
-def sample_rows(
-    rows: Rows, seed: Tensor, temperature: float, suppress_token: int
-) -> tuple[Tensor, Tensor]:
-    device = rows.tensor.device
-    token = torch.empty(rows.count, dtype=torch.int64, device=device)
-    probability = torch.empty(rows.count, dtype=torch.float32, device=device)
-    if rows.count == 0:
-        return token, probability
+def sample_rows(rows: Rows, seed: Tensor, temperature: float, suppress_token: int) -> Results:
+    results = Results.empty(rows.count, rows.tensor.device)
     partials = launch_tile_samples(rows, seed, temperature, suppress_token)
     sample_merge_tiles_kernel[(rows.count,)](
-        rows.tensor, rows.stride, *partials, softmax_scale(temperature), token, probability,
+        rows.tensor, rows.stride, *partials, softmax_scale(temperature), *results,
         TILES=next_power_of_2(partials.num_tiles), num_warps=1,
     )
-    return token, probability
+    return results
 
 
 def sample_tokens(
@@ -192,7 +191,18 @@ def sample_tokens(
     suppress_token: int = -1,
     allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    raise RuntimeError("sample_tokens: this draw is not in the Triton kernels yet")
+    with device_of(logits):
+        rows = row_view(logits)
+        options = DrawOptions(temperature, top_k, top_p, min_p, row_options, allowed)
+        if rows.count == 0:
+            results = Results.empty(0, logits.device)
+        elif options.needs_filters(rows.width):
+            results = sample_filtered(rows, seed, options, suppress_token)
+        elif temperature == 0:
+            results = greedy_results(*top1_of_rows(rows, 1.0, suppress_token))
+        else:
+            results = sample_rows(rows, seed, temperature, suppress_token)
+    return results.in_shape(logits.shape[:-1])
 
 
 @triton.jit(do_not_specialize=["num_tiles", "vocab_start"])
