@@ -14,6 +14,8 @@ namespace dmax::cuda {
 template <class T>
 constexpr int kDrawTileLanes = kDrawTile / kWidth<T>;
 template <class T>
+constexpr int kDrawTileGroups = kWarpSize / kDrawTileLanes<T>;  // draw tiles of a vector per lane
+template <class T>
 constexpr int kDrawTiles = kTileSize<T> / kDrawTile;  // of a tile: 32, or 16 with float32
 
 struct DrawTile {
@@ -25,7 +27,7 @@ struct DrawTile {
 // the first of them counts.
 template <class T>
 __device__ __forceinline__ int own_draw_tile() {
-  return lane_id() % kVectors * (kWarpSize / kDrawTileLanes<T>)+lane_id() / kDrawTileLanes<T>;
+  return lane_id() % kVectors * kDrawTileGroups<T> + lane_id() / kDrawTileLanes<T>;
 }
 template <class T>
 __device__ __forceinline__ bool counts() {

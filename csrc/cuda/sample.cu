@@ -13,13 +13,12 @@ static SampleKey sample_key(const Tensor& seeds, double temperature, int64_t fir
 }
 
 template <class T, class Finish>
-static void launch_sample_rows(const Call& call, const Tensor& logits, const LogitsView<T>& view,
-                               int64_t rows, const SampleKey& key, const Finish& finish) {
-  launch_rows<T, SamplePartial>(
-      call, logits, {rows, view.vocab, kSampleResident}, [&](const RowLaunch& run) {
-        return launch(run.shape, call.stream, sample_rows_kernel<T, Finish>, view, run.split, key,
-                      finish);
-      });
+static void sample_rows(const Call& call, const Tensor& logits, const LogitsView<T>& view,
+                        int64_t rows, const SampleKey& key, const Finish& finish) {
+  launch_rows<T, SamplePartial>(call, logits, sample_work(rows, view.vocab),
+                                [&](const RowLaunch& run) {
+                                  return launch_sample_rows(run, view, key, finish, call.stream);
+                                });
 }
 
 template <class T>
@@ -76,12 +75,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens(
       launch_filtered<T>(call, logits, view, rows.rows, key, draw, results);
     } else if (options.greedy()) {
       launch_rows<T, Top1Partial>(
-          call, logits, {rows.rows, rows.width, kTop1Resident}, [&](const RowLaunch& run) {
-            return launch(run.shape, call.stream, top1_rows_kernel<T, GreedyFinish>, view,
-                          run.split, GreedyFinish{results});
+          call, logits, top1_work(rows.rows, rows.width), [&](const RowLaunch& run) {
+            return launch_top1_rows(run, view, GreedyFinish{results}, call.stream);
           });
     } else {
-      launch_sample_rows<T>(call, logits, view, rows.rows, key, SampleTokensFinish{results});
+      sample_rows<T>(call, logits, view, rows.rows, key, SampleTokensFinish{results});
     }
   });
   return {token, probability, top1_probability, relative_confidence};
@@ -112,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_partial(Tensor logits_
   dispatch_float(logits_shard.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const LogitsView<T> view = logits_view<T>(rows, sizes.local_suppress, temperature);
-    launch_sample_rows<T>(call, logits_shard, view, rows.rows, key, finish);
+    sample_rows<T>(call, logits_shard, view, rows.rows, key, finish);
   });
   return {maximum, sum_exp, token, score, weight};
 }

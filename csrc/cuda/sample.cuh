@@ -124,22 +124,25 @@ struct SampledRow {
   }
 };
 
-constexpr int kSampleResident = 3;  // blocks per multiprocessor: 80 registers a thread
+constexpr int kSampleResident = 3;         // blocks per multiprocessor: 80 registers a thread
+constexpr int kSampleClusterResident = 2;  // 96 registers
 
 // finish(row, sampled, scale) stores what the op makes of a row's sample; one thread calls it
-template <class T, class Finish>
-__global__ void __launch_bounds__(kRowThreads, kSampleResident)
+template <class T, class Finish, bool kCluster>
+__global__ void __launch_bounds__(kBlockThreads<kCluster>,
+                                  kCluster ? kSampleClusterResident : kSampleResident)
     sample_rows_kernel(const __grid_constant__ LogitsView<T> logits,
                        const __grid_constant__ RowSplit split,
                        const __grid_constant__ SampleKey key,
                        const __grid_constant__ Finish finish) {
-  const TileRange range = block_tiles(split);
+  const TileRange range = block_tiles<kCluster>(split);
+  RowMeeting<SamplePartial, kCluster> meeting(split, range.row);
   const NoiseStream noise = key.noise(range.row);
   const Row<T> row = logits.row(range.row);
 
   Scored best{-INFINITY, kNoId};  // of this lane's draw tiles
   float to_beat = -INFINITY;      // the warp's best score
-  for (int t = range.begin + warp_id(); t < range.end; t += kRowWarps) {
+  for (int t = range.begin + warp_id(); t < range.end; t += kBlockWarps<kCluster>) {
     Tile<T> tile;
     load_tile(tile, row, t, logits.suppress);
     const DrawTile mine = reduce_draw_tile(tile, logits.scale);
@@ -159,14 +162,12 @@ __global__ void __launch_bounds__(kRowThreads, kSampleResident)
       to_beat = warp_max(best.score);
     }
     Scored of_warp{-INFINITY, kNoId};
-    if (t + kRowWarps >= range.end) of_warp = warp_best(best);
-    if (lane_id() == 0)
-      *partial_of<SamplePartial>(split, range.row, t) = {stats.max, stats.rest, of_warp.score,
-                                                         broken ? stats.id : of_warp.place};
+    if (t + kBlockWarps<kCluster> >= range.end) of_warp = warp_best(best);
+    meeting.put(t, {stats.max, stats.rest, of_warp.score, broken ? stats.id : of_warp.place});
   }
-  if (!last_of_row(split, range.row) || warp_id() != 0) return;
+  if (!meeting.gather() || warp_id() != 0) return;
 
-  SampledRow sampled{merge_row<SamplePartial>(split, range.row, logits.scale), {0, 0.0f}};
+  SampledRow sampled{meeting.merged(logits.scale), {0, 0.0f}};
   if (sampled.part.defined()) {
     sampled.drawn =
         draw_in_tile(row, sampled.part.place, noise, key.first_id, key.inverse_temperature,
@@ -175,6 +176,18 @@ __global__ void __launch_bounds__(kRowThreads, kSampleResident)
     sampled.drawn.id = sampled.part.place;
   }
   if (lane_id() == 0) finish(range.row, sampled, logits.scale);
+}
+
+template <class T, class Finish>
+auto launch_sample_rows(const RowLaunch& run, const LogitsView<T>& logits, const SampleKey& key,
+                        const Finish& finish, Stream stream) {
+  const auto kernel =
+      run.cluster() ? sample_rows_kernel<T, Finish, true> : sample_rows_kernel<T, Finish, false>;
+  return launch(run.shape, stream, kernel, logits, run.split, key, finish);
+}
+
+inline RowWork sample_work(int64_t rows, int64_t vocab) {
+  return {rows, vocab, kSampleResident, 0, true};
 }
 
 // The results of sample_tokens, one per row

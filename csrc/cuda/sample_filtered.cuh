@@ -134,7 +134,8 @@ struct FilteredRow {
     const int first = tile.id(v, 0);
     if (allowed == nullptr) return 0xffu;
     if (first >= row.vocab) return 0;
-    return (allowed[first / 8] >> (first % 8)) & ((1u << kWidth<T>)-1);
+    constexpr uint32_t kVectorBits = (1u << kWidth<T>)-1u;
+    return (allowed[first / 8] >> (first % 8)) & kVectorBits;
   }
   __device__ __forceinline__ bool is_visible(int id) const {
     return id != suppress && (allowed == nullptr || ((allowed[id / 8] >> (id % 8)) & 1) != 0);
@@ -148,7 +149,7 @@ struct FilteredRow {
     uint64_t bits = 0;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int place = v * (kWarpSize / kDrawTileLanes<T>)+lane_id() / kDrawTileLanes<T>;
+      const int place = v * kDrawTileGroups<T> + lane_id() / kDrawTileLanes<T>;
       if ((wanted >> place) & 1) bits |= static_cast<uint64_t>(allowed_bits(tile, v)) << (8 * v);
     }
 #pragma unroll

@@ -67,11 +67,10 @@ Chosen row_statistics(Gpu gpu, LogitsInput in, Address token, Address confidence
 template <class T, class Finish>
 Chosen run_sample_rows(const Gpu& gpu, const LogitsInput& in, const SampleKey& key,
                        const Finish& finish) {
-  return launch_rows<T, SamplePartial>(gpu, {in.rows, in.vocab, kSampleResident},
-                                       [&](const RowLaunch& run) {
-                                         launch(run.shape, Stream{}, sample_rows_kernel<T, Finish>,
-                                                view_of<T>(in), run.split, key, finish);
-                                       });
+  return launch_rows<T, SamplePartial>(
+      gpu, sample_work(in.rows, in.vocab), [&](const RowLaunch& run) {
+        launch_sample_rows(run, view_of<T>(in), key, finish, Stream{});
+      });
 }
 
 static SampleKey sample_key(const LogitsInput& in, Address seed, bool seed_per_row,
