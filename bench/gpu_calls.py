@@ -1,6 +1,7 @@
-"""Calls of the ops for a session's other stages: ``python bench/gpu_calls.py check|small|key``.
+"""Calls of the ops for a session's other stages: ``python bench/gpu_calls.py check|few|small|key``.
 
     check   every op on small inputs against the CPU's results; exit code 1 if one is off
+    few     the times of a few rows, as one line of JSON: the environment says how they are split
     small   the CUDA kernels on the inputs of check, with nothing compared: for compute-sanitizer
     key     the op of each key case, twice: for the profiler
 
@@ -10,6 +11,7 @@ Inputs are made on the CPU, so that both devices get the same ones.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ from dmax_kernels.ops.edit_step import EDIT_RULES  # noqa: E402
 
 Call = Callable[[str], list[torch.Tensor]]  # device -> results
 DONE = "calls: done"
+FEW_ROWS = (1, 8, 16, 32, 48, 64, 128)
 
 
 def calls() -> Iterator[tuple[str, torch.dtype, Call]]:
@@ -198,6 +201,30 @@ def key(device: str) -> int:
     return 0
 
 
+def few_rows(device: str) -> int:
+    """Microseconds of the ops whose rows may be split in two ways (csrc/cuda/rows.cuh)."""
+    from bench.cases import OF_ROWS, Case
+    from bench.fake_gpu import FakeGpu, small
+    from dmax_kernels.bench.gpu_timer import Gpu, gpu_rows
+    from dmax_kernels.bench.workload import Work
+
+    gpu = Gpu() if device == "cuda" else FakeGpu()
+    found: dict[str, float] = {}
+    for workload in ("top1_confidence", "row_statistics", "spd_step_"):
+        for rows in FEW_ROWS:
+
+            def make(workload=workload, rows=rows) -> Work:
+                case = Case(workload, OF_ROWS[workload](rows))
+                work = (case if device == "cuda" else small(case)).work(device)
+                work.candidates = {"fused": work.candidates["fused"]}
+                return work
+
+            _, timed, _ = gpu_rows(make, gpu, 20 if device == "cuda" else 3, 1.0, {})
+            found[f"{workload} {rows}"] = timed["fused"]["us"]
+    print(json.dumps(found))
+    return 0
+
+
 def small_calls(device: str) -> int:
     for name, _, call in calls():
         call(device)
@@ -209,7 +236,12 @@ def small_calls(device: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    what: dict[str, Callable[[str], int]] = {"check": check, "small": small_calls, "key": key}
+    what: dict[str, Callable[[str], int]] = {
+        "check": check,
+        "few": few_rows,
+        "small": small_calls,
+        "key": key,
+    }
     parser.add_argument("what", choices=what)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()

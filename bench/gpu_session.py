@@ -2,6 +2,7 @@
 
     build      the libraries for this GPU; left out where dmax_kernels/lib already serves it
     smoke      every op on small inputs against the CPU's results
+    tune       a few rows split among blocks in both ways: what kMostClusterRows should be
     key        the ten cases that matter most, timed
     test       the tests that run on a GPU
     bench      all the other cases
@@ -40,7 +41,7 @@ from bench.session_logs import outcomes, sanitizer_verdict  # noqa: E402
 from dmax_kernels._gpus import runs_on  # noqa: E402
 from dmax_kernels.files import save_json  # noqa: E402
 
-STAGES = ("build", "smoke", "key", "test", "bench", "profile", "sanitize")
+STAGES = ("build", "smoke", "tune", "key", "test", "bench", "profile", "sanitize")
 BUILD = ROOT / "build" / "gpu"
 LIBRARIES = ROOT / "dmax_kernels" / "lib"
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
@@ -157,6 +158,18 @@ class Session:
         off = [line for line in off if not line.endswith((": as on the CPU", ": done"))]
         return code, off or "every op as on the CPU"
 
+    def tune(self) -> tuple[int, Any]:
+        """csrc/cuda/rows.cuh: blocks that meet in memory, or a cluster of them per row."""
+        times = {}
+        for name, most in (("blocks", "0"), ("clusters", "1000")):
+            log = f"tune-{name}.log"
+            environment = {"DMAX_MOST_CLUSTER_ROWS": most}
+            if code := self.run(log, self.calls("few"), environment):
+                return code, self.text(log)[-2000:]
+            lines = [line for line in self.text(log).splitlines() if line.startswith("{")]
+            times[name] = json.loads(lines[-1])
+        return 0, {"us": times, "kMostClusterRows": most_cluster_rows(**times)}
+
     def calls(self, what: str) -> list:
         return [sys.executable, "bench/gpu_calls.py", what, "--device", self.device]
 
@@ -249,6 +262,17 @@ class Session:
                     break
             found[name] = sanitizer_verdict(self.text(log)) if tool else "walked"
         return 0, found
+
+
+def most_cluster_rows(blocks: dict[str, float], clusters: dict[str, float]) -> int:
+    """The row count up to which clusters take no longer, over all ops together."""
+    most = 0
+    for rows in sorted({int(name.split()[-1]) for name in blocks}):
+        names = [name for name in blocks if name.split()[-1] == str(rows)]
+        if math.prod(clusters[name] / blocks[name] for name in names) > 1:
+            break
+        most = rows
+    return most
 
 
 def gpu_tests() -> tuple[list[str], list[str]]:

@@ -34,7 +34,7 @@ def oput_loss(
     Args:
         logits_masked, logits_predicted: [..., V], float32, bfloat16 or float16, one shape and
             dtype; either may be None.
-        target: int64 or int32 [...]; ``ignore_index`` rows read no logits and have loss and
+        target: int64 or int32 [...]; ``ignore_index`` rows use no logits and have loss and
             gradient 0. Another id outside [0, V) is an error on the CPU; on the GPU it makes that
             row's loss NaN.
         token_weight: float [...], multiplies both losses of a position.

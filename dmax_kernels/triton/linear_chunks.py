@@ -75,14 +75,18 @@ def float32_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a.float(), b.float(), out=out)  # the interpreter's CPU has no such product
 
 
+def chunk_buffer(hidden: Tensor, rows: int) -> Tensor:
+    """For the logits of one chunk."""
+    return hidden.new_empty((rows, CHUNK_TOKENS), dtype=torch.float32)
+
+
 def chunk_statistics(
     hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
-    seed: Tensor | None, first_row: int, partials: tuple[Tensor | None, ...],
+    seed: Tensor | None, first_row: int, partials: tuple[Tensor | None, ...], buffer: Tensor,
 ) -> None:
     """Fills in the partial results, [rows, tiles] each, of at most CHUNK_ROWS rows."""
     vocab = weight.count
     table = weight.tensor.as_strided((vocab, weight.width), (weight.stride, 1))
-    buffer = hidden.tensor.new_empty((hidden.count, CHUNK_TOKENS), dtype=torch.float32)
     for first in range(0, vocab, CHUNK_TOKENS):
         count = min(CHUNK_TOKENS, vocab - first)
         logits = buffer[:, :count]

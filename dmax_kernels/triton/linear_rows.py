@@ -17,7 +17,12 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from dmax_kernels.triton.launch import Rows, next_power_of_2, num_multiprocessors
-from dmax_kernels.triton.linear_chunks import CHUNK_ROWS, CHUNK_TILE, chunk_statistics
+from dmax_kernels.triton.linear_chunks import (
+    CHUNK_ROWS,
+    CHUNK_TILE,
+    chunk_buffer,
+    chunk_statistics,
+)
 from dmax_kernels.triton.philox import DRAW_TILE, id_noise, tile_noise
 from dmax_kernels.triton.stats import NO_ID, finite_or_zero, softmax_scale
 
@@ -280,24 +285,30 @@ def linear_statistics(
     chunked = takes_chunks(hidden.count, dtype)
     most_rows = CHUNK_ROWS if chunked else MOST_ROWS
     flat = hidden.tensor.as_strided((hidden.count, hidden.width), (hidden.stride, 1))
+    plans = []
     for first in range(0, hidden.count, most_rows):
-        span = slice(first, min(first + most_rows, hidden.count))
-        count = span.stop - first
-        rows = Rows(flat[span], count, hidden.width, hidden.stride)
+        count = min(most_rows, hidden.count - first)
         tiles = choose_linear_tiles(
             count, weight.count, dtype, device, sampling=sampling
         )
         group_tokens = CHUNK_TILE if chunked else tiles.block_n * tiles.tiles_per_program
-        num_groups = -(-weight.count // group_tokens)
-        kinds = [torch.float32, torch.float32, torch.int32] + [torch.float32] * 2 * sampling
-        partials = [torch.empty((count, num_groups), dtype=t, device=device) for t in kinds]
+        plans.append((first, count, tiles, -(-weight.count // group_tokens)))
+    # One set of buffers for all slices of rows: the stream runs a slice's kernels in order
+    most = max((count * num_groups for _, count, _, num_groups in plans), default=0)
+    kinds = [torch.float32, torch.float32, torch.int32] + [torch.float32] * 2 * sampling
+    buffers = [torch.empty(most, dtype=kind, device=device) for kind in kinds]
+    logits = chunk_buffer(hidden.tensor, plans[0][1]) if chunked and plans else None
+    for first, count, tiles, num_groups in plans:
+        span = slice(first, first + count)
+        rows = Rows(flat[span], count, hidden.width, hidden.stride)
+        partials = [each[: count * num_groups].view(count, num_groups) for each in buffers]
         partials += [None] * (5 - len(partials))
         arguments = (
             rows, weight, bias, temperature, suppress_token, seed[span] if seed_per_row else seed,
             first,
         )
         if chunked:
-            chunk_statistics(*arguments, partials)
+            chunk_statistics(*arguments, partials, logits[:count])
         else:
             fused_statistics(*arguments, tiles, partials, num_groups)
         yield span, LinearPartials(*partials, num_groups)
