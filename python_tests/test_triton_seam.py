@@ -33,6 +33,8 @@ BAD = {
     "prefix_promote": ((C, M, float("nan")), {}),
     "hybrid_embedding": ((E, T.new_zeros(3, 9), torch.ones(3, 9), M, 0), {}),
     "hybrid_embedding_backward": ((H.half(), E, T, C, M, 0), {}),
+    "soft_embedding": ((X, torch.ones(9, 4)), {"temperatures": torch.ones(2)}),
+    "soft_embedding_partial": ((X, torch.ones(9, 4)), {"temperatures": T}),
     "spd_step_": (spd_arguments(), {"suppress_token": 6}),
     "sample_tokens": ((X, SEED.int()), {}),
     "oput_loss": ((X, None, T), {"z_loss": -1.0}),
