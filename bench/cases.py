@@ -50,7 +50,7 @@ class Case:
 FLOATS = ("float32", "bfloat16")
 ROWS = (32, 1, 256)
 BLOCK_ROWS = (32, VOCAB)
-LINEAR = ("linear_top1_confidence", "linear_sample_tokens")
+LINEAR = ("linear_top1_confidence", "linear_sample_tokens", "soft_embedding")  # with a product
 
 # Workload -> its sizes at a given number of rows. A step has one block per sequence, of 32
 # positions or of one; the joint loss runs two passes over that many positions.
@@ -68,6 +68,7 @@ OF_ROWS = {
     "oput_loss_and_grad_": lambda rows: (rows, VOCAB),
     "hybrid_embedding": lambda rows: (rows,),
     "hybrid_embedding_backward": lambda rows: (rows,),
+    "soft_embedding": lambda rows: (rows, DIM, VOCAB),
     "linear_top1_confidence": lambda rows: (rows, DIM, VOCAB),
     "linear_sample_tokens": lambda rows: (rows, DIM, VOCAB),
 }
@@ -104,6 +105,7 @@ CPU_CASES = [
     ),
     *(Case("prefix_promote", (blocks, 32), "float32") for blocks in (1, 32, 1024)),
     *(cell(name, rows, dtype, "flat") for rows in ROWS for name in LINEAR for dtype in FLOATS),
+    *(cell("soft_embedding", rows, dtype, "peaked") for rows in ROWS for dtype in FLOATS),
     Case("oput_step", (8,), "float32"),
     Case("spd_generate", (8, 96), "float32"),
     *(
@@ -158,6 +160,7 @@ GPU_CASES = [
     Case("sample_partial", (*BLOCK_ROWS, 8)),
     Case("sample_tokens", BLOCK_ROWS, predicted_us=9.0, compiled=True),
     Case("sample_tokens", (1024, VOCAB)),
+    *(Case("soft_embedding", (rows, DIM, VOCAB)) for rows in (1, 32, 256, 4096)),
     Case("spd_step_", (1, 32), target_us=8.0, predicted_us=8.5),
     Case("spd_step_", (16, 32), target_us=45.0, predicted_us=46.0),
     Case("top1_confidence", (1, VOCAB)),

@@ -160,7 +160,12 @@ def linear_calls() -> Iterator[tuple[str, torch.dtype, Call]]:
                 value.backward()
                 return [value.detach(), *(leaf.grad for leaf in leaves)]
 
+            def soft(device, hidden=hidden, weight=weight):
+                logits = (hidden.float() @ weight.float().t()).to(device)
+                return [dmax_kernels.soft_embedding(logits, weight.to(device), temperature=0.7)]
+
             yield f"linear_top1_confidence {rows} {dtype}", dtype, top1
+            yield f"soft_embedding {rows} {dtype}", dtype, soft
             yield f"linear_oput_loss {rows} {dtype}", dtype, loss
 
 

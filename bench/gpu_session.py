@@ -228,7 +228,7 @@ class Session:
             if tool is None:
                 return 0, "ncu is not installed"
             prefix = [tool, "--clock-control", "none", "--kernel-name-base", "mangled",
-                      "-k", "regex:dmax|linear_|chunk_", "--set", "basic"]  # fmt: skip
+                      "-k", "regex:dmax|linear_|chunk_|soft_", "--set", "basic"]  # fmt: skip
         return self.run("profile.log", [*prefix, *self.calls("key")]), "profile.log"
 
     def sanitize(self) -> tuple[int, Any]:

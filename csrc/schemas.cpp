@@ -36,6 +36,11 @@ STABLE_TORCH_LIBRARY(dmax, m) {
   def("hybrid_embedding_backward(Tensor grad_output, Tensor embedding, Tensor token,"
       " Tensor confidence, Tensor masked, int mask_token_id)"
       " -> (Tensor grad_embedding, Tensor grad_confidence)");
+  def("soft_embedding(Tensor logits, Tensor embedding, *, float temperature=1.0,"
+      " Tensor? temperatures=None) -> Tensor");
+  def("soft_embedding_partial(Tensor logits_shard, Tensor embedding_shard, *,"
+      " float temperature=1.0, Tensor? temperatures=None)"
+      " -> (Tensor maximum, Tensor sum_exp, Tensor weighted)");
   def("spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor(a!) masked,"
       " Tensor(b!) token, Tensor(c!) confidence, Tensor(d!) converged, Tensor(e!) step,"
       " Tensor(f!) inputs_embeds, int mask_token_id, float tau_dec, float tau_acc, *,"

@@ -195,6 +195,26 @@ def check_hybrid_embedding(ranks: Ranks) -> None:
                 assert torch.equal(grad_table, ranks.cut(padded, sizes, 0))
 
 
+def check_soft_embedding(ranks: Ranks) -> None:
+    for vocab, dtype in ((1500, torch.float32), (127, torch.bfloat16)):
+        _, edges = stacked_rows(vocab, torch.float32)
+        logits = torch.cat([edges, 3 * ranks.randn(10, vocab)])
+        embedding, temperature = ranks.randn(vocab, 13, dtype=dtype), torch.rand(len(logits)) + 0.5
+        dist.broadcast(temperature, 0)
+        for options in ({"temperature": 0.3}, {"temperature": temperature}):
+            expected = dmax_kernels.soft_embedding(logits, embedding, **options)
+            for sizes, vocab_size in ranks.layouts(vocab):
+                actual = distributed.soft_embedding(
+                    ranks.cut(logits, sizes, 1),
+                    ranks.cut(embedding, sizes, 0),
+                    shard_sizes=sizes,
+                    vocab_size=vocab_size,
+                    **options,
+                )
+                assert actual.dtype == dtype
+                assert_close(actual, expected, 2 * ROUNDING[dtype], 2e-6)
+
+
 LOSS_OPTIONS = (
     {},
     {"label_smoothing": 0.1, "z_loss": 1e-3},
@@ -415,6 +435,7 @@ CHECKS = (
     check_ties,
     check_linear,
     check_hybrid_embedding,
+    check_soft_embedding,
     check_loss,
     check_linear_loss,
     check_dtensor,

@@ -19,6 +19,7 @@ SMALL = {
     "prefix_promote": (3, 8),
     "hybrid_embedding": (5, 16, 40),
     "hybrid_embedding_backward": (5, 16, 40),
+    "soft_embedding": (3, 16, 100),
     "spd_step_": (2, 4, 64, 16),
     "edit_step_": (2, 4, 64),
     "linear_top1_confidence": (3, 16, 100),

@@ -57,6 +57,11 @@ def test_one_rank_of_a_head_and_a_table():
         distributed.hybrid_embedding(table, *arguments),
         dmax_kernels.hybrid_embedding(table, *arguments),
     )
+    assert torch.equal(
+        distributed.soft_embedding(LOGITS, table), dmax_kernels.soft_embedding(LOGITS, table)
+    )
+    with pytest.raises(ValueError, match=r"embedding must have the logits' shards, \[50\] ids wi"):
+        distributed.soft_embedding(LOGITS, table[:49])
     leaf = table.clone().requires_grad_()
     loss, _ = distributed.linear_oput_loss(hidden, None, leaf, expected[0])
     plain = dmax_kernels.oput_loss(hidden @ table.t(), None, expected[0])[0]

@@ -115,7 +115,7 @@ def serve(table, name, options, *, fdfo, numbers, literal_masks, running=3):
     decoder, runner = algorithm(table, name, options, fdfo), Runner()
     waiting = [Request(number, literal_masks) for number in numbers]
     done, live = [], []
-    for _ in range(400):
+    for _ in range(100 * len(numbers)):
         # A batch changes whenever a block ends: another takes its place, at the front
         while waiting and len(live) < running:
             live.insert(0, waiting.pop())

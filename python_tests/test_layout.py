@@ -17,10 +17,12 @@ from dmax_kernels.ops._register import FAMILY_OF
 ROOT = Path(__file__).parent.parent
 FAMILIES = sorted(set(FAMILY_OF.values()))
 PUBLIC = sorted(op for op in FAMILY_OF if op in dmax_kernels.__all__)
-# The files of every family. In C++ linear is two files on the CPU, rows and loss, and has no CUDA
-# kernels: its matrix products are Triton's there.
+# The files of every family. In C++ linear is two files on the CPU, rows and loss. Families with a
+# matrix product have no CUDA kernels: it is Triton's there.
 DOORS = ("dmax_kernels/ops/{}.py", "dmax_kernels/reference/{}.py", "dmax_kernels/triton/{}.py")
-CPP_DOORS = ("csrc/cpu/{}.cpp", "csrc/cuda/{}.cu", "csrc/cuda/{}.cuh")
+CPU_DOORS = ("csrc/cpu/{}.cpp",)
+CUDA_DOORS = ("csrc/cuda/{}.cu", "csrc/cuda/{}.cuh")
+PRODUCTS = ("linear", "soft_embedding")
 HELPERS = {
     "dmax_kernels/ops": {"_register"},
     "dmax_kernels/reference": set(),
@@ -30,7 +32,9 @@ HELPERS = {
     "csrc/cuda": {"host"},
 }
 # Ops that are tested and measured together with the op that makes their input
-MEASURED_AS = {"top1_merge": "top1_partial", "sample_merge": "sample_partial"}
+MEASURED_AS = {"top1_merge": "top1_partial", "sample_merge": "sample_partial"} | {
+    "soft_embedding_partial": "soft_embedding"
+}
 MOST_LINES = {"csrc": 350, "dmax_kernels": 350, "bench": 350, "release": 350, "python_tests": 450}
 LONGER = {
     "csrc/simt/executor.cpp": "one machine, whose parts share all of its state",
@@ -43,7 +47,8 @@ def text_of(path):
 
 def test_every_family_has_its_files():
     paths = [door.format(family) for family in FAMILIES for door in DOORS]
-    paths += [door.format(f) for f in FAMILIES if f != "linear" for door in CPP_DOORS]
+    paths += [door.format(f) for f in FAMILIES if f != "linear" for door in CPU_DOORS]
+    paths += [door.format(f) for f in FAMILIES if f not in PRODUCTS for door in CUDA_DOORS]
     missing = [path for path in paths if not (ROOT / path).is_file()]
     assert not missing, f"add {missing}: each family of ops has one file in each of these folders"
     for family in FAMILIES:
@@ -108,7 +113,7 @@ def test_public_functions_state_their_contract():
 
 def test_every_op_is_registered_once():
     """The CPU library has every op; the CUDA library all but the products, which are Triton's."""
-    on_gpu = {op for op in FAMILY_OF if not op.startswith("linear_")}
+    on_gpu = {op for op, family in FAMILY_OF.items() if family not in PRODUCTS}
     for folder, suffix, ops in (("cpu", ".cpp", set(FAMILY_OF)), ("cuda", ".cu", on_gpu)):
         sources = [path.read_text() for path in (ROOT / "csrc" / folder).glob(f"*{suffix}")]
         counts = Counter(re.findall(r'm\.impl\(\s*"(\w+)"', "".join(sources)))

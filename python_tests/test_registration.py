@@ -69,6 +69,11 @@ def samples():
             (randn(3, 4, 6), *(t.detach() if torch.is_tensor(t) else t for t in hybrid)),
             {},
         ),
+        "soft_embedding": ((logits, randn(50, 6)), {"temperature": 0.7}),
+        "soft_embedding_partial": (
+            (logits, randn(50, 6)),
+            {"temperatures": confidence[..., 0] + 1},
+        ),
         "spd_step_": (spd_arguments(), {"top_k": 2}),
         "edit_step_": (edit_arguments(), {"rule": 2}),
         "sample_tokens": (

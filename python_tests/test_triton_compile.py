@@ -24,6 +24,7 @@ MOST_REGISTERS = {
     "linear_statistics_kernel": 255,
     "linear_loss_partials_kernel": 255,
     "logits_grad_kernel": 255,
+    "soft_embedding_kernel": 255,
 }
 # Kernels that stream rows or embeddings; the others read a few statistics or positions
 STREAMING = {
@@ -44,6 +45,7 @@ STREAMING = {
     "chunk_statistics_kernel",
     "linear_loss_partials_kernel",
     "logits_grad_kernel",
+    "soft_embedding_kernel",
 }
 
 

@@ -40,6 +40,8 @@ BAD = {
     "prefix_promote": ((C, M, float("nan")), {}),
     "hybrid_embedding": ((E, T.new_zeros(3, 9), torch.ones(3, 9), M, 0), {}),
     "hybrid_embedding_backward": ((H.half(), E, T, C, M, 0), {}),
+    "soft_embedding": ((X, torch.ones(9, 4)), {"temperatures": torch.ones(2)}),
+    "soft_embedding_partial": ((X, torch.ones(9, 4)), {"temperatures": T}),
     "spd_step_": (spd_arguments(), {"suppress_token": 6}),
     "edit_step_": (edit_arguments(), {"suppress_token": 6}),
     "sample_tokens": ((X, SEED.int()), {}),

@@ -170,6 +170,18 @@ def call_linear_ops() -> None:
     call_linear_loss_sum(64, 4000)
 
 
+def call_soft_embedding() -> None:
+    """Every choice of tiles, and both outputs."""
+    for dtype in (torch.bfloat16, torch.float32):
+        embedding = torch.empty(V, D, dtype=dtype)
+        for rows in (16, 32, 64, 256):
+            OPS["soft_embedding"](torch.empty(rows, V), embedding)
+    OPS["soft_embedding"](
+        torch.empty(256, V, dtype=torch.bfloat16), embedding, temperatures=torch.empty(256)
+    )
+    OPS["soft_embedding_partial"](torch.empty(32, V), embedding)
+
+
 def call_linear_loss(rows: int, with_bias: bool, **options) -> None:
     """Both passes; in the backward pass only our kernel, since products would run here."""
     hidden, weight = torch.empty(rows, D).bfloat16(), torch.empty(V, D, dtype=torch.bfloat16)
@@ -219,6 +231,9 @@ def call_with_other_values() -> None:
         losses = {"ignore_index": value, "label_smoothing": 1 / (value + 2), "z_loss": value}
         OPS["oput_loss"](logits, None, target, **losses)
         OPS["linear_top1_confidence"](hidden, torch.empty(V, D), **options)
+        OPS["soft_embedding"](
+            torch.empty(64 - value, V), torch.empty(V, D).bfloat16(), temperature=value + 0.5
+        )
         call_linear_loss(128 + value, with_bias=True, **losses)
         call_linear_loss_sum(value + 1, 4000 + value)
         OPS["linear_top1_confidence"](torch.empty(64 + value, 16), torch.empty(4000, 16), **options)
@@ -246,6 +261,7 @@ def main(capability: int) -> dict[str, object]:
     JITFunction.run = compile_only
     call_every_op()
     call_linear_ops()
+    call_soft_embedding()
     before = set(kernels)
     call_with_other_values()
     return {"kernels": kernels, "recompiled": sorted(set(kernels) - before)}

@@ -5,6 +5,7 @@
 #include "checks/linear.h"
 #include "checks/loss.h"
 #include "checks/rows.h"
+#include "checks/soft_embedding.h"
 #include "checks/step.h"
 
 namespace dmax {
@@ -34,6 +35,8 @@ STABLE_TORCH_LIBRARY_IMPL(dmax, CompositeExplicitAutograd, m) {
   DMAX_CHECK_KERNEL(prefix_promote);
   DMAX_CHECK_KERNEL(hybrid_embedding);
   DMAX_CHECK_KERNEL(hybrid_embedding_backward);
+  DMAX_CHECK_KERNEL(soft_embedding);
+  DMAX_CHECK_KERNEL(soft_embedding_partial);
   DMAX_CHECK_KERNEL(spd_step_);
   DMAX_CHECK_KERNEL(edit_step_);
   DMAX_CHECK_KERNEL(sample_tokens);

@@ -176,6 +176,22 @@ def hybrid_embedding(inputs: Inputs, rows: int = 32, dim: int = DIM, vocab: int 
 
 
 @workload
+def soft_embedding(inputs: Inputs, rows: int = 32, dim: int = DIM, vocab: int = VOCAB) -> Work:
+    """Softmax in float32, rounded to the embedding's dtype, and the product: what engines run."""
+    logits, embedding = inputs.logits(rows, vocab).float(), inputs.normal(vocab, dim)
+    return Work(
+        {
+            "eager": lambda: torch.softmax(logits, dim=-1).to(embedding.dtype) @ embedding,
+            "fused": lambda: dmax_kernels.soft_embedding(logits, embedding),
+        },
+        logits.nbytes + embedding.nbytes,
+        2 * rows * dim * vocab,
+        inputs.dtype,
+        given={"logits": logits, "embedding": embedding},
+    )
+
+
+@workload
 def hybrid_embedding_backward(
     inputs: Inputs, rows: int = 512, dim: int = DIM, vocab: int = 4096
 ) -> Work:

@@ -28,6 +28,7 @@ from dmax_kernels.distributed.decoding import (
 from dmax_kernels.distributed.hybrid_embedding import hybrid_embedding
 from dmax_kernels.distributed.layout import gather_shard_sizes
 from dmax_kernels.distributed.oput_loss import linear_oput_loss, oput_loss
+from dmax_kernels.distributed.soft_embedding import soft_embedding
 
 __all__ = [
     "gather_shard_sizes",
@@ -37,5 +38,6 @@ __all__ = [
     "linear_top1_confidence",
     "oput_loss",
     "sample_tokens",
+    "soft_embedding",
     "top1_confidence",
 ]

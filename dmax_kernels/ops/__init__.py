@@ -6,6 +6,7 @@ from dmax_kernels.ops.linear import linear_oput_loss, linear_sample_tokens, line
 from dmax_kernels.ops.loss import oput_loss, oput_loss_and_grad_
 from dmax_kernels.ops.promote import prefix_promote
 from dmax_kernels.ops.sample import Sample, sample_merge, sample_partial, sample_tokens
+from dmax_kernels.ops.soft_embedding import soft_embedding, soft_embedding_partial
 from dmax_kernels.ops.spd_step import spd_step_
 from dmax_kernels.ops.statistics import RowStatistics, row_statistics
 from dmax_kernels.ops.top1 import top1_confidence, top1_merge, top1_partial, topk_confidence
@@ -25,6 +26,8 @@ __all__ = [
     "sample_merge",
     "sample_partial",
     "sample_tokens",
+    "soft_embedding",
+    "soft_embedding_partial",
     "spd_step_",
     "top1_confidence",
     "top1_merge",

@@ -15,6 +15,7 @@ from dmax_kernels.reference.linear import (
 from dmax_kernels.reference.loss import oput_loss, oput_loss_and_grad_
 from dmax_kernels.reference.promote import prefix_promote
 from dmax_kernels.reference.sample import Sample, sample_merge, sample_partial, sample_tokens
+from dmax_kernels.reference.soft_embedding import soft_embedding, soft_embedding_partial
 from dmax_kernels.reference.spd_step import spd_step_
 from dmax_kernels.reference.statistics import RowStatistics, row_statistics
 from dmax_kernels.reference.top1 import top1_confidence, top1_merge, top1_partial, topk_confidence
@@ -34,6 +35,8 @@ __all__ = [
     "sample_merge",
     "sample_partial",
     "sample_tokens",
+    "soft_embedding",
+    "soft_embedding_partial",
     "spd_step_",
     "top1_confidence",
     "top1_merge",

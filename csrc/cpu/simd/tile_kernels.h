@@ -14,6 +14,12 @@ namespace dmax::cpu {
 // 2,048 elements are 8 KiB of float32: a tile stays in L1 between two loops over it.
 constexpr int64_t kTile = 2048;
 
+// Rows that add_mixed adds at once: eight products for each load and store of a sum
+constexpr int kMixed = 8;
+
+// exp(-30), from which on 262,144 tokens add less than 3e-8 in all
+constexpr float kNegligibleBits = 43.28f;
+
 // Sums over w = 2^t with t = (x - maximum) * scale
 struct EntropySums {
   float weight;    // sum of w, the same bits as sum_exp
@@ -34,6 +40,8 @@ struct TileKernels {
   float (*sum_exp)(const T* x, int64_t n, float maximum, float scale);
   // The same, and the other sum that the entropy needs
   EntropySums (*entropy_sums)(const T* x, int64_t n, float maximum, float scale);
+  // y = 2^((x - maximum) * scale), and 0 where that is below 2^-kNegligibleBits
+  void (*weigh)(const T* x, float* y, int64_t n, float maximum, float scale);
   // Sum of x - shift; subtracting before adding keeps a common offset from costing precision
   double (*sum)(const T* x, int64_t n, float shift);
   // y = factor * 2^((x - maximum) * log2(e)) + shift; y may be x
@@ -42,6 +50,8 @@ struct TileKernels {
   double (*dot)(const T* a, const T* b, int64_t n);
   // sum += factor * x
   void (*add_scaled)(float* sum, const T* x, float factor, int64_t n);
+  // sum += factors[t] * x[t] for kMixed rows x[t], one after the other
+  void (*add_mixed)(float* sum, const T* const* x, const float* factors, int64_t n);
   // y = factor * x, rounded once to T
   void (*store_scaled)(T* y, const float* x, float factor, int64_t n);
   // y = x, exactly

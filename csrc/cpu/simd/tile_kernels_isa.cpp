@@ -2,6 +2,7 @@
 #include "common/constants.h"
 #include "cpu/simd/tile_kernels.h"
 #include "cpu/simd/vector_math.h"
+#include "cpu/simd/weighted_sums.h"
 
 namespace dmax::cpu::DMAX_ISA {
 
@@ -301,9 +302,9 @@ void row_products(const T* x, int64_t x_stride, int64_t tokens, const float* a, 
 
 template <class T>
 constexpr TileKernels<T> kernels() {
-  return {value<T>,        maximum<T>, find<T>,         find_above<T>, sum_exp<T>,
-          entropy_sums<T>, sum<T>,     softmax_grad<T>, dot<T>,        add_scaled<T>,
-          store_scaled<T>, widen<T>,   row_products<T>};
+  return {value<T>,        maximum<T>,   find<T>,         find_above<T>,   sum_exp<T>,
+          entropy_sums<T>, weigh<T>,     sum<T>,          softmax_grad<T>, dot<T>,
+          add_scaled<T>,   add_mixed<T>, store_scaled<T>, widen<T>,        row_products<T>};
 }
 
 }  // namespace

@@ -1,0 +1,300 @@
+// softmax(logits / temperature) x embedding, without stored probabilities.
+//
+// A first pass over the logits gives every row's maximum and sum of exponentials. The second goes
+// through the vocabulary in blocks: the exponentials of a block relative to the maxima, and then
+// their product with the block's rows of the embedding, which the threads share by columns. A token
+// whose weight is negligible in every row takes no part, and its row of the embedding is not read.
+// Most tokens are, once a model is sure of anything.
+//
+// Which product is used, as in linear_logits.h:
+//
+//   1 to 8 rows, or few weights that count    one scaled addition per weight
+//   from 9 rows on                            PyTorch's float32 product
+#include "checks/soft_embedding.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "common/row_view.h"
+#include "cpu/linear_logits.h"
+#include "cpu/vocab_scan.h"
+
+namespace dmax::cpu {
+
+namespace {
+
+// Rows that share one reading of the embedding
+constexpr int64_t kSoftRows = 256;
+// Tokens per block: the weights of kSoftRows rows take 512 KiB
+constexpr int64_t kSoftTokens = 512;
+// Columns that one thread takes at most: of kMixed tokens, they take 16 KiB in float32
+constexpr int64_t kMostColumns = 512;
+// Rows up to which a token's columns are not widened for all rows but as each one adds them
+constexpr int64_t kNarrowRows = 2;
+// PyTorch's product takes over where more of a block's weights than one in this many count
+constexpr int64_t kSparse = 4;
+
+// Of a block of rows: where they start, their temperatures and what the first pass found
+struct SoftRows {
+  int64_t first;
+  int64_t count;
+  std::vector<double> temperature;
+  std::vector<RowStats> stats;
+};
+
+// The weights of one block of tokens that count, and whose they are
+struct BlockWeights {
+  std::vector<float> weight;    // [rows, tokens that count]
+  std::vector<int64_t> tokens;  // ascending
+  bool dense;                   // worth PyTorch's product
+
+  float* row(int64_t i) { return weight.data() + i * kSoftTokens; }
+  const float* row(int64_t i) const { return weight.data() + i * kSoftTokens; }
+};
+
+std::vector<double> temperatures_of(const char* op, int64_t rows, double temperature,
+                                    const OptionalTensor& temperatures) {
+  std::vector<double> values(rows, temperature);
+  if (!temperatures) return values;
+  const Tensor given = torch::stable::contiguous(*temperatures);
+  for (int64_t i = 0; i < rows; ++i) {
+    values[i] = given.const_data_ptr<float>()[i];
+    check_temperature(op, values[i]);
+  }
+  return values;
+}
+
+template <class T>
+void find_maxima(const RowView& logits, SoftRows* rows) {
+  const T* data = static_cast<const T*>(logits.tensor.const_data_ptr());
+  rows->stats.resize(rows->count);
+  for (int64_t begin = 0, end; begin < rows->count; begin = end) {
+    end = begin + 1;  // a scan has one temperature
+    while (end < rows->count && rows->temperature[end] == rows->temperature[begin]) ++end;
+    scan_rows<T>(
+        end - begin, VocabScan{logits.width, -1, rows->temperature[begin]},
+        [&](int64_t i) { return data + (rows->first + begin + i) * logits.row_stride; },
+        [&](int64_t i, const RowStats& stats) { rows->stats[begin + i] = stats; });
+  }
+}
+
+template <class T>
+void weigh_block(const RowView& logits, const SoftRows& rows, int64_t first, int64_t n,
+                 BlockWeights* block) {
+  const TileKernels<T>& kernels = tile_kernels<T>();
+  const T* data = static_cast<const T*>(logits.tensor.const_data_ptr());
+  constexpr int64_t kGrain = 1 << 14;  // exponentials per thread
+  parallel_for(rows.count, kGrain / n, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const RowStats& stats = rows.stats[i];
+      if (!stats.defined()) {
+        std::fill_n(block->row(i), n, 0.0f);
+        continue;
+      }
+      kernels.weigh(data + (rows.first + i) * logits.row_stride + first, block->row(i), n,
+                    stats.maximum, softmax_scale(rows.temperature[i]));
+    }
+  });
+  float largest[kSoftTokens] = {};
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const float* weight = block->row(i);
+    for (int64_t t = 0; t < n; ++t) largest[t] = std::max(largest[t], weight[t]);
+  }
+  block->tokens.clear();
+  for (int64_t t = 0; t < n; ++t) {
+    if (largest[t] > 0) block->tokens.push_back(t);
+  }
+  const int64_t used = static_cast<int64_t>(block->tokens.size());
+  int64_t nonzero = 0;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    float* weight = block->row(i);
+    for (int64_t j = 0; j < used; ++j) {
+      weight[j] = weight[block->tokens[j]];
+      nonzero += weight[j] > 0;
+    }
+  }
+  block->dense = rows.count > kFewRows && nonzero * kSparse > rows.count * used;
+}
+
+// Columns [from, from + count) of the embeddings of one block's tokens
+template <class E>
+struct Columns {
+  MatrixView<E> embeddings;
+  int64_t from;
+  int64_t count;
+
+  const E* of(int64_t token) const { return embeddings.row(token) + from; }
+};
+
+// sum[i, :] += weights[i, :] x embeddings, by PyTorch's product
+template <class E>
+void add_product(const SoftRows& rows, const BlockWeights& block, const Columns<E>& columns,
+                 float* sum, int64_t dim) {
+  const int64_t used = static_cast<int64_t>(block.tokens.size());
+  std::vector<float> wide(used * columns.count);
+  for (int64_t j = 0; j < used; ++j) {
+    tile_kernels<E>().widen(&wide[j * columns.count], columns.of(block.tokens[j]), columns.count);
+  }
+  multiply_into(borrowed_matrix(block.weight.data(), rows.count, used, kSoftTokens, 1),
+                borrowed_matrix(wide.data(), used, columns.count, columns.count, 1), true,
+                borrowed_matrix(sum + columns.from, rows.count, columns.count, dim, 1));
+}
+
+// The same, kMixed tokens at a time, so that a sum is loaded and stored once for all of them.
+//
+// A weight of 0 adds nothing, whichever tokens of other rows its own row meets here: a row's bits
+// do not depend on the other rows.
+template <class T, class Fetch>
+void add_tokens(const SoftRows& rows, const BlockWeights& block, int64_t from, int64_t count,
+                float* sum, int64_t dim, const Fetch& fetch) {
+  const int64_t used = static_cast<int64_t>(block.tokens.size());
+  // A sum per block, and a sum of these: fewer roundings than one long sum
+  std::vector<float> part(rows.count * count, 0.0f);
+  for (int64_t j = 0; j < used; j += kMixed) {
+    const int64_t mixed = std::min<int64_t>(kMixed, used - j);
+    const T* tokens[kMixed];
+    for (int64_t t = 0; t < kMixed; ++t) {
+      tokens[t] = t < mixed ? fetch(t, block.tokens[j + t]) : tokens[t - 1];
+    }
+    for (int64_t i = 0; i < rows.count; ++i) {
+      float weights[kMixed] = {};
+      std::copy_n(block.row(i) + j, mixed, weights);
+      if (*std::max_element(weights, weights + kMixed) == 0) continue;
+      tile_kernels<T>().add_mixed(&part[i * count], tokens, weights, count);
+    }
+  }
+  for (int64_t i = 0; i < rows.count; ++i) {
+    tile_kernels<float>().add_scaled(sum + i * dim + from, &part[i * count], 1.0f, count);
+  }
+}
+
+template <class E>
+void add_block(const SoftRows& rows, const BlockWeights& block, const Columns<E>& columns,
+               float* sum, int64_t dim) {
+  const int64_t from = columns.from;
+  const int64_t count = columns.count;
+  if (block.dense) {
+    add_product(rows, block, columns, sum, dim);
+  } else if (rows.count <= kNarrowRows || std::is_same_v<E, float>) {
+    add_tokens<E>(rows, block, from, count, sum, dim,
+                  [&](int64_t, int64_t token) { return columns.of(token); });
+  } else {  // widened once for all rows
+    std::vector<float> wide(kMixed * count);
+    add_tokens<float>(rows, block, from, count, sum, dim, [&](int64_t t, int64_t token) {
+      tile_kernels<E>().widen(&wide[t * count], columns.of(token), count);
+      return static_cast<const float*>(&wide[t * count]);
+    });
+  }
+}
+
+// done(row, stats, sum) receives every row once, with its sum of exp((x - maximum) / T) e(token)
+template <class T, class E, class Done>
+void sum_embeddings(const char* op, const Tensor& logits, const Tensor& embedding,
+                    double temperature, const OptionalTensor& temperatures,
+                    const SoftEmbeddingSizes& sizes, const Done& done) {
+  const RowView view = row_view(logits);
+  const RowView table = row_view(embedding);
+  const std::vector<double> all = temperatures_of(op, sizes.rows, temperature, temperatures);
+  const MatrixView<E> embeddings{static_cast<const E*>(table.tensor.const_data_ptr()),
+                                 table.row_stride, 1};
+  const int64_t most_rows = std::min(sizes.rows, kSoftRows);
+  constexpr int64_t kLine = 64;
+  const int64_t share = (sizes.dim / num_threads() + kLine) / kLine * kLine;
+  const int64_t columns = most_rows <= kNarrowRows ? share : std::min(kMostColumns, share);
+  const int64_t chunks = (sizes.dim + columns - 1) / columns;
+  BlockWeights block;
+  block.weight.resize(most_rows * kSoftTokens);
+  std::vector<float> sum(most_rows * sizes.dim);
+  for (int64_t first_row = 0; first_row < sizes.rows; first_row += most_rows) {
+    const int64_t count = std::min(most_rows, sizes.rows - first_row);
+    const auto temperature_at = all.begin() + first_row;
+    SoftRows rows{first_row, count, {temperature_at, temperature_at + count}, {}};
+    find_maxima<T>(view, &rows);
+    std::fill(sum.begin(), sum.end(), 0.0f);
+    for (int64_t first = 0; first < sizes.vocab; first += kSoftTokens) {
+      weigh_block<T>(view, rows, first, std::min(kSoftTokens, sizes.vocab - first), &block);
+      if (block.tokens.empty()) continue;
+      constexpr int64_t kGrain = 1 << 18;  // multiplications per thread
+      const int64_t per_chunk = rows.count * static_cast<int64_t>(block.tokens.size()) * columns;
+      parallel_for(chunks, kGrain / per_chunk, [&](int64_t begin, int64_t end) {
+        for (int64_t from = begin * columns; from < std::min(sizes.dim, end * columns);
+             from += columns) {
+          const int64_t count = std::min(columns, sizes.dim - from);
+          add_block(rows, block, Columns<E>{embeddings.from_row(first), from, count}, sum.data(),
+                    sizes.dim);
+        }
+      });
+    }
+    for (int64_t i = 0; i < rows.count; ++i) {
+      done(first_row + i, rows.stats[i], sum.data() + i * sizes.dim);
+    }
+  }
+}
+
+template <class Call>
+void dispatch_both(const Tensor& logits, const Tensor& embedding, const Call& call) {
+  dispatch_float(logits.scalar_type(), [&](auto logit) {
+    dispatch_float(embedding.scalar_type(), [&](auto element) { call(logit, element); });
+  });
+}
+
+Sizes embedding_sizes(const Tensor& logits, int64_t dim) {
+  Sizes sizes = leading_sizes(logits);
+  sizes.push_back(dim);
+  return sizes;
+}
+
+}  // namespace
+
+Tensor soft_embedding(Tensor logits, Tensor embedding, double temperature,
+                      OptionalTensor temperatures) {
+  const auto sizes = check_soft_embedding(logits, embedding, temperature, temperatures);
+  Tensor out =
+      empty_like_device(logits, embedding_sizes(logits, sizes.dim), embedding.scalar_type());
+  dispatch_both(logits, embedding, [&](auto logit, auto element) {
+    using E = decltype(element);
+    E* data = static_cast<E*>(out.mutable_data_ptr());
+    sum_embeddings<decltype(logit), E>(
+        "soft_embedding", logits, embedding, temperature, temperatures, sizes,
+        [&](int64_t row, const RowStats& stats, const float* sum) {
+          const float factor = static_cast<float>(1.0 / stats.sum_exp());  // NaN if undefined
+          tile_kernels<E>().store_scaled(data + row * sizes.dim, sum, factor, sizes.dim);
+        });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> soft_embedding_partial(Tensor logits_shard,
+                                                          Tensor embedding_shard,
+                                                          double temperature,
+                                                          OptionalTensor temperatures) {
+  const auto sizes =
+      check_soft_embedding_partial(logits_shard, embedding_shard, temperature, temperatures);
+  Tensor maximum = empty_like_device(logits_shard, leading_sizes(logits_shard), ScalarType::Float);
+  Tensor sum_exp = empty_like_device(logits_shard, leading_sizes(logits_shard), ScalarType::Float);
+  Tensor weighted =
+      empty_like_device(logits_shard, embedding_sizes(logits_shard, sizes.dim), ScalarType::Float);
+  float* maxima = maximum.mutable_data_ptr<float>();
+  float* sums = sum_exp.mutable_data_ptr<float>();
+  float* products = weighted.mutable_data_ptr<float>();
+  dispatch_both(logits_shard, embedding_shard, [&](auto logit, auto element) {
+    sum_embeddings<decltype(logit), decltype(element)>(
+        "soft_embedding_partial", logits_shard, embedding_shard, temperature, temperatures, sizes,
+        [&](int64_t row, const RowStats& stats, const float* sum) {
+          const bool empty = stats.maximum == -std::numeric_limits<float>::infinity();
+          maxima[row] = stats.maximum;
+          sums[row] = empty ? 0.0f : static_cast<float>(stats.sum_exp());
+          const float factor = stats.defined() || empty ? 1.0f : sums[row];  // NaN throughout
+          for (int64_t k = 0; k < sizes.dim; ++k) products[row * sizes.dim + k] = sum[k] * factor;
+        });
+  });
+  return {maximum, sum_exp, weighted};
+}
+
+}  // namespace dmax::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(dmax, CPU, m) {
+  m.impl("soft_embedding", TORCH_BOX(&dmax::cpu::soft_embedding));
+  m.impl("soft_embedding_partial", TORCH_BOX(&dmax::cpu::soft_embedding_partial));
+}

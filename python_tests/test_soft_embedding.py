@@ -1,0 +1,213 @@
+"""soft_embedding and soft_embedding_partial: values, edges, temperatures, messages."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import DTYPES, SMALL_VOCABS, stacked_rows, strided_copies
+from tolerances import ROUNDING, assert_close
+from triton_device import DEVICE, triton_op
+
+import dmax_kernels
+from dmax_kernels import reference
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's inf - inf
+
+
+def triton_like(function):
+    """The wrapper's arguments, at Triton's op."""
+
+    def call(logits, embedding, *, temperature=1.0):
+        if isinstance(temperature, torch.Tensor):
+            rows = temperature.expand(logits.shape[:-1])
+            return triton_op(function, logits, embedding, temperatures=rows)
+        return triton_op(function, logits, embedding, temperature=temperature)
+
+    return call
+
+
+TRITON = SimpleNamespace(
+    soft_embedding=triton_like("soft_embedding"),
+    soft_embedding_partial=triton_like("soft_embedding_partial"),
+)
+BACKENDS = {"reference": reference, "cpu": dmax_kernels, "triton": TRITON}
+everywhere = pytest.mark.parametrize("backend", BACKENDS)
+# Triton's interpreter multiplies the bits of bfloat16 as integers
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)[: 2 if DEVICE.type == "cpu" else 3]
+
+
+def table(vocab_size, dim, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(vocab_size + dim)
+    return torch.randn(vocab_size, dim, generator=generator).to(dtype)
+
+
+def exact(logits, embedding, temperature=1.0):
+    """float64, and the size of what is added up, by which errors are measured."""
+    temperature = torch.as_tensor(temperature, dtype=torch.float64)
+    scaled = logits.double() / temperature.unsqueeze(-1)
+    probability = torch.softmax(scaled, dim=-1)
+    return probability @ embedding.double(), probability @ embedding.double().abs()
+
+
+def assert_near(actual, logits, embedding, temperature=1.0):
+    expected, size = exact(logits, embedding, temperature)
+    defined = expected.isfinite().all(dim=-1)
+    assert actual[~defined].isnan().all()
+    error = (actual.double() - expected)[defined] / size[defined]
+    assert error.numel() == 0 or error.abs().max() <= 3 * ROUNDING[actual.dtype]
+
+
+# The interpreter takes seconds a size
+FEW = (1, 127, 2049) if DEVICE.type == "cpu" else SMALL_VOCABS
+
+
+@pytest.mark.parametrize(
+    ("backend", "vocab_size"),
+    [(b, size) for b in BACKENDS for size in (FEW if b == "triton" else SMALL_VOCABS)],
+)
+def test_every_case(backend, vocab_size):
+    names, logits = stacked_rows(vocab_size, torch.float32)
+    embedding = table(vocab_size, 5)
+    assert len(names) > 20
+    assert_near(BACKENDS[backend].soft_embedding(logits, embedding), logits, embedding)
+
+
+# One row, few rows, and blocks of both; a width of less than a vector, and of two chunks and a rest
+@everywhere
+@pytest.mark.parametrize(("rows", "vocab_size", "dim"), [(1, 70, 3), (2, 1300, 600), (20, 600, 70)])
+@pytest.mark.parametrize("scale", [0.5, 12.0])
+def test_shapes_and_dtypes(backend, rows, vocab_size, dim, scale):
+    if backend == "triton" and DEVICE.type == "cpu":  # a chunk of columns takes it long
+        vocab_size, dim = min(vocab_size, 300), min(dim, 140)
+    generator = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, vocab_size, generator=generator) * scale
+    temperature = torch.rand(rows, generator=generator) + 0.3
+    for logits_dtype in DTYPES:
+        for dtype in TRITON_DTYPES if backend == "triton" else DTYPES:
+            embedding, x = table(vocab_size, dim, dtype), logits.to(logits_dtype)
+            soft = BACKENDS[backend].soft_embedding(x, embedding, temperature=temperature)
+            assert soft.dtype == dtype
+            assert_near(soft, x, embedding, temperature)
+
+
+@everywhere
+def test_shards_add_up(backend):
+    """Any cut of the vocabulary, one shard without any mass, another with nothing but it."""
+    logits = torch.randn(3, 4, 300, generator=torch.Generator().manual_seed(0)) * 4
+    logits[1, 2, :100], logits[2, 0, 100:] = -torch.inf, -torch.inf
+    embedding, temperature = table(300, 9), torch.tensor([0.5, 1.0, 2.0]).view(3, 1)
+    parts = [
+        BACKENDS[backend].soft_embedding_partial(
+            logits[..., cut], embedding[cut], temperature=temperature
+        )
+        for cut in (slice(0, 100), slice(100, 107), slice(107, 300))
+    ]
+    maximum, sum_exp, weighted = (torch.stack(each) for each in zip(*parts, strict=True))
+    assert maximum[0, 1, 2] == -torch.inf
+    assert sum_exp[0, 1, 2] == 0
+    assert (weighted[0, 1, 2] == 0).all()
+    factor = ((maximum - maximum.amax(dim=0)) / temperature).exp().unsqueeze(-1)
+    merged = (weighted * factor).sum(dim=0) / (sum_exp.unsqueeze(-1) * factor).sum(dim=0)
+    assert_near(merged, logits, embedding, temperature)
+
+
+@everywhere
+def test_undefined_shards(backend):
+    logits = torch.zeros(3, 40)
+    logits[0, 3], logits[1, 5], logits[2] = torch.nan, torch.inf, -torch.inf
+    partial = BACKENDS[backend].soft_embedding_partial
+    maximum, sum_exp, weighted = partial(logits, table(40, 4))
+    if backend != "reference":
+        assert sum_exp[:2].isnan().all()
+    assert weighted[:2].isnan().all()
+    assert maximum[2] == -torch.inf
+    assert sum_exp[2] == 0
+    assert (weighted[2] == 0).all()
+
+
+def test_only_tokens_with_mass_are_read():
+    """A sure row gives its token's embedding itself."""
+    logits = torch.full((2, 5000), -50.0)
+    logits[0, 4321], logits[1, 7] = 0.0, 3.0
+    embedding = table(5000, 33, torch.bfloat16)
+    soft = dmax_kernels.soft_embedding(logits, embedding)
+    assert torch.equal(soft, embedding[[4321, 7]])
+
+
+def test_a_row_has_the_same_bits_in_any_batch_of_few():
+    """And with any number of threads."""
+    logits = torch.randn(8, 3000, generator=torch.Generator().manual_seed(2)) * 9
+    embedding, threads = table(3000, 200, torch.bfloat16).float(), torch.get_num_threads()
+    together = dmax_kernels.soft_embedding(logits, embedding)
+    for row in range(8):
+        assert torch.equal(dmax_kernels.soft_embedding(logits[row], embedding), together[row])
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(dmax_kernels.soft_embedding(logits, embedding), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_strides(backend):
+    logits, embedding = torch.randn(6, 90), table(90, 12)
+    expected = BACKENDS[backend].soft_embedding(logits, embedding)
+    copies = strided_copies(logits), strided_copies(embedding)
+    for x, e in zip(*(each.values() for each in copies), strict=True):
+        assert torch.equal(BACKENDS[backend].soft_embedding(x, e), expected)
+    empty = BACKENDS[backend].soft_embedding(torch.empty(0, 3, 90), embedding)
+    assert empty.shape == (0, 3, 12)
+
+
+def test_registrations():
+    logits, embedding = torch.randn(2, 3, 50), table(50, 4, torch.bfloat16)
+    temperatures = torch.rand(2, 3) + 0.5
+    for op in ("soft_embedding", "soft_embedding_partial"):
+        op = getattr(torch.ops.dmax, op).default
+        torch.library.opcheck(op, (logits, embedding), {"temperature": 0.7})
+        torch.library.opcheck(op, (logits, embedding), {"temperatures": temperatures})
+    with pytest.raises(RuntimeError, match="soft_embedding: has no gradient; detach"):
+        dmax_kernels.soft_embedding(logits.requires_grad_(), embedding).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits": torch.zeros(2, 6)}, "embedding must be [V, D] with V = 6 as in logits and D"),
+        ({"logits": torch.zeros(2, 5).int()}, "logits must be float32, bfloat16 or float16, got "),
+        ({"embedding": torch.zeros(5)}, "embedding must be [V, D] with V = 5 as in logits and D"),
+        ({"embedding": torch.zeros(5, 3).long()}, "embedding must be float32, bfloat16 or float16"),
+        ({"temperature": 0.0}, "temperature must be at least 1e-30 and at most 1e30, got 0"),
+        ({"temperature": torch.tensor([1.0, 0.0])}, "temperature must be at least 1e-30 and at mo"),
+        (
+            {"temperature": torch.ones(3)},
+            "temperatures must have shape [2] (one per row of logits)",
+        ),
+        ({"temperature": torch.ones(2).double()}, "temperatures must be float32, got float64"),
+    ],
+)
+def test_messages(change, message):
+    arguments = {"logits": torch.zeros(2, 5), "embedding": torch.zeros(5, 3), "temperature": 1.0}
+    arguments |= change
+    with pytest.raises(RuntimeError) as error:
+        dmax_kernels.soft_embedding(**arguments)
+    assert str(error.value).startswith(f"soft_embedding: {message}")
+
+
+def test_one_temperature_alone():
+    with pytest.raises(RuntimeError, match="temperature must be left at 1 where temperatures are"):
+        torch.ops.dmax.soft_embedding(
+            torch.zeros(2, 5), torch.zeros(5, 3), temperature=2.0, temperatures=torch.ones(2)
+        )
+
+
+def test_triton_temperatures_out_of_range_are_nan():
+    """On a GPU they are not read before the launch; here Triton is called without the check."""
+    from dmax_kernels.triton import soft_embedding as family
+
+    logits, embedding = torch.zeros(4, 5, device=DEVICE), table(5, 3).to(DEVICE)
+    temperatures = torch.tensor([0.0, 1.0, torch.nan, -1.0], device=DEVICE)
+    soft = family.soft_embedding(logits, embedding, temperatures=temperatures)
+    assert soft.isnan().all(dim=1).tolist() == [True, False, True, True]
+    assert_close(soft[1], embedding.mean(dim=0), 1e-5, 1e-6)
