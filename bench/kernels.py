@@ -69,6 +69,7 @@ TRAFFIC = {
     "row_statistics_kernel": 1,
     "sample_rows_kernel": 1,
     "spd_step_kernel": 1,
+    "edit_step_kernel": 1,
     "oput_loss_kernel": 1,
     "oput_loss_backward_kernel": 2,
     "loss_and_grad_cluster_kernel": 2,
@@ -196,6 +197,7 @@ class Target:
 def targets() -> list[Target]:
     top1 = "top1_rows_kernel<BFloat16, Top1ConfidenceFinish>"
     spd = "spd_step_kernel<BFloat16, 1>"
+    edit = "edit_step_kernel<BFloat16>"
     forward, backward = "oput_loss_kernel<BFloat16, false>", "oput_loss_backward_kernel<BFloat16>"
     in_place = "loss_and_grad_cluster_kernel<BFloat16, false>"
     sample = "sample_rows_kernel<BFloat16, 0, SampleTokensFinish>"
@@ -212,6 +214,8 @@ def targets() -> list[Target]:
                "two arrivals, and the token's row between them"),
         Target("spd_step_", (16, 32), {spd: 512}, LAUNCH + 3 * LATENCY + 2 * ARRIVAL,
                "the bytes, then the last rows' two arrivals"),
+        Target("edit_step_", (1, 32), {edit: 32}, LAUNCH + 2 * LATENCY + 2 * ARRIVAL,
+               "two arrivals"),
         Target("sample_tokens", (32, VOCAB), {sample: 32}, LAUNCH + LATENCY + ARRIVAL,
                "as top1_confidence"),
         Target("oput_loss", (4096, VOCAB), {forward: 8192, backward: 8192}, 2 * LAUNCH,

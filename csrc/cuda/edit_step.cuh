@@ -139,7 +139,7 @@ __device__ __forceinline__ void update_row(const EditArgs& args, int64_t batch_r
   }
 }
 
-constexpr int kEditResident = 4;  // blocks per multiprocessor: 64 registers a thread
+constexpr int kEditResident = 3;  // blocks per multiprocessor: 80 registers a thread
 
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, kEditResident)
