@@ -108,10 +108,13 @@ def test_cluster_per_row(dtype, vocab_size, cluster):
     _, logits = stacked_rows(vocab_size, dtype)
     if cluster > 2:
         logits = logits[:3]
+    seed = torch.tensor([1, 2])
     ops = (
         simt_ops.top1_confidence,
         simt_ops.row_statistics,
         lambda logits, **options: simt_ops.top1_partial(logits, 1000, **options),
+        lambda logits, **options: simt_ops.sample_tokens(logits, seed, **options),
+        lambda logits, **options: simt_ops.sample_partial(logits, seed, 64, **options),
     )
     for op in ops:
         expected = op(logits, temperature=0.7, suppress_token=70)
@@ -131,7 +134,7 @@ def test_launches_without_clusters():
         lambda: simt_ops.top1_confidence(logits, gpu=H200_CLUSTERS),
         lambda: simt_ops.top1_confidence(logits[:2, :2048], gpu=H200_CLUSTERS),
         lambda: simt_ops.top1_confidence(logits[:2], gpu=A100),
-        lambda: simt_ops.sample_tokens(logits[:2], seed, gpu=H200_CLUSTERS),
+        lambda: simt_ops.sample_tokens(logits[:2], seed, top_k=5, gpu=H200_CLUSTERS),
     ):
         run()
         assert CHOSEN[-1].cluster == 1

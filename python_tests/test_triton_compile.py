@@ -92,4 +92,5 @@ def test_a_new_run_time_value_recompiles_nothing(report):
 def test_matrix_products_use_the_tensor_cores(report):
     prefixes = ("linear_statistics", "linear_loss_partials", "logits_grad")
     linear = {k: v for k, v in report["kernels"].items() if k.startswith(prefixes)}
-    assert sum(figures["tensor_core"] > 0 for figures in linear.values()) == len(linear) - 1
+    float32 = 2  # a top-1 and a draw at full precision
+    assert sum(figures["tensor_core"] > 0 for figures in linear.values()) == len(linear) - float32

@@ -158,6 +158,7 @@ def call_linear_ops() -> None:
         hidden = torch.empty(rows, D, dtype=torch.bfloat16)
         OPS["linear_top1_confidence"](hidden, weight)
         OPS["linear_sample_tokens"](hidden, weight, seed, weight[:, 0])
+    OPS["linear_sample_tokens"](torch.empty(32, D), torch.empty(V, D), seed)
     OPS["linear_top1_confidence"](torch.empty(32, D), torch.empty(V, D))
     # The way by chunks of the vocabulary: the products run here, so they are small ones
     hidden, weight = torch.empty(64, 16), torch.empty(4000, 16)

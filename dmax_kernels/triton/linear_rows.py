@@ -78,6 +78,8 @@ def choose_linear_tiles(
     block_m = min(num_rows, 128 if num_rows > 64 else 64)
     if dtype == torch.float32:  # no tensor cores at full precision, and rows twice as wide
         block_m, block_n, block_k, num_warps, num_stages = min(block_m, 64), 64, 32, 4, 3
+        if sampling and num_rows > 16:  # four warps spill, and so do 64 rows on Ampere
+            block_m, num_warps = 32, 8
     elif sampling:  # the 64 tokens of a draw tile
         block_n, block_k, num_warps, num_stages = 64, 64, 4 if num_rows <= 64 else 8, 4
         if num_rows <= 32:
