@@ -51,6 +51,8 @@ FLOATS = ("float32", "bfloat16")
 ROWS = (32, 1, 256)
 BLOCK_ROWS = (32, VOCAB)
 LINEAR = ("linear_top1_confidence", "linear_sample_tokens", "soft_embedding")  # with a product
+# Draws with filters: top_k = 50, top_p = 0.9, and these with min_p = 0.05
+FILTERED = ("sample_top_k", "sample_top_p", "sample_filtered")
 
 # Workload -> its sizes at a given number of rows. A step has one block per sequence, of 32
 # positions or of one; the joint loss runs two passes over that many positions.
@@ -59,6 +61,7 @@ OF_ROWS = {
     "topk_confidence": lambda rows: (rows, VOCAB, 4),
     "row_statistics": lambda rows: (rows, VOCAB),
     "sample_tokens": lambda rows: (rows, VOCAB),
+    **dict.fromkeys(FILTERED, lambda rows: (rows, VOCAB)),
     "draw_with_entropy": lambda rows: (rows, VOCAB),
     "top1_partial": lambda rows: (rows, VOCAB, 8),
     "sample_partial": lambda rows: (rows, VOCAB, 8),
@@ -159,6 +162,7 @@ GPU_CASES = [
     Case("sample_partial", (*BLOCK_ROWS, 8)),
     Case("sample_tokens", BLOCK_ROWS, predicted_us=9.0, compiled=True),
     Case("sample_tokens", (1024, VOCAB)),
+    *(Case(workload, BLOCK_ROWS, values=values) for workload in FILTERED for values in VALUES),
     *(Case("soft_embedding", (rows, DIM, VOCAB)) for rows in (1, 32, 256, 4096)),
     Case("spd_step_", (1, 32), target_us=8.0, predicted_us=8.5),
     Case("spd_step_", (16, 32), target_us=45.0, predicted_us=46.0),

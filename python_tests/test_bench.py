@@ -33,12 +33,18 @@ SMALL = {
     "row_statistics": (3, 64),
     "sample_tokens": (3, 64),
     "top1_partial": (3, 64, 4),
-    "sample_partial": (3, 64, 4),
+    "sample_partial": (3, 256, 4),
+    "sample_top_k": (3, 64),
+    "sample_top_p": (3, 64),
+    "sample_filtered": (3, 64),
 }
 RANDOM = {
     "sample_tokens",
     "linear_sample_tokens",
     "draw_with_entropy",
+    "sample_top_k",
+    "sample_top_p",
+    "sample_filtered",
 }  # eager draws from a different generator
 
 

@@ -6,15 +6,16 @@ import pytest
 import torch
 from test_bench import SMALL, flat
 
-from bench.cases import CANDIDATES, Case, cases_of, is_quick, key_cases
+from bench.cases import CANDIDATES, FILTERED, Case, cases_of, is_quick, key_cases
 from bench.cpu_peers import CPU_PEERS, add_cpu_peers
 from bench.loops import ModelClock, busy_core, loop_shares, share_outside
 from bench.run import Budget, print_table, run_cases
 from dmax_kernels.bench import timer
+from dmax_kernels.bench.draws import sorted_and_masked
 from dmax_kernels.bench.timer import Machine
 from dmax_kernels.bench.workload import OURS, WORKLOADS, Inputs
 
-DRAWS = ("sample_tokens", "sample_partial", "linear_sample_tokens", "draw_with_entropy")
+DRAWS = ("sample_tokens", "sample_partial", "linear_sample_tokens", "draw_with_entropy", *FILTERED)
 
 
 @pytest.mark.parametrize("name", sorted({each.workload for each in CPU_PEERS} - {*DRAWS}))
@@ -54,6 +55,9 @@ def test_peers_draw_by_the_probabilities(name):
         logits = given["logits"]
         given["logits"] = logits.repeat(rows, 1)
     probability = torch.softmax(logits[0], dim=-1)
+    if "options" in given:
+        row = sorted_and_masked(logits[:1], **given["options"])
+        probability = torch.softmax(row[0], dim=-1)
     before = set(work.candidates)
     add_cpu_peers(work, name, compiled=False)
     for candidate in sorted(set(work.candidates) - before):

@@ -30,9 +30,10 @@ FAMILIES = (
     "loss",
     "linear_rows",
 )
-FILES = [HERE / f"test_{family}.py" for family in (*FAMILIES, "linear_loss")]
+FILES = [HERE / f"test_{family}.py" for family in (*FAMILIES, "linear_loss", "sample_options")]
 # What no instruction set changes, or what takes long; one op at the large vocabularies is enough
-LEFT_OUT = "reference or triton or cuda or simt or compile or memory or distribution or gradcheck"
+LEFT_OUT = "reference or triton or cuda or simt or compile or memory or gradcheck"
+LEFT_OUT += " or distribution or law or stored_logits"
 CHOSEN = f"not ({LEFT_OUT}) and not (large_vocabulary and not test_top1_large_vocabulary)"
 
 

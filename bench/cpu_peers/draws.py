@@ -50,6 +50,44 @@ def _(logits):
     return torch.tensor(token), torch.from_numpy(probability)
 
 
+@expert("sample_top_k", "topk and softmax of its values", compiled=True)
+@expert("sample_filtered", "topk, then every filter on its values", compiled=True)
+def filters_on_topk(logits, options):
+    """Exact without a sort: no filter after top_k needs another token."""
+    value, place = torch.topk(logits.float(), min(options["top_k"], logits.shape[-1]))
+    return draw_of_ordered(value, place, None, options)
+
+
+@expert("sample_top_p", "sort")
+def _(logits, options):
+    return draw_of_ordered(*logits.float().sort(dim=-1, descending=True), None, options)
+
+
+@expert("sample_top_p", "topk, and sort where it does not reach top_p")
+def _(logits, options):
+    """Exact, and fast where 1,024 tokens hold the mass."""
+    x = logits.float()
+    value, place = torch.topk(x, min(1024, x.shape[-1]))
+    total = torch.logsumexp(x, dim=-1, keepdim=True)
+    if ((value - total).exp().sum(dim=-1) < options["top_p"]).any():
+        value, place = x.sort(dim=-1, descending=True)
+    return draw_of_ordered(value, place, total, options)
+
+
+def draw_of_ordered(value, place, total, options):
+    """A draw from logits in descending order. top_p is a share of exp(total), None: of these."""
+    weight = torch.softmax(value, dim=-1) if total is None else (value - total).exp()
+    before = weight.cumsum(dim=-1) - weight
+    dropped = before >= options.get("top_p", 1.0)
+    dropped |= weight < options.get("min_p", 0.0) * weight[:, :1]
+    weight = weight.masked_fill(dropped, 0.0)
+    cumulative = weight.cumsum(dim=-1)
+    mark = torch.rand(len(value), 1) * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, mark, right=True).clamp(max=value.shape[-1] - 1)
+    probability = weight.gather(-1, drawn) / cumulative[:, -1:]
+    return place.gather(-1, drawn).squeeze(-1), probability.squeeze(-1)
+
+
 @expert("draw_with_entropy", "one exponential and Gumbel noise", compiled=True)
 def _(logits):
     x = logits.float()

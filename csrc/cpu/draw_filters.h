@@ -109,12 +109,26 @@ inline Cut find_cut(FilterScratch* scratch, double target, double before) {
 // are fewer tiles
 template <class T>
 float tile_threshold(const RowDraw<T>& row, int64_t rank, FilterScratch* scratch) {
-  const int64_t tiles = row.num_draw_tiles();
-  if (rank > tiles) return -std::numeric_limits<float>::infinity();
-  scratch->maxima.assign(row.maxima, row.maxima + tiles);
-  const auto place = scratch->maxima.begin() + (rank - 1);
-  std::nth_element(scratch->maxima.begin(), place, scratch->maxima.end(), std::greater<float>());
-  return *place;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  std::vector<float>& maxima = scratch->maxima;
+  const auto nth_largest = [&] {
+    const auto place = maxima.begin() + (rank - 1);
+    std::nth_element(maxima.begin(), place, maxima.end(), std::greater<float>());
+    return *place;
+  };
+  if (rank > row.num_draw_tiles()) return -kInfinity;
+  // The same rank among the maxima of the large tiles leaves few draw tiles to choose from
+  float least = -kInfinity;
+  if (rank <= row.row.num_tiles()) {
+    maxima.assign(row.of_tiles, row.of_tiles + row.row.num_tiles());
+    least = nth_largest();
+  }
+  maxima.clear();
+  row.for_each_run(least, [&](int64_t begin, int64_t n) {
+    const float* first = row.maxima + begin / kDrawTile;
+    maxima.insert(maxima.end(), first, first + num_draw_tiles(n));
+  });
+  return nth_largest();
 }
 
 // Makes the tokens from `threshold` on the candidates. The amount of a token is
@@ -190,14 +204,16 @@ Cut find_prefix(const RowDraw<T>& row, double target, float amount_scale, float 
 template <class T>
 Cut filter_row(const RowDraw<T>& row, const DrawOptions& options, FilterScratch* scratch) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const float min_p = static_cast<float>(options.min_p);
+  const float top_p = static_cast<float>(options.top_p);
   Cut cut;
   double mass = row.total;
   if (options.top_k > 0 && options.top_k < static_cast<double>(row.row.vocab)) {
     cut = find_prefix(row, options.top_k, 0, -kInfinity, scratch);
     row.keep(cut);
+    if (min_p <= 0 && top_p >= 1) return cut;
     mass = row.total_mass();
   }
-  const float min_p = static_cast<float>(options.min_p);
   if (min_p > 0) {
     const double threshold =
         row.maximum + options.temperature * std::log(static_cast<double>(min_p));
@@ -205,7 +221,6 @@ Cut filter_row(const RowDraw<T>& row, const DrawOptions& options, FilterScratch*
     if (value < threshold) value = std::nextafter(value, kInfinity);
     cut = stricter(cut, {value});
   }
-  const float top_p = static_cast<float>(options.top_p);
   if (top_p < 1) {
     // Tokens deeper than this have less than 1e-8 of the mass together, and top_p is at most
     // 1 - 6e-8; those that are dropped already do not matter either

@@ -134,6 +134,10 @@ struct RowDraw {
   void for_each_run(float threshold, const F& f) const {
     const int64_t tiles = num_draw_tiles();
     for (int64_t tile = 0; tile < tiles; ++tile) {
+      if (tile % kDrawTilesPerTile == 0 && !(of_tiles[tile / kDrawTilesPerTile] >= threshold)) {
+        tile += kDrawTilesPerTile - 1;
+        continue;
+      }
       int64_t end = tile;
       while (end < tiles && end - tile < kDrawTilesPerTile && maxima[end] >= threshold) ++end;
       if (end == tile) continue;

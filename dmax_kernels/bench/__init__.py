@@ -4,7 +4,7 @@
 tree's ``bench/`` has the table of cases that are kept, and what makes pages of their results.
 """
 
-from dmax_kernels.bench import decoding, steps, training
+from dmax_kernels.bench import decoding, draws, steps, training
 from dmax_kernels.bench.workload import WORKLOADS, Inputs, Work, Workload
 
-__all__ = ["WORKLOADS", "Inputs", "Work", "Workload", "decoding", "steps", "training"]
+__all__ = ["WORKLOADS", "Inputs", "Work", "Workload", "decoding", "draws", "steps", "training"]

@@ -13,6 +13,7 @@ import torch
 
 import dmax_kernels
 from dmax_kernels import reference
+from dmax_kernels.bench.draws import exponential_race
 from dmax_kernels.bench.workload import BLOCK, DIM, MASK, VOCAB, Inputs, Work, workload
 
 
@@ -65,27 +66,6 @@ def row_statistics(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
         logits.nbytes,
         given={"logits": logits},
     )
-
-
-@workload
-def sample_tokens(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
-    """Softmax in float32, then an exponential race: what engines run for a sample."""
-    logits, seed = inputs.logits(rows, vocab), inputs.seed()
-    return Work(
-        {
-            "eager": lambda: exponential_race(logits),
-            "fused": lambda: dmax_kernels.sample_tokens(logits, seed),
-            "top1_confidence": lambda: dmax_kernels.top1_confidence(logits),
-        },
-        logits.nbytes,
-        given={"logits": logits},
-    )
-
-
-def exponential_race(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    probability = torch.softmax(logits.float(), dim=-1)
-    token = (probability / torch.empty_like(probability).exponential_()).argmax(-1, True)
-    return token, probability.gather(-1, token)
 
 
 @workload

@@ -1,0 +1,81 @@
+"""Workloads of drawing a token per row of logits, with and without filters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import dmax_kernels
+from dmax_kernels.bench.workload import VOCAB, Inputs, Work, workload
+
+
+@workload
+def sample_tokens(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
+    """Softmax in float32, then an exponential race: what engines run for a sample."""
+    logits, seed = inputs.logits(rows, vocab), inputs.seed()
+    return Work(
+        {
+            "eager": lambda: exponential_race(logits),
+            "fused": lambda: dmax_kernels.sample_tokens(logits, seed),
+            "top1_confidence": lambda: dmax_kernels.top1_confidence(logits),
+        },
+        logits.nbytes,
+        given={"logits": logits},
+    )
+
+
+def exponential_race(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    probability = torch.softmax(logits.float(), dim=-1)
+    token = (probability / torch.empty_like(probability).exponential_()).argmax(-1, True)
+    return token, probability.gather(-1, token)
+
+
+def filtered_draw(inputs: Inputs, rows: int, vocab: int, **options: Any) -> Work:
+    """Eager sorts the row, as transformers' logits processors and vLLM's sampler do."""
+    logits, seed = inputs.logits(rows, vocab), inputs.seed()
+    return Work(
+        {
+            "eager": lambda: exponential_race(sorted_and_masked(logits.float(), **options)),
+            "fused": lambda: dmax_kernels.sample_tokens(logits, seed, **options),
+            "top1_confidence": lambda: dmax_kernels.top1_confidence(logits),
+        },
+        logits.nbytes,
+        given={"logits": logits, "options": options},
+    )
+
+
+def sorted_and_masked(
+    x: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> torch.Tensor:
+    """The logits, -inf at tokens that the filters drop."""
+    if top_k:
+        least = torch.topk(x, min(top_k, x.shape[-1])).values[..., -1:]
+        x = x.masked_fill(x < least, -torch.inf)
+    if top_p < 1:
+        ordered, order = x.sort(dim=-1, descending=True)
+        probability = torch.softmax(ordered, dim=-1)
+        dropped = probability.cumsum(dim=-1) - probability >= top_p
+        x = x.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
+    if min_p > 0:
+        probability = torch.softmax(x, dim=-1)
+        x = x.masked_fill(probability < min_p * probability.amax(-1, keepdim=True), -torch.inf)
+    return x
+
+
+@workload
+def sample_top_k(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
+    """A draw from the 50 most probable tokens."""
+    return filtered_draw(inputs, rows, vocab, top_k=50)
+
+
+@workload
+def sample_top_p(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
+    """A draw from nine tenths of the mass: on flat rows thousands of tokens, on peaked ones one."""
+    return filtered_draw(inputs, rows, vocab, top_p=0.9)
+
+
+@workload
+def sample_filtered(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
+    """A draw with every filter on."""
+    return filtered_draw(inputs, rows, vocab, top_k=50, top_p=0.9, min_p=0.05)
