@@ -152,6 +152,39 @@ def test_what_a_run_writes(walks):
         assert (row["answer"], row["strict"]) == (graded.answer, graded.strict)
 
 
+def test_an_evaluation_goes_on_from_its_finished_rows(tmp_path, monkeypatch, capsys):
+    rows, decoded = tmp_path / "rows", []
+    decode = cells.decode
+
+    def interrupted(model, problems, cell, options):
+        decoded.append(cell.tau_dec)
+        if len(decoded) == 2:
+            raise KeyboardInterrupt
+        return decode(model, problems, cell, options)
+
+    monkeypatch.setattr(cells, "decode", interrupted)
+    more = ["--model", "oput", "--problems", "3", "--rows", rows]
+    assert run(*more, "--rule", "spd:0.5,0") == 130
+    assert decoded == [0.5, 0.0]
+    assert len(list(rows.iterdir())) == 1
+    report = tmp_path / "rows.json"
+    assert run(*more, "--rule", "spd:0.5,0,0.7", "--json", report) == 0
+    assert decoded == [0.5, 0.0, 0.0, 0.7]  # the finished one is not decoded again
+    resumed = json.loads(report.read_text())["rows"]
+    assert run(*more[:-2], "--rule", "spd:0.5,0,0.7", "--json", report) == 0
+    for row, whole in zip(resumed, json.loads(report.read_text())["rows"], strict=True):
+        del row["tokens_per_second"], whole["tokens_per_second"]
+        assert row == whole
+    count = len(decoded)
+    assert run(*more, "--rule", "spd:0.5", "--tau-acc", "0.8") == 1
+    assert "must belong to a run with options = {" in one_line(capsys)
+    assert run(*more, "--rule", "spd:0.5", "--seed", "1") == 1
+    assert "must belong to a run with data = 3 prompts" in one_line(capsys)
+    assert run("--model", "oput=base", *more[2:], "--rule", "spd:0.5") == 1
+    assert "must belong to a run with model = base, got oput" in one_line(capsys)
+    assert len(decoded) == count
+
+
 @pytest.mark.slow
 def test_workers_give_the_rows_of_one(tmp_path):
     reports = []
@@ -262,6 +295,7 @@ def test_a_mistake_is_one_line(problems, tmp_path, capsys):
         ([*walks, "--problems", "0"], "ring_walk", "--problems must be at least 1, got 0"),
         ([*walks, "--json", tmp_path], "ring_walk", "--json must be a file in a folder"),
         ([*walks, "--grade", "math:pi"], "ring_walk", "--grade must be a function"),
+        ([*walks, "--rows", path], "ring_walk", "--rows must be a folder, got the file"),
         ([*asked], tmp_path / "none", "--data must be a file, got no file"),
         ([*asked], path, 'problems.jsonl:1: must have a text or number "answer"'),
         (["--model", "oput"], path, 'problems.jsonl:1: must have a text "prompt" or a list'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROW",
         help="the row that the others are compared with (0)",
     )
+    add(
+        "--rows",
+        type=Path,
+        metavar="FOLDER",
+        help="keep each row there when it is finished, and take those that are there from there: "
+        "the same command, or one with more rows, goes on after an interruption",
+    )
     add("--json", type=Path, metavar="FILE", help="every figure, of each problem and of all pairs")
     add("--picture", type=Path, metavar="FILE", help="accuracy against tokens per forward, a PNG")
     add("--responses", type=Path, metavar="FILE", help="every response with its grade, JSON lines")
@@ -124,9 +132,12 @@ def run(args: argparse.Namespace) -> int:
     for option in ("json", "picture", "responses"):
         if getattr(args, option) is not None:
             check_output(f"--{option}", getattr(args, option))
+    if args.rows is not None and args.rows.exists() and not args.rows.is_dir():
+        raise ValueError(f"--rows must be a folder, got the file {args.rows}")
     if args.data != RING_WALK:
         check_input("--data", Path(args.data))
     from dmax_kernels.evaluation.report import LEGEND, Report
+    from dmax_kernels.evaluation.rows import Rows
 
     device, dtype = machine(args)
     names = read_models(args.model)
@@ -135,15 +146,20 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--baseline must be in [0, {len(cells)}), got {args.baseline}")
     evaluation = make_evaluation(args)
     evaluation.check(cells)
-    where = {"dtype": dtype, "device": device}
-    outcomes = decode_cells(args, evaluation, cells, names, where)
+    rows = Rows(args.rows, {**shown(evaluation), "dtype": args.dtype}, names)
+    outcomes = {cell: outcome for cell in cells if (outcome := rows.find(cell)) is not None}
+    if len(outcomes) < len(cells):
+        left = [cell for cell in cells if cell not in outcomes]
+        where = {"dtype": dtype, "device": device}
+        for cell, outcome in decode_cells(args, evaluation, left, names, where):
+            rows.save(cell, outcome)
+            outcomes[cell] = outcome
     report = Report({cell: outcomes[cell] for cell in cells}, args.baseline)
 
     print(f"{len(evaluation.prompts)} problems of {args.data}, ops {evaluation.options['ops']!r}.")
     print(f"{LEGEND}\n\n{report.table()}")
     if args.json is not None:
-        settings = {"data": args.data, "problems": len(evaluation.prompts), **shown(evaluation)}
-        save_json(args.json, {**settings, **report.as_dict()})
+        save_json(args.json, {"file": args.data, **shown(evaluation), **report.as_dict()})
         print(f"\nwrote {args.json}")
     if args.picture is not None:
         from dmax_kernels.evaluation.picture import write_picture
@@ -214,10 +230,12 @@ def make_evaluation(args: argparse.Namespace) -> Evaluation:
         from dmax_kernels.ring_walk.evaluate import MAX_NEW_TOKENS
 
         defaults["max_new_tokens"] = MAX_NEW_TOKENS
+    options = {"ops": "fused", **defaults, **given_options(args)}
+    options.pop("rule", None)  # this command's has another form, see `read_cells`
     return Evaluation(
         prompts,
         grade,
-        {"ops": "fused", **defaults, **given_options(args)},
+        options,
         batch_size=args.batch_size or (None if walks else 1),
         raw=args.raw,
         pad=args.pad_prompts,
@@ -241,7 +259,7 @@ def decode_cells(
     cells: list[Cell],
     names: dict[str, str],
     where: dict[str, Any],
-) -> dict[Cell, Outcome]:
+) -> Iterator[tuple[Cell, Outcome]]:
     import torch
     from tqdm import tqdm
 
@@ -252,7 +270,6 @@ def decode_cells(
     threads = args.threads or max(1, available_cores() // workers)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    outcomes = {}
     total = len(cells) * len(evaluation.prompts)
     with tqdm(total=total, desc="decoding", unit="problem", leave=False) as bar:
         for cell, outcome in evaluate(
@@ -262,21 +279,25 @@ def decode_cells(
             on_batch=bar.update,
             **where,
         ):
-            outcomes[cell] = outcome
             bar.total -= len(evaluation.prompts) - outcome.problems  # of a row that has collapsed
-    return outcomes
+            yield cell, outcome
 
 
 def shown(evaluation: Evaluation) -> dict[str, Any]:
-    """The options as JSON values."""
+    """What is the same in all rows, as JSON values."""
+    from dmax_kernels.evaluation.rows import identity
+
     options = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in evaluation.options.items()
     }
     return {
+        "data": identity(evaluation.prompts),
         "options": options,
         "batch_size": evaluation.batch_size,
         "grade": repr(evaluation.grade),
+        "raw": evaluation.raw,
+        "pad": evaluation.pad,
     }
 
 

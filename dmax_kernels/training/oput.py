@@ -115,13 +115,18 @@ class Objective(nn.Module):
         """The cross-entropy of each pass from states or logits [N, ...], summed over the N rows."""
         weight, bias = self.net.head()
         options: dict[str, Any] = {"token_weight": token_weight}
+        alone = masked_pass is None or second_pass is None
+        if alone:  # the sum takes three products with the head where single losses take four
+            options["reduction"] = "sum"
         if weight is None:
             losses = self.ops.oput_loss(masked_pass, second_pass, target, **options)
         else:
             losses = self.ops.linear_oput_loss(
                 masked_pass, second_pass, weight, target, bias=bias, **options
             )
-        return tuple(None if loss is None else loss.sum() for loss in losses)
+        if alone:
+            return (losses, None) if second_pass is None else (None, losses)
+        return tuple(loss.sum() for loss in losses)
 
 
 class TwoPasses(Objective):
