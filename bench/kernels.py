@@ -200,7 +200,7 @@ def targets() -> list[Target]:
     spd = "spd_step_kernel<BFloat16, 1, {}>"
     forward, backward = "oput_loss_kernel<BFloat16, false>", "oput_loss_backward_kernel<BFloat16>"
     in_place = "loss_and_grad_cluster_kernel<BFloat16, false>"
-    sample = "sample_rows_kernel<BFloat16, SampleTokensFinish>"
+    sample = "sample_rows_kernel<BFloat16, SampleTokensFinish, true>"
     few, many = "true", "false"  # with a cluster per row, without
     product = 2.0 * DIM * VOCAB  # FLOPs a row
     weight = 2.0 * DIM * VOCAB  # bytes
@@ -217,8 +217,8 @@ def targets() -> list[Target]:
         Target("spd_step_", (16, 32), {spd.format(many): 512},
                LAUNCH + 2 * LATENCY + 2 * ARRIVAL,
                "the bytes, then the last rows' two arrivals"),
-        Target("sample_tokens", (32, VOCAB), {sample: 32}, LAUNCH + LATENCY + ARRIVAL,
-               "the launch, the first load and the merge of a row's blocks"),
+        Target("sample_tokens", (32, VOCAB), {sample: 32}, LAUNCH + 2 * LATENCY + BARRIER,
+               "the launch, the first load, and the drawn tile's second"),
         Target("oput_loss", (4096, VOCAB), {forward: 8192, backward: 8192}, 2 * LAUNCH,
                "the bytes: the logits are read twice and the gradients written once"),
         Target("oput_loss_and_grad_", (4096, VOCAB), {in_place: 8192}, LAUNCH,
