@@ -157,6 +157,7 @@ def compile_report() -> Any:
 LAUNCH = 2.0  # us, of a kernel in a graph
 LATENCY = 0.6  # us, of one load from memory that the next step waits for
 ARRIVAL = 1.4  # us, of a block that counts itself in and reads what the others left
+BARRIER = 0.5  # us, of a cluster
 
 
 @dataclass(frozen=True)
@@ -195,29 +196,42 @@ class Target:
 
 
 def targets() -> list[Target]:
+<<<<<<< HEAD
     top1 = "top1_rows_kernel<BFloat16, Top1ConfidenceFinish>"
     spd = "spd_step_kernel<BFloat16, 1>"
     edit = "edit_step_kernel<BFloat16>"
+=======
+    top1 = "top1_rows_kernel<BFloat16, Top1ConfidenceFinish, {}>"
+    spd = "spd_step_kernel<BFloat16, 1, {}>"
+>>>>>>> gpu14
     forward, backward = "oput_loss_kernel<BFloat16, false>", "oput_loss_backward_kernel<BFloat16>"
     in_place = "loss_and_grad_cluster_kernel<BFloat16, false>"
-    sample = "sample_rows_kernel<BFloat16, 0, SampleTokensFinish>"
+    sample = "sample_rows_kernel<BFloat16, SampleTokensFinish, true>"
+    few, many = "true", "false"  # with a cluster per row, without
     product = 2.0 * DIM * VOCAB  # FLOPs a row
     weight = 2.0 * DIM * VOCAB  # bytes
     return [
-        Target("top1_confidence", (32, VOCAB), {top1: 32}, LAUNCH + LATENCY + ARRIVAL,
-               "the launch, the first load and the merge of a row's blocks"),
-        Target("top1_confidence", (4096, VOCAB), {top1: 4096}, LAUNCH, "the bytes"),
+        Target("top1_confidence", (32, VOCAB), {top1.format(few): 32}, LAUNCH + LATENCY + BARRIER,
+               "the launch, and the first load"),
+        Target("top1_confidence", (4096, VOCAB), {top1.format(many): 4096}, LAUNCH, "the bytes"),
         Target("prefix_promote", (16, 32), {}, LAUNCH + LATENCY, "the launch"),
         Target("hybrid_embedding", (32,), {}, LAUNCH + 2 * LATENCY,
                "the launch; the token's id is loaded before its row"),
-        Target("spd_step_", (1, 32), {spd: 32}, LAUNCH + 3 * LATENCY + 2 * ARRIVAL,
-               "two arrivals, and the token's row between them"),
-        Target("spd_step_", (16, 32), {spd: 512}, LAUNCH + 3 * LATENCY + 2 * ARRIVAL,
+        Target("spd_step_", (1, 32), {spd.format(few): 32},
+               LAUNCH + 2 * LATENCY + BARRIER + ARRIVAL,
+               "the launch, and the arrival of a block's positions"),
+        Target("spd_step_", (16, 32), {spd.format(many): 512},
+               LAUNCH + 2 * LATENCY + 2 * ARRIVAL,
                "the bytes, then the last rows' two arrivals"),
+<<<<<<< HEAD
         Target("edit_step_", (1, 32), {edit: 32}, LAUNCH + 2 * LATENCY + 2 * ARRIVAL,
                "two arrivals"),
         Target("sample_tokens", (32, VOCAB), {sample: 32}, LAUNCH + LATENCY + ARRIVAL,
                "as top1_confidence"),
+=======
+        Target("sample_tokens", (32, VOCAB), {sample: 32}, LAUNCH + 2 * LATENCY + BARRIER,
+               "the launch, the first load, and the drawn tile's second"),
+>>>>>>> gpu14
         Target("oput_loss", (4096, VOCAB), {forward: 8192, backward: 8192}, 2 * LAUNCH,
                "the bytes: the logits are read twice and the gradients written once"),
         Target("oput_loss_and_grad_", (4096, VOCAB), {in_place: 8192}, LAUNCH,

@@ -63,7 +63,11 @@ def gpu_targets() -> list[str]:
         if targets:
             predicted = f"{case.predicted_us:g} us" if case.predicted_us else ""
             lines.append(f"| {case.name} | {', '.join(targets)} | {predicted} |")
-    return lines
+    lines += [
+        "",
+        "[gpu-predicted.md](gpu-predicted.md) has the times that the instruction counts of",
+    ]
+    return [*lines, "the compiled kernels predict, and what stands in the way of each target."]
 
 
 def is_gpu(record: dict) -> bool:
