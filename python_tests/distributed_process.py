@@ -307,12 +307,21 @@ def check_linear_loss(ranks: Ranks) -> None:
             )
             for a, e in zip(actual, expected, strict=True):
                 assert_close(a.detach(), e.detach(), 2e-6, 1e-6)
+            total = distributed.linear_oput_loss(
+                *mine[:3], target, bias=mine[3], token_weight=row_weight, reduction="sum",
+                **layout, **options,
+            )  # fmt: skip
+            # The gradients that come with the sum, then those that are computed again
+            at_once, again = (torch.autograd.grad(total, mine, retain_graph=True) for _ in "12")
             grads = gradients(actual, mine, row_weight)
             shards = [*expected_grads[:2]]
             for e in expected_grads[2:]:
                 missing = e.new_zeros(sum(sizes) - vocab, *e.shape[1:])
                 kept = ranks.cut(torch.cat([e, missing]), sizes, 0)
                 shards.append(kept)
+            for made in (at_once, again):
+                for g, e in zip(made, grads, strict=True):
+                    assert_close(g, e, ROUNDING[dtype], 1e-5)
             for g, e in zip(grads, shards, strict=True):
                 # the gradient of the logits is rounded to the dtype before the products
                 close = 2 * ROUNDING[dtype] + 1e-5

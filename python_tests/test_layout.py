@@ -24,11 +24,13 @@ CPU_DOORS = ("csrc/cpu/{}.cpp",)
 CUDA_DOORS = ("csrc/cuda/{}.cu", "csrc/cuda/{}.cuh")
 PRODUCTS = ("linear", "soft_embedding")
 HELPERS = {
-    "dmax_kernels/ops": {"_register"},
-    "dmax_kernels/reference": set(),
+    # target_logprobs is a composition of ops, and no op itself
+    "dmax_kernels/ops": {"_register", "_linear_loss_autograd", "target_logprobs"}
+    | {"_logprob_blocks"},
+    "dmax_kernels/reference": {"target_logprobs"},
     # Shared by families; the two halves of linear, and its way by chunks of the vocabulary
     "dmax_kernels/triton": {"launch", "philox", "stats", "linear_rows", "linear_loss"}
-    | {"linear_chunks"},
+    | {"linear_gradients", "linear_chunks"},
     "csrc/cuda": {"host"},
 }
 # Ops that are tested and measured together with the op that makes their input

@@ -1,82 +1,20 @@
 """linear_oput_loss and its gradients on every backend at hand, against float64."""
 
-import contextlib
-import functools
 import subprocess
 import sys
 from pathlib import Path
 
-import float64
 import pytest
 import torch
 import torch.nn.functional as F
+from linear_losses import BACKENDS, IGNORED, NARROW, OPTIONS, case, in_float64, run
 from tolerances import LOSS_ATOL, LOSS_RTOL, ROUNDING, assert_close
 from triton_device import DEVICE, triton_op
 
 import dmax_kernels
 from dmax_kernels import reference
-from dmax_kernels.triton import IMPLEMENTATIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's inf - inf
-
-OPTIONS = ({}, {"label_smoothing": 0.1, "z_loss": 1e-3}, {"label_smoothing": 1.0})
-# Triton's interpreter multiplies the bits of bfloat16 as integers: float16 stands in for it there
-NARROW = torch.float16 if DEVICE.type == "cpu" else torch.bfloat16
-IGNORED = -100
-
-
-def case(rows, vocab_size, dim, dtype=torch.float32, exact=False):
-    """(hidden of both passes, weight, bias, target). ``exact``: small integers, whose every
-    product and sum is exact in float32; else logits with a deviation of about 2."""
-    generator = torch.manual_seed(rows + vocab_size)
-
-    def numbers(*shape, scale):
-        if exact:
-            return torch.randint(-2, 3, shape, generator=generator).to(dtype)
-        return (scale * torch.randn(*shape, generator=generator)).to(dtype)
-
-    hidden = [numbers(rows, dim, scale=1.0) for _ in range(2)]
-    weight = numbers(vocab_size, dim, scale=2 * dim**-0.5)
-    target = torch.randint(0, vocab_size, (rows,), generator=generator)
-    target[rows // 2 :: 4] = IGNORED
-    return hidden, weight, numbers(vocab_size, scale=1.0), target
-
-
-def in_float64(hidden, weight, bias, target, grads, options):
-    """Losses of the given passes, and the gradients of sum_i grads[i] loss[i]."""
-    keep = target != IGNORED
-    leaves = [None if t is None else t.double().requires_grad_() for t in (*hidden, weight, bias)]
-    losses = []
-    total = 0.0
-    for h, grad in zip(leaves[:2], grads, strict=True):
-        if h is None:
-            losses.append(None)
-            continue
-        logits = h.where(keep[:, None], 0) @ leaves[2].t()
-        logits = logits if bias is None else logits + leaves[3]
-        loss = keep * float64.token_loss(logits, target.where(keep, 0).long(), **options)
-        losses.append(loss.detach())
-        total = total + (loss * grad.double()).sum()
-    total.backward()
-    return losses, [None if leaf is None else leaf.grad for leaf in leaves]
-
-
-def cpu(name, *arguments, **options):
-    return getattr(torch.ops.dmax, name)(*arguments, **options)
-
-
-BACKENDS = {"cpu": cpu, "triton": triton_op}
-
-
-def run(backend, hidden, weight, bias, target, grads, **options):
-    """(losses and logsumexps of both passes, gradients of both hiddens, weight and bias)."""
-    op = BACKENDS[backend]
-    results = op("linear_oput_loss", *hidden, weight, target, bias, **options)
-    grads = [torch.empty(0) if h is None else g for h, g in zip(hidden, grads, strict=True)]
-    return results, op(
-        "linear_oput_loss_backward", *grads, *hidden, weight, target, *results[2:], bias, **options
-    )
-
 
 # The last options add no branch to Triton's kernels, and the interpreter takes seconds
 COMBINATIONS = [(b, o) for b in BACKENDS for o in OPTIONS if b == "cpu" or o is not OPTIONS[2]]
@@ -127,168 +65,6 @@ def test_gradients(backend, options, dtype):
             share = 3e-6 if dtype == torch.float32 or backend == "cpu" else ROUNDING[dtype]
             assert gradient.dtype == dtype
             assert_close(gradient, right, ROUNDING[dtype], share * right.abs().max().item())
-
-
-def run_sum(backend, hidden, weight, bias, target, factors, **options):
-    """(total, logsumexps of both passes, gradients of both hiddens, weight and bias)."""
-    return BACKENDS[backend](
-        "linear_oput_loss_sum", *hidden, weight, target, bias, *factors, **options
-    )
-
-
-@contextlib.contextmanager
-def few_rows_kept(vocab_size):
-    """Triton keeps the logits of two rows, so that those of the others are computed again."""
-    from dmax_kernels.triton import linear_loss
-
-    before, linear_loss.KEPT_BYTES = linear_loss.KEPT_BYTES, 2 * 4 * vocab_size
-    try:
-        yield
-    finally:
-        linear_loss.KEPT_BYTES = before
-
-
-# On the CPU 16 MiB of logits are kept: the last shape takes sweeps of 41 and 40 rows in float32,
-# and with 16 bits computes the logits of 17 rows again
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("backend", "shape", "keep"),
-    [
-        ("cpu", (1, 1, 1), contextlib.nullcontext),
-        ("cpu", (37, 4300, 24), contextlib.nullcontext),
-        ("cpu", (54, 65000, 8), contextlib.nullcontext),
-        ("triton", (4, 300, 40), contextlib.nullcontext),
-        ("triton", (4, 140, 33), functools.partial(few_rows_kept, 140)),
-    ],
-    ids=str,
-)
-def test_sum_with_its_gradients(backend, shape, keep, dtype):
-    """Three products: the gradients of sum_i factor_i loss_i come with it."""
-    if backend == "triton" and dtype not in (torch.float32, NARROW):
-        pytest.skip("the interpreter multiplies the bits of bfloat16")
-    hidden, weight, bias, target = case(*shape, dtype)
-    factors = torch.randn(2, len(target), generator=torch.manual_seed(2))
-    for *passes, own_bias, options in (
-        (*hidden, bias, OPTIONS[1]),
-        (None, hidden[1], None, {}),
-    ):
-        losses, expected = in_float64(passes, weight, own_bias, target, factors, options)
-        total = sum((f * loss).sum() for f, loss in zip(factors, losses, strict=True)
-                    if loss is not None)  # fmt: skip
-        given = [None if h is None else f for h, f in zip(passes, factors, strict=True)]
-        with keep():
-            (got, *_), *grads = split(
-                run_sum(backend, passes, weight, own_bias, target, given, **options)
-            )
-        assert got.shape == ()
-        assert_close(got, total, 1e-5, 1e-5 * len(target))
-        wide = dtype == torch.float32 or (backend == "cpu" and dtype == torch.float16)
-        for gradient, right in zip(*grads, expected, strict=True):
-            if right is None:
-                assert gradient.shape == (0,)
-                continue
-            # A float32 sum that holds the target's term takes one after the other of V small ones
-            share = max(3e-6, 1e-9 * shape[1]) if wide else ROUNDING[dtype]
-            assert gradient.dtype == dtype
-            assert_close(gradient, right, ROUNDING[dtype], share * right.abs().max().item())
-        again = run_sum(backend, passes, weight, own_bias, target, given, **options)
-        with keep():
-            first = run_sum(backend, passes, weight, own_bias, target, given, **options)
-            second = run_sum(backend, passes, weight, own_bias, target, given, **options)
-        assert all(map(torch.equal, first, second))
-        assert [t.shape for t in again] == [t.shape for t in first]
-
-
-def split(results):
-    """The total and the logsumexps, then the gradients."""
-    return results[:3], results[3:]
-
-
-def calls_of(monkeypatch):
-    """Names of the ops of this family that run from now on."""
-    names = []
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), options=None):
-            if function.namespace == "dmax":
-                names.append(function._schema.name.removeprefix("dmax::"))
-            return function(*arguments, **(options or {}))
-
-    return Record(), names
-
-
-def test_when_there_are_three_products(monkeypatch):
-    """Reductions make the gradients at once, where no one needs a gradient of a single loss."""
-    hidden, weight, _, target = case(6, 90, 12)
-
-    def ops_of(*, backward=True, dtype=torch.float32, needs=True, **options):
-        leaves = [t.to(dtype).requires_grad_(needs) for t in (*hidden, weight)]
-        record, names = calls_of(monkeypatch)
-        with record:
-            loss = dmax_kernels.linear_oput_loss(*leaves, target, **options)
-            if backward:
-                loss.backward()
-        return names
-
-    at_once = ["linear_oput_loss_sum", "linear_oput_loss_scale_"]
-    later = ["linear_oput_loss", "linear_oput_loss_backward"]
-    learnt = torch.ones(6, requires_grad=True)
-    for reduction in ("sum", "mean"):
-        assert set(ops_of(reduction=reduction)) == set(at_once)
-        assert ops_of(reduction=reduction, token_weight=learnt) == later
-        # A loss scale comes too late for these: it keeps their gradients from underflowing
-        assert ops_of(reduction=reduction, dtype=torch.float16) == later
-        assert ops_of(reduction=reduction, needs=False, backward=False) == later[:1]
-    assert ops_of(backward=False) == later[:1]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_scale(backend):
-    values = torch.randn(5000, generator=torch.manual_seed(3))
-    for dtype in (torch.float32, NARROW):
-        for factor in (1.0, 0.3, -2.0, float("nan")):
-            scaled = values.to(dtype)
-            expected = (scaled.float() * torch.tensor(factor)).to(dtype)
-            by = torch.tensor(factor)
-            if backend == "triton":
-                scaled = scaled.to(DEVICE)
-                IMPLEMENTATIONS["linear_oput_loss_scale_"](scaled, by.to(DEVICE))
-            else:
-                torch.ops.dmax.linear_oput_loss_scale_(scaled, by)
-            torch.testing.assert_close(scaled.cpu(), expected, rtol=0, atol=0, equal_nan=True)
-    with pytest.raises(
-        RuntimeError, match="scale_: grad is written in place and must be contiguous"
-    ):
-        torch.ops.dmax.linear_oput_loss_scale_(torch.ones(4, 4).t()[:2], torch.tensor(1.0))
-    with pytest.raises(RuntimeError, match=r"scale_: factor must have shape \[\]"):
-        torch.ops.dmax.linear_oput_loss_scale_(torch.ones(4), torch.ones(2))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_upstream_gradients_of_a_reduced_loss(dtype):
-    """Whatever multiplies the loss, and however often the backward pass runs."""
-    hidden, weight, bias, target = case(40, 90, 12, dtype)
-    leaves = [t.clone().requires_grad_() for t in (*hidden, weight, bias)]
-
-    def loss():
-        return dmax_kernels.linear_oput_loss(
-            *leaves[:3], target, bias=leaves[3], reduction="mean", pass_weights=(1.0, 0.5)
-        )
-
-    once = torch.autograd.grad(loss(), leaves)
-    for factor in (0.0, 0.25, 3.0):
-        for grad, one in zip(torch.autograd.grad(factor * loss(), leaves), once, strict=True):
-            assert torch.equal(grad, (factor * one.float()).to(dtype))
-    total = loss()
-    total.backward(retain_graph=True)  # the gradients that came with the loss
-    total.backward()  # those computed again
-    for leaf, one in zip(leaves, once, strict=True):
-        assert_close(leaf.grad, 2 * one.double(), 2.1 * ROUNDING[dtype], 1e-6 + 2e-2 * (
-            0 if dtype == torch.float32 else one.abs().max().item()))  # fmt: skip
-        leaf.grad = None
-    (grad,) = torch.autograd.grad(loss(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivatives are not there"):
-        grad.sum().backward()
 
 
 # Rows, tokens and columns of several parts with cut ones; odd and even tails of each

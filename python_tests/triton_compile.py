@@ -236,7 +236,7 @@ def call_with_other_values() -> None:
             torch.empty(64 - value, V), torch.empty(V, D).bfloat16(), temperature=value + 0.5
         )
         call_linear_loss(128 + value, with_bias=True, **losses)
-        call_linear_loss_sum(value + 1, 4000 + value)
+        call_linear_loss_sum(value + 1, 4000)
         OPS["linear_top1_confidence"](torch.empty(64 + value, 16), torch.empty(4000, 16), **options)
         spd_step(1, mask_token_id=value, tau_dec=float(value), tau_acc=value, suppress_token=value)
         edit_step(2, value, float(value), steps=value + 1, suppress_token=value)

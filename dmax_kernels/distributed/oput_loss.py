@@ -10,11 +10,13 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from dmax_kernels import ops
-from dmax_kernels.distributed.collectives import gather, sum_over_ranks
+from dmax_kernels.distributed.collectives import gather
 from dmax_kernels.distributed.layout import VocabShard, read_shard, visible
-from dmax_kernels.distributed.linear import ShardedHead, float32_product, read_head
+from dmax_kernels.distributed.linear import read_head
+from dmax_kernels.distributed.linear_loss import ShardedLinearLoss, ShardedLinearLossSum
 from dmax_kernels.distributed.loss_parts import LossParts, Targets
-from dmax_kernels.reduction import autocast_operands, reduce_loss
+from dmax_kernels.ops.linear import gradients_come_with_the_loss
+from dmax_kernels.reduction import autocast_operands, check_reduction, reduce_loss, token_factors
 
 
 def oput_loss(
@@ -165,10 +167,12 @@ def linear_oput_loss(
 ) -> Tensor | tuple[Tensor | None, Tensor | None]:
     """:func:`dmax_kernels.linear_oput_loss` with the LM head's rows sharded (Eqs. 5-6).
 
-    Under autocast, hidden states, weight and bias are cast as in the unsharded op. About 64 MB of
-    float32 logits exist at a time, and they are computed again for the gradient. The forward pass
-    takes one all-gather. The backward pass takes one all-reduce of the float32 gradient of the
-    hidden states: these are replicated, and every rank returns their whole gradient.
+    Under autocast, hidden states, weight and bias are cast as in the unsharded op. The forward pass
+    takes one all-gather. The gradient takes one all-reduce, that of the hidden states' in float32:
+    these are replicated, and every rank returns their whole gradient. As in the unsharded op, the
+    gradients of a reduced loss are made with it, all-reduce included: the same tensors must
+    require a gradient on every rank. It keeps up to 1 GiB of float32 logits for them. Otherwise
+    about 64 MB of logits exist at a time, and they are computed again for the gradient.
 
     Args:
         hidden_masked, hidden_predicted: [..., D], one shape and dtype, the same on every rank;
@@ -226,7 +230,25 @@ def linear_oput_loss(
         op, torch.stack([target] * len(hiddens)), ignore_index, head.shard.vocab_size
     )
     rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in hiddens])
-    by_pass = _ShardedLinearLoss.apply(rows, head.weight, head.bias, head.shard, targets, parts)
+    operands = (rows, head.weight, head.bias)
+    if gradients_come_with_the_loss(
+        (hidden_masked, hidden_predicted, weight, bias), token_weight, reduction, num_tokens
+    ):
+        check_reduction(op, target, token_weight, reduction, num_tokens)
+        factors, empty = token_factors(
+            target, ignore_index, token_weight, pass_weights, reduction, num_tokens
+        )
+        ones = torch.ones(target.shape, dtype=torch.float32, device=rows.device)
+        given = [
+            ones if factor is None else factor
+            for factor, x in zip(factors, (hidden_masked, hidden_predicted), strict=True)
+            if x is not None
+        ]
+        total = ShardedLinearLossSum.apply(
+            *operands, torch.stack(given).view(-1), head.shard, targets, parts
+        )
+        return total if empty is None else total.masked_fill(empty, 0.0)
+    by_pass = ShardedLinearLoss.apply(*operands, head.shard, targets, parts)
     losses = iter(by_pass.view(len(hiddens), *target.shape))
     return reduce_loss(
         op,
@@ -238,49 +260,3 @@ def linear_oput_loss(
         reduction,
         num_tokens,
     )
-
-
-class _ShardedLinearLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, shard: VocabShard, targets: Targets, parts: LossParts):
-        head = ShardedHead(weight, bias, shard)
-        fields = torch.stack(
-            [
-                parts.fields(head.logits(hidden, block), targets.ids, block.begin)
-                for block in head.blocks(len(hidden))
-            ]
-        )
-        (gathered,) = gather(parts.op, shard, hidden.dtype, (fields,))
-        loss, logsumexp, nll = parts.merge(gathered.flatten(0, 1), targets)
-        ctx.shard, ctx.targets, ctx.parts = shard, targets, parts
-        ctx.save_for_backward(hidden, weight, bias, logsumexp, nll)
-        return loss.view(targets.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        hidden, weight, bias, logsumexp, nll = ctx.saved_tensors
-        head = ShardedHead(weight, bias, ctx.shard)
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        grad_weight, grad_bias = torch.empty_like(weight), None
-        if bias is not None:
-            grad_bias = torch.empty_like(bias)
-        for block in head.blocks(len(hidden)):
-            if block.width == 0:
-                continue
-            grad_logits = ctx.parts.grad_logits(
-                grad.reshape(-1),
-                head.logits(hidden, block),
-                ctx.targets,
-                block.begin,
-                logsumexp,
-                nll,
-            )
-            if bias is not None:
-                grad_bias.narrow(0, *block).copy_(grad_logits.sum(dim=0))
-            # Rounded as a 16-bit head would receive it; the products are summed in float32
-            grad_logits = grad_logits.to(hidden.dtype)
-            grad_hidden += float32_product(grad_logits, weight.narrow(0, *block))
-            grad_weight.narrow(0, *block).copy_(float32_product(grad_logits.t(), hidden))
-        grad_hidden = sum_over_ranks(ctx.shard, grad_hidden).to(hidden.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None

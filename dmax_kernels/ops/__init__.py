@@ -9,15 +9,26 @@ from dmax_kernels.ops.sample import Sample, sample_merge, sample_partial, sample
 from dmax_kernels.ops.soft_embedding import soft_embedding, soft_embedding_partial
 from dmax_kernels.ops.spd_step import spd_step_
 from dmax_kernels.ops.statistics import RowStatistics, row_statistics
+from dmax_kernels.ops.target_logprobs import (
+    TargetLogprobs,
+    certainty_forcing_loss,
+    linear_certainty_forcing_loss,
+    linear_target_logprobs,
+    target_logprobs,
+)
 from dmax_kernels.ops.top1 import top1_confidence, top1_merge, top1_partial, topk_confidence
 
 __all__ = [
     "RowStatistics",
     "Sample",
+    "TargetLogprobs",
+    "certainty_forcing_loss",
     "edit_step_",
     "hybrid_embedding",
+    "linear_certainty_forcing_loss",
     "linear_oput_loss",
     "linear_sample_tokens",
+    "linear_target_logprobs",
     "linear_top1_confidence",
     "oput_loss",
     "oput_loss_and_grad_",
@@ -29,6 +40,7 @@ __all__ = [
     "soft_embedding",
     "soft_embedding_partial",
     "spd_step_",
+    "target_logprobs",
     "top1_confidence",
     "top1_merge",
     "top1_partial",

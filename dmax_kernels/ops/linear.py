@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dmax_kernels.ops import _linear_loss_autograd
 from dmax_kernels.ops._register import (
     empty_per_row,
-    register_autograd,
     register_fake,
-    register_in_place,
     register_not_differentiable,
 )
 from dmax_kernels.ops.sample import Sample, empty_sample, row_options
@@ -159,16 +158,23 @@ def linear_oput_loss(
         dx   = grad [(1 + 2 z lse) softmax(x) - (1 - s) onehot(target) - s / V]
         dh = dx W,   dW = sum over positions of both passes of dx^T h,   db = sum of dx
 
-    The logits are never stored: the forward pass keeps running sums per row, the backward pass
-    computes them again block by block. Products of the inputs' dtype are summed in float32, logits
-    stay float32, and each gradient is accumulated in float32 over all blocks and rounded once.
-    Repeated calls give the same bits (on the CPU: for one number of threads).
+    The logits of all rows are never stored. With ``reduction`` "sum" or "mean" the gradients are
+    made together with the loss, in three products, and wait for the upstream gradient, a single
+    factor. Four products remain for "none", for float16 (a loss scale comes with the upstream
+    gradient and must reach small gradients before they are rounded), for a token_weight or
+    num_tokens that needs a gradient, under torch.func, for a second backward pass over the same
+    loss, and for rows beyond those whose logits are kept (16-bit on the CPU, all on the GPU).
+    Products of the inputs' dtype are summed in float32, logits stay float32, and each gradient is
+    accumulated in float32 over all blocks and rounded once; a reduced loss's is rounded once more
+    where the upstream gradient is not a power of two. Repeated calls give the same bits (on the
+    CPU: for one number of threads).
 
     Memory beside inputs and gradients, with R rows (both passes together). CPU: forward 2 KB D,
     and 1 KB D and 0.3 MB per thread; backward 8 R D bytes (16-bit inputs: 10 R D), 8 KB D and 2 MB.
     GPU: forward below 16 MB; backward R (10 D + 2 C) + 4 C D bytes, with a vocabulary chunk of
-    C = 16,384 tokens (0.57 GB at R = 8,192, D = 2,048). Eager took 7 R V
-    bytes in bench/memory.py: 9 GB there.
+    C = 16,384 tokens (0.57 GB at R = 8,192, D = 2,048). A reduced loss takes both in its forward
+    pass, and the logits that it keeps: at most V D bytes or 16 MiB on the CPU, 1 GiB on the GPU.
+    Its gradients exist from then on. Eager took 7 R V bytes in bench/memory.py: 9 GB at R = 8,192.
 
     Args:
         hidden_masked, hidden_predicted: [..., D], float32, bfloat16 or float16, one shape and
@@ -198,7 +204,7 @@ def linear_oput_loss(
     options = {
         "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss
     }  # fmt: skip
-    if _gradients_come_with_the_loss(operands, token_weight, reduction, num_tokens):
+    if gradients_come_with_the_loss(operands, token_weight, reduction, num_tokens):
         check_reduction("linear_oput_loss", target, token_weight, reduction, num_tokens)
         factors, empty = token_factors(
             target, ignore_index, token_weight, pass_weights, reduction, num_tokens
@@ -225,7 +231,7 @@ def linear_oput_loss(
     )  # fmt: skip
 
 
-def _gradients_come_with_the_loss(
+def gradients_come_with_the_loss(
     operands: tuple[Tensor | None, ...],
     token_weight: Tensor | None,
     reduction: str,
@@ -306,86 +312,4 @@ def _(grad, factor):
     return None
 
 
-def _setup_context(ctx, inputs, options, output):
-    _, _, logsumexp_masked, logsumexp_predicted = output
-    ctx.options = options
-    ctx.mark_non_differentiable(logsumexp_masked, logsumexp_predicted)
-    ctx.save_for_backward(*inputs, logsumexp_masked, logsumexp_predicted)
-
-
-def _backward(ctx, grad_masked, grad_predicted, *_):
-    *inputs, bias, logsumexp_masked, logsumexp_predicted = ctx.saved_tensors
-    masked, predicted, weight, _, biased = ctx.needs_input_grad[:5]
-    needed = (masked, predicted, weight, biased)
-    grads = torch.ops.dmax.linear_oput_loss_backward(
-        grad_masked,
-        grad_predicted,
-        *inputs,
-        logsumexp_masked,
-        logsumexp_predicted,
-        bias,
-        **ctx.options,
-        needs_masked=needed[0],
-        needs_predicted=needed[1],
-        needs_weight=needed[2],
-        needs_bias=needed[3],
-    )
-    *grads, grad_bias = (g if need else None for g, need in zip(grads, needed, strict=True))
-    return *grads, None, grad_bias  # none for the target
-
-
-register_autograd("linear_oput_loss", _backward, _setup_context)
-register_not_differentiable("linear_oput_loss_backward", "second derivatives are not there")
-
-
-def _setup_sum_context(ctx, inputs, options, output):
-    _, logsumexp_masked, logsumexp_predicted, *grads = output
-    ctx.options = {k: v for k, v in options.items() if not k.startswith("needs_")}
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # else zeros of the gradients' shapes come with grad_total
-    ctx.save_for_backward(*inputs, logsumexp_masked, logsumexp_predicted)
-    ctx.grads = grads  # not saved: the first backward pass gives them away
-
-
-def _sum_backward(ctx, grad_total, *_):
-    *inputs, bias, factor_masked, factor_predicted, lse_masked, lse_predicted = ctx.saved_tensors
-    masked, predicted, weight, _, biased = ctx.needs_input_grad[:5]
-    needed = (masked, predicted, weight, biased)
-    grads, ctx.grads = ctx.grads, None
-    if grads is None or torch.is_grad_enabled():
-        # A second backward pass, or one that is to be differentiated: with a product more
-
-        def grad_loss(factor, logsumexp):
-            factor = torch.ones_like(logsumexp) if factor is None else factor
-            return grad_total * factor
-
-        grads = torch.ops.dmax.linear_oput_loss_backward(
-            grad_loss(factor_masked, lse_masked),
-            grad_loss(factor_predicted, lse_predicted),
-            *inputs,
-            lse_masked,
-            lse_predicted,
-            bias,
-            **ctx.options,
-            needs_masked=needed[0],
-            needs_predicted=needed[1],
-            needs_weight=needed[2],
-            needs_bias=needed[3],
-        )
-    else:
-        grads = [
-            _times(g, grad_total) if need else g for g, need in zip(grads, needed, strict=True)
-        ]
-    *grads, grad_bias = (g if need else None for g, need in zip(grads, needed, strict=True))
-    return *grads, None, grad_bias, None, None  # none for target and factors
-
-
-def _times(grad, factor):
-    if type(factor) is not Tensor:  # a trace, whose compiler chooses what is written in place
-        return (grad * factor.to(torch.float32)).to(grad.dtype)
-    torch.ops.dmax.linear_oput_loss_scale_(grad, factor)
-    return grad
-
-
-register_autograd("linear_oput_loss_sum", _sum_backward, _setup_sum_context)
-register_in_place("linear_oput_loss_scale_")
+_linear_loss_autograd.register()

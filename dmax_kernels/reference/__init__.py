@@ -18,15 +18,26 @@ from dmax_kernels.reference.sample import Sample, sample_merge, sample_partial, 
 from dmax_kernels.reference.soft_embedding import soft_embedding, soft_embedding_partial
 from dmax_kernels.reference.spd_step import spd_step_
 from dmax_kernels.reference.statistics import RowStatistics, row_statistics
+from dmax_kernels.reference.target_logprobs import (
+    TargetLogprobs,
+    certainty_forcing_loss,
+    linear_certainty_forcing_loss,
+    linear_target_logprobs,
+    target_logprobs,
+)
 from dmax_kernels.reference.top1 import top1_confidence, top1_merge, top1_partial, topk_confidence
 
 __all__ = [
     "RowStatistics",
     "Sample",
+    "TargetLogprobs",
+    "certainty_forcing_loss",
     "edit_step_",
     "hybrid_embedding",
+    "linear_certainty_forcing_loss",
     "linear_oput_loss",
     "linear_sample_tokens",
+    "linear_target_logprobs",
     "linear_top1_confidence",
     "oput_loss",
     "oput_loss_and_grad_",
@@ -38,6 +49,7 @@ __all__ = [
     "soft_embedding",
     "soft_embedding_partial",
     "spd_step_",
+    "target_logprobs",
     "top1_confidence",
     "top1_merge",
     "top1_partial",

@@ -11,12 +11,12 @@ from torch import Tensor
 from dmax_kernels.triton.draw import Results, greedy_results, store_sample
 from dmax_kernels.triton.launch import Rows, device_of, next_power_of_2, row_view
 from dmax_kernels.triton.linear_chunks import float32_product
-from dmax_kernels.triton.linear_loss import (
-    linear_oput_loss,
+from dmax_kernels.triton.linear_gradients import (
     linear_oput_loss_backward,
     linear_oput_loss_scale_,
     linear_oput_loss_sum,
 )
+from dmax_kernels.triton.linear_loss import linear_oput_loss
 from dmax_kernels.triton.linear_rows import linear_statistics
 from dmax_kernels.triton.sample import merge_samples
 from dmax_kernels.triton.sample_filters import DrawOptions, sample_filtered

@@ -1,0 +1,178 @@
+"""linear_oput_loss_sum: the reduced loss with its gradients, in three products rather than four."""
+
+import contextlib
+import functools
+
+import pytest
+import torch
+from linear_losses import BACKENDS, NARROW, OPTIONS, case, in_float64
+from tolerances import ROUNDING, assert_close
+from triton_device import DEVICE
+
+import dmax_kernels
+from dmax_kernels.triton import IMPLEMENTATIONS
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's inf - inf
+
+
+def run_sum(backend, hidden, weight, bias, target, factors, **options):
+    """(total, logsumexps of both passes, gradients of both hiddens, weight and bias)."""
+    return BACKENDS[backend](
+        "linear_oput_loss_sum", *hidden, weight, target, bias, *factors, **options
+    )
+
+
+@contextlib.contextmanager
+def few_rows_kept(vocab_size):
+    """Triton keeps the logits of two rows, so that those of the others are computed again."""
+    from dmax_kernels.triton import linear_gradients
+
+    before = linear_gradients.KEPT_BYTES
+    linear_gradients.KEPT_BYTES = 2 * 4 * vocab_size
+    try:
+        yield
+    finally:
+        linear_gradients.KEPT_BYTES = before
+
+
+# On the CPU 16 MiB of logits are kept: the last shape takes sweeps of 41 and 40 rows in float32,
+# and with 16 bits computes the logits of 17 rows again
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "shape", "keep"),
+    [
+        ("cpu", (1, 1, 1), contextlib.nullcontext),
+        ("cpu", (37, 4300, 24), contextlib.nullcontext),
+        ("cpu", (54, 65000, 8), contextlib.nullcontext),
+        ("triton", (4, 300, 40), contextlib.nullcontext),
+        ("triton", (4, 140, 33), functools.partial(few_rows_kept, 140)),
+    ],
+    ids=str,
+)
+def test_sum_with_its_gradients(backend, shape, keep, dtype):
+    """Three products: the gradients of sum_i factor_i loss_i come with it."""
+    if backend == "triton" and dtype not in (torch.float32, NARROW):
+        pytest.skip("the interpreter multiplies the bits of bfloat16")
+    hidden, weight, bias, target = case(*shape, dtype)
+    factors = torch.randn(2, len(target), generator=torch.manual_seed(2))
+    for *passes, own_bias, options in (
+        (*hidden, bias, OPTIONS[1]),
+        (None, hidden[1], None, {}),
+    ):
+        losses, expected = in_float64(passes, weight, own_bias, target, factors, options)
+        total = sum((f * loss).sum() for f, loss in zip(factors, losses, strict=True)
+                    if loss is not None)  # fmt: skip
+        given = [None if h is None else f for h, f in zip(passes, factors, strict=True)]
+        with keep():
+            (got, *_), *grads = split(
+                run_sum(backend, passes, weight, own_bias, target, given, **options)
+            )
+        assert got.shape == ()
+        assert_close(got, total, 1e-5, 1e-5 * len(target))
+        wide = dtype == torch.float32 or (backend == "cpu" and dtype == torch.float16)
+        for gradient, right in zip(*grads, expected, strict=True):
+            if right is None:
+                assert gradient.shape == (0,)
+                continue
+            # A float32 sum that holds the target's term takes one after the other of V small ones
+            share = max(3e-6, 1e-9 * shape[1]) if wide else ROUNDING[dtype]
+            assert gradient.dtype == dtype
+            assert_close(gradient, right, ROUNDING[dtype], share * right.abs().max().item())
+        again = run_sum(backend, passes, weight, own_bias, target, given, **options)
+        with keep():
+            first = run_sum(backend, passes, weight, own_bias, target, given, **options)
+            second = run_sum(backend, passes, weight, own_bias, target, given, **options)
+        assert all(map(torch.equal, first, second))
+        assert [t.shape for t in again] == [t.shape for t in first]
+
+
+def split(results):
+    """The total and the logsumexps, then the gradients."""
+    return results[:3], results[3:]
+
+
+def calls():
+    """Names of the ops of this family that run from now on."""
+    names = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if function.namespace == "dmax":
+                names.append(function._schema.name.removeprefix("dmax::"))
+            return function(*arguments, **(options or {}))
+
+    return Record(), names
+
+
+def test_when_there_are_three_products():
+    """Reductions make the gradients at once, where no one needs a gradient of a single loss."""
+    hidden, weight, _, target = case(6, 90, 12)
+
+    def ops_of(*, backward=True, dtype=torch.float32, needs=True, **options):
+        leaves = [t.to(dtype).requires_grad_(needs) for t in (*hidden, weight)]
+        record, names = calls()
+        with record:
+            loss = dmax_kernels.linear_oput_loss(*leaves, target, **options)
+            if backward:
+                loss.backward()
+        return names
+
+    at_once = ["linear_oput_loss_sum", "linear_oput_loss_scale_"]
+    later = ["linear_oput_loss", "linear_oput_loss_backward"]
+    learnt = torch.ones(6, requires_grad=True)
+    for reduction in ("sum", "mean"):
+        assert set(ops_of(reduction=reduction)) == set(at_once)
+        assert ops_of(reduction=reduction, token_weight=learnt) == later
+        # A loss scale comes too late for these: it keeps their gradients from underflowing
+        assert ops_of(reduction=reduction, dtype=torch.float16) == later
+        assert ops_of(reduction=reduction, needs=False, backward=False) == later[:1]
+    assert ops_of(backward=False) == later[:1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scale(backend):
+    values = torch.randn(5000, generator=torch.manual_seed(3))
+    for dtype in (torch.float32, NARROW):
+        for factor in (1.0, 0.3, -2.0, float("nan")):
+            scaled = values.to(dtype)
+            expected = (scaled.float() * torch.tensor(factor)).to(dtype)
+            by = torch.tensor(factor)
+            if backend == "triton":
+                scaled = scaled.to(DEVICE)
+                IMPLEMENTATIONS["linear_oput_loss_scale_"](scaled, by.to(DEVICE))
+            else:
+                torch.ops.dmax.linear_oput_loss_scale_(scaled, by)
+            torch.testing.assert_close(scaled.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(
+        RuntimeError, match="scale_: grad is written in place and must be contiguous"
+    ):
+        torch.ops.dmax.linear_oput_loss_scale_(torch.ones(4, 4).t()[:2], torch.tensor(1.0))
+    with pytest.raises(RuntimeError, match=r"scale_: factor must have shape \[\]"):
+        torch.ops.dmax.linear_oput_loss_scale_(torch.ones(4), torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_upstream_gradients_of_a_reduced_loss(dtype):
+    """Whatever multiplies the loss, and however often the backward pass runs."""
+    hidden, weight, bias, target = case(40, 90, 12, dtype)
+    leaves = [t.clone().requires_grad_() for t in (*hidden, weight, bias)]
+
+    def loss():
+        return dmax_kernels.linear_oput_loss(
+            *leaves[:3], target, bias=leaves[3], reduction="mean", pass_weights=(1.0, 0.5)
+        )
+
+    once = torch.autograd.grad(loss(), leaves)
+    for factor in (0.0, 0.25, 3.0):
+        for grad, one in zip(torch.autograd.grad(factor * loss(), leaves), once, strict=True):
+            assert torch.equal(grad, (factor * one.float()).to(dtype))
+    total = loss()
+    total.backward(retain_graph=True)  # the gradients that came with the loss
+    total.backward()  # those computed again
+    for leaf, one in zip(leaves, once, strict=True):
+        assert_close(leaf.grad, 2 * one.double(), 2.1 * ROUNDING[dtype], 1e-6 + 2e-2 * (
+            0 if dtype == torch.float32 else one.abs().max().item()))  # fmt: skip
+        leaf.grad = None
+    (grad,) = torch.autograd.grad(loss(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not there"):
+        grad.sum().backward()
