@@ -65,6 +65,7 @@ def test_code_blocks_run(monkeypatch, block):
             "DiffusionGemmaGenerationMixin": Base,
             "EntropyBoundSampler": Base,
             "StableAndConfidentStoppingCriteria": Base,
+            "LinearTemperatureScheduleLogitsProcessor": Base,
         },
     }.items():
         install(monkeypatch, module, **names)
