@@ -1,5 +1,6 @@
 """docs/integrations.md runs as it stands, on stand-ins; importing an adapter imports no engine."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from engine_contracts import DIFFULEX, DINFER
 from engine_stand_ins import install
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +26,20 @@ def test_importing_an_adapter_imports_no_engine():
     code = f"import sys\n{imports}print(sorted(set({ENGINES}) & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_adapters_keep_the_contracts_of_repositories():
+    """The parameters of every method that replaces an engine's, and the commit in the docs."""
+    from dmax_kernels.integrations.diffulex import dmax_sampler
+    from dmax_kernels.integrations.dinfer import spd_decoder
+
+    for contract, adapter in ((DINFER, spd_decoder(base=Base)), (DIFFULEX, dmax_sampler(Base))):
+        assert f"`{contract['commit']}`" in DOCS
+        assert contract["repository"] in DOCS
+        for method, parameters in contract["methods"].items():
+            name = method.rpartition(".")[2]
+            ours = list(inspect.signature(vars(adapter)[name]).parameters)
+            assert ours == ["self", *parameters]
 
 
 def test_the_docs_show_every_adapter():

@@ -104,9 +104,13 @@ class Conditioning:
     """
 
     def __init__(self, model: Any) -> None:
-        self.decoder = model.model.decoder
+        self.model = model
 
-    def of(self, logits: Tensor, temperature: float | Tensor) -> Tensor:
+    @property
+    def decoder(self) -> Any:
+        return self.model.model.decoder
+
+    def of(self, logits: Tensor, temperature: float) -> Tensor:
         """[B, L, D] in the embedding's dtype, without the embedding's scale."""
         weight = self.decoder.embed_tokens.weight.detach()
         return dmax_kernels.soft_embedding(logits.detach(), weight, temperature=temperature)
@@ -190,10 +194,7 @@ class DenoisingStep:
         sampler.accepted_token_mask = accepted
         noise = sampler.initialize_canvas(current_canvas.shape[0], current_canvas.device)
         canvas, argmax = torch.where(accepted, drawn, noise), statistics.token
-        if conditioning is None:
-            following = logits
-        else:
-            following = conditioning.of(logits, temperature)
+        following = logits if conditioning is None else conditioning.of(logits, temperature)
 
         if diffusion_stopping_criteria is not None:
             row = finished_denoising[:, None]  # a finished row keeps its results
@@ -220,13 +221,13 @@ class DenoisingStep:
         alone = isinstance(logits_processor, list) and len(logits_processor) == 1
         if not (self.fused_sampling and alone and type(logits_processor[0]) is self.schedule_type):
             return None
-        schedule = logits_processor[0]
+        schedule: Any = logits_processor[0]
         share = cur_step / schedule.max_denoising_steps
-        temperature = schedule.t_min + (schedule.t_max - schedule.t_min) * share
+        temperature = float(schedule.t_min + (schedule.t_max - schedule.t_min) * share)
         return temperature if temperature >= 1e-30 else None
 
 
-def draw(logits: Tensor, temperature: float | Tensor) -> Tensor:
+def draw(logits: Tensor, temperature: float) -> Tensor:
     """One token per position of logits [B, L, V], int64 [B, L]."""
     seed = torch.randint(torch.iinfo(torch.int64).max, (2,), device=logits.device)
     return dmax_kernels.sample_tokens(logits, seed, temperature=temperature).token
