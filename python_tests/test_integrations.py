@@ -69,13 +69,19 @@ def test_code_blocks_run(monkeypatch, block):
 
     monkeypatch.setattr(diffusion_gemma, "MODULE", "stand_in_for_diffusion_gemma")
     algorithms, sglang = {}, "sglang.srt.dllm.algorithm"
+    built = {}
+    samplers = SimpleNamespace(register=lambda name, build, **options: built.update({name: build}))
     for module, names in {
         "dinfer.decoding.parallel_strategy": {"ThresholdParallelDecoder": Base},
         sglang: {"algo_name_to_cls": algorithms},
         f"{sglang}.base": {"DllmAlgorithm": Base},
         f"{sglang}.low_confidence": {"LowConfidence": Base},
         f"{sglang}.joint_threshold": {"JointThreshold": Base},
-        "diffulex.sampler.llada2": {"LLaDA2DMaxSampler": Base},
+        "diffulex.sampler.llada2": {
+            "LLaDA2DMaxSampler": Base,
+            "build_llada2_sampler": lambda config: "the engine's",
+        },
+        "diffulex.sampler.auto_sampler": {"AutoSampler": samplers},
         "diffulex.attention": {"fetch_attn_metadata": None},
         "stand_in_for_diffusion_gemma": {
             "DiffusionGemmaGenerationMixin": Base,
@@ -88,11 +94,11 @@ def test_code_blocks_run(monkeypatch, block):
     model = Base()
     namespace = {"model": model, "config": SimpleNamespace(), "input_ids": [1]}
     exec(compile(block, "integrations.md", "exec"), namespace)
-    if "register()" in block:
+    if "sglang.register()" in block:
         assert sorted(algorithms) == ["DmaxJointThreshold", "DmaxLowConfidence", "DmaxSpd"]
         assert all(name in DOCS for name in algorithms)
     if "merge_tokens" in block:
         assert "_maybe_apply_token_merge" in vars(model)
-    for name in ("decoder", "sampler"):
-        assert isinstance(namespace.get(name, model), Base)
+        assert isinstance(built["llada2"](SimpleNamespace(decoding_strategy="dmax")), Base)
+    assert isinstance(namespace.get("decoder", model), Base)
     assert "_denoising_step" not in vars(model)
