@@ -1,5 +1,6 @@
 """docs/integrations.md runs as it stands, on stand-ins; importing an adapter imports no engine."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from engine_contracts import DIFFULEX, DINFER
 from engine_stand_ins import install
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +26,20 @@ def test_importing_an_adapter_imports_no_engine():
     code = f"import sys\n{imports}print(sorted(set({ENGINES}) & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_adapters_keep_the_contracts_of_repositories():
+    """The parameters of every method that replaces an engine's, and the commit in the docs."""
+    from dmax_kernels.integrations.diffulex import dmax_sampler
+    from dmax_kernels.integrations.dinfer import spd_decoder
+
+    for contract, adapter in ((DINFER, spd_decoder(base=Base)), (DIFFULEX, dmax_sampler(Base))):
+        assert f"`{contract['commit']}`" in DOCS
+        assert contract["repository"] in DOCS
+        for method, parameters in contract["methods"].items():
+            name = method.rpartition(".")[2]
+            ours = list(inspect.signature(vars(adapter)[name]).parameters)
+            assert ours == ["self", *parameters]
 
 
 def test_the_docs_show_every_adapter():
@@ -53,29 +69,36 @@ def test_code_blocks_run(monkeypatch, block):
 
     monkeypatch.setattr(diffusion_gemma, "MODULE", "stand_in_for_diffusion_gemma")
     algorithms, sglang = {}, "sglang.srt.dllm.algorithm"
+    built = {}
+    samplers = SimpleNamespace(register=lambda name, build, **options: built.update({name: build}))
     for module, names in {
         "dinfer.decoding.parallel_strategy": {"ThresholdParallelDecoder": Base},
         sglang: {"algo_name_to_cls": algorithms},
         f"{sglang}.base": {"DllmAlgorithm": Base},
         f"{sglang}.low_confidence": {"LowConfidence": Base},
         f"{sglang}.joint_threshold": {"JointThreshold": Base},
-        "diffulex.sampler.llada2": {"LLaDA2DMaxSampler": Base},
+        "diffulex.sampler.llada2": {
+            "LLaDA2DMaxSampler": Base,
+            "build_llada2_sampler": lambda config: "the engine's",
+        },
+        "diffulex.sampler.auto_sampler": {"AutoSampler": samplers},
         "diffulex.attention": {"fetch_attn_metadata": None},
         "stand_in_for_diffusion_gemma": {
             "DiffusionGemmaGenerationMixin": Base,
             "EntropyBoundSampler": Base,
             "StableAndConfidentStoppingCriteria": Base,
+            "LinearTemperatureScheduleLogitsProcessor": Base,
         },
     }.items():
         install(monkeypatch, module, **names)
     model = Base()
     namespace = {"model": model, "config": SimpleNamespace(), "input_ids": [1]}
     exec(compile(block, "integrations.md", "exec"), namespace)
-    if "register()" in block:
+    if "sglang.register()" in block:
         assert sorted(algorithms) == ["DmaxJointThreshold", "DmaxLowConfidence", "DmaxSpd"]
         assert all(name in DOCS for name in algorithms)
     if "merge_tokens" in block:
         assert "_maybe_apply_token_merge" in vars(model)
-    for name in ("decoder", "sampler"):
-        assert isinstance(namespace.get(name, model), Base)
+        assert isinstance(built["llada2"](SimpleNamespace(decoding_strategy="dmax")), Base)
+    assert isinstance(namespace.get("decoder", model), Base)
     assert "_denoising_step" not in vars(model)

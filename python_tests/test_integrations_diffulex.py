@@ -13,6 +13,27 @@ from dmax_kernels import reference
 MASK, VOCAB, LENGTH = 12, 13, 6
 
 
+def test_register(monkeypatch):
+    """Its LLaDA2 models get ours when they decode with "dmax", and the engine's otherwise."""
+    table = {}
+
+    class AutoSampler:
+        @staticmethod
+        def register(name, factory, *, exist_ok, use_full_config):
+            assert exist_ok
+            assert use_full_config
+            table[name] = factory
+
+    built = {"LLaDA2DMaxSampler": ConfiguredSampler, "build_llada2_sampler": lambda config: "other"}
+    install(monkeypatch, adapter.SAMPLER, **built)
+    install(monkeypatch, "diffulex.sampler.auto_sampler", AutoSampler=AutoSampler)
+    adapter.register()
+    assert sorted(table) == sorted(adapter.MODELS)
+    for build in table.values():
+        assert type(build(SimpleNamespace(decoding_strategy="dmax"))).__name__ == "DmaxSampler"
+        assert build(SimpleNamespace(decoding_strategy="multi_bd")) == "other"
+
+
 class Sampler:
     """What the adapter reads of LLaDA2DMaxSampler: the loop over blocks, and its helpers."""
 
@@ -43,6 +64,11 @@ class Sampler:
                         block, None, rows, float(temperatures[i])
                     )
         return result
+
+
+class ConfiguredSampler(Sampler):
+    def __init__(self, config):
+        super().__init__()
 
 
 def requests(seed):

@@ -22,6 +22,15 @@ def engine():
 
 
 @pytest.fixture(autouse=True)
+def one_thread():
+    """The models are tiny: threads that wait for each other take longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
 def no_cuda_graphs(monkeypatch):
     """Marking a step for CUDA graphs imports all of Inductor: seconds, for nothing on a CPU."""
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
@@ -110,7 +119,7 @@ def test_same_tokens_as_the_engine(engine, seed, stability, bound):
     model = model_of(engine)
     options = {"seed": seed, "stability": stability, "bound": bound}
     expected = denoise(engine, model, **options)
-    adapter.enable(model, sampling="torch")
+    adapter.enable(model, sampling="torch", self_conditioning="torch")
     got = denoise(engine, model, **options)
     assert len(got) == len(expected)
     for ours, theirs in zip(got, expected, strict=True):
@@ -137,7 +146,7 @@ def accepted_rule(logits, bound):
 def test_fused_follows_the_rules_and_its_seed(engine):
     """Acceptance and greedy canvas by the rule; every drawn token is one the row can give."""
     model = model_of(engine)
-    adapter.enable(model)
+    adapter.enable(model, self_conditioning="torch")
     results = denoise(engine, model, seed=5, stability=None)
     again = denoise(engine, model, seed=5, stability=None)
     for step, (canvas, argmax, logits, _, accepted) in enumerate(results):
@@ -157,7 +166,7 @@ def test_no_softmax_is_left(engine, monkeypatch):
         raise AssertionError("a softmax over all logits")
 
     model = model_of(engine)
-    adapter.enable(model)
+    adapter.enable(model, self_conditioning="torch")
     for owner, name in (
         (torch, "softmax"),
         (torch, "multinomial"),
@@ -174,7 +183,7 @@ def test_no_softmax_is_left(engine, monkeypatch):
 def test_the_cache_goes_on_under_the_engines_name(engine):
     """Which transformers 5.24 changed: the decoder gets what the engine's own step gives it."""
     model, seen = model_of(engine), []
-    for switch_on in (lambda: None, lambda: adapter.enable(model)):
+    for switch_on in (lambda: None, lambda: adapter.enable(model, self_conditioning="torch")):
         switch_on()
         forward = Denoiser(0, 0.5)
         denoise(engine, model, seed=0, steps=1, forward=forward)
@@ -185,14 +194,165 @@ def test_the_cache_goes_on_under_the_engines_name(engine):
 
 def test_other_samplers_run_the_engines_step(engine, monkeypatch):
     model = model_of(engine)
-    adapter.enable(model)
+    adapter.enable(model, self_conditioning="torch")
     other = type("Other", (engine.StableAndConfidentStoppingCriteria,), {})
     monkeypatch.setattr(engine, "StableAndConfidentStoppingCriteria", other)
-    monkeypatch.setattr(adapter, "fused_denoising_step", None)  # calling it would fail
+    monkeypatch.setattr(adapter.DenoisingStep, "__call__", None)  # calling it would fail
     denoise(engine, model, seed=0)
 
 
+@pytest.fixture(scope="module")
+def tiny(engine):
+    """A DiffusionGemma model with random weights, whose canvases settle row by row."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    text = transformers.DiffusionGemmaTextConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        global_head_dim=16,
+        num_global_key_value_heads=1,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=16,
+        initializer_range=0.3,
+        **sizes,
+    )
+    vision = transformers.Gemma4VisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, **sizes
+    )
+    config = transformers.DiffusionGemmaConfig(
+        text_config=text, vision_config=vision, canvas_length=CANVAS
+    )
+    torch.manual_seed(0)
+    return transformers.DiffusionGemmaForBlockDiffusion(config).eval()
+
+
+def generate(engine, model, seed, bound, stability=1):
+    prompt = torch.randint(3, VOCAB, (BATCH, 5), generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    output = model.generate(
+        prompt,
+        max_new_tokens=2 * CANVAS,
+        max_denoising_steps=8,
+        sampler_config=engine.EntropyBoundSamplerConfig(entropy_bound=bound),
+        stability_threshold=stability,
+        confidence_threshold=2.0,
+        t_min=0.01,
+        t_max=0.05,
+    )
+    return output.sequences, output.tokens_per_forward
+
+
+@pytest.mark.parametrize("self_conditioning", ["torch", "fused"])
+@pytest.mark.parametrize("bound", [1.0, 5.0])
+def test_generate_gives_the_engines_ids(engine, tiny, bound, self_conditioning):
+    """A whole model, two canvases after one another: the ids and the number of forwards."""
+    forwards = set()
+    for seed in range(2):
+        adapter.disable(tiny)
+        expected = generate(engine, tiny, seed, bound)
+        adapter.enable(tiny, sampling="torch", self_conditioning=self_conditioning)
+        got = generate(engine, tiny, seed, bound)
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
+        forwards |= set(expected[1].tolist())
+    adapter.disable(tiny)
+    assert len(forwards) > 1  # canvases ended at different steps
+
+
+def test_the_decoder_is_conditioned_on_softmax_times_embedding(engine, tiny, monkeypatch):
+    """What its module gets is, step by step, what the engine's own product gives it."""
+    seen = []
+    module = tiny.model.decoder.self_conditioning
+    engine_forward = type(module).forward
+
+    def recording(self, inputs_embeds, signal):
+        seen.append(signal.detach().clone())
+        return engine_forward(self, inputs_embeds, signal)
+
+    monkeypatch.setattr(type(module), "forward", recording)
+    runs = []
+    for choice in ("torch", "fused"):
+        adapter.enable(tiny, sampling="torch", self_conditioning=choice)
+        generate(engine, tiny, 3, 0.3, stability=3)
+        runs.append(seen.copy())
+        seen.clear()
+    adapter.disable(tiny)
+    assert len(runs[0]) == len(runs[1]) > 4
+    assert (runs[0][0] == 0).all()
+    assert any((signal != 0).any() for signal in runs[0])
+    for signal, expected in zip(runs[1], runs[0], strict=True):
+        torch.testing.assert_close(signal, expected, rtol=1e-4, atol=1e-4)
+    assert not module._forward_pre_hooks
+
+
+def test_a_step_reads_nothing_on_the_host(engine, tiny, monkeypatch):
+    """And makes one pass over the logits for each of its three ops, none besides."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            tensors = [x for x in (*args, result) if isinstance(x, torch.Tensor)]
+            if not function.is_view and any(x.shape[-1:] == (VOCAB,) for x in tensors):
+                passes.append(function.name())
+            assert function.name() != "aten::_local_scalar_dense"
+            return result
+
+    logits = torch.randn(BATCH, CANVAS, VOCAB)
+    model, passes = model_of(engine), []
+    model.model.decoder = tiny.model.decoder
+    adapter.enable(model)
+    config = engine.EntropyBoundSamplerConfig(entropy_bound=0.3)
+    inputs = {
+        "decoder_forward": lambda **inputs: SimpleNamespace(logits=logits),
+        "current_canvas": torch.zeros(BATCH, CANVAS, dtype=torch.int64),
+        "argmax_canvas": torch.zeros(BATCH, CANVAS, dtype=torch.int64),
+        "self_conditioning_logits": torch.zeros(BATCH, CANVAS, 32),
+        "finished_denoising": torch.tensor([False, True, False]),
+        "sampler": engine.EntropyBoundSampler(config, CANVAS, VOCAB, 5),
+        "logits_processor": [engine.LinearTemperatureScheduleLogitsProcessor(0.4, 0.8, 5)],
+        "diffusion_stopping_criteria": engine.StableAndConfidentStoppingCriteria(1, 0.5),
+        "cur_step": 3,
+    }
+    others = ("input_ids", "decoder_position_ids", "mask_mapping")
+    with Recorder():
+        *_, soft, finished = model._denoising_step(**inputs, **dict.fromkeys(others))
+    assert sorted(passes) == [
+        f"dmax::{op}" for op in ("row_statistics", "sample_tokens", "soft_embedding")
+    ]
+    assert (soft[1] == 0).all()  # a finished row keeps its own
+    weight = tiny.model.decoder.embed_tokens.weight
+    expected = torch.softmax(logits / (0.4 + 0.4 * 3 / 5), dim=-1) @ weight
+    torch.testing.assert_close(soft[0], expected[0], rtol=1e-4, atol=1e-5)
+    assert finished[1]
+
+
+def test_a_compiled_decoder_keeps_the_engines_conditioning(engine, tiny):
+    """Compiled code does not see the hook: the step gives and takes logits."""
+    model = model_of(engine)
+    model.model.decoder = tiny.model.decoder
+    adapter.enable(model)
+    forward = Denoiser(0, 0.5)
+    forward._torchdynamo_orig_callable = None
+    results = denoise(engine, model, seed=0, steps=2, forward=forward)
+    assert results[-1][2].shape == (BATCH, CANVAS, VOCAB)
+
+
+def test_streamers_of_logits_are_refused(engine, tiny):
+    streamer = SimpleNamespace(_takes_logits=True, put=lambda value: None, end=lambda: None)
+    adapter.enable(tiny)
+    with pytest.raises(ValueError, match="self_conditioning must be 'torch' for a streamer that"):
+        tiny.generate(torch.ones(1, 3, dtype=torch.int64), streamer=streamer)
+    adapter.disable(tiny)
+
+
 def test_errors_are_one_sentence(monkeypatch):
+    with pytest.raises(ValueError, match="self_conditioning must be one of .* got 'none'"):
+        adapter.enable(None, self_conditioning="none")
     with pytest.raises(ValueError, match="sampling must be one of .* got 'gumbel'"):
         adapter.enable(None, sampling="gumbel")
     stand_in = install(monkeypatch, "stand_in_for_transformers")
@@ -203,5 +363,6 @@ def test_errors_are_one_sentence(monkeypatch):
     stand_in.DiffusionGemmaGenerationMixin = type("Mixin", (), step)
     stand_in.EntropyBoundSampler = type("Sampler", (), {"initialize_canvas": None})
     stand_in.StableAndConfidentStoppingCriteria = object
+    stand_in.LinearTemperatureScheduleLogitsProcessor = object
     with pytest.raises(TypeError, match="must be a DiffusionGemma model, got str"):
         adapter.enable("model")

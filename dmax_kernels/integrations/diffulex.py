@@ -1,6 +1,6 @@
 """Diffulex: its DMax sampler, and the token merge in its LLaDA2 model.
 
-    sampler = dmax_sampler()(config)      # instead of LLaDA2DMaxSampler(config)
+    register()                            # before the engine builds its sampler
     merge_tokens(model)                   # an LLaDA2ForDiffusionLM or LLaDA2Model
 
 K positions per block, V vocabulary, D hidden size, N tokens of a forward.
@@ -19,6 +19,30 @@ from dmax_kernels.integrations import engine_objects, lookup_weight
 
 ACCEPT = 0.9  # fixed inside Diffulex's sampler
 SAMPLER = "diffulex.sampler.llada2"
+MODELS = ("llada2", "llada2_moe", "llada2_mini", "llada2dot1_mini", "llada2_mini_dmax")
+
+
+def register() -> None:
+    """Make Diffulex build `dmax_sampler` for its LLaDA2 models when they decode with "dmax".
+
+    With any other decoding strategy it builds what it did before.
+
+    Raises:
+        ImportError: Diffulex is not importable, or this version lacks what is needed.
+    """
+    (build,) = engine_objects("Diffulex", SAMPLER, "build_llada2_sampler")
+    auto, _ = engine_objects(
+        "Diffulex", "diffulex.sampler.auto_sampler", "AutoSampler", "AutoSampler.register"
+    )
+    sampler = dmax_sampler()
+
+    def build_sampler(config: Any = None) -> Any:
+        if getattr(config, "decoding_strategy", None) == "dmax":
+            return sampler(config)
+        return build(config)
+
+    for name in MODELS:
+        auto.register(name, build_sampler, exist_ok=True, use_full_config=True)
 
 
 def dmax_sampler(base: type | None = None) -> type:

@@ -1,12 +1,16 @@
-"""Hugging Face transformers: DiffusionGemma's denoising step on `row_statistics`.
+"""Hugging Face transformers: DiffusionGemma's denoising step on the ops.
 
     enable(model); model.generate(...); disable(model)
 
-B canvases, L canvas length, V vocabulary.
+B canvases, L canvas length, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -16,125 +20,222 @@ from torch import Tensor
 import dmax_kernels
 from dmax_kernels.integrations import engine_objects
 
-SAMPLING = ("fused", "torch")
+CHOICES = ("fused", "torch")
 MODULE = "transformers.models.diffusion_gemma.generation_diffusion_gemma"
 
 
-def enable(model: Any, *, sampling: str = "fused") -> None:
-    """Replace `model._denoising_step`: one pass over the logits in place of three softmaxes.
+def enable(model: Any, *, sampling: str = "fused", self_conditioning: str = "fused") -> None:
+    """Replace `model._denoising_step`, and the softmax of the self-conditioning in its decoder.
 
     The greedy canvas and the entropies of the entropy-bound sampler and of the
-    stable-and-confident stop come from one `row_statistics` of the processed logits [B, L, V].
+    stable-and-confident stop come from one `row_statistics` of the logits [B, L, V], the canvas
+    from `sample_tokens`, and the self-conditioning from `soft_embedding`. Nothing of them is read
+    on the host, no copy of the logits is made, and no logits are kept from step to step.
 
     Args:
         model: a DiffusionGemma model (anything with `DiffusionGemmaGenerationMixin`).
         sampling: "fused" draws the canvas with `sample_tokens`, from a seed that torch's generator
             gives once per step: repeatable with `torch.manual_seed`, but not the engine's draws.
             "torch" keeps the engine's softmax and `torch.multinomial`, hence its draws.
+        self_conditioning: "fused" computes softmax(logits / T) @ embedding as soon as the logits
+            are there, and hands it to the next step. "torch" keeps the logits and leaves the
+            product to the engine, which rounds logits and probabilities to the embedding's dtype.
 
-    A sampler or stopping criterion other than the engine's own two runs the engine's step.
+    Left to the engine: a sampler or stopping criterion other than its own two (the whole step), and
+    the self-conditioning of a compiled decoder.
 
     Raises:
         ImportError: transformers is absent or has no DiffusionGemma.
         TypeError: a different kind of model.
-        ValueError: unknown sampling.
+        ValueError: unknown sampling or self_conditioning; in `generate`, a streamer that takes
+            logits, which "fused" does not keep.
     """
-    if sampling not in SAMPLING:
-        raise ValueError(f"enable: sampling must be one of {SAMPLING}, got {sampling!r}")
-    mixin, sampler_type, stop_type, _, _ = engine_objects(
+    for name, choice in (("sampling", sampling), ("self_conditioning", self_conditioning)):
+        if choice not in CHOICES:
+            raise ValueError(f"enable: {name} must be one of {CHOICES}, got {choice!r}")
+    mixin, sampler_type, stop_type, schedule_type, _, _ = engine_objects(
         "transformers",
         MODULE,
         "DiffusionGemmaGenerationMixin",
         "EntropyBoundSampler",
         "StableAndConfidentStoppingCriteria",
+        "LinearTemperatureScheduleLogitsProcessor",
         "DiffusionGemmaGenerationMixin._denoising_step",
         "EntropyBoundSampler.initialize_canvas",
     )
     if not isinstance(model, mixin):
         raise TypeError(f"enable: model must be a DiffusionGemma model, got {type(model).__name__}")
-    engine_step = type(model)._denoising_step
+    disable(model)
+    engine_step, engine_generate = type(model)._denoising_step, type(model).generate
+    conditioning = Conditioning(model) if self_conditioning == "fused" else None
+    step = DenoisingStep(model, sampling == "fused", conditioning, schedule_type)
 
     def denoising_step(self: Any, **inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         stop = inputs["diffusion_stopping_criteria"]
         if type(inputs["sampler"]) is not sampler_type or type(stop) not in (stop_type, type(None)):
             return engine_step(self, **inputs)
-        return fused_denoising_step(self, sampling, **inputs)
+        return step(**inputs)
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = inspect.signature(engine_generate).bind(self, *args, **kwargs).arguments
+        streamer = arguments.get("streamer")
+        if conditioning is not None and getattr(streamer, "_takes_logits", False):
+            raise ValueError(
+                "enable: self_conditioning must be 'torch' for a streamer that takes logits, "
+                f"which 'fused' does not keep, got {type(streamer).__name__}"
+            )
+        return engine_generate(self, *args, **kwargs)
 
     model._denoising_step = MethodType(denoising_step, model)
+    model.generate = MethodType(generate, model)
 
 
 def disable(model: Any) -> None:
     """Undo `enable`."""
-    vars(model).pop("_denoising_step", None)
+    for name in ("_denoising_step", "generate"):
+        vars(model).pop(name, None)
 
 
-def fused_denoising_step(
-    model: Any,
-    sampling: str,
-    *,
-    decoder_forward: Any,
-    current_canvas: Tensor,
-    argmax_canvas: Tensor,
-    input_ids: Tensor,
-    decoder_position_ids: Tensor,
-    self_conditioning_logits: Tensor | None,
-    mask_mapping: Any,
-    finished_denoising: Tensor,
-    cur_step: int,
-    sampler: Any,
-    logits_processor: Any,
-    diffusion_stopping_criteria: Any | None,
-    **model_kwargs: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The engine's step: (canvas, argmax canvas, self-conditioning logits, finished rows).
+class Conditioning:
+    """The next step's soft embeddings, and the way they take into the decoder.
 
-    model_kwargs: what goes to the decoder alone, among it the KV cache, under the name that this
-    version of the engine has for it (`cache` since transformers 5.24, before `past_key_values`).
+    The decoder computes them from the logits and hands them to its module `self_conditioning`. Here
+    it gets no logits, and the module gets ours instead of the zeros that stand for none.
     """
-    # As in the engine: a step number in a tensor does not recompile, and a compiled
-    # forward may reuse the memory of its last outputs
-    step = torch.tensor(cur_step, device=current_canvas.device, dtype=torch.int32)
-    torch.compiler.cudagraph_mark_step_begin()
-    raw_logits = decoder_forward(
-        decoder_input_ids=current_canvas,
-        self_conditioning_logits=self_conditioning_logits,
-        decoder_attention_mask=mask_mapping,
-        decoder_position_ids=decoder_position_ids,
-        **model_kwargs,
-    ).logits
-    logits = logits_processor(input_ids, raw_logits, cur_step=step)
 
-    # One pass for the greedy canvas and both entropies, one for the draw
-    statistics = dmax_kernels.row_statistics(logits)
-    drawn = draw(logits, sampling)
-    accepted = entropy_bound_mask(statistics.entropy, sampler.entropy_bound)
-    sampler.accepted_token_mask = accepted
-    noise = sampler.initialize_canvas(current_canvas.shape[0], current_canvas.device)
-    canvas, argmax = torch.where(accepted, drawn, noise), statistics.token
+    def __init__(self, model: Any) -> None:
+        self.model = model
 
-    if diffusion_stopping_criteria is not None:
-        # A finished row keeps its results. This is a host sync, as in the engine, which saves a
-        # copy of all logits in every step before the first row ends
-        if finished_denoising.any():
-            assert self_conditioning_logits is not None  # a row finishes after its first step
-            row = finished_denoising[:, None]
+    @property
+    def decoder(self) -> Any:
+        return self.model.model.decoder
+
+    def of(self, logits: Tensor, temperature: float) -> Tensor:
+        """[B, L, D] in the embedding's dtype, without the embedding's scale."""
+        weight = self.decoder.embed_tokens.weight.detach()
+        return dmax_kernels.soft_embedding(logits.detach(), weight, temperature=temperature)
+
+    @contextmanager
+    def given(self, soft: Tensor | None) -> Iterator[None]:
+        """Within, the decoder is conditioned on these; on None as in its first step."""
+        if soft is None:
+            yield
+            return
+        scaled = soft * self.decoder.embed_tokens.embed_scale.to(soft.dtype)
+        hook = self.decoder.self_conditioning.register_forward_pre_hook(
+            lambda module, inputs: (inputs[0], scaled)
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+@dataclass
+class DenoisingStep:
+    """The engine's step: (canvas, argmax canvas, self-conditioning, finished rows).
+
+    What it returns third comes back in the next step as `self_conditioning_logits`: logits, or with
+    `conditioning` the soft embeddings.
+    """
+
+    model: Any
+    fused_sampling: bool
+    conditioning: Conditioning | None
+    schedule_type: type
+
+    def __call__(
+        self,
+        *,
+        decoder_forward: Any,
+        current_canvas: Tensor,
+        argmax_canvas: Tensor,
+        input_ids: Tensor,
+        decoder_position_ids: Tensor,
+        self_conditioning_logits: Tensor | None,
+        mask_mapping: Any,
+        finished_denoising: Tensor,
+        cur_step: int,
+        sampler: Any,
+        logits_processor: Any,
+        diffusion_stopping_criteria: Any | None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """model_kwargs: what goes to the decoder alone, among it the KV cache, under the name that
+        this version of the engine has for it (`cache` since 5.24, before `past_key_values`).
+        """
+        # As in the engine: a step number in a tensor does not recompile, and a compiled
+        # forward may reuse the memory of its last outputs
+        step = torch.tensor(cur_step, device=current_canvas.device, dtype=torch.int32)
+        torch.compiler.cudagraph_mark_step_begin()
+        conditioning = self.conditioning
+        if hasattr(decoder_forward, "_torchdynamo_orig_callable"):
+            conditioning = None  # compiled code does not see the hook
+        forward_inputs = {
+            "decoder_input_ids": current_canvas,
+            "self_conditioning_logits": self_conditioning_logits,
+            "decoder_attention_mask": mask_mapping,
+            "decoder_position_ids": decoder_position_ids,
+            **model_kwargs,
+        }
+        if conditioning is None:
+            raw_logits = decoder_forward(**forward_inputs).logits
+        else:
+            with conditioning.given(self_conditioning_logits):
+                forward_inputs["self_conditioning_logits"] = None
+                raw_logits = decoder_forward(**forward_inputs).logits
+
+        logits, temperature = raw_logits, self.temperature(logits_processor, cur_step)
+        if temperature is None or conditioning is None:
+            logits, temperature = logits_processor(input_ids, raw_logits, cur_step=step), 1.0
+        statistics = dmax_kernels.row_statistics(logits, temperature=temperature)
+        drawn = draw(logits, temperature) if self.fused_sampling else engine_draw(logits)
+        accepted = entropy_bound_mask(statistics.entropy, sampler.entropy_bound)
+        sampler.accepted_token_mask = accepted
+        noise = sampler.initialize_canvas(current_canvas.shape[0], current_canvas.device)
+        canvas, argmax = torch.where(accepted, drawn, noise), statistics.token
+        following = logits if conditioning is None else conditioning.of(logits, temperature)
+
+        if diffusion_stopping_criteria is not None:
+            row = finished_denoising[:, None]  # a finished row keeps its results
             argmax = torch.where(row, argmax_canvas, argmax)
             canvas = torch.where(row, current_canvas, canvas)
-            logits = torch.where(row[:, None], self_conditioning_logits, logits)
-        finished_denoising |= stable_and_confident(
-            diffusion_stopping_criteria, argmax, statistics.entropy
-        )
-    self_conditioning = logits.to(model.model.decoder.embed_tokens.weight.dtype)
-    return canvas, argmax, self_conditioning, finished_denoising
+            # Logits are copied only if a row has finished: a host sync, as in the engine, which
+            # soft embeddings, a hundredth of the size, do without
+            if self_conditioning_logits is not None and (
+                conditioning is not None or finished_denoising.any()
+            ):
+                following = torch.where(row[:, None], self_conditioning_logits, following)
+            finished_denoising |= stable_and_confident(
+                diffusion_stopping_criteria, argmax, statistics.entropy
+            )
+        following = following.to(self.model.model.decoder.embed_tokens.weight.dtype)
+        return canvas, argmax, following, finished_denoising
+
+    def temperature(self, logits_processor: Any, cur_step: int) -> float | None:
+        """What the engine's schedule divides the logits by, where it is all that processes them.
+
+        The ops divide inside, which saves a copy of all logits. Not where the engine's own draws
+        are wanted: it rounds the quotients, and its draws depend on every bit.
+        """
+        alone = isinstance(logits_processor, list) and len(logits_processor) == 1
+        if not (self.fused_sampling and alone and type(logits_processor[0]) is self.schedule_type):
+            return None
+        schedule: Any = logits_processor[0]
+        share = cur_step / schedule.max_denoising_steps
+        temperature = float(schedule.t_min + (schedule.t_max - schedule.t_min) * share)
+        return temperature if temperature >= 1e-30 else None
 
 
-def draw(logits: Tensor, sampling: str) -> Tensor:
+def draw(logits: Tensor, temperature: float) -> Tensor:
     """One token per position of logits [B, L, V], int64 [B, L]."""
-    if sampling == "torch":
-        probability = torch.softmax(logits, dim=-1, dtype=torch.float32)
-        return torch.multinomial(probability.flatten(0, 1), num_samples=1).view(logits.shape[:-1])
     seed = torch.randint(torch.iinfo(torch.int64).max, (2,), device=logits.device)
-    return dmax_kernels.sample_tokens(logits, seed).token
+    return dmax_kernels.sample_tokens(logits, seed, temperature=temperature).token
+
+
+def engine_draw(logits: Tensor) -> Tensor:
+    probability = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    return torch.multinomial(probability.flatten(0, 1), num_samples=1).view(logits.shape[:-1])
 
 
 def entropy_bound_mask(entropy: Tensor, bound: float) -> Tensor:
