@@ -196,14 +196,9 @@ class Target:
 
 
 def targets() -> list[Target]:
-<<<<<<< HEAD
-    top1 = "top1_rows_kernel<BFloat16, Top1ConfidenceFinish>"
-    spd = "spd_step_kernel<BFloat16, 1>"
-    edit = "edit_step_kernel<BFloat16>"
-=======
     top1 = "top1_rows_kernel<BFloat16, Top1ConfidenceFinish, {}>"
     spd = "spd_step_kernel<BFloat16, 1, {}>"
->>>>>>> gpu14
+    edit = "edit_step_kernel<BFloat16>"
     forward, backward = "oput_loss_kernel<BFloat16, false>", "oput_loss_backward_kernel<BFloat16>"
     in_place = "loss_and_grad_cluster_kernel<BFloat16, false>"
     sample = "sample_rows_kernel<BFloat16, SampleTokensFinish, true>"
@@ -223,15 +218,10 @@ def targets() -> list[Target]:
         Target("spd_step_", (16, 32), {spd.format(many): 512},
                LAUNCH + 2 * LATENCY + 2 * ARRIVAL,
                "the bytes, then the last rows' two arrivals"),
-<<<<<<< HEAD
         Target("edit_step_", (1, 32), {edit: 32}, LAUNCH + 2 * LATENCY + 2 * ARRIVAL,
                "two arrivals"),
-        Target("sample_tokens", (32, VOCAB), {sample: 32}, LAUNCH + LATENCY + ARRIVAL,
-               "as top1_confidence"),
-=======
         Target("sample_tokens", (32, VOCAB), {sample: 32}, LAUNCH + 2 * LATENCY + BARRIER,
                "the launch, the first load, and the drawn tile's second"),
->>>>>>> gpu14
         Target("oput_loss", (4096, VOCAB), {forward: 8192, backward: 8192}, 2 * LAUNCH,
                "the bytes: the logits are read twice and the gradients written once"),
         Target("oput_loss_and_grad_", (4096, VOCAB), {in_place: 8192}, LAUNCH,

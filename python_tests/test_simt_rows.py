@@ -133,11 +133,8 @@ def test_launches_without_clusters():
         lambda: simt_ops.top1_confidence(logits, gpu=H200_CLUSTERS),
         lambda: simt_ops.top1_confidence(logits[:2, :2048], gpu=H200_CLUSTERS),
         lambda: simt_ops.top1_confidence(logits[:2], gpu=A100),
-<<<<<<< HEAD
         lambda: simt_ops.sample_tokens(logits[:2], seed, top_k=5, gpu=H200_CLUSTERS),
-=======
         lambda: simt_ops.topk_confidence(logits[:2], 3, gpu=H200_CLUSTERS),
->>>>>>> gpu14
     ):
         run()
         assert CHOSEN[-1].cluster == 1
