@@ -129,6 +129,7 @@ def test_cluster_per_row(dtype, vocab_size, cluster):
 # that meet in global memory only
 def test_launches_without_clusters():
     logits = random_rows(33, SPLIT_VOCAB, torch.bfloat16)
+    seed = torch.tensor([1, 2])
     for run in (
         lambda: simt_ops.top1_confidence(logits, gpu=H200_CLUSTERS),
         lambda: simt_ops.top1_confidence(logits[:2, :2048], gpu=H200_CLUSTERS),
