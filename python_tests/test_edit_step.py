@@ -96,6 +96,8 @@ def test_the_edit_budget(backend, most):
         take_step(backend, logits_of([[(5 + step, 1)] * 2]), state, **options)
         assert state["token"].tolist() == [[5 + step] * 2]
         assert not state["done"].item()
+    state["prediction"].fill_(8)  # what an earlier block has left there is no prediction of now
+    state["confidence"].fill_(1.0)
     before = copy_of(state)
     take_step(backend, logits_of([[(9, 1), (9, 0)]]), state, **options)
     for name in ("token", "prediction", "confidence"):
