@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from dmax_kernels.ops.target_logprobs import TargetLogprobs
 from dmax_kernels.reference.sample import MASK32, philox4x32
 from dmax_kernels.training.corrupt import CorruptedBatch, TrainBatch, flat_index, step_generator
 from dmax_kernels.training.oput import Losses, Objective, TwoPasses
-
-ROWS = 512  # of logits at a time: 0.3 GB in float32 at LLaDA2's vocabulary
 
 
 class Uniform(TwoPasses):
@@ -102,34 +99,26 @@ class Certainty(Mdlm):
     loss_names = ("loss_masked", "loss_certainty")
 
     def masked_losses(self, states: Tensor, target: Tensor, weight: Tensor | None) -> Losses:
-        temperature = self.recipe.certainty_temperature
-        cross_entropy, entropy, right = token_statistics(
-            states, *self.net.head(), target, temperature
-        )
-        certainty = self.recipe.certainty_beta * torch.where(right, entropy, 0.0)
+        cross_entropy, found = self.statistics(states, target)
+        certainty = self.recipe.certainty_beta * torch.where(found.correct, found.entropy, 0.0)
         if weight is not None:
             cross_entropy, certainty = cross_entropy * weight, certainty * weight
         return {"loss_masked": cross_entropy.sum(), "loss_certainty": certainty.sum()}
 
-
-def token_statistics(
-    states: Tensor, weight: Tensor | None, bias: Tensor | None, target: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-log p(target), the entropy of softmax(z / T), and whether the arg-max is the target: [N].
-
-    The logits of `ROWS` rows are in memory at a time; the backward pass computes them again.
-    """
-
-    def of_rows(states: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = states.float()
-        if weight is not None:
-            logits = F.linear(logits, weight.float(), None if bias is None else bias.float())
-        log_p = (logits / temperature).log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1)
-        right = logits.argmax(-1) == target
-        return F.cross_entropy(logits, target, reduction="none"), entropy, right
-
-    parts = zip(states.split(ROWS), target.split(ROWS), strict=True)
-    found = [checkpoint(of_rows, *rows, use_reentrant=False) for rows in parts]
-    cross_entropy, entropy, right = (torch.cat(each) for each in zip(*found, strict=True))
-    return cross_entropy, entropy, right
+    def statistics(self, states: Tensor, target: Tensor) -> tuple[Tensor, TargetLogprobs]:
+        """-log p(target) at temperature 1, and what is asked at the entropy's temperature: [N]."""
+        temperature = self.recipe.certainty_temperature
+        head, bias = self.net.head()
+        if head is None:
+            found = self.ops.target_logprobs(states, target, temperature=temperature)
+        else:
+            found = self.ops.linear_target_logprobs(
+                states, head, target, bias=bias, temperature=temperature
+            )
+        if temperature == 1:
+            return -found.logprob, found
+        if head is None:
+            cross_entropy, _ = self.ops.oput_loss(states, None, target)
+        else:
+            cross_entropy, _ = self.ops.linear_oput_loss(states, None, head, target, bias=bias)
+        return cross_entropy, found
