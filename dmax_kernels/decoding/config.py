@@ -94,6 +94,12 @@ class DecodeConfig:
     use_cache: bool = option(
         True, "keep keys and values of committed blocks; otherwise forward whole sequences"
     )
+    shifted_logits: bool = option(
+        False,
+        "the model's logits at a position predict the next one, as those of an autoregressive "
+        "model do (Dream, Fast-dLLM v2). With a cache, every pass then forwards the block before "
+        "too, whose last position predicts the first of the block",
+    )
     cuda_graph: bool | None = option(
         None,
         "capture forward pass and step as one CUDA graph, and fail where the model does not allow "

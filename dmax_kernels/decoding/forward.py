@@ -57,10 +57,19 @@ class BlockForward:
     """
 
     def __init__(
-        self, model: Any, embedding: Tensor, tokens: Tensor, block_length: int, use_cache: bool
+        self,
+        model: Any,
+        embedding: Tensor,
+        tokens: Tensor,
+        block_length: int,
+        use_cache: bool,
+        shifted: bool = False,
     ) -> None:
-        """embedding: [V, D]; tokens: int64 [B, S], prompts from position 0; S in whole blocks."""
-        self.model = model
+        """embedding: [V, D]; tokens: int64 [B, S], prompts from position 0; S in whole blocks.
+
+        shifted: the logits at a position are those of the next one.
+        """
+        self.model, self.shifted = model, shifted
         self.embedding = embedding
         self.tokens = tokens  # those committed so far; the rest is never seen
         self.offsets = torch.arange(block_length, device=tokens.device)
@@ -93,8 +102,13 @@ class BlockForward:
 
         refresh: also forward the block before from its committed tokens, because some row's is not
         in the cache yet. visible: the largest end of a live block, or more.
+
+        Shifted logits of a block's first position are those at the last position of the block
+        before, which is forwarded for them. The first position of a sequence has none, and gets
+        what comes; it is the prompt's, and nothing is decoded there.
         """
         rows, length = state.token.shape
+        refresh = refresh or self.shifted
         position = state.start.unsqueeze(-1) + self.offsets  # [b, K]
         embeds = state.inputs_embeds
         if self.cache is None:
@@ -102,8 +116,9 @@ class BlockForward:
             row = torch.arange(rows, device=position.device).unsqueeze(-1)
             whole[row, position] = embeds
             everything = torch.arange(visible, device=position.device).expand(rows, -1)
+            at = (position - 1).clamp(min=0) if self.shifted else position
             return self._checked(
-                self._forward(self.model, whole, everything, None, visible).logits[row, position]
+                self._forward(self.model, whole, everything, None, visible).logits[row, at]
             )
         slots = position
         if refresh:
@@ -115,7 +130,8 @@ class BlockForward:
             position = torch.cat([before, position], dim=1)
             slots = torch.cat([torch.where(known, before, self.tokens.shape[1]), slots], dim=1)
         output = self._forward(self.model, embeds, position, slots, visible)
-        return self._checked(output.logits[:, -length:])
+        end = output.logits.shape[1] - self.shifted
+        return self._checked(output.logits[:, end - length : end])
 
     def commit(self, state: LiveBlocks) -> None:
         """Keep the rows' current tokens; those of live blocks are overwritten later."""

@@ -144,7 +144,9 @@ def prefill(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     tokens = tokens.to(embedding.device)
-    forward = BlockForward(model, embedding, tokens, length, config.use_cache)
+    forward = BlockForward(
+        model, embedding, tokens, length, config.use_cache, config.shifted_logits
+    )
     forward.prefill(max(len(prompt) // length * length for prompt in prompts))
     return forward
 
