@@ -60,6 +60,13 @@ def test_refused_by_the_public_functions(options, message):
         dmax_kernels.linear_sample_tokens(torch.ones(2, 5), torch.ones(3, 5), SEED, **options)
 
 
+def test_more_ids_than_there_are_counters():
+    """Nothing of this size is stored: the row is one number."""
+    logits = torch.zeros(1).expand(2**31 + 1)
+    with pytest.raises(RuntimeError, match="^sample_tokens: V must be at most 2147483648, .*, got"):
+        dmax_kernels.sample_tokens(logits, SEED)
+
+
 def test_the_limits_of_the_options_are_allowed_per_row():
     edges = torch.tensor([[1e-30, 0, 1, 0], [1e30, 3, 1e-30, 1], [0, 2.0**24, 1, 1]])
     sample = torch.ops.dmax.sample_tokens(torch.eye(3), SEED, row_options=edges)

@@ -71,6 +71,8 @@ inline void check_draw(const char* op, const char* rows_name, const Tensor& rows
                        const Tensor& seed, const DrawOptions& options,
                        const OptionalTensor& row_options, int64_t suppress_token,
                        const OptionalTensor& allowed) {
+  DMAX_CHECK(vocab <= int64_t{kTileCounters}, op, ": V must be at most ", kTileCounters,
+             ", where the tiles' random numbers begin, got ", vocab);
   check_draw_options(op, options);
   if (row_options) {
     const DrawOptions unset;
