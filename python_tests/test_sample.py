@@ -1,6 +1,6 @@
 """sample_tokens and its vocabulary shards: the generator, the distribution, the edges.
 
-CUDA's are in test_simt_rows.py.
+CUDA's are in test_simt_sample.py.
 """
 
 import math
