@@ -83,6 +83,7 @@ THREADS = {
     "hybrid_backward_mask_slices_kernel": 128,
     "hybrid_backward_mask_row_kernel": 128,
 }  # of a block; 256 elsewhere
+CLUSTERED = ("top1_rows_kernel", "row_statistics_kernel", "sample_rows_kernel", "spd_step_kernel")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,14 @@ class Kernel:
         return self.name.split("<")[0]
 
     @property
+    def threads(self) -> int:
+        """Of a block. Kernels with a cluster per row have ten warps."""
+        cluster = self.base == "loss_and_grad_cluster_kernel" or (
+            self.base in CLUSTERED and self.name.endswith("true>")
+        )
+        return 320 if cluster else THREADS.get(self.base, 256)
+
+    @property
     def width(self) -> int:
         """Elements of 16 bytes."""
         return 4 if re.search(r"<float\b", self.name) else 8
@@ -108,7 +117,7 @@ class Kernel:
     def resident(self, threads: int = 0, dynamic_bytes: int = 0) -> int:
         """Blocks that share a multiprocessor of sm_90: 64 K registers handed out to warps in 256s,
         2,048 threads, 227 KB of shared memory of which each block takes another 1 KB."""
-        threads = threads or THREADS.get(self.base, 256)
+        threads = threads or self.threads
         warps = threads // 32
         registers = math.ceil(self.registers * 32 / 256) * 256 * warps
         shared = self.shared_bytes + dynamic_bytes + 1024
@@ -230,7 +239,7 @@ def targets() -> list[Target]:
         Target("linear_top1_confidence", (32, DIM, VOCAB), {}, 2 * LAUNCH,
                "the bytes of the weight", 32 * product, other_bytes=weight),
         Target("linear_oput_loss", (4096, DIM, VOCAB), {}, 0.0,
-               "four matrix products where three would do", 4 * 8192 * product),
+               "the three matrix products of a summed or averaged loss", 3 * 8192 * product),
     ]  # fmt: skip
 
 
@@ -293,8 +302,9 @@ def page(kernels: list[Kernel], compiler: str) -> str:
         "",
         f"A time is the slowest of bytes, issue, special functions (MUFU) and ALU on {gpus}; plus "
         f"{LAUNCH:g} us a launch, {LATENCY:g} us for each load from memory that the next step "
-        f"waits for, and {ARRIVAL:g} us where a row's last block waits for the others. The "
-        "bandwidths and latencies are assumptions. Targets are those of an H200.",
+        f"waits for, {ARRIVAL:g} us where a row's last block waits for the others, and "
+        f"{BARRIER:g} us for a cluster's barrier. The bandwidths and latencies are assumptions. "
+        "Targets are those of an H200.",
         "",
         *markdown(target_rows(kernels)),
         "",

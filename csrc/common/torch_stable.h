@@ -57,4 +57,9 @@ inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// The tensor itself where its ids are int64 already
+inline Tensor as_long(const Tensor& ids) {
+  return ids.scalar_type() == ScalarType::Long ? ids : torch::stable::to(ids, ScalarType::Long);
+}
+
 }  // namespace dmax

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "checks/loss.h"
@@ -16,10 +17,17 @@ struct LossOptions {
   double z_loss;
 };
 
+// A tensor of zeros on the CPU
+inline Tensor zero_floats(const Tensor& like, const Sizes& sizes) {
+  Tensor zeros = empty_like_device(like, sizes, ScalarType::Float);
+  std::memset(zeros.mutable_data_ptr(), 0, static_cast<size_t>(zeros.numel()) * sizeof(float));
+  return zeros;
+}
+
 // Targets as int64, each ignore_index or inside the vocabulary
 inline Tensor checked_targets(const char* op, const Tensor& target, int64_t vocab,
                               int64_t ignore_index) {
-  const Tensor wide = as_contiguous(torch::stable::to(target, ScalarType::Long));
+  const Tensor wide = as_contiguous(as_long(target));
   const int64_t* data = wide.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < wide.numel(); ++i) {
     DMAX_CHECK(data[i] == ignore_index || (data[i] >= 0 && data[i] < vocab), op,

@@ -27,8 +27,8 @@ struct Positions {
 
 Positions checked_positions(const char* op, const Tensor& token, const Tensor& confidence,
                             const Tensor& masked, const EmbeddingSizes& sizes) {
-  Positions positions{as_contiguous(torch::stable::to(token, ScalarType::Long)),
-                      as_contiguous(confidence), as_contiguous(masked), sizes};
+  Positions positions{as_contiguous(as_long(token)), as_contiguous(confidence),
+                      as_contiguous(masked), sizes};
   const int64_t* ids = positions.token.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < sizes.positions * sizes.k; ++i) {
     DMAX_CHECK(positions.is_masked(i / sizes.k) || (ids[i] >= 0 && ids[i] < sizes.vocab), op,

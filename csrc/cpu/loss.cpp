@@ -32,8 +32,7 @@ PassResult pass_loss(const OptionalTensor& logits, const Tensor& like, const Ten
     return {empty_like_device(like, {0}, ScalarType::Float),
             empty_like_device(like, {0}, ScalarType::Float)};
   }
-  PassResult result{torch::stable::new_zeros(like, sizes_of(target), ScalarType::Float),
-                    torch::stable::new_zeros(like, sizes_of(target), ScalarType::Float)};
+  PassResult result{zero_floats(like, sizes_of(target)), zero_floats(like, sizes_of(target))};
   const RowView view = row_view(*logits);
   const std::vector<int64_t> rows = rows_with_target(target_ids, options.ignore_index);
   const int64_t* targets = target_ids.const_data_ptr<int64_t>();
@@ -61,7 +60,7 @@ Tensor pass_loss_and_grad_(const OptionalTensor& logits, const OptionalTensor& g
                            int64_t vocab, const LossOptions& options) {
   if (!logits) return empty_like_device(like, {0}, ScalarType::Float);
   const RowView view = row_view(*logits);
-  Tensor loss = torch::stable::new_zeros(like, sizes_of(target), ScalarType::Float);
+  Tensor loss = zero_floats(like, sizes_of(target));
   OptionalTensor grad_c;
   if (grad) grad_c = as_contiguous(*grad);
   const float* grads = grad_c ? grad_c->const_data_ptr<float>() : nullptr;

@@ -57,7 +57,7 @@ std::vector<double> temperatures_of(const char* op, int64_t rows, double tempera
                                     const OptionalTensor& temperatures) {
   std::vector<double> values(rows, temperature);
   if (!temperatures) return values;
-  const Tensor given = torch::stable::contiguous(*temperatures);
+  const Tensor given = as_contiguous(*temperatures);
   for (int64_t i = 0; i < rows; ++i) {
     values[i] = given.const_data_ptr<float>()[i];
     check_temperature(op, values[i]);
