@@ -135,8 +135,9 @@ GPU_CASES = [
     Case("hybrid_embedding", (32,), target_us=3.0),
     Case("hybrid_embedding", (4096,)),
     Case("linear_oput_loss", (1024, DIM, VOCAB), compiled=True),
-    # 21.1 TFLOP with the recomputed logits: 29 ms at 730 TFLOP/s, and 3 ms of rounding and adding
-    Case("linear_oput_loss", (4096, DIM, VOCAB), target_us=24000.0, predicted_us=32000.0),
+    # 20.0 TFLOP, with the logits of all but 1,707 of 8,192 rows computed twice: 27 ms at 730
+    # TFLOP/s, and 4 ms of statistics, rounding and adding
+    Case("linear_oput_loss", (4096, DIM, VOCAB), target_us=24000.0, predicted_us=31000.0),
     *(Case("linear_sample_tokens", (n, DIM, VOCAB)) for n in (1, 32, 64, 256, 1024, 4096)),
     # Every row count of the dispatch: the fused op must not be slower than the product at any of
     # them

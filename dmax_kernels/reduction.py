@@ -74,7 +74,8 @@ def token_factors(
     """The reduction as (float32 factors [...] of each pass's losses, None for 1; whether the mean
     has no tokens, so that it is 0). ``reduction`` is "sum" or "mean".
     """
-    divisor, empty = (1, None)
+    divisor: Tensor | float = 1
+    empty = None
     if reduction == "mean":
         divisor, empty = _divisor(target, ignore_index, num_tokens)
 

@@ -246,7 +246,7 @@ def gradients_come_with_the_loss(
     if any(isinstance(t, Tensor) and t.requires_grad for t in (token_weight, num_tokens)):
         return False
     # A loss scale keeps float16 gradients from underflowing, but it comes with the backward pass
-    if operands[2].dtype == torch.float16:
+    if any(t is not None and t.dtype == torch.float16 for t in operands):
         return False
     # The gradients are kept outside of what torch.func's transforms follow
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None

@@ -137,7 +137,7 @@ def certainty_forcing_loss(
         ValueError: as :func:`target_logprobs` and :func:`dmax_kernels.oput_loss`.
     """
     found = target_logprobs(logits, target, temperature=temperature, ignore_index=ignore_index)
-    nll = -found.logprob
+    nll: Tensor | None = -found.logprob
     if temperature != 1:
         nll, _ = oput_loss(logits, None, target, ignore_index=ignore_index)
     return _certainty(
@@ -177,7 +177,7 @@ def linear_certainty_forcing_loss(
     found = linear_target_logprobs(
         hidden, weight, target, bias=bias, temperature=temperature, ignore_index=ignore_index
     )
-    nll = -found.logprob
+    nll: Tensor | None = -found.logprob
     if temperature != 1:
         nll, _ = linear_oput_loss(
             hidden, None, weight, target, bias=bias, ignore_index=ignore_index
@@ -195,7 +195,9 @@ def _certainty(
     reduced = reduce_loss(
         op, (loss, None), target, ignore_index, token_weight, (1.0, 1.0), reduction, num_tokens
     )
-    return reduced if isinstance(reduced, Tensor) else reduced[0]
+    each = reduced if isinstance(reduced, Tensor) else reduced[0]
+    assert each is not None
+    return each
 
 
 def _check(op: str, name: str, values: Tensor, target: Tensor, temperature: float) -> None:

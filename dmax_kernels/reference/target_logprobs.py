@@ -60,7 +60,9 @@ def certainty_forcing_loss(
         "certainty_forcing_loss", (loss, None), target, ignore_index, token_weight, (1.0, 1.0),
         reduction, num_tokens,
     )  # fmt: skip
-    return reduced if isinstance(reduced, Tensor) else reduced[0]
+    each = reduced if isinstance(reduced, Tensor) else reduced[0]
+    assert each is not None
+    return each
 
 
 def linear_certainty_forcing_loss(
