@@ -136,6 +136,11 @@ class TrainConfig:
         "softcap, layers, an adapter)",
         ("hidden", "logits"),
     )
+    shifted_logits: bool = option(
+        False,
+        "the model's logits at a position predict the next one, as those of an autoregressive "
+        "model do (Dream, Fast-dLLM v2)",
+    )
     gradient_checkpointing: bool = option(False, "recompute layers in the backward pass")
     ops: str = option(
         "fused",

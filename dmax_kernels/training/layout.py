@@ -57,6 +57,18 @@ class Layout:
         """The noisy parts [B, noisy_length, ...] of per-token states [B, T, ...]."""
         return states[:, : self.num_noisy * self.noisy_length].chunk(self.num_noisy, dim=1)
 
+    def shifted_parts(self, states: Tensor) -> tuple[Tensor, ...]:
+        """The same where the state at a position is the next one's: [B, T, ...], clean part too.
+
+        The first position of a block is predicted at the last clean one before it, and the others
+        in their own noisy part, as in decoding. Position 0 has none before it and gets its own.
+        """
+        clean = states[:, self.num_noisy * self.noisy_length :]
+        last = torch.arange(self.start - 1, self.length - 1, self.block_length).clamp(min=0)
+        first = clean[:, last.to(states.device)].unsqueeze(2)
+        blocks = [part.unflatten(1, (-1, self.block_length)) for part in self.noisy_parts(states)]
+        return tuple(torch.cat([first, each[:, :, :-1]], dim=2).flatten(1, 2) for each in blocks)
+
 
 # From transformers' name of an attention to the kind of mask that it takes. None and "eager" add
 # the mask to the scores. Flash Attention is absent: it takes no mask of [T, T] at all.

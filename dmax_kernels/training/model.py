@@ -18,8 +18,16 @@ class DenoisingModel(nn.Module):
     that stores no logits. With "logits" the whole model runs.
     """
 
-    def __init__(self, model: Any, *, loss_from: str = "hidden", autocast: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        loss_from: str = "hidden",
+        autocast: bool = False,
+        shifted_logits: bool = False,
+    ) -> None:
         super().__init__()
+        self.shifted_logits = shifted_logits  # those at a position are of the next one
         self.model = model
         self.loss_from = loss_from
         self.autocast = autocast
@@ -61,9 +69,10 @@ class DenoisingModel(nn.Module):
     def forward(self, layout: Layout, noisy_parts: list[Tensor], clean: Tensor) -> list[Tensor]:
         """Of each noisy part, hidden states that go with `head()`, or logits: [B, W, ...]."""
         tokens = layout.pack(noisy_parts, clean)
-        keep = layout.num_noisy * layout.noisy_length
+        shifted, keep = self.shifted_logits, layout.num_noisy * layout.noisy_length
+        keep = tokens.shape[1] if shifted else keep
         states = self.states(tokens, layout.position_ids, self.mask(layout), keep)
-        parts = layout.noisy_parts(states)
+        parts = layout.shifted_parts(states) if shifted else layout.noisy_parts(states)
         return list(parts) if self.loss_from == "logits" else [self.scaled(part) for part in parts]
 
     def states(self, tokens: Tensor, position_ids: Tensor, mask: Any, keep: int) -> Tensor:

@@ -32,7 +32,8 @@ def build_net(model: Any, config: TrainConfig, device: torch.device) -> Denoisin
     """
     if getattr(model.config, "mask_token_id", None) is None:
         raise ValueError("the model has no mask token (config.mask_token_id): give --mask-token-id")
-    net = DenoisingModel(model.float(), loss_from=config.loss_from).to(device).eval()
+    options = {"loss_from": config.loss_from, "shifted_logits": config.shifted_logits}
+    net = DenoisingModel(model.float(), **options).to(device).eval()
     if (net.attention == "flex" or config.attention == "flex") and device.type == "cpu":
         raise ValueError(
             "attention must be sdpa on a CPU (FlexAttention has no backward pass there), got flex"
