@@ -54,6 +54,7 @@ SECTIONS = {
         "certainty_beta",
         "certainty_temperature",
         "block_length",
+        "shifted_logits",
         "eos_tail",
     ),
     "steps": ("steps", "epochs", "batch_size", "micro_batch_size", "seed"),
