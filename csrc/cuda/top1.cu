@@ -2,6 +2,7 @@
 
 #include "checks/rows.h"
 #include "cuda/host.h"
+#include "cuda/shard_merge.cuh"
 
 namespace dmax::cuda {
 

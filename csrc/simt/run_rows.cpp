@@ -1,6 +1,7 @@
 // The families over rows of logits, and prefix_promote
 #include "cuda/promote.cuh"
 #include "cuda/sample_filtered.cuh"
+#include "cuda/shard_merge.cuh"
 #include "cuda/statistics.cuh"
 #include "cuda/top1.cuh"
 #include "simt/run_ops.h"
