@@ -47,7 +47,7 @@ def few_rows_kept(vocab_size):
         ("triton", (4, 300, 40), contextlib.nullcontext),
         ("triton", (4, 140, 33), functools.partial(few_rows_kept, 140)),
     ],
-    ids=str,
+    ids=["cpu-one", "cpu", "cpu-sweeps", "triton", "triton-few-kept"],
 )
 def test_sum_with_its_gradients(backend, shape, keep, dtype):
     """Three products: the gradients of sum_i factor_i loss_i come with it."""
