@@ -33,6 +33,10 @@ def test_right_kernels(simt, order, seed, resident):
     writes = ("writes_to_a_block_before_it_begins", True)
     assert simt.run_planted(*writes, 4, 4)[:4] == [4.0, 1.0, 2.0, 3.0]
     assert simt.run_planted(*writes, 6, 2)[:6] == [2.0, 1.0] * 3
+    pushes = ("pushes_without_release", True)
+    assert simt.run_planted(*pushes, 4, 4)[:4] == [4.0, 1.0, 2.0, 3.0]
+    pushes = ("pushes_again_too_early", True)
+    assert simt.run_planted(*pushes, 4, 4)[:4] == [8.0, 2.0, 4.0, 6.0]
     # the sum of 1..7, and a counter that has reset itself
     assert simt.run_last_block_sums(2, 7) == (28.0, 0)
 
@@ -126,17 +130,31 @@ def test_bad_addresses_under_asan_and_ubsan(name):
     assert re.search(BAD_ADDRESSES[name], wrong.stderr), wrong.stderr
 
 
-# (kernel, version): a missing fence, a fence in a thread that neither wrote nor counts, no barrier
-RACES = (("last_block_sums", "0"), ("last_block_sums", "1"), ("missing_syncthreads", "0"))
-NO_RACES = (("last_block_sums", "2"), ("missing_syncthreads", "1"), ("collectives", "1"))
+# (kernel, version, blocks and cluster where it needs one): a missing fence, a fence in a thread that
+# neither wrote nor counts, no barrier; in a cluster an arrival without release, and a second write
+# without a barrier behind the reads of the first
+RACES = (
+    ("last_block_sums", "0"),
+    ("last_block_sums", "1"),
+    ("missing_syncthreads", "0"),
+    ("pushes_without_release", "0", "4", "4"),
+    ("pushes_again_too_early", "0", "4", "4"),
+)
+NO_RACES = (
+    ("last_block_sums", "2"),
+    ("missing_syncthreads", "1"),
+    ("collectives", "1"),
+    ("pushes_without_release", "1", "4", "4"),
+    ("pushes_again_too_early", "1", "4", "4"),
+)
 
 
 @pytest.mark.parametrize("order", ["in order", "random"])
 def test_races_under_tsan(order):
-    for name, version in RACES:
-        wrong = run_sanitized("tsan", "simt_planted_child.py", name, version, order)
+    for name, version, *grid in RACES:
+        wrong = run_sanitized("tsan", "simt_planted_child.py", name, version, order, *grid)
         assert "data race" in wrong.stderr, (name, version, wrong.stderr)
         assert wrong.returncode != 0
-    for name, version in NO_RACES:
-        right = run_sanitized("tsan", "simt_planted_child.py", name, version, order)
+    for name, version, *grid in NO_RACES:
+        right = run_sanitized("tsan", "simt_planted_child.py", name, version, order, *grid)
         assert right.returncode == 0, (name, version, right.stderr)

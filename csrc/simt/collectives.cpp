@@ -127,7 +127,7 @@ void cluster_arrive(bool release) {
   Fiber& fiber = *worker->current;
   Cluster& cluster = *worker->cluster;
   fiber.cluster_phase = cluster.phase;
-  if (release) tsan::release(&cluster.barrier_object);
+  if (release) tsan::release(&cluster.barrier_objects[cluster.phase % 2]);
   if (++cluster.arrived < cluster.workers.size() * engine->grid.threads) return;
   cluster.arrived = 0;
   ++cluster.phase;
@@ -148,7 +148,9 @@ void cluster_wait(Site site) {
   } else {
     scheduling_point(fiber);
   }
-  tsan::acquire(&cluster.barrier_object);
+  // A slow thread must not acquire the clocks of the next barrier, which faster ones may be at
+  tsan::acquire(&cluster.barrier_objects[fiber.cluster_phase % 2]);
+  tsan::acquire(&cluster.begun_object);  // also after a relaxed arrival
 }
 
 void* map_shared_rank(void* shared, unsigned rank) {

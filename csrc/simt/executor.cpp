@@ -295,6 +295,7 @@ static void worker_main(Worker* w) {
   }
   if (engine->over) return;
   find_shared_memory(*w);
+  tsan::release(&w->cluster->begun_object);  // this OS thread has allocated it, and run no kernel
   poison_shared_memory(*w);
   while (!engine->over) {
     if (!run_block(*w)) return;

@@ -123,6 +123,37 @@ __global__ void writes_to_a_block_before_it_begins(const float* in, float* out, 
   if (threadIdx.x == 0) out[blockIdx.x] = mine;
 }
 
+// Every block pushes a value into the next one's shared memory, which reads it behind the barrier.
+// `release`: whether the arrival hands the value over
+__global__ void pushes_without_release(const float* in, float* out, bool release) {
+  __shared__ float mine;
+  const unsigned next = (self().cluster_rank + 1) % self().cluster_size;
+  cluster_arrive(false);
+  cluster_wait({__FILE__, __LINE__});
+  if (threadIdx.x == 0)
+    *static_cast<float*>(map_shared_rank(&mine, next)) = in[self().cluster_rank];
+  cluster_arrive(release);
+  cluster_wait({__FILE__, __LINE__});
+  if (threadIdx.x == 0) out[blockIdx.x] = mine;
+}
+
+// Every block pushes twice; without a barrier in between, the second value may overwrite the first
+// before it is read
+__global__ void pushes_again_too_early(const float* in, float* out, bool fixed) {
+  __shared__ float mine;
+  const unsigned next = (self().cluster_rank + 1) % self().cluster_size;
+  float sum = 0;
+  cluster_barrier();
+  for (int i = 0; i < 2; ++i) {
+    if (threadIdx.x == 0)
+      *static_cast<float*>(map_shared_rank(&mine, next)) = in[self().cluster_rank];
+    cluster_barrier();
+    if (threadIdx.x == 0) sum += mine;
+    if (fixed) cluster_barrier();
+  }
+  if (threadIdx.x == 0) out[blockIdx.x] = sum;
+}
+
 // Collectives that must work: warp sums by shuffle, votes, reductions, barriers with a value
 __global__ void collectives(const float* in, float* out, bool) {
   const unsigned i = threadIdx.x;

@@ -25,6 +25,8 @@ static Kernel find(const std::string& name) {
       {"lane_missing_from_syncwarp", lane_missing_from_syncwarp},
       {"leaves_cluster_early", leaves_cluster_early},
       {"writes_to_a_block_before_it_begins", writes_to_a_block_before_it_begins},
+      {"pushes_without_release", pushes_without_release},
+      {"pushes_again_too_early", pushes_again_too_early},
       {"collectives", collectives},
   };
   for (const auto& [known, kernel] : kernels) {
