@@ -1,6 +1,7 @@
 """Runs one planted kernel in a Python of its own.
 
-`simt_planted_child.py MODULE NAME FIXED ORDER [BLOCKS CLUSTER]`. Started by test_simt_executor.py under a sanitizer, which ends the process where it finds the bug.
+`simt_planted_child.py MODULE NAME FIXED ORDER [BLOCKS CLUSTER]` is started by test_simt_executor.py
+under a sanitizer, which ends the process where it finds the bug.
 """
 
 import sys

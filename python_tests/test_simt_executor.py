@@ -130,9 +130,9 @@ def test_bad_addresses_under_asan_and_ubsan(name):
     assert re.search(BAD_ADDRESSES[name], wrong.stderr), wrong.stderr
 
 
-# (kernel, version, blocks and cluster where it needs one): a missing fence, a fence in a thread that
-# neither wrote nor counts, no barrier; in a cluster an arrival without release, and a second write
-# without a barrier behind the reads of the first
+# (kernel, version, blocks and cluster size if not 1): a missing fence, a fence in a thread that
+# neither wrote nor counts, no barrier; in a cluster, an arrival without release, and no barrier
+# between the reads of one value and the write of the next
 RACES = (
     ("last_block_sums", "0"),
     ("last_block_sums", "1"),

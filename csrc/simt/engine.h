@@ -114,7 +114,7 @@ struct Cluster {
   std::vector<Worker*> workers;
   unsigned finished = 0;
   unsigned arrived = 0;
-  unsigned phase = 0;  // barriers that all threads have arrived at
+  unsigned phase = 0;                // barriers that all threads have arrived at
   char barrier_objects[2] = {0, 0};  // of the even phases and of the odd ones
   char begun_object = 0;             // the blocks' shared memory exists
 };

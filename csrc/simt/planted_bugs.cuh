@@ -123,8 +123,8 @@ __global__ void writes_to_a_block_before_it_begins(const float* in, float* out, 
   if (threadIdx.x == 0) out[blockIdx.x] = mine;
 }
 
-// Every block pushes a value into the next one's shared memory, which reads it behind the barrier.
-// `release`: whether the arrival hands the value over
+// Every block writes a value into the next one's shared memory, which reads it after the barrier.
+// With `release`, the arrival hands the value over
 __global__ void pushes_without_release(const float* in, float* out, bool release) {
   __shared__ float mine;
   const unsigned next = (self().cluster_rank + 1) % self().cluster_size;
