@@ -27,6 +27,7 @@ STREAMING = (
     "top1_rows_kernel",
     "topk_rows_kernel",
     "row_statistics_kernel",
+    "token_logprobs_kernel",
     "sample_rows_kernel",
     "sample_filtered_kernel",
     "spd_step_kernel",
