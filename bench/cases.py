@@ -60,6 +60,7 @@ OF_ROWS = {
     "top1_confidence": lambda rows: (rows, VOCAB),
     "topk_confidence": lambda rows: (rows, VOCAB, 4),
     "row_statistics": lambda rows: (rows, VOCAB),
+    "token_logprobs": lambda rows: (rows, VOCAB, 20),
     "sample_tokens": lambda rows: (rows, VOCAB),
     **dict.fromkeys(FILTERED, lambda rows: (rows, VOCAB)),
     "draw_with_entropy": lambda rows: (rows, VOCAB),
@@ -174,6 +175,8 @@ GPU_CASES = [
     Case("top1_confidence", (1024, VOCAB), predicted_us=78.0),
     Case("top1_confidence", (4096, VOCAB), bandwidth_target=0.9, predicted_us=310.0, compiled=True),
     Case("top1_partial", (*BLOCK_ROWS, 8)),
+    Case("token_logprobs", (*BLOCK_ROWS, 20)),
+    Case("token_logprobs", (4096, VOCAB, 0)),
     Case("topk_confidence", (*BLOCK_ROWS, 4)),
 ]
 

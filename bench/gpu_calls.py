@@ -66,6 +66,8 @@ def row_calls(logits: torch.Tensor) -> Iterator[tuple[str, Call]]:
     yield "top1_confidence", simple(dmax_kernels.top1_confidence, suppress_token=3)
     yield "topk_confidence", simple(dmax_kernels.topk_confidence, 3)
     yield "row_statistics", simple(dmax_kernels.row_statistics)
+    ids = torch.arange(logits.shape[0]) % vocab
+    yield "token_logprobs", simple(dmax_kernels.token_logprobs, ids, top_n=3)
     yield "sample_tokens", simple(dmax_kernels.sample_tokens, seed)
 
     def shards(partial_op, merge, *options):

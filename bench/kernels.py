@@ -67,6 +67,7 @@ TRAFFIC = {
     "top1_rows_kernel": 1,
     "topk_rows_kernel": 1,
     "row_statistics_kernel": 1,
+    "token_logprobs_kernel": 1,
     "sample_rows_kernel": 1,
     "spd_step_kernel": 1,
     "edit_step_kernel": 1,

@@ -29,6 +29,9 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       " -> (Tensor tokens, Tensor confidences)");
   def("row_statistics(Tensor logits, *, float temperature=1.0, int suppress_token=-1)"
       " -> (Tensor token, Tensor confidence, Tensor runner_up, Tensor entropy, Tensor logsumexp)");
+  def("token_logprobs(Tensor logits, Tensor ids, *, float temperature=1.0, int top_n=0,"
+      " int ignore_index=-100) -> (Tensor logprob, Tensor rank, Tensor top_ids,"
+      " Tensor top_logprobs, Tensor logsumexp)");
   def("prefix_promote(Tensor confidence, Tensor masked, float threshold, *, bool inclusive=False)"
       " -> Tensor promoted");
   def("hybrid_embedding(Tensor embedding, Tensor token, Tensor confidence, Tensor masked,"
@@ -60,7 +63,8 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       " -> (Tensor loss_masked, Tensor loss_predicted, Tensor logsumexp_masked,"
       " Tensor logsumexp_predicted)");
   def("oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor logsumexp, *,"
-      " int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0) -> Tensor grad_logits");
+      " int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0, float temperature=1.0)"
+      " -> Tensor grad_logits");
   def("oput_loss_and_grad_(Tensor(a!)? logits_masked, Tensor(b!)? logits_predicted, Tensor target,"
       " Tensor? grad_masked=None, Tensor? grad_predicted=None, *, int ignore_index=-100,"
       " float label_smoothing=0.0, float z_loss=0.0)"

@@ -14,7 +14,7 @@ from simt_arrays import arrays_in, memory_of, resolve, snapshot
 from simt_build import load
 from torch import Tensor
 
-from dmax_kernels.ops import RowStatistics
+from dmax_kernels.ops import RowStatistics, TokenLogprobs
 from dmax_kernels.ops.edit_step import EDIT_RULES
 from dmax_kernels.ops.sample import Sample
 from dmax_kernels.ops.spd_step import SEMANTICS
@@ -119,6 +119,25 @@ def row_statistics(logits, *, temperature=1.0, suppress_token=-1, gpu=H200):
     call("row_statistics", gpu_input(gpu), logits_input(logits, suppress_token, temperature),
          raw(token), *map(raw, others))  # fmt: skip
     return RowStatistics(token, *others)
+
+
+def token_logprobs_with_logsumexp(
+    logits, ids, *, temperature=1.0, top_n=0, ignore_index=-100, gpu=H200
+):
+    rows = logits.shape[:-1]
+    logprob, logsumexp = torch.empty(ids.shape), torch.empty(rows)
+    rank = torch.empty(ids.shape, dtype=torch.int64)
+    top_ids = torch.empty(*rows, top_n, dtype=torch.int64)
+    top_logprobs = torch.empty(*rows, top_n)
+    per_row = 1 if ids.dim() < logits.dim() else ids.shape[-1]
+    tokens = ("TokensInput", raw(ids.contiguous()), ids.dtype == torch.int64, per_row, ignore_index)
+    call("token_logprobs", gpu_input(gpu), logits_input(logits, -1, temperature), tokens, top_n,
+         raw(logprob), raw(rank), raw(top_ids), raw(top_logprobs), raw(logsumexp))  # fmt: skip
+    return logprob, rank, top_ids, top_logprobs, logsumexp
+
+
+def token_logprobs(logits, ids, **options):
+    return TokenLogprobs(*token_logprobs_with_logsumexp(logits, ids, **options)[:4])
 
 
 def draw_input(temperature, top_k, top_p, min_p, allowed):
@@ -275,12 +294,14 @@ def oput_loss(*arguments, **options):
 
 
 def oput_loss_backward(
-    grad_loss, logits, target, logsumexp, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0
-):
+    grad_loss, logits, target, logsumexp, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
+    temperature=1.0,
+):  # fmt: skip
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype)
     call("oput_loss_backward",
          loss_input(logits, None, target, ignore_index, label_smoothing, z_loss),
-         raw(grad_loss.contiguous()), raw(logsumexp), raw(grad_logits))  # fmt: skip
+         raw(grad_loss.contiguous()), raw(logsumexp), temperature,
+         raw(grad_logits))  # fmt: skip
     return grad_logits
 
 

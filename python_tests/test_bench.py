@@ -31,6 +31,7 @@ SMALL = {
     "top1_confidence": (3, 64),
     "topk_confidence": (3, 64, 2),
     "row_statistics": (3, 64),
+    "token_logprobs": (3, 64, 4),
     "sample_tokens": (3, 64),
     "top1_partial": (3, 64, 4),
     "sample_partial": (3, 256, 4),

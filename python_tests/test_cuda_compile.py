@@ -27,6 +27,7 @@ STREAMING = (
     "top1_rows_kernel",
     "topk_rows_kernel",
     "row_statistics_kernel",
+    "token_logprobs_kernel",
     "sample_rows_kernel",
     "sample_filtered_kernel",
     "spd_step_kernel",
@@ -88,7 +89,7 @@ REGISTERS = {
     r"loss_and_grad_cluster_kernel<\w+, false>": 64,
     r"loss_and_grad_cluster_kernel<\w+, true>": 96,
     r"(row_statistics|sample_rows|spd_step)_kernel<.*, true>": 96,
-    "sample_filtered_kernel": 128,
+    "sample_filtered_kernel|token_logprobs_kernel": 128,
     "|".join(STREAMING): 80,
     "|".join(OTHERS): 128,
 }

@@ -80,6 +80,13 @@ def test_rows(dtype, vocab_size):
         assert_tokens(*reversed(on_both("topk_confidence", logits, k, **options)))
         expected, actual = on_both("row_statistics", logits, **options)
         assert_statistics(actual, expected, 2)
+        ids = torch.arange(len(logits)) * 7919 % vocab_size
+        several = {"temperature": options.get("temperature", 1.0), "top_n": k}
+        expected_logprobs, logprobs = on_both("token_logprobs", logits, ids, **several)
+        assert logprobs[1].tolist() == expected_logprobs[1].tolist()
+        assert logprobs[2].tolist() == expected_logprobs[2].tolist()
+        assert_close(logprobs[0], expected_logprobs[0], 2e-6, 2e-6)
+        assert_close(logprobs[3], expected_logprobs[3], 2e-6, 2e-6)
         top1 = dmax_kernels.top1_confidence(logits.to(DEVICE), **options)
         assert torch.equal(bits(actual[1]), bits(to_cpu(top1)[1]))
         expected, actual = on_both("top1_partial", logits, 0, **options)

@@ -23,6 +23,7 @@ LOWER = list(SETS.items())[: list(SETS.values()).index(OWN) if OWN in SETS.value
 FAMILIES = (
     "top1",
     "statistics",
+    "logprobs",
     "sample",
     "embedding",
     "spd_step",

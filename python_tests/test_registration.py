@@ -63,6 +63,10 @@ def samples():
         "top1_confidence": ((logits,), {"temperature": 0.5, "suppress_token": 3}),
         "topk_confidence": ((logits, 3), {}),
         "row_statistics": ((logits,), {"temperature": 0.5, "suppress_token": 3}),
+        "token_logprobs": (
+            (randn(3, 4, 50, grad=True), target),
+            {"temperature": 0.5, "top_n": 2},
+        ),
         "prefix_promote": ((torch.rand(3, 4), masked, 0.4), {"inclusive": True}),
         "hybrid_embedding": (hybrid, {}),
         "hybrid_embedding_backward": (

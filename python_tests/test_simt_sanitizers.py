@@ -35,6 +35,8 @@ def row_calls(dtype):
         simt_ops.top1_confidence(logits, suppress_token=0)
         simt_ops.topk_confidence(logits, min(3, vocab_size))
         simt_ops.row_statistics(logits, suppress_token=0)
+        ids = torch.tensor([[0, vocab_size - 1, vocab_size]]).expand(len(logits), -1)
+        simt_ops.token_logprobs(logits, ids, top_n=min(20, vocab_size))
         simt_ops.sample_tokens(logits, seed)
         simt_ops.top1_partial(logits, 50, suppress_token=52)
         simt_ops.sample_partial(logits, seed, 64, suppress_token=65)
@@ -45,6 +47,7 @@ def row_calls(dtype):
     simt_ops.topk_confidence(logits, 8)
     for gpu in (H200, H200_CLUSTERS):
         simt_ops.row_statistics(logits, gpu=gpu)
+    simt_ops.token_logprobs(logits, torch.tensor([5, -100]))
     simt_ops.sample_tokens(logits, seed)
     for options in ({"top_k": 3000}, {"top_p": 0.9}, {"temperature": torch.tensor([0.5, 0.0])}):
         simt_ops.sample_tokens(logits, seed, **options)
@@ -112,6 +115,7 @@ def tiny_calls(dtype):
     simt_ops.top1_confidence(logits)
     simt_ops.topk_confidence(logits, 2)
     simt_ops.row_statistics(logits)
+    simt_ops.token_logprobs(logits, torch.tensor([5, 70]), top_n=2)
     simt_ops.sample_tokens(logits, seed)
     simt_ops.sample_tokens(logits[:, :SMALL], seed, top_k=20)
     for gpu in (ONE_MULTIPROCESSOR, H200_CLUSTERS):

@@ -21,6 +21,7 @@ SCRIPT = Path(__file__).parent / "triton_compile.py"
 MOST_REGISTERS = {
     "tile_statistics_kernel": 160,
     "tile_entropy_kernel": 168,
+    "tile_counts_kernel": 184,
     "linear_statistics_kernel": 255,
     "linear_loss_partials_kernel": 255,
     "logits_grad_kernel": 255,
@@ -31,6 +32,7 @@ STREAMING = {
     "tile_statistics_kernel",
     "tile_topk_kernel",
     "tile_entropy_kernel",
+    "tile_counts_kernel",
     "tile_sample_kernel",
     "draw_tiles_kernel",
     "sample_filtered_kernel",

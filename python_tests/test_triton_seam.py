@@ -37,6 +37,7 @@ BAD = {
     "top1_confidence": ((X,), {"temperature": 1e31}),
     "topk_confidence": ((X, 9), {}),
     "row_statistics": ((X,), {"suppress_token": 9}),
+    "token_logprobs": ((X, T), {"top_n": 10}),
     "prefix_promote": ((C, M, float("nan")), {}),
     "hybrid_embedding": ((E, T.new_zeros(3, 9), torch.ones(3, 9), M, 0), {}),
     "hybrid_embedding_backward": ((H.half(), E, T, C, M, 0), {}),

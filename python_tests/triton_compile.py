@@ -111,6 +111,7 @@ def call_every_op() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         OPS["top1_confidence"](logits(dtype))
         OPS["row_statistics"](logits(dtype))
+        OPS["token_logprobs"](logits(dtype), torch.zeros(ROWS, 1, dtype=torch.int64))
     OPS["topk_confidence"](logits(), 8)
     OPS["top1_partial"](logits(), 0)
     OPS["sample_tokens"](logits(), torch.zeros(2, dtype=torch.int64))
@@ -216,6 +217,7 @@ def call_with_other_values() -> None:
         OPS["top1_confidence"](logits, **options)
         OPS["top1_confidence"](logits[: value + 1], **options)
         OPS["topk_confidence"](logits, 8, **options)
+        OPS["token_logprobs"](logits, target, temperature=0.5 + value, ignore_index=value)
         OPS["row_statistics"](logits, **options)
         OPS["row_statistics"](logits[: value + 1], **options)
         OPS["top1_partial"](logits, value, **options)

@@ -1,4 +1,4 @@
-"""Peers over rows of logits: the top-1, the top-k, the statistics."""
+"""Peers over rows of logits: the top-1, the top-k, the log-probabilities, the statistics."""
 
 from __future__ import annotations
 
@@ -57,6 +57,15 @@ def _(logits, k):
     shifted = x - value[:, :1]
     total = np.exp(shifted, out=shifted).sum(axis=-1, keepdims=True)
     return torch.from_numpy(token), torch.from_numpy(np.exp(value - value[:, :1]) / total)
+
+
+@expert("token_logprobs", "logsumexp, a comparison and topk", compiled=True)
+def _(logits, ids, top_n):
+    value = logits.gather(-1, ids.unsqueeze(-1))
+    log_sum = logits.float().logsumexp(dim=-1, keepdim=True)
+    top, top_ids = logits.topk(top_n, dim=-1)
+    rank = (logits > value).sum(dim=-1)
+    return (value.float() - log_sum).squeeze(-1), rank, top_ids, top.float() - log_sum
 
 
 @expert("row_statistics", "topk and one exponential", compiled=True)

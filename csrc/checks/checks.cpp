@@ -32,6 +32,7 @@ STABLE_TORCH_LIBRARY_IMPL(dmax, CompositeExplicitAutograd, m) {
   DMAX_CHECK_KERNEL(top1_confidence);
   DMAX_CHECK_KERNEL(topk_confidence);
   DMAX_CHECK_KERNEL(row_statistics);
+  DMAX_CHECK_KERNEL(token_logprobs);
   DMAX_CHECK_KERNEL(prefix_promote);
   DMAX_CHECK_KERNEL(hybrid_embedding);
   DMAX_CHECK_KERNEL(hybrid_embedding_backward);

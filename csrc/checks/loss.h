@@ -59,13 +59,14 @@ inline int64_t check_oput_loss(const OptionalTensor& logits_masked,
 inline int64_t check_oput_loss_backward(const Tensor& grad_loss, const Tensor& logits,
                                         const Tensor& target, const Tensor& logsumexp,
                                         int64_t /*ignore_index*/, double label_smoothing,
-                                        double z_loss) {
+                                        double z_loss, double temperature) {
   constexpr const char* op = "oput_loss_backward";
   const int64_t vocab = check_logits(op, "logits", logits);
   check_target(op, target, "logits", logits);
   check_like_target(op, "grad_loss", grad_loss, target, "logits", logits);
   check_like_target(op, "logsumexp", logsumexp, target, "logits", logits);
   check_loss_options(op, label_smoothing, z_loss);
+  check_temperature(op, temperature);
   return vocab;
 }
 

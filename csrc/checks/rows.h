@@ -41,6 +41,31 @@ inline int64_t check_row_statistics(const Tensor& logits, double temperature,
   return check_rows("row_statistics", logits, temperature, suppress_token);
 }
 
+struct LogprobSizes {
+  int64_t vocab;
+  int64_t ids_per_row;
+};
+
+inline LogprobSizes check_token_logprobs(const Tensor& logits, const Tensor& ids,
+                                         double temperature, int64_t top_n,
+                                         int64_t /*ignore_index*/) {
+  constexpr const char* op = "token_logprobs";
+  const int64_t vocab = check_rows(op, logits, temperature, -1);
+  check_integer(op, "ids", ids);
+  check_same_device(op, "ids", ids, "logits", logits);
+  const bool one_per_row = ids.dim() == logits.dim() - 1;
+  const int64_t per_row = one_per_row || ids.dim() == 0 ? 1 : ids.size(ids.dim() - 1);
+  Sizes need = leading_sizes(logits);
+  if (!one_per_row) need.push_back(per_row);
+  check_shape(op, "ids", ids, need, "one token per row of logits, or n of them");
+  DMAX_CHECK(per_row >= 1, op, ": ids must hold at least one token per row, got ",
+             shape_text(ids.sizes()));
+  const int64_t most = vocab < kMaxTopLogprobs ? vocab : kMaxTopLogprobs;
+  DMAX_CHECK(top_n >= 0 && top_n <= most, op, ": top_n must be in 0..", most, " (at most ",
+             kMaxTopLogprobs, " and at most V), got ", top_n);
+  return {vocab, per_row};
+}
+
 inline int64_t check_sample_tokens(const Tensor& logits, const Tensor& seed, double temperature,
                                    int64_t top_k, double top_p, double min_p,
                                    const OptionalTensor& row_options, int64_t suppress_token,

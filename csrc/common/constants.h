@@ -25,4 +25,7 @@ constexpr uint32_t kTileCounters = uint32_t{1} << 31;
 // The largest k of topk_confidence, and the most tokens that a position's embedding mixes
 constexpr int kMaxTopK = 8;
 
+// The largest top_n of token_logprobs, as in vLLM and in OpenAI's API
+constexpr int kMaxTopLogprobs = 20;
+
 }  // namespace dmax

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "checks/loss.h"
+#include "common/softmax_stats.h"
 #include "cpu/simd/tile_kernels.h"
 
 namespace dmax::cpu {
@@ -15,6 +16,7 @@ struct LossOptions {
   int64_t ignore_index;
   double label_smoothing;
   double z_loss;
+  double temperature = 1.0;  // of the gradient: the loss is that of logits / temperature
 };
 
 // A tensor of zeros on the CPU
@@ -26,13 +28,13 @@ inline Tensor zero_floats(const Tensor& like, const Sizes& sizes) {
 
 // Targets as int64, each ignore_index or inside the vocabulary
 inline Tensor checked_targets(const char* op, const Tensor& target, int64_t vocab,
-                              int64_t ignore_index) {
+                              int64_t ignore_index, const char* name = "target") {
   const Tensor wide = as_contiguous(as_long(target));
   const int64_t* data = wide.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < wide.numel(); ++i) {
-    DMAX_CHECK(data[i] == ignore_index || (data[i] >= 0 && data[i] < vocab), op,
-               ": target must be ", ignore_index, " (ignore_index) or a token id in [0, ", vocab,
-               "), got ", data[i], " at position ", i);
+    DMAX_CHECK(data[i] == ignore_index || (data[i] >= 0 && data[i] < vocab), op, ": ", name,
+               " must be ", ignore_index, " (ignore_index) or a token id in [0, ", vocab, "), got ",
+               data[i], " at position ", i);
   }
   return wide;
 }
@@ -62,8 +64,9 @@ double loss_of_row(double maximum, double log_rest, double target_logit, const L
   return loss;
 }
 
-// grad * [(1 + 2 z lse) softmax - (1 - s) onehot(target) - s / V] over n of V logits; y may be the
-// logits themselves. `place` is the target's index among them, or -1 if it is not one of them.
+// grad * [(1 + 2 z lse) softmax - (1 - s) onehot(target) - s / V] / temperature over n of V logits,
+// with lse that of the logits / temperature; y may be the logits themselves. `place` is the
+// target's index among them, or -1 if it is not one of them.
 template <class T>
 void loss_gradient(const TileKernels<T>& kernels, const T* x, T* y, int64_t n, int64_t vocab,
                    int64_t place, double log_sum_exp, float grad, const LossOptions& options) {
@@ -73,15 +76,17 @@ void loss_gradient(const TileKernels<T>& kernels, const T* x, T* y, int64_t n, i
   const double logit = place < 0 ? 0 : kernels.value(x + place);
   // Rounding log_sum_exp to float32 changes the softmax by up to 0.4 % (at logits of 65504); this
   // multiplies that factor back in
-  const float rounded = static_cast<float>(log_sum_exp);
-  const double scale = grad * mass * std::exp(rounded - log_sum_exp);
-  kernels.softmax_grad(x, y, n, rounded, static_cast<float>(scale),
-                       static_cast<float>(grad * shift));
+  const double reference = log_sum_exp * options.temperature;
+  const float rounded = static_cast<float>(reference);
+  const double outer = grad / options.temperature;
+  const double factor = outer * mass * std::exp((rounded - reference) / options.temperature);
+  kernels.softmax_grad(x, y, n, rounded, softmax_scale(options.temperature),
+                       static_cast<float>(factor), static_cast<float>(outer * shift));
   if (place < 0) return;
   // p - 1 in double, so that the result is rounded only once, to T
-  const double at_target =
-      std::exp(logit - log_sum_exp) * mass - (1 - options.label_smoothing) + shift;
-  const float at_target_grad = static_cast<float>(grad * at_target);
+  const double at_target = std::exp(logit / options.temperature - log_sum_exp) * mass -
+                           (1 - options.label_smoothing) + shift;
+  const float at_target_grad = static_cast<float>(outer * at_target);
   kernels.store_scaled(y + place, &at_target_grad, 1.0f, 1);
 }
 

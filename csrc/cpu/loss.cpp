@@ -108,11 +108,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> oput_loss(OptionalTensor logits_maske
 }
 
 Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor logsumexp,
-                          int64_t ignore_index, double label_smoothing, double z_loss) {
+                          int64_t ignore_index, double label_smoothing, double z_loss,
+                          double temperature) {
   constexpr const char* op = "oput_loss_backward";
   const int64_t vocab = check_oput_loss_backward(grad_loss, logits, target, logsumexp, ignore_index,
-                                                 label_smoothing, z_loss);
-  const LossOptions options{ignore_index, label_smoothing, z_loss};
+                                                 label_smoothing, z_loss, temperature);
+  const LossOptions options{ignore_index, label_smoothing, z_loss, temperature};
   const Tensor ids = checked_targets(op, target, vocab, ignore_index);
   Tensor grad_logits = empty_like_device(logits, sizes_of(logits), logits.scalar_type());
   const RowView view = row_view(logits);

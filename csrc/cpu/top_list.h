@@ -1,4 +1,5 @@
-// The k largest logits of a row; shared by topk_confidence and the top-k embeddings of spd_step_.
+// The k largest logits of a row; shared by topk_confidence, token_logprobs and the top-k embeddings
+// of spd_step_.
 #pragma once
 
 #include "checks/rows.h"
@@ -7,10 +8,11 @@
 namespace dmax::cpu {
 
 // In descending order, NaN first, equal values by ascending id
-struct TopK {
+template <int kMost>
+struct TopList {
   int64_t size = 0;
-  int64_t token[kMaxTopK];
-  float logit[kMaxTopK];
+  int64_t token[kMost];
+  float logit[kMost];
 
   static bool before(float a, float b) { return std::isnan(a) ? !std::isnan(b) : a > b; }
 
@@ -27,9 +29,12 @@ struct TopK {
   }
 };
 
-template <class T>
-TopK top_k_of_row(const TileKernels<T>& kernels, const T* row, const VocabScan& scan, int64_t k) {
-  TopK best;
+using TopK = TopList<kMaxTopK>;
+
+template <int kMost = kMaxTopK, class T>
+TopList<kMost> top_k_of_row(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+                            int64_t k) {
+  TopList<kMost> best;
   // A suppressed token ranks as -inf, so it can be listed if fewer than k others exceed that
   for (int64_t id = 0; id < k; ++id) {
     const float visible =

@@ -81,9 +81,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> oput_loss(OptionalTensor logits_maske
 }
 
 Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor logsumexp,
-                          int64_t ignore_index, double label_smoothing, double z_loss) {
+                          int64_t ignore_index, double label_smoothing, double z_loss,
+                          double temperature) {
   const int64_t vocab = check_oput_loss_backward(grad_loss, logits, target, logsumexp, ignore_index,
-                                                 label_smoothing, z_loss);
+                                                 label_smoothing, z_loss, temperature);
   const Call call("oput_loss_backward", logits);
   Tensor grad_logits = empty_like_device(logits, sizes_of(logits), logits.scalar_type());
   const RowView view = row_view(logits);
@@ -98,7 +99,8 @@ Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor
     call.check(launch_oput_loss_backward(
         static_cast<const T*>(view.tensor.const_data_ptr()), view.row_stride, view.rows,
         static_cast<int>(vocab), targets_of(targets), options,
-        {grads.const_data_ptr<float>(), log_sums.const_data_ptr<float>()},
+        make_backward_inputs(grads.const_data_ptr<float>(), log_sums.const_data_ptr<float>(),
+                             temperature),
         static_cast<T*>(grad_logits.mutable_data_ptr()), call.stream));
   });
   return grad_logits;

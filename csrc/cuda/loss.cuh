@@ -88,7 +88,7 @@ __device__ __forceinline__ float target_logit(const Row<T>& row, int64_t target)
 }
 
 // d loss / d x = g [(1 + 2 z lse) softmax - (1 - s) onehot - s / V], softmax being
-// 2^((x - reference) * log2(e)) / sum
+// 2^((x - reference) * log2_scale) / sum
 struct GradScale {
   Exponent exponent;
   float weight;  // what the softmax is multiplied by, over what its exponential is divided by
@@ -99,10 +99,11 @@ struct GradScale {
 
 __device__ __forceinline__ GradScale grad_scale(float grad, float reference, float sum, float lse,
                                                 int64_t target, int vocab,
-                                                const LossOptions<float>& options) {
+                                                const LossOptions<float>& options,
+                                                float log2_scale = kLog2E) {
   if (target < 0 || target >= vocab) grad = NAN;
   const float s = options.label_smoothing;
-  const Exponent exponent = exponent_from(reference, kLog2E);
+  const Exponent exponent = exponent_from(reference, log2_scale);
   return {exponent, grad * (1.0f + 2.0f * options.z_loss * lse) * (exponent.factor() / sum),
           grad * s / static_cast<float>(vocab), grad * (1.0f - s), static_cast<int>(target)};
 }
@@ -221,8 +222,17 @@ auto launch_oput_loss(const RowLaunch& run, const LossRows<T>& rows, const Targe
 
 struct LossBackwardInputs {
   const float* grad_loss;  // [rows]
-  const float* logsumexp;  // [rows]
+  const float* logsumexp;  // [rows], of the logits / temperature
+  float temperature;
+  float inverse_temperature;
+  float scale;  // log2(e) / temperature
 };
+
+inline LossBackwardInputs make_backward_inputs(const float* grad_loss, const float* logsumexp,
+                                               double temperature) {
+  return {grad_loss, logsumexp, static_cast<float>(temperature),
+          static_cast<float>(1.0 / temperature), softmax_scale(temperature)};
+}
 
 // Each block takes kRowWarps tiles of a row
 template <class T>
@@ -249,7 +259,8 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   load_tile(tile, make_row(logits + row_index * row_stride, vocab), t, -1);
   const float lse = inputs.logsumexp[row_index];
   const GradScale scale =
-      grad_scale(inputs.grad_loss[row_index], lse, 1.0f, lse, target, vocab, options);
+      grad_scale(inputs.grad_loss[row_index] * inputs.inverse_temperature, lse * inputs.temperature,
+                 1.0f, lse, target, vocab, options, inputs.scale);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v)
     store_vector(out, out_aligned, vocab, tile.id(v, 0),

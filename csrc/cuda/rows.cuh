@@ -206,17 +206,19 @@ struct LogitsView {
 
 // Puts the partial results of all of this block's tiles. `skipped` rows are not wanted: whether a
 // row is one is known only a memory latency after the kernel's start, and the first tile's loads do
-// not wait for it.
-template <class T, bool kMaySkip, bool kCluster>
+// not wait for it. also(tile, stats, index) lets an op take more from every tile.
+template <class T, bool kMaySkip, bool kCluster, class Also = NothingElse>
 __device__ __forceinline__ void scan_tiles(const LogitsView<T>& logits, const TileRange& range,
                                            RowMeeting<Top1Partial, kCluster>* meeting,
-                                           bool skipped = false) {
+                                           bool skipped = false, const Also& also = {}) {
   const Row<T> row = logits.row(range.row);
   for (int t = range.begin + warp_id(); t < range.end; t += kBlockWarps<kCluster>) {
     Tile<T> tile;
     load_tile(tile, row, t, logits.suppress);
     if (kMaySkip && skipped_after_loads(tile, skipped)) return;
-    meeting->put(t, {tile_stats(tile, row, logits.suppress, logits.scale)});
+    const SoftmaxStats stats = tile_stats(tile, row, logits.suppress, logits.scale);
+    meeting->put(t, {stats});
+    also(tile, stats, t);
   }
 }
 

@@ -278,7 +278,8 @@ __device__ __forceinline__ TileSums tile_sums(const Tile<T>& tile, const VectorM
 }
 
 struct NothingElse {
-  __device__ __forceinline__ void operator()(int, int, float, float) const {}
+  template <class... Arguments>
+  __device__ __forceinline__ void operator()(const Arguments&...) const {}
 };
 
 // Sets max and id of a tile whose sum is NaN: its first NaN, or else its first +inf

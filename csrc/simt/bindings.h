@@ -58,6 +58,15 @@ Chosen top1_partial(Gpu gpu, LogitsInput logits, int64_t vocab_start, Address ma
 Chosen topk_confidence(Gpu gpu, LogitsInput logits, int k, Address tokens, Address confidences);
 Chosen row_statistics(Gpu gpu, LogitsInput logits, Address token, Address confidence,
                       Address runner_up, Address entropy, Address logsumexp);
+struct TokensInput {
+  Address ids;
+  bool wide;
+  int per_row;
+  int64_t ignore_index;
+};
+
+Chosen token_logprobs(Gpu gpu, LogitsInput logits, TokensInput tokens, int top_n, Address logprob,
+                      Address rank, Address top_ids, Address top_logprobs, Address logsumexp);
 Chosen sample_tokens(Gpu gpu, LogitsInput logits, Address seed, bool seed_per_row, DrawInput draw,
                      Address token, Address probability, Address top1_probability,
                      Address relative_confidence);
@@ -129,7 +138,7 @@ struct LossInput {
 Chosen oput_loss(Gpu gpu, LossInput input, Address loss_masked, Address loss_predicted,
                  Address logsumexp_masked, Address logsumexp_predicted);
 // For the pass in `input.masked`
-Chosen oput_loss_backward(LossInput input, Address grad_loss, Address logsumexp,
+Chosen oput_loss_backward(LossInput input, Address grad_loss, Address logsumexp, double temperature,
                           Address grad_logits);
 Chosen oput_loss_and_grad_(Gpu gpu, LossInput input, Address grad_masked, Address grad_predicted,
                            Address loss_masked, Address loss_predicted);

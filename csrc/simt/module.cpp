@@ -32,6 +32,7 @@ PYBIND11_MODULE(dmax_simt, m) {
       .def_readonly("threads", &Chosen::threads);
   py::class_<LogitsInput>(m, "LogitsInput")
       .def(py::init<int, Address, int64_t, int64_t, int64_t, int64_t, double>());
+  py::class_<TokensInput>(m, "TokensInput").def(py::init<Address, bool, int, int64_t>());
   py::class_<DrawInput>(m, "DrawInput")
       .def(py::init<double, double, double, double, Address, Address, int64_t>());
   py::class_<EmbeddingInput>(m, "EmbeddingInput")
@@ -54,6 +55,7 @@ PYBIND11_MODULE(dmax_simt, m) {
   m.def("top1_partial", top1_partial);
   m.def("topk_confidence", topk_confidence);
   m.def("row_statistics", row_statistics);
+  m.def("token_logprobs", token_logprobs);
   m.def("sample_tokens", sample_tokens);
   m.def("sample_partial", sample_partial);
   m.def("sample_merge", sample_merge);

@@ -57,12 +57,14 @@ Chosen oput_loss(Gpu gpu, LossInput in, Address loss_masked, Address loss_predic
   return result;
 }
 
-Chosen oput_loss_backward(LossInput in, Address grad_loss, Address logsumexp, Address grad_logits) {
+Chosen oput_loss_backward(LossInput in, Address grad_loss, Address logsumexp, double temperature,
+                          Address grad_logits) {
   dispatch(in.dtype, [&](auto element) {
     using T = decltype(element);
     launch_oput_loss_backward(pointer<const T>(in.masked), in.masked_stride, in.rows,
                               static_cast<int>(in.vocab), targets_of(in), options_of(in),
-                              {pointer<const float>(grad_loss), pointer<const float>(logsumexp)},
+                              make_backward_inputs(pointer<const float>(grad_loss),
+                                                   pointer<const float>(logsumexp), temperature),
                               pointer<T>(grad_logits), Stream{});
   });
   return {};

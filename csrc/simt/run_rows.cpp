@@ -1,4 +1,5 @@
 // The families over rows of logits, and prefix_promote
+#include "cuda/logprobs.cuh"
 #include "cuda/promote.cuh"
 #include "cuda/sample_filtered.cuh"
 #include "cuda/shard_merge.cuh"
@@ -61,6 +62,31 @@ Chosen row_statistics(Gpu gpu, LogitsInput in, Address token, Address confidence
     result = launch_rows<T, StatisticsPartial>(
         gpu, statistics_work(in.rows, in.vocab),
         [&](const RowLaunch& run) { launch_row_statistics(run, view_of<T>(in), out, Stream{}); });
+  });
+  return result;
+}
+
+Chosen token_logprobs(Gpu gpu, LogitsInput in, TokensInput tokens, int top_n, Address logprob,
+                      Address rank, Address top_ids, Address top_logprobs, Address logsumexp) {
+  const RowTokens row_tokens{
+      {pointer<const void>(tokens.ids), tokens.wide}, tokens.per_row, tokens.ignore_index};
+  const LogprobsOutput out{pointer<float>(logprob),
+                           pointer<int64_t>(rank),
+                           pointer<int64_t>(top_ids),
+                           pointer<float>(top_logprobs),
+                           pointer<float>(logsumexp),
+                           top_n,
+                           static_cast<float>(1.0 / in.temperature)};
+  Chosen result;
+  dispatch(in.dtype, [&](auto element) {
+    using T = decltype(element);
+    result = launch_rows<T, Top1Partial>(
+        gpu, {in.rows, in.vocab, logprobs_resident(top_n)}, [&](const RowLaunch& run) {
+          Scratch counts(count_bytes(run, in.rows, tokens.per_row));
+          Scratch lists(list_bytes(run, top_n));
+          launch_token_logprobs(run, view_of<T>(in), row_tokens, static_cast<float*>(counts.data()),
+                                static_cast<Rank*>(lists.data()), out, Stream{});
+        });
   });
   return result;
 }

@@ -69,6 +69,29 @@ def row_statistics(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
 
 
 @workload
+def token_logprobs(inputs: Inputs, rows: int = 32, vocab: int = VOCAB, top_n: int = 20) -> Work:
+    """Log-softmax in float32, a token's value and rank in it, and topk: engines' ``logprobs=n``."""
+    logits, ids = inputs.logits(rows, vocab), inputs.ids(rows, below=vocab)
+
+    def eager():
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        logprob = logprobs.gather(-1, ids.unsqueeze(-1))
+        rank = (logprobs > logprob).sum(dim=-1)
+        top_logprobs, top_ids = logprobs.topk(top_n, dim=-1)
+        return logprob.squeeze(-1), rank, top_ids, top_logprobs
+
+    return Work(
+        {
+            "eager": eager,
+            "fused": lambda: dmax_kernels.token_logprobs(logits, ids, top_n=top_n),
+            "top1_confidence": lambda: dmax_kernels.top1_confidence(logits),
+        },
+        logits.nbytes,
+        given={"logits": logits, "ids": ids, "top_n": top_n},
+    )
+
+
+@workload
 def draw_with_entropy(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
     """What a rule that draws asks of a row: its top-1, its entropy, and a sample."""
     logits, seed = inputs.logits(rows, vocab), inputs.seed()

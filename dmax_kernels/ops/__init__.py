@@ -3,6 +3,7 @@
 from dmax_kernels.ops.edit_step import edit_step_
 from dmax_kernels.ops.embedding import hybrid_embedding
 from dmax_kernels.ops.linear import linear_oput_loss, linear_sample_tokens, linear_top1_confidence
+from dmax_kernels.ops.logprobs import TokenLogprobs, token_logprobs
 from dmax_kernels.ops.loss import oput_loss, oput_loss_and_grad_
 from dmax_kernels.ops.promote import prefix_promote
 from dmax_kernels.ops.sample import Sample, sample_merge, sample_partial, sample_tokens
@@ -22,6 +23,7 @@ __all__ = [
     "RowStatistics",
     "Sample",
     "TargetLogprobs",
+    "TokenLogprobs",
     "certainty_forcing_loss",
     "edit_step_",
     "hybrid_embedding",
@@ -41,6 +43,7 @@ __all__ = [
     "soft_embedding_partial",
     "spd_step_",
     "target_logprobs",
+    "token_logprobs",
     "top1_confidence",
     "top1_merge",
     "top1_partial",

@@ -36,6 +36,9 @@ def target_logprobs(
         entropy = -sum_v p_v log p_v     d entropy / d x_v = -p_v (log p_v + entropy)
         token   = argmax_v x_v           correct = (token == target)
 
+    This is for training. Ranks, and the most likely tokens beside the target, as engines report
+    them, come from :func:`token_logprobs`.
+
     Args:
         logits: [..., V], float32, bfloat16 or float16.
         target: int64 or int32 [...]; at ``ignore_index`` logprob, entropy and gradients are 0, the

@@ -12,6 +12,7 @@ from dmax_kernels.reference.linear import (
     linear_sample_tokens,
     linear_top1_confidence,
 )
+from dmax_kernels.reference.logprobs import TokenLogprobs, token_logprobs
 from dmax_kernels.reference.loss import oput_loss, oput_loss_and_grad_
 from dmax_kernels.reference.promote import prefix_promote
 from dmax_kernels.reference.sample import Sample, sample_merge, sample_partial, sample_tokens
@@ -31,6 +32,7 @@ __all__ = [
     "RowStatistics",
     "Sample",
     "TargetLogprobs",
+    "TokenLogprobs",
     "certainty_forcing_loss",
     "edit_step_",
     "hybrid_embedding",
@@ -50,6 +52,7 @@ __all__ = [
     "soft_embedding_partial",
     "spd_step_",
     "target_logprobs",
+    "token_logprobs",
     "top1_confidence",
     "top1_merge",
     "top1_partial",

@@ -21,6 +21,7 @@ from dmax_kernels.triton.stats import (
     finite_or_zero,
     load_tile,
     merge_sums,
+    softmax_scale,
     sum_of_exponentials,
     tiles_of_program,
 )
@@ -164,10 +165,14 @@ def store_tile_fill(out, tile, vocab, value, TILE: tl.constexpr):
 @triton.jit(do_not_specialize=["ignore_index", "num_tiles", "tiles_per_program"])
 def grad_kernel(
     logits, row_stride, vocab, target, ignore_index, grad_loss, row_max, row_log_sum,
-    log2_e, label_smoothing, z_loss, grad_logits, grad_stride, num_tiles, tiles_per_program,
+    temperature, inverse_temperature, scale, label_smoothing, z_loss, grad_logits, grad_stride,
+    num_tiles, tiles_per_program,
     HAS_GRAD: tl.constexpr, HAS_PARTS: tl.constexpr, TILE: tl.constexpr,
 ):
-    """grad_logits may be logits. row_max is the logsumexp where HAS_PARTS is false."""
+    """grad_logits may be logits. row_max is the logsumexp where HAS_PARTS is false.
+
+    The loss is that of logits / temperature; with HAS_PARTS, the temperature is 1.
+    """
     row_id = tl.program_id(0).to(tl.int64)
     row = logits + row_id * row_stride
     out = grad_logits + row_id * grad_stride
@@ -182,22 +187,23 @@ def grad_kernel(
             store_tile_fill(out, tile, vocab, tl.where(ignored, 0.0, float("nan")), TILE)
         return
 
-    g = 1.0
+    g = inverse_temperature
     if HAS_GRAD:
-        g = tl.load(grad_loss + row_id)
-    reference = tl.load(row_max + row_id)
+        g *= tl.load(grad_loss + row_id)
+    maximum = tl.load(row_max + row_id)
     log_sum = 0.0
     if HAS_PARTS:
         log_sum = tl.load(row_log_sum + row_id)
-    lse = reference + log_sum
+    lse = maximum + log_sum
+    reference = maximum * temperature
     for tile in range(first, tl.minimum(last, full_tiles)):
         store_tile_grad(
-            row, out, tile, vocab, target_id, reference, log_sum, lse, g, log2_e,
+            row, out, tile, vocab, target_id, reference, log_sum, lse, g, scale,
             label_smoothing, z_loss, False, TILE,
         )
     if last > full_tiles:
         store_tile_grad(
-            row, out, full_tiles, vocab, target_id, reference, log_sum, lse, g, log2_e,
+            row, out, full_tiles, vocab, target_id, reference, log_sum, lse, g, scale,
             label_smoothing, z_loss, True, TILE,
         )
 
@@ -248,13 +254,15 @@ def pass_loss(
 def write_grad(
     rows: Rows, out: Rows, target: Tensor, grad_loss: Tensor | None, row_max: Tensor,
     log_sum: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float,
+    temperature: float = 1.0,
 ) -> None:
     if rows.count == 0:
         return
     tiles = choose_tiles(rows.count, rows.width, target.device)
     grad_kernel[(rows.count, tiles.programs)](
         rows.tensor, rows.stride, rows.width, target, ignore_index, grad_loss, row_max, log_sum,
-        LOG2_E, float(label_smoothing), float(z_loss), out.tensor, out.stride,
+        float(temperature), 1.0 / temperature, softmax_scale(temperature),
+        float(label_smoothing), float(z_loss), out.tensor, out.stride,
         tiles.count, tiles.per_program,
         HAS_GRAD=grad_loss is not None, HAS_PARTS=log_sum is not None,
         TILE=TILE, num_warps=TILE_WARPS,
@@ -295,12 +303,13 @@ def oput_loss_backward(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
 ) -> Tensor:
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     with device_of(logits):
         write_grad(
             row_view(logits), row_view(grad_logits), target.contiguous(), grad_loss.contiguous(),
-            logsumexp.contiguous(), None, ignore_index, label_smoothing, z_loss,
+            logsumexp.contiguous(), None, ignore_index, label_smoothing, z_loss, temperature,
         )
     return grad_logits
 

@@ -40,12 +40,15 @@ struct TileKernels {
   float (*sum_exp)(const T* x, int64_t n, float maximum, float scale);
   // The same, and the other sum that the entropy needs
   EntropySums (*entropy_sums)(const T* x, int64_t n, float maximum, float scale);
+  // How many elements are NaN or above `threshold`, or, unless `exceed`, equal to it
+  int64_t (*count_before)(const T* x, int64_t n, float threshold, bool exceed);
   // y = 2^((x - maximum) * scale), and 0 where that is below 2^-kNegligibleBits
   void (*weigh)(const T* x, float* y, int64_t n, float maximum, float scale);
   // Sum of x - shift; subtracting before adding keeps a common offset from costing precision
   double (*sum)(const T* x, int64_t n, float shift);
-  // y = factor * 2^((x - maximum) * log2(e)) + shift; y may be x
-  void (*softmax_grad)(const T* x, T* y, int64_t n, float maximum, float factor, float shift);
+  // y = factor * 2^((x - maximum) * scale) + shift; y may be x
+  void (*softmax_grad)(const T* x, T* y, int64_t n, float maximum, float scale, float factor,
+                       float shift);
   // Sum of a * b
   double (*dot)(const T* a, const T* b, int64_t n);
   // sum += factor * x

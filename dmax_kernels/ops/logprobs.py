@@ -1,0 +1,102 @@
+"""Log-probabilities of given tokens, their ranks, and the most likely tokens beside them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmax_kernels.ops._register import register_autograd, register_fake
+
+
+class TokenLogprobs(NamedTuple):
+    """What :func:`token_logprobs` returns."""
+
+    logprob: Tensor
+    rank: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+
+
+def token_logprobs(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_n: int = 0,
+    ignore_index: int = -100,
+) -> TokenLogprobs:
+    """What an engine reports of a prompt's or of a sampled token: ``logprobs=n``.
+
+    With ``x = logits / temperature``::
+
+        logprob[i] = x[ids[i]] - log sum_v exp(x_v)
+        rank[i]    = |{v before ids[i]}|, in the order x descending, then id ascending
+        top_ids    = the first top_n ids of that order, top_logprobs their log-probabilities
+
+    The softmax is never stored. The CUDA kernels read the logits once; the Triton kernels read them
+    a second time for ``top_n``, and the CPU counts ranks in a row that is still in its cache. Rank
+    0 is the most likely token; vLLM's ranks start at 1.
+
+    This is for reports and for scores. Training that needs the entropy and its gradient, or whether
+    the arg-max is the target, takes :func:`target_logprobs`.
+
+    Args:
+        logits: [..., V], float32, bfloat16 or float16, any strides.
+        ids: int64 or int32, one per row, [...], or several, [..., n] with n >= 1. ``ignore_index``
+            marks a place without a token: log-probability 0, rank -1, gradient 0. Another id
+            outside [0, V) is an error on the CPU; on the GPU its log-probability is NaN and its
+            rank -1.
+        temperature: 1e-30 to 1e30; it changes no rank.
+        top_n: 0 to 20, at most V.
+
+    Returns:
+        A named tuple :class:`TokenLogprobs`: logprob float32 and rank int64 of ids' shape, top_ids
+        int64 and top_logprobs float32 [..., top_n]. ``logprob`` is differentiable once in the
+        logits, ``grad (onehot(id) - softmax(x)) / temperature``, if there is one id per row; the
+        others are not.
+        A row with a NaN, with +inf or with nothing but -inf has no softmax: all of its
+        log-probabilities are NaN. Its ranks and top_ids are defined: NaN comes before all numbers.
+
+    Raises:
+        RuntimeError: wrong dtypes, shapes or devices, options out of range, (CPU) an id out of
+            range, or a backward pass through several ids per row.
+    """
+    logprob, rank, top_ids, top_logprobs, _ = torch.ops.dmax.token_logprobs(
+        logits, ids, temperature=temperature, top_n=top_n, ignore_index=ignore_index
+    )
+    return TokenLogprobs(logprob, rank, top_ids, top_logprobs)
+
+
+@register_fake("token_logprobs")
+def _(logits, ids, *, temperature=1.0, top_n=0, ignore_index=-100):
+    rows, lists = logits.shape[:-1], (*logits.shape[:-1], top_n)
+    return (
+        logits.new_empty(ids.shape, dtype=torch.float32),
+        logits.new_empty(ids.shape, dtype=torch.int64),
+        logits.new_empty(lists, dtype=torch.int64),
+        logits.new_empty(lists, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx, inputs, options, output):
+    logits, ids = inputs
+    _, rank, top_ids, top_logprobs, logsumexp = output
+    ctx.options = {name: options[name] for name in ("ignore_index", "temperature")}
+    ctx.mark_non_differentiable(rank, top_ids, top_logprobs, logsumexp)
+    ctx.save_for_backward(logits, ids, logsumexp)
+
+
+def _backward(ctx, grad_logprob, *_):
+    logits, ids, logsumexp = ctx.saved_tensors
+    if ids.dim() == logits.dim():
+        raise RuntimeError(
+            "token_logprobs: has a gradient for one id per row only, got ids of shape "
+            f"{list(ids.shape)} for logits of shape {list(logits.shape)}"
+        )
+    # The loss of a token is minus its log-probability
+    grad = torch.ops.dmax.oput_loss_backward(-grad_logprob, logits, ids, logsumexp, **ctx.options)
+    return grad, None
+
+
+register_autograd("token_logprobs", _backward, _setup_context)
