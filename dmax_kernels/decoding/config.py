@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass
 from types import ModuleType
 from typing import Any
@@ -27,6 +27,13 @@ from dmax_kernels.ops.spd_step import SEMANTICS
 CONVERGENCE = ("both", "consistency", "confidence")
 OPS = {"fused": "dmax_kernels", "reference": "dmax_kernels.reference"}
 MAX_TOP_K = 8  # of topk_confidence
+# The filters of `sample_tokens` by their fields: what turns them off, what they must be, the check
+FILTERS: dict[str, tuple[float, str, Callable[[float], bool]]] = {
+    "sample_top_k": (0, "an integer in [0, 2^24]", lambda k: 0 <= k <= 2**24 and k == int(k)),
+    "top_p": (1, "in [1e-30, 1]", lambda p: 1e-30 <= p <= 1),
+    "min_p": (0, "in [0, 1]", lambda p: 0 <= p <= 1),
+}
+SAMPLING = ("temperature", *FILTERS, "seed")  # these may differ from prompt to prompt
 
 
 @document_fields
@@ -79,6 +86,25 @@ class DecodeConfig:
         "steps after which a block is committed with its current predictions (default: the block "
         "length; with rule edit, its edits more)",
     )
+    temperature: float | Iterable[float] = option(
+        0.0,
+        "sample at this temperature; 0 is greedy. In Python this and the next four are numbers, or "
+        "one for each prompt",
+    )
+    sample_top_k: int | Iterable[int] = option(
+        0, "sample from the k most probable tokens; 0 for all"
+    )
+    top_p: float | Iterable[float] = option(
+        1.0, "sample from the fewest tokens whose share of the probability is at least this"
+    )
+    min_p: float | Iterable[float] = option(
+        0.0, "sample from tokens with at least this times the largest probability"
+    )
+    seed: int | Iterable[int] = option(
+        0,
+        "of the samples. An answer depends on its own prompt, options and seed alone, so equal "
+        "prompts need seeds of their own to be answered differently",
+    )
     mask_token_id: int | None = option(None, "the mask token (default: the model config's)")
     eos_token_id: int | Iterable[int] | None = option(
         None,
@@ -129,6 +155,7 @@ class DecodeConfig:
         self._keep_integer("mask_token_id", "a token id", least=None)
         self._keep_integer("pad_token_id", "a token id", least=None)
         self._keep_integer("poll_lag", "a non-negative integer", least=0)
+        self._keep_sampling()
         if self.eos_token_id is not None:
             ids = read_ids("eos_token_id", self.eos_token_id)
             object.__setattr__(self, "eos_token_id", ids)
@@ -139,6 +166,34 @@ class DecodeConfig:
         if value is not None or getattr(DecodeConfig, name, MISSING) is not None:
             number = read_integer(f"spd_generate: {name}", value, need, **bounds)
             object.__setattr__(self, name, number)  # frozen, but not yet made
+
+    def _keep_sampling(self) -> None:
+        def keep(name: str, read: Callable[[Any], float]) -> None:
+            object.__setattr__(self, name, read_each(getattr(self, name), read))
+
+        def number(name: str, need: str, accepts: Callable[[float], bool]) -> Callable:
+            return lambda value: read_number(f"spd_generate: {name}", value, need, accepts)
+
+        need = "0 or in [1e-30, 1e30]"
+        keep("temperature", number("temperature", need, lambda t: t == 0 or 1e-30 <= t <= 1e30))
+        for name, (off, need, accepts) in FILTERS.items():
+            keep(name, number(name, need, accepts))
+            value = getattr(self, name)
+            applies = self.samples or all(each == off for each in as_tuple(value))
+            require(applies, f"spd_generate: {name}", f"{off} where temperature is 0", value)
+        seed = ("spd_generate: seed", "an integer in [0, 2^63)")
+        keep("seed", lambda value: read_integer(seed[0], value, seed[1], least=0, below=2**63))
+        require(
+            not self.samples or self.top_k == 1,
+            "spd_generate: top_k",
+            "1 where tokens are sampled, as a soft embedding then holds the sample",
+            self.top_k,
+        )
+
+    @property
+    def samples(self) -> bool:
+        """Whether any prompt's answer is sampled."""
+        return any(each > 0 for each in as_tuple(self.temperature))
 
     def for_model(self, model: Any) -> RunConfig:
         """Fill in what the model's config knows, and check the rest against the model."""
@@ -183,6 +238,19 @@ class RunConfig(DecodeConfig):
     def functions(self) -> ModuleType:
         """`dmax_kernels` or `dmax_kernels.reference`, which have the same functions."""
         return importlib.import_module(OPS[self.ops])
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """One value, or several, as a tuple."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def read_each(value: Any, read: Callable[[Any], Any]) -> Any:
+    """read(value), or that of each value of a sequence or a 1-D tensor, as a tuple."""
+    if getattr(value, "ndim", 0) == 1:
+        value = value.tolist()
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return tuple(map(read, value)) if several else read(value)
 
 
 def read_ids(name: str, value: Any) -> tuple[int, ...]:
