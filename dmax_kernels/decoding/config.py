@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -27,13 +28,17 @@ from dmax_kernels.ops.spd_step import SEMANTICS
 CONVERGENCE = ("both", "consistency", "confidence")
 OPS = {"fused": "dmax_kernels", "reference": "dmax_kernels.reference"}
 MAX_TOP_K = 8  # of topk_confidence
-# The filters of `sample_tokens` by their fields: what turns them off, what they must be, the check
-FILTERS: dict[str, tuple[float, str, Callable[[float], bool]]] = {
-    "sample_top_k": (0, "an integer in [0, 2^24]", lambda k: 0 <= k <= 2**24 and k == int(k)),
-    "top_p": (1, "in [1e-30, 1]", lambda p: 1e-30 <= p <= 1),
-    "min_p": (0, "in [0, 1]", lambda p: 0 <= p <= 1),
+# How the options of a sample are read, which may differ from prompt to prompt
+SAMPLING: dict[str, Callable[..., float]] = {
+    "temperature": partial(
+        read_number, need="0 or in [1e-30, 1e30]", accepts=lambda t: t == 0 or 1e-30 <= t <= 1e30
+    ),
+    "sample_top_k": partial(read_integer, need="an integer in [0, 2^24]", least=0, below=2**24 + 1),
+    "top_p": partial(read_number, need="in [1e-30, 1]", accepts=lambda p: 1e-30 <= p <= 1),
+    "min_p": partial(read_number, need="in [0, 1]", accepts=lambda p: 0 <= p <= 1),
+    "seed": partial(read_integer, need="an integer in [0, 2^63)", least=0, below=2**63),
 }
-SAMPLING = ("temperature", *FILTERS, "seed")  # these may differ from prompt to prompt
+FILTERS_OFF = {"sample_top_k": 0, "top_p": 1, "min_p": 0}
 
 
 @document_fields
@@ -168,21 +173,14 @@ class DecodeConfig:
             object.__setattr__(self, name, number)  # frozen, but not yet made
 
     def _keep_sampling(self) -> None:
-        def keep(name: str, read: Callable[[Any], float]) -> None:
-            object.__setattr__(self, name, read_each(getattr(self, name), read))
-
-        def number(name: str, need: str, accepts: Callable[[float], bool]) -> Callable:
-            return lambda value: read_number(f"spd_generate: {name}", value, need, accepts)
-
-        need = "0 or in [1e-30, 1e30]"
-        keep("temperature", number("temperature", need, lambda t: t == 0 or 1e-30 <= t <= 1e30))
-        for name, (off, need, accepts) in FILTERS.items():
-            keep(name, number(name, need, accepts))
-            value = getattr(self, name)
-            applies = self.samples or all(each == off for each in as_tuple(value))
-            require(applies, f"spd_generate: {name}", f"{off} where temperature is 0", value)
-        seed = ("spd_generate: seed", "an integer in [0, 2^63)")
-        keep("seed", lambda value: read_integer(seed[0], value, seed[1], least=0, below=2**63))
+        for name, read in SAMPLING.items():  # the temperature first
+            what = f"spd_generate: {name}"
+            value = read_each(getattr(self, name), partial(read, what))
+            object.__setattr__(self, name, value)
+            if name in FILTERS_OFF and not self.samples:
+                off = FILTERS_OFF[name]
+                applied = any(each != off for each in as_tuple(value))
+                require(not applied, what, f"{off} where temperature is 0", value)
         require(
             not self.samples or self.top_k == 1,
             "spd_generate: top_k",

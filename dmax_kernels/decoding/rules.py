@@ -337,5 +337,5 @@ def find_rule(config: DecodeConfig) -> Rule:
         "'settled' or 'paper' unless rule is 'spd' and convergence is 'both'",
         f"'released' with rule '{config.rule}' and convergence '{config.convergence}'",
     )
-    check_sampling(rule, config, steps_composed=isinstance(rule, SoftParallel))
+    check_sampling(rule, config, steps_composed=type(rule) is SoftParallel)
     return rule

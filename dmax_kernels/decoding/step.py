@@ -148,14 +148,14 @@ def check_sampling(rule: Rule, config: DecodeConfig, steps_composed: bool) -> No
 class ComposedRule(Rule):
     """A rule that says which masked positions to promote; the rest of the step is common.
 
+    With a temperature, a position's prediction is a sample (`draw`) in place of the top-1, for the
+    formula, the convergence and the soft embedding alike.
+
     revise: predict token positions anew at each step, until the block converges by
         `config.convergence`; otherwise a token once decoded stays, and the block ends when no mask
         is left.
     soft: token positions enter the next pass as hybrid embeddings (Eqs. 8-10); otherwise as the
         plain embedding of their token.
-    With a temperature, a position's prediction is a sample (`draw`) in place of the top-1, for the
-    formula, the convergence and the soft embedding alike.
-
     reads: the function that makes the statistics: "top1_confidence", or "row_statistics" for a rule
         that reads the runner-up or the entropy too.
     """
