@@ -101,7 +101,7 @@ def draw(
     A sample is keyed by its row's seed and its position in the row's sequence, and by nothing else.
     It therefore depends on no other row. It also keeps its noise from step to step: a sample
     changes only as its logits do. Blocks under `revise` then converge as greedy ones do, and a
-    position that has to wait is not thrown again until a likelier token comes up.
+    position that has to wait is not drawn again until a likelier token comes up.
     """
     shape = state.token.shape
     rows = {name: value.unsqueeze(-1).expand(shape) for name, value in state.sampling.items()}
