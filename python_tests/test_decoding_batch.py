@@ -38,6 +38,13 @@ def assert_same(actual, expected):
     assert actual.promotions == expected.promotions
     assert torch.equal(actual.sequences, expected.sequences)
     assert torch.equal(actual.block_forwards, expected.block_forwards)
+    if expected.logprobs is not None:
+        assert torch.equal(actual.logprobs, expected.logprobs)
+        assert torch.equal(actual.step_map, expected.step_map)
+
+
+# What a captured step holds besides a rule's memory
+SAMPLED = {"temperature": [1.0, 0.0, 0.5, 2.0, 1.0], "seed": [1, 2, 3, 4, 5], "logprobs": True}
 
 
 @pytest.mark.parametrize(
@@ -225,14 +232,15 @@ class FakeCapture:
         return replay
 
 
-@pytest.mark.parametrize("rule", ["spd", "credit", "edit"])  # two have a memory
+@pytest.mark.parametrize("rule", ["spd", "credit", "edit", "sampled"])  # two have a memory
 def test_steps_are_captured_at_their_second_turn_and_replayed(prompts, monkeypatch, rule):
     model = ExactModel()
-    expected = decode(model, prompts, rule=rule)
+    options = SAMPLED if rule == "sampled" else {"rule": rule}
+    expected = decode(model, prompts, **options)
     capture = FakeCapture()
     runner = StepRunner(capture)
     monkeypatch.setattr("dmax_kernels.decoding.spd.make_runner", lambda *_: runner)
-    actual = decode(model, prompts, rule=rule)
+    actual = decode(model, prompts, **options)
     assert_same(actual, expected)
     assert actual.statistics.captured_steps == len(runner.replays) > 1
     assert capture.replays > actual.statistics.forwards // 2
@@ -261,11 +269,14 @@ def device_model():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize("rule", ["spd", "local_leap", "prophet", "sched", "credit", "edit"])
+@pytest.mark.parametrize(
+    "rule", ["spd", "local_leap", "prophet", "sched", "credit", "edit", "sampled"]
+)
 def test_captured_steps_give_the_tokens_of_plain_ones(prompts, rule, lag):
     model = device_model()
-    expected = decode(model, prompts, cuda_graph=False, rule=rule)
-    actual = decode(model, prompts, cuda_graph=True, poll_lag=lag, rule=rule)
+    options = SAMPLED if rule == "sampled" else {"rule": rule}
+    expected = decode(model, prompts, cuda_graph=False, **options)
+    actual = decode(model, prompts, cuda_graph=True, poll_lag=lag, **options)
     assert actual.answers == expected.answers
     assert actual.promotions == expected.promotions
     assert actual.statistics.captured_steps > 1

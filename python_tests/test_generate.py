@@ -166,6 +166,22 @@ def test_every_option_of_the_loop_is_one_of_the_command(folder, loaded, capsys):
     assert record["forwards"] == expected.num_blocks[0]
 
 
+def test_command_samples_and_reports_log_probabilities(folder, loaded, capsys):
+    common = ("--model", folder, "--prompt", PROMPTS[0], "--max-new-tokens", 40, "--json", "-")
+    given = {"temperature": 1.5, "sample_top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 7}
+    arguments = [each for n, v in given.items() for each in (f"--{n.replace('_', '-')}", v)]
+    record = json.loads(generate(capsys, *common, *arguments, "--logprobs")[1])["answers"][0]
+    ids = [[1, *(int(word[1:]) for word in PROMPTS[0].split()), 2]]
+    expected = spd_generate(loaded.model, ids, max_new_tokens=40, logprobs=True, **given)
+    length = len(expected.answers[0])
+    assert record["token_ids"] == expected.answers[0]
+    assert record["logprobs"] == expected.logprobs[0, :length].tolist()
+    assert record["step_map"] == expected.step_map[0, :length].tolist()
+    greedy = json.loads(generate(capsys, *common)[1])["answers"][0]
+    assert greedy["token_ids"] != record["token_ids"]
+    assert not {"logprobs", "step_map"} & set(greedy)
+
+
 def test_raw_prompts_from_files(folder, loaded, capsys, tmp_path):
     text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     text.write_text("\n\n".join(PROMPTS[:2]))
@@ -291,6 +307,14 @@ MISTAKES = {
             "spd_generate: a prompt of 1 tokens and max_new_tokens=500 need 512 positions in whole "
             "blocks of 32, but the model's context is 256 (config.max_position_embeddings)"
         ),
+    ),
+    "temperature": (
+        ["--prompt", "w1", "--temperature", "-1"],
+        "spd_generate: temperature must be 0 or in [1e-30, 1e30], got -1.0",
+    ),
+    "log-probabilities of nothing": (
+        ["--prompt", "w1", "--logprobs"],
+        "--logprobs must come with --json, which it adds to, got no --json",
     ),
     "stream and json": (
         ["--prompt", "w1", "--stream", "--json", "-"],

@@ -16,6 +16,7 @@ from dmax_kernels.cli.model_options import (
     given_options,
     machine,
 )
+from dmax_kernels.decoding.config import SAMPLING
 from dmax_kernels.files import check_input
 
 DESCRIPTION = """\
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt-suffix", default="", metavar="TEXT", help="is put after every prompt")
     add_prompt_options(parser)
     group = parser.add_argument_group("decoding (a known model has its own special tokens)")
-    add_decode_options(group, defaults=DEFAULTS)
+    add_decode_options(group, defaults=DEFAULTS, without=SAMPLING)
     group = parser.add_argument_group("where it runs")
     add_machine_options(group, spread=False)
     group.add_argument(

@@ -15,6 +15,7 @@ from dmax_kernels.cli.model_options import (
     given_options,
     machine,
 )
+from dmax_kernels.decoding.config import SAMPLING
 from dmax_kernels.files import check_input, check_output, save_json, write_text
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grade", metavar="MODULE:FUNCTION", help="says which responses are right, see above")
     add_prompt_options(parser)
     group = parser.add_argument_group("decoding, the same for all rows")
-    add_decode_options(group, defaults=DEFAULTS, without=("rule", "tau_dec"))
+    add_decode_options(group, defaults=DEFAULTS, without=("rule", "tau_dec", *SAMPLING))
     group = parser.add_argument_group("where it runs")
     add_machine_options(group)
     add = group.add_argument
@@ -230,7 +231,7 @@ def make_evaluation(args: argparse.Namespace) -> Evaluation:
         from dmax_kernels.ring_walk.evaluate import MAX_NEW_TOKENS
 
         defaults["max_new_tokens"] = MAX_NEW_TOKENS
-    options = {"ops": "fused", **defaults, **given_options(args)}
+    options = {"ops": "fused", **defaults, **given_options(args, without=SAMPLING)}
     options.pop("rule", None)  # this command's has another form, see `read_cells`
     return Evaluation(
         prompts,

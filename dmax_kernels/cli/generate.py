@@ -67,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--stream", action="store_true", help="print each block as soon as it is committed")
     add("--trace", type=Path, metavar="FILE", help="write a page that plays the decoding back")
+    add(
+        "--logprobs",
+        action="store_true",
+        help="in the JSON, each token's log-probability and the step of its block that took it",
+    )
     add("--json", metavar="FILE", help="write answers and counts as JSON; - for stdout")
 
 
@@ -76,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.json == "-" and args.stream:
         raise ValueError("--json must name a file where --stream prints to stdout, got -")
+    if args.logprobs and args.json is None:
+        raise ValueError("--logprobs must come with --json, which it adds to, got no --json")
     for option, path in (("--trace", args.trace), ("--json", args.json)):
         if path not in (None, "-"):
             check_output(option, Path(path))
@@ -95,7 +102,12 @@ def run(args: argparse.Namespace) -> int:
         batch = encoded[first : first + size]
         stream = Stream(loaded.tokenizer, len(batch), first) if args.stream else None
         output = spd_generate(
-            loaded.model, batch, on_block=stream, trace=args.trace is not None, **options
+            loaded.model,
+            batch,
+            on_block=stream,
+            trace=args.trace is not None,
+            logprobs=args.logprobs,
+            **options,
         )
         records += answers(loaded, output, prompts[first : first + size])
         if args.trace is not None:
@@ -196,6 +208,10 @@ def answers(loaded: Loaded, output: GenerationOutput, prompts: list[str]) -> lis
                 "promotions": output.promotions[row],
             }
         )
+        for name in ("logprobs", "step_map"):
+            values = getattr(output, name)
+            if values is not None:
+                records[-1][name] = values[row, : len(ids)].tolist()
     return records
 
 

@@ -70,9 +70,9 @@ def machine(args: argparse.Namespace) -> tuple[str, Any]:
     return device, None if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
-def given_options(args: argparse.Namespace) -> dict[str, Any]:
+def given_options(args: argparse.Namespace, without: Collection[str] = ()) -> dict[str, Any]:
     """Fields of `DecodeConfig` that the user gave."""
-    names = {item.name for item in fields(DecodeConfig)}
+    names = {item.name for item in fields(DecodeConfig)} - set(without)
     options = {name: value for name, value in vars(args).items() if name in names}
     if "eos_token_id" in options:
         options["eos_token_id"] = (options["eos_token_id"],)

@@ -42,19 +42,30 @@ class Request:
     finished: bool = False
     answer: list[int] = field(default_factory=list)
     block_forwards: list[int] = field(default_factory=list)
+    step_map: list[int] = field(default_factory=list)  # as long as the answer, if they are recorded
+    logprobs: list[float] = field(default_factory=list)
 
-    def commit(self, token: list[int], forwards: int, config: RunConfig) -> CommittedBlock:
+    def commit(
+        self,
+        token: list[int],
+        forwards: int,
+        config: RunConfig,
+        step_map: list[int],
+        logprobs: list[float],
+    ) -> CommittedBlock:
         """Take the K tokens of a converged block, then end the answer or go on to the next block.
 
         An answer ends at an end token or at `max_new_tokens`.
         """
         begin = len(self.answer)
-        new = token[max(self.prompt_length - self.start, 0) :]  # without the prompt's tail
-        new = new[: config.max_new_tokens - begin]
+        first = max(self.prompt_length - self.start, 0)  # after the prompt's tail
+        new = token[first:][: config.max_new_tokens - begin]
         ends = [i for i, each in enumerate(new) if each in config.eos_token_id]
         if ends:
             new = new[: ends[0] + 1]
         self.answer += new
+        self.step_map += step_map[first:][: len(new)]
+        self.logprobs += logprobs[first:][: len(new)]
         self.block_forwards.append(forwards)
         self.finished = bool(ends) or len(self.answer) == config.max_new_tokens
         if not self.finished:
@@ -112,11 +123,15 @@ class Batch:
 
     def _denoise(self, refresh: bool, visible: int) -> None:
         """What a CUDA graph captures: nothing here waits for the device or depends on a value."""
+        state = self.state
+        before = (state.masked.clone(), state.token.clone()) if state.record else None
         logits = self.forward.logits(self.state, refresh, visible)
         self.rule.update_(logits, self.forward.embedding, self.state, self.config)
         # At the cap, the authors' released code stops with whatever the block holds
         commit = self.config.semantics != "released"
         self.state.cap_(self.config.max_steps_per_block, commit)
+        if before is not None:
+            state.record_(*before)
 
     def advance(self, snapshot: Snapshot) -> Iterator[CommittedBlock]:
         """Let rows that have converged go on to their next block, or end."""
@@ -127,7 +142,10 @@ class Batch:
             request, start = snapshot.rows[i]
             if request.finished or request.start != start:
                 continue  # an earlier snapshot has committed this block
-            yield request.commit(snapshot.token[i].tolist(), int(snapshot.step[i]), self.config)
+            step_map, logprobs = (values[i].tolist() for values in snapshot.record)
+            yield request.commit(
+                snapshot.token[i].tolist(), int(snapshot.step[i]), self.config, step_map, logprobs
+            )
             if not request.finished:
                 begins.add(request.row)
         if begins:
@@ -184,6 +202,8 @@ class Snapshot:
         self.step = to_host(state.step)
         self.token = to_host(state.token)
         self.num_masked = to_host(state.masked.sum(dim=-1))
+        recorded = [state.record[name] for name in ("step_map", "logprob") if state.record]
+        self.record = list(map(to_host, recorded)) or [self.token[:, :0]] * 2
         if device.type == "cuda":
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(device))

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +28,17 @@ from dmax_kernels.ops.spd_step import SEMANTICS
 CONVERGENCE = ("both", "consistency", "confidence")
 OPS = {"fused": "dmax_kernels", "reference": "dmax_kernels.reference"}
 MAX_TOP_K = 8  # of topk_confidence
+# How the options of a sample are read, which may differ from prompt to prompt
+SAMPLING: dict[str, Callable[..., float]] = {
+    "temperature": partial(
+        read_number, need="0 or in [1e-30, 1e30]", accepts=lambda t: t == 0 or 1e-30 <= t <= 1e30
+    ),
+    "sample_top_k": partial(read_integer, need="an integer in [0, 2^24]", least=0, below=2**24 + 1),
+    "top_p": partial(read_number, need="in [1e-30, 1]", accepts=lambda p: 1e-30 <= p <= 1),
+    "min_p": partial(read_number, need="in [0, 1]", accepts=lambda p: 0 <= p <= 1),
+    "seed": partial(read_integer, need="an integer in [0, 2^63)", least=0, below=2**63),
+}
+FILTERS_OFF = {"sample_top_k": 0, "top_p": 1, "min_p": 0}
 
 
 @document_fields
@@ -79,6 +91,25 @@ class DecodeConfig:
         "steps after which a block is committed with its current predictions (default: the block "
         "length; with rule edit, its edits more)",
     )
+    temperature: float | Iterable[float] = option(
+        0.0,
+        "sample at this temperature; 0 is greedy. In Python this and the next four are numbers, or "
+        "one for each prompt",
+    )
+    sample_top_k: int | Iterable[int] = option(
+        0, "sample from the k most probable tokens; 0 for all"
+    )
+    top_p: float | Iterable[float] = option(
+        1.0, "sample from the fewest tokens whose share of the probability is at least this"
+    )
+    min_p: float | Iterable[float] = option(
+        0.0, "sample from tokens with at least this times the largest probability"
+    )
+    seed: int | Iterable[int] = option(
+        0,
+        "of the samples. An answer depends on its own prompt, options and seed alone, so equal "
+        "prompts need seeds of their own to be answered differently",
+    )
     mask_token_id: int | None = option(None, "the mask token (default: the model config's)")
     eos_token_id: int | Iterable[int] | None = option(
         None,
@@ -129,6 +160,7 @@ class DecodeConfig:
         self._keep_integer("mask_token_id", "a token id", least=None)
         self._keep_integer("pad_token_id", "a token id", least=None)
         self._keep_integer("poll_lag", "a non-negative integer", least=0)
+        self._keep_sampling()
         if self.eos_token_id is not None:
             ids = read_ids("eos_token_id", self.eos_token_id)
             object.__setattr__(self, "eos_token_id", ids)
@@ -139,6 +171,27 @@ class DecodeConfig:
         if value is not None or getattr(DecodeConfig, name, MISSING) is not None:
             number = read_integer(f"spd_generate: {name}", value, need, **bounds)
             object.__setattr__(self, name, number)  # frozen, but not yet made
+
+    def _keep_sampling(self) -> None:
+        for name, read in SAMPLING.items():  # the temperature first
+            what = f"spd_generate: {name}"
+            value = read_each(getattr(self, name), partial(read, what))
+            object.__setattr__(self, name, value)
+            if name in FILTERS_OFF and not self.samples:
+                off = FILTERS_OFF[name]
+                applied = any(each != off for each in as_tuple(value))
+                require(not applied, what, f"{off} where temperature is 0", value)
+        require(
+            not self.samples or self.top_k == 1,
+            "spd_generate: top_k",
+            "1 where tokens are sampled, as a soft embedding then holds the sample",
+            self.top_k,
+        )
+
+    @property
+    def samples(self) -> bool:
+        """Whether any prompt's answer is sampled."""
+        return any(each > 0 for each in as_tuple(self.temperature))
 
     def for_model(self, model: Any) -> RunConfig:
         """Fill in what the model's config knows, and check the rest against the model."""
@@ -183,6 +236,19 @@ class RunConfig(DecodeConfig):
     def functions(self) -> ModuleType:
         """`dmax_kernels` or `dmax_kernels.reference`, which have the same functions."""
         return importlib.import_module(OPS[self.ops])
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """One value, or several, as a tuple."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def read_each(value: Any, read: Callable[[Any], Any]) -> Any:
+    """read(value), or that of each value of a sequence or a 1-D tensor, as a tuple."""
+    if getattr(value, "ndim", 0) == 1:
+        value = value.tolist()
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return tuple(map(read, value)) if several else read(value)
 
 
 def read_ids(name: str, value: Any) -> tuple[int, ...]:

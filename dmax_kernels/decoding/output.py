@@ -61,6 +61,13 @@ class GenerationOutput:
     statistics: Statistics
     max_new_tokens: int
     trace: Trace | None = None
+    # [B, max_new_tokens], with `logprobs`, 0 after a row's first eos. step_map: the step of its
+    # block, from 1, at which a position took its token for the last time: left the mask with it,
+    # or changed to it (0 for a mask that "released" semantics left). logprobs: the logarithm of
+    # the token's probability at that step, with its temperature and filters for a sample, and
+    # else of its confidence.
+    step_map: Tensor | None = None  # int64
+    logprobs: Tensor | None = None  # float32
 
     @property
     def answers(self) -> list[list[int]]:
@@ -85,6 +92,7 @@ def assemble(
     trace: Trace | None,
     config: RunConfig,
     device: torch.device,
+    recorded: bool,
 ) -> GenerationOutput:
     longest = max(map(len, prompts))
     length = longest + config.max_new_tokens
@@ -93,6 +101,12 @@ def assemble(
         answer_end = longest + len(request.answer)
         sequence[longest - len(prompt) : longest] = prompt
         sequence[longest:answer_end] = torch.tensor(request.answer)
+    shape = (len(prompts), config.max_new_tokens)
+    step_map = torch.zeros(shape, dtype=torch.int64)
+    logprobs = torch.zeros(shape)
+    for row, request in enumerate(requests):
+        step_map[row, : len(request.step_map)] = torch.tensor(request.step_map)
+        logprobs[row, : len(request.logprobs)] = torch.tensor(request.logprobs)
     forwards = pad_sequence([torch.tensor(each.block_forwards) for each in requests], True)
     blocks = (forwards > 0).sum(dim=1)
     return GenerationOutput(
@@ -104,4 +118,6 @@ def assemble(
         statistics=statistics,
         max_new_tokens=config.max_new_tokens,
         trace=trace,
+        step_map=step_map.to(device) if recorded else None,
+        logprobs=logprobs.to(device) if recorded else None,
     )

@@ -1,4 +1,4 @@
-"""What each row brings: its prompt, of any length, and perhaps its own thresholds."""
+"""What each row brings: its prompt, of any length, and perhaps options of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmax_kernels._checks import require
-from dmax_kernels.decoding.config import RunConfig
+from dmax_kernels.decoding.config import SAMPLING, RunConfig
 from dmax_kernels.models.attention_window import attention_window
 
 Rows = Tensor | Sequence[Tensor | Sequence[int]]
@@ -127,3 +127,16 @@ def row_thresholds(
     outside = table[~((table >= 0) & (table <= 1))]
     require(len(outside) == 0, argument, "in [0, 1]", next(iter(outside.tolist()), None))
     return table
+
+
+def row_sampling(config: RunConfig, rows: int, device: torch.device) -> dict[str, Tensor]:
+    """[B] each: the options of each row's samples by their fields; nothing if all are greedy."""
+    sampling = {}
+    for name in SAMPLING:
+        value = getattr(config, name)
+        if isinstance(value, tuple):
+            need = f"a number, or one for each of the {rows} prompts"
+            require(len(value) == rows, f"spd_generate: {name}", need, f"{len(value)} of them")
+        dtype = torch.int64 if name == "seed" else torch.float32
+        sampling[name] = torch.tensor(value, dtype=dtype, device=device).expand(rows).contiguous()
+    return sampling if config.samples else {}

@@ -36,7 +36,7 @@ from dmax_kernels.decoding.rule_parts import (
     rank_within,
 )
 from dmax_kernels.decoding.state import LiveBlocks
-from dmax_kernels.decoding.step import ComposedRule, Rule, Seen
+from dmax_kernels.decoding.step import ComposedRule, Rule, Seen, check_sampling
 from dmax_kernels.reference.sample import MASK32, philox4x32
 
 
@@ -46,7 +46,7 @@ class SoftParallel(Rule):
     def update_(
         self, logits: Tensor, embedding: Tensor, state: LiveBlocks, config: RunConfig
     ) -> None:
-        if config.convergence != "both":
+        if config.convergence != "both" or state.sampling:  # the fused step is greedy
             ABLATIONS["spd"].update_(logits, embedding, state, config)
             return
         config.functions.spd_step_(
@@ -337,4 +337,5 @@ def find_rule(config: DecodeConfig) -> Rule:
         "'settled' or 'paper' unless rule is 'spd' and convergence is 'both'",
         f"'released' with rule '{config.rule}' and convergence '{config.convergence}'",
     )
+    check_sampling(rule, config, steps_composed=type(rule) is SoftParallel)
     return rule

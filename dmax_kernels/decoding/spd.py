@@ -25,6 +25,7 @@ from dmax_kernels.decoding.prompts import (
     Rows,
     check_prompts,
     read_prompts,
+    row_sampling,
     row_thresholds,
     unwrap,
 )
@@ -44,6 +45,7 @@ def spd_generate(
     thresholds: Tensor | Sequence[Sequence[float]] | None = None,
     on_block: Callable[[CommittedBlock], None] | None = None,
     trace: bool = False,
+    logprobs: bool = False,
     progress: bool = False,
     **options: Any,
 ) -> GenerationOutput:
@@ -60,6 +62,11 @@ def spd_generate(
     same logits. (Matrix products may round differently at different batch sizes; nothing else
     depends on the batch.)
 
+    With a `temperature`, predictions are samples, as `decoding.step.draw` describes. Soft Parallel
+    Decoding then runs as the composed rule "spd" of `ABLATIONS`, and a hybrid embedding mixes the
+    sample and the mask by the sample's confidence. Rules that make their own predictions (credit,
+    edit) refuse a temperature.
+
     Args:
         model: a Hugging Face causal LM that takes `inputs_embeds`, a 4-D additive `attention_mask`,
             `position_ids`, a KV cache as `cache` or `past_key_values`, and `use_cache`, and
@@ -72,6 +79,7 @@ def spd_generate(
         thresholds: [B, 2], (tau_dec, tau_acc) of each row in place of the two numbers.
         on_block: called with each `CommittedBlock` when it is committed (streaming).
         trace: record every step in the output's `trace`.
+        logprobs: return the output's `logprobs` and `step_map` too.
         progress: show a progress bar over blocks.
         options: fields of `DecodeConfig`, of which `max_new_tokens` is required.
 
@@ -90,12 +98,13 @@ def spd_generate(
     embedding = embedding_table(model, settings.mask_token_id)
     check_prompts(prompts, len(embedding), model.config, settings)
     table = row_thresholds(thresholds, settings, len(prompts))
+    sampling = row_sampling(settings, len(prompts), embedding.device)
     runner = make_runner(settings.cuda_graph, embedding.device)
     recorder = Trace() if trace else None
 
     started = time.perf_counter()
     forward = prefill(model, embedding, prompts, settings)
-    requests, state = first_blocks(forward, prompts, table, rule, settings)
+    requests, state = first_blocks(forward, prompts, table, sampling, logprobs, rule, settings)
     if embedding.is_cuda:
         torch.cuda.synchronize(embedding.device)  # once per call, to time the prefill by itself
     prefilled = time.perf_counter()
@@ -118,7 +127,9 @@ def spd_generate(
         capture_refusal=runner.refusal,
     )
     device = ids.device if isinstance(ids, Tensor) else embedding.device
-    return assemble(prompts, requests, batch.promotions, statistics, recorder, settings, device)
+    return assemble(
+        prompts, requests, batch.promotions, statistics, recorder, settings, device, logprobs
+    )
 
 
 def read_options(config: DecodeConfig | None, options: dict[str, Any]) -> DecodeConfig:
@@ -155,6 +166,8 @@ def first_blocks(
     forward: BlockForward,
     prompts: list[Tensor],
     thresholds: Tensor,
+    sampling: dict[str, Tensor],
+    logprobs: bool,
     rule: Rule,
     config: RunConfig,
 ) -> tuple[list[Request], LiveBlocks]:
@@ -166,6 +179,11 @@ def first_blocks(
     ]
     start = torch.tensor([request.start for request in requests], device=device)
     tail = torch.tensor([request.prompt_length for request in requests], device=device) - start
+    record = {}
+    if logprobs:
+        dtypes = {"step_map": torch.int32, "probability": torch.float32, "logprob": torch.float32}
+        shape = (len(requests), block)
+        record = {name: torch.zeros(shape, dtype=t, device=device) for name, t in dtypes.items()}
     state = LiveBlocks.fully_masked(
         forward.tokens.gather(1, start.unsqueeze(-1) + forward.offsets),
         tail,
@@ -175,6 +193,8 @@ def first_blocks(
         start=start,
         thresholds=thresholds.to(device),
         memory=rule.memory(len(requests), config, device),
+        sampling=sampling,
+        record=record,
     )
     begin = torch.ones(len(requests), dtype=torch.bool, device=device)
     rule.begin_(state, begin, forward.embedding, config)

@@ -74,6 +74,10 @@ class LiveBlocks(BlockState):
     thresholds: Tensor  # float32 [B, 2]: (tau_dec, tau_acc) of the row
     # [B, ...] each: what the rule keeps of the block's earlier steps (`Rule.memory`)
     memory: dict[str, Tensor] = field(default_factory=dict)
+    # [B] each: the options of the row's samples (`config.SAMPLING`); none where all are greedy
+    sampling: dict[str, Tensor] = field(default_factory=dict)
+    # [B, K] each: step_map int32, probability and logprob float32; none unless asked for
+    record: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def tau_dec(self) -> Tensor:
@@ -94,7 +98,7 @@ class LiveBlocks(BlockState):
         self.confidence.masked_fill_(positions, 0)
         self.converged.logical_and_(~rows)
         self.step.masked_fill_(rows, 0)
-        for buffer in self.memory.values():
+        for buffer in (*self.memory.values(), *self.record.values()):
             buffer.masked_fill_(rows.view(-1, *[1] * (buffer.dim() - 1)), 0)
         mask = embedding[mask_token_id]
         self.inputs_embeds.copy_(torch.where(positions.unsqueeze(-1), mask, self.inputs_embeds))
@@ -107,6 +111,18 @@ class LiveBlocks(BlockState):
         if commit:
             self.masked.logical_and_(~over.unsqueeze(-1))
 
+    def record_(self, masked: Tensor, token: Tensor) -> None:
+        """Note the step, and the log-probability in it, of the positions that took a token.
+
+        masked, token: the state before the step. A position takes a token when it leaves the mask
+        and when its token changes; the last time counts.
+        """
+        took = torch.where(masked, ~self.masked, self.token != token)
+        probability = self.record["probability"] if self.sampling else self.confidence
+        step = self.step.unsqueeze(-1)
+        for name, value in (("step_map", step), ("logprob", probability.log())):
+            self.record[name].copy_(torch.where(took, value, self.record[name]))
+
     def move_rows_(self, sources: Tensor, holes: Tensor) -> None:
         """Row sources[i] takes the place of row holes[i]."""
         for _, buffer in self.buffers():
@@ -118,11 +134,13 @@ class LiveBlocks(BlockState):
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Every buffer by its name, those of the rule included."""
-        for name, buffer in {**vars(self), **self.memory}.items():
-            if name != "memory":
-                yield name, buffer
+        for name, value in vars(self).items():
+            yield from value.items() if isinstance(value, dict) else [(name, value)]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LiveBlocks:
         """The state with every buffer changed by a function."""
-        own = {name: change(buffer) for name, buffer in vars(self).items() if name != "memory"}
-        return LiveBlocks(**own, memory={n: change(b) for n, b in self.memory.items()})
+        changed: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            several = isinstance(value, dict)
+            changed[name] = {n: change(b) for n, b in value.items()} if several else change(value)
+        return LiveBlocks(**changed)

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmax_kernels import reference
-from dmax_kernels.decoding.config import RunConfig
+from dmax_kernels._checks import require
+from dmax_kernels.decoding.config import DecodeConfig, RunConfig
 from dmax_kernels.decoding.state import LiveBlocks
 
 
@@ -77,18 +78,78 @@ class Seen(NamedTuple):
     """What a forward pass said about a block, and the block's state: what a formula may read."""
 
     masked: Tensor  # bool [..., K]
-    token: Tensor = UNREAD  # int64 [..., K]: the top-1
-    confidence: Tensor = UNREAD  # float32 [..., K]: its probability
+    token: Tensor = UNREAD  # int64 [..., K]: the top-1, or the sample
+    confidence: Tensor = UNREAD  # float32 [..., K]: its probability at temperature 1, unfiltered
     runner_up: Tensor = UNREAD  # float32 [..., K]: the second largest probability
     entropy: Tensor = UNREAD  # float32 [..., K], in nats
     tau_dec: float | Tensor = 0.5  # one number, or each row's [..., 1]
     step: Tensor = UNREAD  # int32 [...]: steps that the block has taken
     editable: Tensor = UNREAD  # bool [..., K]: False at the prompt's tail
     functions: ModuleType = reference  # or dmax_kernels
+    probability: Tensor = UNREAD  # float32 [..., K]: of the sample, with its filters
+
+
+def draw(
+    logits: Tensor, top1: Tensor, confidence: Tensor, state: LiveBlocks, config: RunConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A sample per position [B, K], its confidence, and its probability with the row's options.
+
+    The confidence is the model's own, softmax(logits)[sample] at temperature 1 and before the
+    filters, as in LLaDA's and Fast-dLLM's samplers: a sharper temperature or a narrower filter
+    makes a choice more certain, but not more right, and a threshold keeps its meaning.
+
+    A sample is keyed by its row's seed and its position in the row's sequence, and by nothing else.
+    It therefore depends on no other row. It also keeps its noise from step to step: a sample
+    changes only as its logits do. Blocks under `revise` then converge as greedy ones do, and a
+    position that has to wait is not drawn again until a likelier token comes up.
+    """
+    shape = state.token.shape
+    rows = {name: value.unsqueeze(-1).expand(shape) for name, value in state.sampling.items()}
+    position = state.start.unsqueeze(-1) + torch.arange(shape[-1], device=state.start.device)
+    sample = config.functions.sample_tokens(
+        logits,
+        torch.stack([rows["seed"], position], dim=-1),
+        temperature=rows["temperature"],
+        top_k=rows["sample_top_k"],
+        top_p=rows["top_p"],
+        min_p=rows["min_p"],
+        suppress_token=config.suppress_token,
+    )
+    x, largest = logits.gather(-1, torch.stack([sample.token, top1], dim=-1)).float().unbind(-1)
+    confidence = confidence * (x - largest).exp()
+    greedy = rows["temperature"] == 0
+    return sample.token, confidence, torch.where(greedy, confidence, sample.probability)
+
+
+def check_sampling(rule: Rule, config: DecodeConfig, steps_composed: bool) -> None:
+    """Refuse a temperature where it would change nothing: such a rule would stay greedy.
+
+    steps_composed: this rule takes a `ComposedRule`'s step where tokens are sampled.
+    """
+    if not config.samples:
+        return
+    require(
+        config.semantics != "released",
+        "spd_generate: semantics",
+        "'settled' or 'paper' where tokens are sampled",
+        "'released'",
+    )
+    composed = isinstance(rule, ComposedRule) and all(
+        getattr(type(rule), name) is getattr(ComposedRule, name) for name in ("see_", "update_")
+    )
+    require(
+        steps_composed or composed,
+        "spd_generate: temperature",
+        "0 with a rule that makes its own predictions",
+        f"{config.temperature} with rule '{config.rule}'",
+    )
 
 
 class ComposedRule(Rule):
     """A rule that says which masked positions to promote; the rest of the step is common.
+
+    With a temperature, a position's prediction is a sample (`draw`) in place of the top-1, for the
+    formula, the convergence and the soft embedding alike.
 
     revise: predict token positions anew at each step, until the block converges by
         `config.convergence`; otherwise a token once decoded stays, and the block ends when no mask
@@ -115,6 +176,9 @@ class ComposedRule(Rule):
         functions = config.functions
         statistics = getattr(functions, self.reads)(logits, suppress_token=config.suppress_token)
         y, c = statistics[:2]
+        probability = UNREAD
+        if state.sampling:
+            y, c, probability = draw(logits, y, c, state, config)
         others = statistics[2:4] if self.reads == "row_statistics" else (UNREAD, UNREAD)
         return Seen(
             state.masked,
@@ -126,6 +190,7 @@ class ComposedRule(Rule):
             step=state.step,
             editable=state.editable,
             functions=functions,
+            probability=probability,
         )
 
     def update_(
@@ -171,6 +236,8 @@ class ComposedRule(Rule):
 
         # Rows that had converged before this step keep all of their state
         active = ~state.converged.unsqueeze(-1)
+        if state.sampling and state.record:
+            state.record["probability"].copy_(seen.probability)
         state.masked.copy_(torch.where(active, masked, state.masked))
         state.token.copy_(torch.where(active, token, state.token))
         state.confidence.copy_(torch.where(active & state.editable, c, state.confidence))
