@@ -36,7 +36,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.machine import commit  # noqa: E402
+from bench.machine import commit, gpu_facts  # noqa: E402
 from bench.session_logs import outcomes, sanitizer_verdict  # noqa: E402
 from dmax_kernels._gpus import runs_on  # noqa: E402
 from dmax_kernels.files import save_json  # noqa: E402
@@ -47,33 +47,6 @@ LIBRARIES = ROOT / "dmax_kernels" / "lib"
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 LOST_CONTEXT = 75  # bench/run.py's exit code after an error that ends a process's use of the GPU
 TIMED_OUT = 124
-
-
-def gpu_facts() -> dict | str:
-    """The GPU, or one line that says why there is none to use."""
-    try:
-        import torch
-    except ImportError:
-        return "PyTorch is not installed for this Python"
-    if torch.version.cuda is None:
-        return f"PyTorch {torch.__version__} was built without CUDA"
-    if not torch.cuda.is_available():
-        return "no NVIDIA GPU (or no driver) is visible to PyTorch"
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return (
-            f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, 8.0 is needed"
-        )
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": torch.cuda.get_device_name(),
-        "compute capability": f"{major}.{minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "L2 bytes": properties.L2_cache_size,
-        "torch": torch.__version__,
-        "CUDA of torch": torch.version.cuda,
-        "python": sys.version.split()[0],
-    }
 
 
 class Session:

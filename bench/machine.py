@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,33 @@ def cpu_name() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return "unknown CPU"
+
+
+def gpu_facts() -> dict | str:
+    """The GPU, or one line that says why there is none to use."""
+    try:
+        import torch
+    except ImportError:
+        return "PyTorch is not installed for this Python"
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} was built without CUDA"
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU (or no driver) is visible to PyTorch"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return (
+            f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, 8.0 is needed"
+        )
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": torch.cuda.get_device_name(),
+        "compute capability": f"{major}.{minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "L2 bytes": properties.L2_cache_size,
+        "torch": torch.__version__,
+        "CUDA of torch": torch.version.cuda,
+        "python": sys.version.split()[0],
+    }
 
 
 def commit() -> str:
