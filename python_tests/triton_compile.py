@@ -165,6 +165,7 @@ def call_linear_ops() -> None:
     hidden, weight = torch.empty(64, 16), torch.empty(4000, 16)
     OPS["linear_top1_confidence"](hidden, weight)
     OPS["linear_sample_tokens"](hidden, weight, seed, weight[:, 0])
+    OPS["linear_sample_tokens"](hidden, weight, seed, top_p=0.5)
     # Few rows, and the many that a training step has
     call_linear_loss(16, with_bias=False)
     call_linear_loss(128, with_bias=False)

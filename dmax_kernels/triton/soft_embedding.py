@@ -45,12 +45,15 @@ class SoftTiles(NamedTuple):
 
 
 def choose_soft_tiles(num_rows: int, dtype: torch.dtype) -> SoftTiles:
-    """Few rows are bound by reading the embedding, many by the tensor cores. Not timed yet."""
+    """Few rows are bound by reading the embedding, many by the tensor cores. Not timed yet.
+
+    A tile of 128 rows would spill on sm_80.
+    """
     if dtype == torch.float32:  # no tensor cores at full precision
         return SoftTiles(16 if num_rows <= 16 else 32, 32, 64, 4 if num_rows <= 16 else 8, 2)
     if num_rows <= 32:
         return SoftTiles(max(16, next_power_of_2(num_rows)), 64, 128, 4, 3)
-    return SoftTiles(64 if num_rows <= 64 else 128, 64, 128, 8, 3)
+    return SoftTiles(64, 64, 128, 8, 3)
 
 
 @triton.jit
@@ -78,14 +81,15 @@ def weighted_sum(weight, e, acc):
 def soft_embedding_kernel(
     logits, logits_stride, embedding, embedding_stride, temperatures, num_rows, vocab, dim, scale,
     partial_max, partial_sum, partial_out, num_splits, tiles_per_split,
-    HAS_TEMPERATURES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    HAS_TEMPERATURES: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(2)
     safe_row = tl.minimum(row, num_rows - 1).to(tl.int64)
-    safe_column = tl.minimum(column, dim - 1)
+    # Clamped columns are loaded one by one: whole blocks of them are not clamped
+    safe_column = column if WHOLE_COLUMNS else tl.minimum(column, dim - 1)
     factor = row_scale(temperatures, safe_row, scale, HAS_TEMPERATURES)
 
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -175,8 +179,9 @@ def sum_of_rows(
     soft_embedding_kernel[(row_blocks, column_blocks, splits)](
         logits.tensor, logits.stride, table.tensor, table.stride, temperatures, rows, vocab, dim,
         scale, partial_max, partial_sum, partial_out, splits, tiles_per_split,
-        HAS_TEMPERATURES=given, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-        BLOCK_D=tiles.block_d, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        HAS_TEMPERATURES=given, WHOLE_COLUMNS=dim % tiles.block_d == 0, BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n, BLOCK_D=tiles.block_d, num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
     )
     soft_embedding_merge_kernel[(rows, -(-dim // MERGE_COLUMNS))](
         partial_max, partial_sum, partial_out, temperatures, splits, dim, scale,
