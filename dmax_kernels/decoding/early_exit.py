@@ -71,7 +71,8 @@ class SchED(EarlyExit):
     """The exit of SchED: a bar that falls smoothly with progress p (arXiv 2512.02892).
 
     linear: high + (low - high) p. cosine: low + (high - low) (1 + cos(pi p)) / 2. exponential:
-    low + (high - low) exp(-rate p). The defaults of high and low are Prophet's first and last bar.
+    low + (high - low) exp(-rate p). The defaults are this package's: high and low are Prophet's
+    first and last bar.
     """
 
     schedule: str = "linear"

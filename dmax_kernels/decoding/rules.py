@@ -270,7 +270,7 @@ class LocalLeap(ComposedRule):
 
     Within `radius` positions of an anchor, c > relaxed_threshold is enough. Where there is no
     anchor, the most confident one. What a sure token determines lies close to it, and decays with
-    the distance (LocalLeap, arXiv 2510.07081, whose anchors have c >= 0.9).
+    the distance (the idea of LocalLeap, arXiv 2510.07081; the defaults are this package's).
     """
 
     relaxed_threshold: float = 0.75
