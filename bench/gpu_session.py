@@ -52,8 +52,12 @@ TIMED_OUT = 124
 class Session:
     """One run of some stages: where its files go, how much time is left, what it found."""
 
-    def __init__(self, facts: dict[str, Any], seconds: float, dry_run: bool, carried: bool) -> None:
+    def __init__(
+        self, facts: dict[str, Any], *, seconds: float, dry_run: bool, carried: bool,
+        without_compile: bool = False,
+    ) -> None:  # fmt: skip
         self.facts, self.dry_run, self.carried = facts, dry_run, carried
+        self.without_compile = without_compile
         self.device = "cpu" if dry_run else "cuda"
         self.end = time.perf_counter() + seconds
         out = os.environ.get("OUT")
@@ -133,9 +137,8 @@ class Session:
 
     def tune(self) -> tuple[int, Any]:
         """csrc/cuda/rows.cuh: blocks that meet in memory, or a cluster of them per row."""
-        times = {}
+        times, log = {}, "tune.log"
         for name, most in (("blocks", "0"), ("clusters", "1000")):
-            log = f"tune-{name}.log"
             environment = {"DMAX_MOST_CLUSTER_ROWS": most}
             if code := self.run(log, self.calls("few"), environment):
                 return code, self.text(log)[-2000:]
@@ -153,6 +156,7 @@ class Session:
         """bench/run.py in its own process, restarted where an error cost it the GPU."""
         arguments = [sys.executable, "bench/run.py", "--append", "--output", self.figures, *options]
         arguments += ["--repetitions", "3" if self.dry_run else "100"]
+        arguments += ["--without-compile"] * self.without_compile
         arguments += ["--device", "fake" if self.dry_run else "cuda"]
         # In a modified tree, records from before this session may come from different sources
         known = re.fullmatch(r"[0-9a-f]+", self.record["machine"]["commit"])
@@ -168,20 +172,14 @@ class Session:
         return code, {"cases": len(found["results"]), "failed": failed}
 
     def test(self) -> tuple[int, Any]:
-        base = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-o",
-            "addopts=--strict-markers",
-            "-v",
-            "--tb=short",
-        ]
-        base += ["-p", "no:cacheprovider", "--maxfail", "40"]
+        base = [sys.executable, "-m", "pytest", "-o", "addopts=--strict-markers", "-v"]
+        base += ["--tb=short", "-p", "no:cacheprovider", "--maxfail", "100"]
         if self.dry_run:
             base += ["--collect-only", "-q"]
         else:
-            base += ["-n", "6", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
+            processes = str(min(12, os.cpu_count() or 1))
+            xdist = ["-n", processes, "--dist", "load"]
+            base += xdist if importlib.util.find_spec("xdist") else []
             base += ["--timeout", "120"] if importlib.util.find_spec("pytest_timeout") else []
         marked, triton = gpu_tests()
         groups = {"marked": ["-m", "gpu", *marked], "triton": ["-k", "triton or linear", *triton]}
@@ -217,15 +215,8 @@ class Session:
             log = f"{name}.log"
             for kernels in (["--kernel-regex", "kns=dmax"], []):
                 self.logs.discard(log)
-                prefix = [
-                    tool,
-                    "--tool",
-                    name,
-                    "--report-api-errors",
-                    "no",
-                    "--error-exitcode",
-                    "9",
-                ]
+                prefix = [tool, "--tool", name, "--report-api-errors", "no"]
+                prefix += ["--error-exitcode", "9"]
                 self.run(
                     log,
                     ([*prefix, *kernels] if tool else []) + self.calls("small"),
@@ -288,6 +279,9 @@ def main() -> int:
         "--carried", action="store_true", help="use dmax_kernels/lib as it is, whatever its date"
     )
     parser.add_argument(
+        "--without-compile", action="store_true", help="leave torch.compile out of the benchmarks"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="walk every stage with a stand-in for the GPU"
     )
     options = parser.parse_args()
@@ -300,7 +294,10 @@ def main() -> int:
     if isinstance(facts, str):
         print(f"make gpu: {facts}", file=sys.stderr)
         return 1
-    session = Session(facts, options.seconds, options.dry_run, options.carried)
+    session = Session(
+        facts, seconds=options.seconds, dry_run=options.dry_run, carried=options.carried,
+        without_compile=options.without_compile,
+    )  # fmt: skip
     failed = []
     for stage in STAGES:
         if options.stages and stage not in options.stages:

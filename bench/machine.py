@@ -58,8 +58,9 @@ def gpu_facts() -> dict | str:
 
 
 def commit() -> str:
+    """The checkout's, or $DMAX_COMMIT where the tree was carried without its .git."""
     run = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return run.stdout.strip() or "not a checkout"
+    return run.stdout.strip() or os.environ.get("DMAX_COMMIT", "not a checkout")

@@ -92,6 +92,21 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip)
 
 
+# After such an error no call of this process reaches the GPU any more
+LOST_GPU = ("CUDA error", "device-side assert", "cudaErrorIllegal", "Triton Error [CUDA]")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    """One of several test processes that lost its GPU ends; a new one takes over its tests."""
+    if HAS_GPU and report.failed and any(text in str(report.longrepr) for text in LOST_GPU):
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(1)
+
+
 def pytest_terminal_summary(terminalreporter):
     """What ran and what did not, in the last lines."""
     stats, line = terminalreporter.stats, terminalreporter.write_line
