@@ -1,7 +1,7 @@
-"""Calls of the ops for a session's other stages: ``python bench/gpu_calls.py check|few|small|key``.
+"""Calls of the ops for the stages of a session: ``bench/gpu_calls.py check|splits|small|key``.
 
     check   every op on small inputs against the CPU's results; exit code 1 if one is off
-    few     the times of a few rows, as one line of JSON: the environment says how they are split
+    splits  the times of rows under every way to split them, as one line of JSON
     small   the CUDA kernels on the inputs of check, with nothing compared: for compute-sanitizer
     key     the op of each key case, twice: for the profiler
 
@@ -11,8 +11,10 @@ Inputs are made on the CPU, so that both devices get the same ones.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,7 +31,8 @@ from dmax_kernels.ops.edit_step import EDIT_RULES  # noqa: E402
 
 Call = Callable[[str], list[torch.Tensor]]  # device -> results
 DONE = "calls: done"
-FEW_ROWS = (1, 8, 16, 32, 48, 64, 128)
+SPLIT_ROWS = (1, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024)
+SPLITS = (1, 2, 3, 4, 5, 6, 8, 10)
 
 
 def calls() -> Iterator[tuple[str, torch.dtype, Call]]:
@@ -233,26 +236,42 @@ def key(device: str) -> int:
     return 0
 
 
-def few_rows(device: str) -> int:
-    """Microseconds of the ops whose rows may be split in two ways (csrc/cuda/rows.cuh)."""
+def time_splits(device: str) -> int:
+    """Microseconds of ops over rows under every way to split a row among blocks (rows.cuh)."""
     from bench.cases import OF_ROWS, Case
     from bench.fake_gpu import FakeGpu, small
-    from dmax_kernels.bench.gpu_timer import Gpu, gpu_rows
-    from dmax_kernels.bench.workload import Work
+    from dmax_kernels.bench.gpu_timer import NODES, Gpu, copies_of
 
-    gpu = Gpu() if device == "cuda" else FakeGpu()
-    found: dict[str, float] = {}
+    gpu, repetitions = (Gpu(), 15) if device == "cuda" else (FakeGpu(), 1)
+    library = ctypes.CDLL(str(dmax_kernels.libraries.cuda)) if device == "cuda" else None
+    found: dict[str, dict[str, float]] = {}
     for workload in ("top1_confidence", "row_statistics", "spd_step_"):
-        for rows in FEW_ROWS:
-
-            def make(workload=workload, rows=rows) -> Work:
-                case = Case(workload, OF_ROWS[workload](rows))
-                work = (case if device == "cuda" else small(case)).work(device)
-                work.candidates = {"fused": work.candidates["fused"]}
-                return work
-
-            _, timed, _ = gpu_rows(make, gpu, 20 if device == "cuda" else 3, 1.0, {})
-            found[f"{workload} {rows}"] = timed["fused"]["us"]
+        for rows in SPLIT_ROWS:
+            case = Case(workload, OF_ROWS[workload](rows))
+            case = case if device == "cuda" else small(case)
+            gpu.release()
+            works = copies_of(lambda case=case: case.work(device), gpu)
+            calls = [work.candidates["fused"] for work in works]
+            restores = [work.restore for work in works if work.restore]
+            if not restores and rows <= 512:
+                calls = [calls[i % len(calls)] for i in range(NODES)]
+            ways = {"cluster": (1 << 30, -1)} if rows <= 64 else {}
+            ways = {"chosen": (-1, -1)} | ways | {str(n): (0, n) for n in SPLITS}
+            times = {}
+            for way, (most_rows, splits) in ways.items():
+                if library:
+                    library.dmax_cuda_tune(most_rows, splits)
+                run, _ = gpu.captured(calls)
+                seconds = []
+                for _ in range(repetitions):
+                    for restore in restores:
+                        restore()
+                    gpu.flush()
+                    seconds.append(gpu.seconds(run))
+                times[way] = round(statistics.median(seconds) / len(calls) * 1e6, 2)
+            found[f"{workload} {rows}"] = times
+    if library:
+        library.dmax_cuda_tune(-1, -1)
     print(json.dumps(found))
     return 0
 
@@ -270,7 +289,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     what: dict[str, Callable[[str], int]] = {
         "check": check,
-        "few": few_rows,
+        "splits": time_splits,
         "small": small_calls,
         "key": key,
     }

@@ -2,7 +2,7 @@
 
     build      the libraries for this GPU; left out where dmax_kernels/lib already serves it
     smoke      every op on small inputs against the CPU's results
-    tune       a few rows split among blocks in both ways: what kMostClusterRows should be
+    tune       rows split among blocks in every way: what csrc/cuda/rows.cuh should choose
     key        the ten cases that matter most, timed
     test       the tests that run on a GPU
     bench      all the other cases
@@ -136,15 +136,10 @@ class Session:
         return code, off or "every op as on the CPU"
 
     def tune(self) -> tuple[int, Any]:
-        """csrc/cuda/rows.cuh: blocks that meet in memory, or a cluster of them per row."""
-        times, log = {}, "tune.log"
-        for name, most in (("blocks", "0"), ("clusters", "1000")):
-            environment = {"DMAX_MOST_CLUSTER_ROWS": most}
-            if code := self.run(log, self.calls("few"), environment):
-                return code, self.text(log)[-2000:]
-            lines = [line for line in self.text(log).splitlines() if line.startswith("{")]
-            times[name] = json.loads(lines[-1])
-        return 0, {"us": times, "kMostClusterRows": most_cluster_rows(**times)}
+        """csrc/cuda/rows.cuh: how many blocks take a row, and whether they form a cluster."""
+        code = self.run("tune.log", self.calls("splits"))
+        lines = [line for line in self.text("tune.log").splitlines() if line.startswith("{")]
+        return code, json.loads(lines[-1]) if lines else self.text("tune.log")[-2000:]
 
     def calls(self, what: str) -> list:
         return [sys.executable, "bench/gpu_calls.py", what, "--device", self.device]
@@ -226,17 +221,6 @@ class Session:
                     break
             found[name] = sanitizer_verdict(self.text(log)) if tool else "walked"
         return 0, found
-
-
-def most_cluster_rows(blocks: dict[str, float], clusters: dict[str, float]) -> int:
-    """The row count up to which clusters take no longer, over all ops together."""
-    most = 0
-    for rows in sorted({int(name.split()[-1]) for name in blocks}):
-        names = [name for name in blocks if name.split()[-1] == str(rows)]
-        if math.prod(clusters[name] / blocks[name] for name in names) > 1:
-            break
-        most = rows
-    return most
 
 
 def gpu_tests() -> tuple[list[str], list[str]]:

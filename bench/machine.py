@@ -58,9 +58,11 @@ def gpu_facts() -> dict | str:
 
 
 def commit() -> str:
-    """The checkout's, or $DMAX_COMMIT where the tree was carried without its .git."""
+    """The checkout's, or $DMAX_COMMIT where the tree was carried and its .git was not."""
+    if carried := os.environ.get("DMAX_COMMIT"):
+        return carried
     run = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return run.stdout.strip() or os.environ.get("DMAX_COMMIT", "not a checkout")
+    return run.stdout.strip() or "not a checkout"

@@ -175,7 +175,7 @@ def seeds(draw, rows):
 
 def on(device, x):
     """The tensor at the same strides and alignment on the device."""
-    if not isinstance(x, torch.Tensor) or torch.device(device).type == "cpu":
+    if not isinstance(x, torch.Tensor) or x.device.type == torch.device(device).type:
         return x
     storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(device)
     return storage.as_strided(x.shape, x.stride(), x.storage_offset())

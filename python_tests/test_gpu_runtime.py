@@ -21,18 +21,21 @@ def move(value):
     return value
 
 
+def sample_on_device(op):
+    arguments, options = samples()[op]
+    return tuple(map(move, arguments)), {name: move(value) for name, value in options.items()}
+
+
 @pytest.mark.parametrize("op", list(samples()))
 def test_opcheck(op):
-    arguments, options = samples()[op]
-    arguments = tuple(move(each) for each in arguments)
+    arguments, options = sample_on_device(op)
     torch.library.opcheck(getattr(torch.ops.dmax, op).default, arguments, options)
 
 
 @pytest.mark.parametrize("op", ["top1_confidence", "row_statistics", "sample_tokens", "oput_loss"])
 def test_compile_fullgraph(op):
-    arguments, options = samples()[op]
-    arguments = tuple(move(each) for each in arguments)
-    function = getattr(dmax_kernels, op)
+    arguments, options = sample_on_device(op)
+    function = getattr(torch.ops.dmax, op)
     compiled = torch.compile(lambda *x: function(*x, **options), fullgraph=True)
     for a, b in zip(compiled(*arguments), function(*arguments, **options), strict=True):
         assert torch.equal(a, b)

@@ -11,6 +11,7 @@ import torch
 
 from bench import gpu_session
 from bench.fake_gpu import FakeGpu
+from bench.gpu_calls import SPLITS
 from bench.gpu_session import LIBRARIES, Session
 from bench.session_logs import outcomes, sanitizer_verdict
 from dmax_kernels.bench import gpu_timer
@@ -100,27 +101,11 @@ def test_the_bench_begins_anew_where_a_case_took_the_gpu(tmp_path, monkeypatch):
     assert all("--append" in arguments for arguments in commands)
 
 
-def test_both_ways_of_few_rows_are_timed(tmp_path, monkeypatch):
-    """Each in a process of its own; the longest run of row counts at which clusters win counts."""
-    times = {
-        "0": {"top1_confidence 1": 9.0, "spd_step_ 1": 9.0, "top1_confidence 32": 7.0,
-              "spd_step_ 32": 9.0, "top1_confidence 48": 8.0, "top1_confidence 64": 8.0},
-        "1000": {"top1_confidence 1": 8.0, "spd_step_ 1": 8.5, "top1_confidence 32": 7.2,
-                 "spd_step_ 32": 8.0, "top1_confidence 48": 8.1, "top1_confidence 64": 7.0},
-    }  # fmt: skip
-
-    def run(self, log, arguments, environment):
-        found = times[environment["DMAX_MOST_CLUSTER_ROWS"]]
-        (tmp_path / log).write_text(f"a warning\n{json.dumps(found)}\ncalls: done\n")
-        return 0
-
-    monkeypatch.setattr(Session, "run", run)
+def test_every_way_to_split_rows_is_timed(tmp_path, monkeypatch):
     code, found = session(tmp_path, monkeypatch).tune()
     assert code == 0
-    assert found["us"] == {"blocks": times["0"], "clusters": times["1000"]}
-    assert found["kMostClusterRows"] == 32
-    monkeypatch.setattr(Session, "run", lambda *arguments: 1)
-    assert session(tmp_path, monkeypatch).tune()[0] == 1
+    assert set(found["top1_confidence 32"]) == {"chosen", "cluster"} | set(map(str, SPLITS))
+    assert "cluster" not in found["spd_step_ 512"]
 
 
 def test_libraries_are_carried_or_built(tmp_path, monkeypatch):

@@ -304,10 +304,10 @@ def test_loss(dtype, vocab_size, options):
     weight = torch.randn(2, 6, generator=generator)
     results = []
     for device in ("cpu", DEVICE):
-        leaves = [x.to(device).requires_grad_() for x in logits]
+        leaves = [x.to(device, copy=True).requires_grad_() for x in logits]
         losses = dmax_kernels.oput_loss(*leaves, target.to(device), **options)
         sum((a * b.to(device)).sum() for a, b in zip(losses, weight, strict=True)).backward()
-        written = [x.to(device).clone() for x in logits]
+        written = [x.to(device, copy=True) for x in logits]
         in_place = dmax_kernels.oput_loss_and_grad_(
             *written, target.to(device), weight[0].to(device), weight[1].to(device), **options
         )

@@ -3,7 +3,6 @@
 #include <dlfcn.h>
 
 #include <atomic>
-#include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -109,11 +108,9 @@ cudaStream_t current_stream(int device_index) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// The benchmark sets the variable, to time both ways in which few rows can be split
-static int most_cluster_rows() {
-  const char* value = std::getenv("DMAX_MOST_CLUSTER_ROWS");
-  return value == nullptr ? kMostClusterRows : std::atoi(value);
-}
+// What dmax_cuda_tune sets
+static std::atomic<int> most_cluster_rows{kMostClusterRows};
+static std::atomic<int> forced_splits{0};
 
 static Device read_properties(const char* op, int device_index) {
   const auto attribute = [&](cudaDeviceAttr which) {
@@ -123,18 +120,20 @@ static Device read_properties(const char* op, int device_index) {
   };
   const Device device{attribute(cudaDevAttrMultiProcessorCount),
                       attribute(cudaDevAttrComputeCapabilityMajor),
-                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), most_cluster_rows()};
+                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), most_cluster_rows,
+                      forced_splits};
   DMAX_CHECK(device.major >= 8, op,
              ": needs a GPU of compute capability 8.0 or newer, cuda:", device_index, " has ",
              device.major, ".", attribute(cudaDevAttrComputeCapabilityMinor));
   return device;
 }
 
+constexpr int kMostDevices = 256;  // torch counts them in 8 bits
+static std::atomic<const Device*> known[kMostDevices];
+
 const Device& device_properties(const char* op, int device_index) {
   // Read by every call, and therefore without a lock. Two threads that come first may both read a
   // device's properties; the one that comes second lets go of its copy.
-  constexpr int kMostDevices = 256;  // torch counts them in 8 bits
-  static std::atomic<const Device*> known[kMostDevices];
   DMAX_CHECK(device_index >= 0 && device_index < kMostDevices, op,
              ": no such device, cuda:", device_index);
   std::atomic<const Device*>& place = known[device_index];
@@ -150,6 +149,14 @@ const Device& device_properties(const char* op, int device_index) {
 void Call::check(cudaError_t error) const { check_cuda(op_, error); }
 
 }  // namespace dmax::cuda
+
+// For bench/gpu_calls.py, which times other splits of rows than those chosen (rows.cuh): a negative
+// number stands for the choice. Calls on other threads at the same time may see either.
+extern "C" __attribute__((visibility("default"))) void dmax_cuda_tune(int most_rows, int splits) {
+  dmax::cuda::most_cluster_rows = most_rows < 0 ? dmax::cuda::kMostClusterRows : most_rows;
+  dmax::cuda::forced_splits = splits < 0 ? 0 : splits;
+  for (auto& device : dmax::cuda::known) device = nullptr;  // a few bytes are lost each time
+}
 
 // The GPUs compiled for, as `python -m dmax_kernels info` prints them
 extern "C" __attribute__((visibility("default"))) const char* dmax_cuda_architectures() {

@@ -299,6 +299,7 @@ struct Device {
   int major;                 // of the compute capability
   int max_shared_per_block;  // bytes, with the kernel's consent
   int most_cluster_rows;     // up to this many rows, a row's blocks form a cluster where they can
+  int splits;                // blocks per row, to time other choices; 0: as chosen
 };
 
 // A thread's side of the barrier that every block of a cluster arrives at when it begins. A block's

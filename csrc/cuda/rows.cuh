@@ -242,12 +242,11 @@ struct RowLaunch {
   bool cluster() const { return shape.cluster > 1; }
 };
 
-// Up to this many rows, a row that would be split among blocks takes a cluster instead. Chosen by
-// arithmetic, not yet measured: a cluster's barrier replaces an atomic and the loads behind it,
-// about 1.4 us less of a launch of 6 us, as long as all clusters run at once: 33 of eight blocks do
-// where two blocks share each of 132 multiprocessors. `python bench/gpu_session.py tune` times both
-// ways.
-constexpr int kMostClusterRows = 32;
+// Up to this many rows, a row that would be split among blocks takes a cluster instead: the
+// cluster's barrier replaces an atomic and the loads behind it. Measured on an H100 (`python
+// bench/gpu_session.py tune`): up to 16 rows clusters save 4 to 6 % of top1_confidence,
+// row_statistics and spd_step_, from 32 rows on they cost 1 to 17 %.
+constexpr int kMostClusterRows = 16;
 constexpr int kMostClusterBlocks = 8;  // that every sm_90 GPU starts without asking
 
 // Chosen by arithmetic, not yet measured. With fewer rows than the GPU holds blocks, a row is split
@@ -260,7 +259,7 @@ RowLaunch choose_row_launch(const RowWork& work, const Device& device) {
   const size_t row_bytes = tiles * sizeof(Partial);
   const int64_t at_once = static_cast<int64_t>(work.resident) * device.multiprocessors;
   const int64_t finest = (tiles + kRowWarps - 1) / kRowWarps;
-  int64_t splits = at_once / work.rows;
+  int64_t splits = device.splits > 0 ? device.splits : at_once / work.rows;
   const int64_t least = row_bytes > kDefaultDynamicShared ? 2 : 1;
   if (splits < least) splits = least;
   if (splits > finest) splits = finest;

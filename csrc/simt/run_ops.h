@@ -23,7 +23,8 @@ T* pointer(Address address) {
 }
 
 inline Device device_of(const Gpu& gpu) {
-  return {gpu.multiprocessors, gpu.major, gpu.max_shared_per_block, gpu.most_cluster_rows};
+  return {gpu.multiprocessors, gpu.major, gpu.max_shared_per_block, gpu.most_cluster_rows,
+          0};
 }
 
 template <class T>

@@ -21,6 +21,7 @@ import torch
 
 from dmax_kernels.bench.timer import FEWEST_ROUNDS, Candidate, Timing, warm_up
 from dmax_kernels.bench.workload import Work
+from dmax_kernels.decoding.graph import end_failed_capture
 
 NODES = 20  # calls in one graph
 ROTATED_BYTES = 256 << 20  # of all copies together: several times any L2
@@ -86,6 +87,7 @@ class Gpu:
             return graph.replay, "graph"
         except RuntimeError:
             torch.cuda.synchronize()
+            end_failed_capture()
             self.pool = torch.cuda.graph_pool_handle()
             return lambda: [call() for call in calls], "eager"
 

@@ -59,9 +59,20 @@ class CudaCapture:
 
     def __call__(self, step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            step()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                step()
+        except RuntimeError:
+            end_failed_capture()
+            raise
         return graph.replay
+
+
+def end_failed_capture() -> None:
+    """A capture that fails leaves PyTorch's generators in capturing mode (seen with torch 2.11),
+    in which the next ``torch.randn`` raises; one that succeeds takes them out of it."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device="cuda")
 
 
 def make_runner(cuda_graph: bool | None, device: torch.device) -> StepRunner:
