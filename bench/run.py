@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from bench.cases import SERIES, Case, cases_of, is_quick, key_cases  # noqa: E402
 from bench.cpu_peers import add_cpu_peers  # noqa: E402
 from bench.fake_gpu import FakeGpu, small  # noqa: E402
+from bench.linear_ways import WORKLOADS as LINEAR_WAYS
 from bench.linear_ways import add_linear_ways, least_chunked_rows  # noqa: E402
 from bench.machine import machine_facts  # noqa: E402
 from bench.peers import add_peers  # noqa: E402
@@ -66,8 +67,8 @@ def measure_case(
             add_cpu_peers(work, case.workload, compiled=bool(compiled))
             return work
         absent.update(add_peers(work, case.workload))
-        if case.workload == "linear_top1_confidence" and machine.device == "cuda":
-            add_linear_ways(work)
+        if case.workload in LINEAR_WAYS and machine.device == "cuda":
+            add_linear_ways(work, case.workload)
         return work
 
     result = measure(
@@ -273,9 +274,10 @@ def run(options: argparse.Namespace) -> int:
             record["a core taken"], record["loops"] = busy_core(), loop_shares()
             print(json.dumps([record["a core taken"], record["loops"]], indent=1))
     if machine.device == "cuda" and not options.key:
-        for dtype in ("bfloat16", "float32"):
-            least = least_chunked_rows(record["results"], dtype)
-            print(f"LEAST_CHUNKED_ROWS of {dtype} should be {least}")
+        for workload in LINEAR_WAYS:
+            for dtype in ("bfloat16", "float32"):
+                least = least_chunked_rows(record["results"], workload, dtype)
+                print(f"{workload} of {dtype} should take chunks from {least} rows on")
     if options.output:
         save(rows, left_out)
         print(f"wrote {options.output}")

@@ -104,16 +104,21 @@ def test_row_count_of_the_dispatch():
         return [
             {
                 "case": "linear_top1_confidence float32",
+                "op": "linear_top1_confidence",
                 "sizes": (2**i,),
                 "candidates": {way: {"us": 1 if way == fast else 2} for way in (FUSED, CHUNKED)},
             }
             for i, fast in enumerate(faster)
         ]
 
-    assert least_chunked_rows(rows(FUSED, CHUNKED, FUSED, CHUNKED, CHUNKED), "float32") == 8
-    assert least_chunked_rows(rows(CHUNKED, FUSED), "float32") is None
-    assert least_chunked_rows(rows(CHUNKED, CHUNKED), "float32") == 1
-    assert least_chunked_rows(rows(CHUNKED, CHUNKED), "bfloat16") is None
+    def least(dtype, *faster):
+        return least_chunked_rows(rows(*faster), "linear_top1_confidence", dtype)
+
+    assert least("float32", FUSED, CHUNKED, FUSED, CHUNKED, CHUNKED) == 8
+    assert least("float32", CHUNKED, FUSED) is None
+    assert least("float32", CHUNKED, CHUNKED) == 1
+    assert least("bfloat16", CHUNKED, CHUNKED) is None
+    assert least_chunked_rows(rows(CHUNKED), "linear_sample_tokens", "float32") is None
 
 
 def test_command_prints_a_table_and_writes_json(capsys, tmp_path):

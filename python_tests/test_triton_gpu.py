@@ -94,9 +94,10 @@ def linear_head_is_exact():
         assert (sampled == stored).float().mean() >= 0.99
 
 
-@pytest.mark.parametrize("least_chunked_rows", [None, 1])
+# The buffer of a chunk, and the partial results of 4,096 rows
+@pytest.mark.parametrize(("least_chunked_rows", "most"), [(None, 8e6), (1, 75e6)])
 @pytest.mark.parametrize("rows", [1, 64, 4096, 8192])
-def test_linear_head_takes_less_than_8_megabytes(rows, least_chunked_rows):
+def test_memory_of_the_linear_head(rows, least_chunked_rows, most):
     """Beside cuBLAS's own workspace, which PyTorch keeps from the process's first product on."""
     hidden, weight = head(rows)
     with chunked_from(least_chunked_rows):
@@ -105,7 +106,7 @@ def test_linear_head_takes_less_than_8_megabytes(rows, least_chunked_rows):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         TRITON["linear_top1_confidence"](hidden, weight)
-    assert torch.cuda.max_memory_allocated() - before < 8e6
+    assert torch.cuda.max_memory_allocated() - before < most
 
 
 def linear_loss(hidden, weight, target, grads, bias=None, **options):

@@ -36,14 +36,17 @@ triton = SimpleNamespace(**{op: functools.partial(triton_op, op) for op in IMPLE
 @contextlib.contextmanager
 def chunked_from(rows):
     """linear_* ops take the library's products from `rows` rows on (None: never), in any dtype."""
-    from dmax_kernels.triton.linear_rows import LEAST_CHUNKED_ROWS
+    from dmax_kernels.triton import linear_rows
 
-    before = dict(LEAST_CHUNKED_ROWS)
-    LEAST_CHUNKED_ROWS.update(dict.fromkeys(before, rows))
+    tables = (linear_rows.LEAST_CHUNKED_ROWS, linear_rows.LEAST_CHUNKED_ROWS_SAMPLING)
+    before = [dict(table) for table in tables]
+    for table in tables:
+        table.update(dict.fromkeys(table, rows))
     try:
         yield
     finally:
-        LEAST_CHUNKED_ROWS.update(before)
+        for table, values in zip(tables, before, strict=True):
+            table.update(values)
 
 
 def cpp_op(op, *arguments, **options):

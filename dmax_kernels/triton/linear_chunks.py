@@ -1,9 +1,8 @@
 """hidden @ weight^T by the library's matrix product, a chunk of the vocabulary at a time.
 
 This replaces the fused kernel of linear_rows.py at shapes where cuBLAS's rate is worth writing the
-logits out once: a float32 buffer takes the product of one chunk, and one read of the buffer gives
-the same partial results per tile. Buffer and partial results together stay below 8 MB for
-CHUNK_ROWS rows, whatever the vocabulary.
+logits out once: a float32 buffer of at most CHUNK_BYTES takes the product of one chunk, and one
+read of the buffer gives the same partial results per tile.
 """
 
 import torch
@@ -16,9 +15,11 @@ from dmax_kernels.triton.launch import Rows
 from dmax_kernels.triton.philox import DRAW_TILE, row_key
 from dmax_kernels.triton.stats import softmax_scale, tile_statistics
 
-CHUNK_ROWS = 512
 CHUNK_TILE = 1024  # tokens per program
-CHUNK_TOKENS = 3 * CHUNK_TILE  # 6.3 MB of float32 logits for CHUNK_ROWS rows
+# An H100 takes 4,096 rows at close to its full rate in chunks of 4,096 tokens: 512 tiles of
+# 256 x 128 logits, four waves. With a buffer of 6 MB (three waves of a third) it took twice the
+# time of the whole product.
+CHUNK_BYTES = 64 << 20
 
 
 @triton.jit(do_not_specialize=["first", "count", "suppress_token", "first_row", "num_tiles"])
@@ -75,20 +76,29 @@ def float32_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a.float(), b.float(), out=out)  # the interpreter's CPU has no such product
 
 
-def chunk_buffer(hidden: Tensor, rows: int) -> Tensor:
-    """For the logits of one chunk."""
-    return hidden.new_empty((rows, CHUNK_TOKENS), dtype=torch.float32)
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b with float32 sums, in the product's own epilogue."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, a.float(), b.float(), out=total)
+
+
+def chunk_buffer(hidden: Tensor, rows: int, vocab: int) -> Tensor:
+    """For the logits of one chunk: whole tiles of tokens."""
+    tiles = max(1, min(CHUNK_BYTES // (4 * CHUNK_TILE * rows), -(-vocab // CHUNK_TILE)))
+    return hidden.new_empty((rows, tiles * CHUNK_TILE), dtype=torch.float32)
 
 
 def chunk_statistics(
     hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
     seed: Tensor | None, first_row: int, partials: tuple[Tensor | None, ...], buffer: Tensor,
 ) -> None:
-    """Fills in the partial results, [rows, tiles] each, of at most CHUNK_ROWS rows."""
+    """Fills in the partial results, [rows, tiles] each."""
     vocab = weight.count
     table = weight.tensor.as_strided((vocab, weight.width), (weight.stride, 1))
-    for first in range(0, vocab, CHUNK_TOKENS):
-        count = min(CHUNK_TOKENS, vocab - first)
+    for first in range(0, vocab, buffer.shape[1]):
+        count = min(buffer.shape[1], vocab - first)
         logits = buffer[:, :count]
         float32_product(hidden.tensor, table[first : first + count].t(), out=logits)
         chunk_statistics_kernel[(hidden.count, -(-count // CHUNK_TILE))](

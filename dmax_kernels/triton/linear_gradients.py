@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmax_kernels.triton.launch import Rows, device_of, row_view
-from dmax_kernels.triton.linear_chunks import float32_product
+from dmax_kernels.triton.linear_chunks import add_product, float32_product
 from dmax_kernels.triton.linear_loss import linear_oput_loss, plain_products
 from dmax_kernels.triton.linear_rows import choose_linear_tiles, logits_tile, precision_of
 from dmax_kernels.triton.loss import grad_of_logits, pass_loss
@@ -257,7 +257,7 @@ def linear_gradients(
                 )
             grad_chunk = grad_logits[:, :n]
             if needs_hidden:
-                grad_hidden += float32_product(grad_chunk, weight[first : first + n])
+                add_product(grad_hidden, grad_chunk, weight[first : first + n])
             if needed.weight:
                 grad_weight[first : first + n] = float32_product(grad_chunk.t(), hidden)
             if needed.bias:

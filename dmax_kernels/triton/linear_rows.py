@@ -17,12 +17,7 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from dmax_kernels.triton.launch import Rows, next_power_of_2, num_multiprocessors
-from dmax_kernels.triton.linear_chunks import (
-    CHUNK_ROWS,
-    CHUNK_TILE,
-    chunk_buffer,
-    chunk_statistics,
-)
+from dmax_kernels.triton.linear_chunks import CHUNK_TILE, chunk_buffer, chunk_statistics
 from dmax_kernels.triton.philox import DRAW_TILE, id_noise, tile_noise
 from dmax_kernels.triton.stats import NO_ID, finite_or_zero, softmax_scale
 
@@ -33,17 +28,22 @@ MOST_ROWS = 4096
 MOST_TOKENS = 2048
 
 # From so many rows on linear_chunks.py's products replace the fused kernel; None stands for never.
-# Predicted for an H200 and not measured: bench/gpu_session.py times both ways at every row count
-# and says which was faster. Float32 has no tensor cores at full precision; from 64 rows on the
-# product takes longer (0.8 ms at cuBLAS's 50 TF) than reading the weight (0.3 ms), and tl.dot's
-# share of the FMA rate is about half of cuBLAS's. With 16-bit inputs a buffer below 8 MB holds at
-# most 120 tiles of 128 x 128 logits, less than one wave of 132 multiprocessors: 8 us at full rate,
-# beside 4 us of launch and 3 us to reduce it, for each chunk. The fused kernel needs half of the
-# tensor cores' rate to be faster, and has the weight read once besides.
+# Measured on an H100 with V = 157,184 and D = 2,048 (bench/gpu_session.py times both ways):
+#  - float32 has no tensor cores at full precision, and tl.dot's share of the FMA rate is a third of
+#    cuBLAS's: the fused kernel took 3.7 times as long for one row and 3.9 times for 1,024.
+#  - 16-bit top1_confidence: the fused kernel was faster than the whole product and top1_confidence
+#    after it up to 256 rows, and 6 % slower at 4,096.
+#  - a 16-bit draw takes the tiles of 64 tokens that are drawn together, which are too narrow for the
+#    tensor cores: level with the whole product at 64 rows, 1.7 times its time from 256 rows on.
 LEAST_CHUNKED_ROWS: dict[torch.dtype, int | None] = {
-    torch.float32: 64,
+    torch.float32: 1,
     torch.bfloat16: None,
     torch.float16: None,
+}
+LEAST_CHUNKED_ROWS_SAMPLING: dict[torch.dtype, int | None] = {
+    torch.float32: 1,
+    torch.bfloat16: 65,
+    torch.float16: 65,
 }
 
 
@@ -251,8 +251,8 @@ class LinearPartials(NamedTuple):
     num_groups: int
 
 
-def takes_chunks(num_rows: int, dtype: torch.dtype) -> bool:
-    least = LEAST_CHUNKED_ROWS[dtype]
+def takes_chunks(num_rows: int, dtype: torch.dtype, sampling: bool) -> bool:
+    least = (LEAST_CHUNKED_ROWS_SAMPLING if sampling else LEAST_CHUNKED_ROWS)[dtype]
     if least is None or num_rows < least:
         return False
     # Where TensorFloat-32 is switched on, the library's product would be one
@@ -284,12 +284,11 @@ def linear_statistics(
     """Yields (rows, their partial results); ``seed``, [2] or [rows, 2], asks for samples."""
     device, dtype = hidden.tensor.device, hidden.tensor.dtype
     sampling, seed_per_row = seed is not None, seed is not None and seed.dim() == 2
-    chunked = takes_chunks(hidden.count, dtype)
-    most_rows = CHUNK_ROWS if chunked else MOST_ROWS
+    chunked = takes_chunks(hidden.count, dtype, sampling)
     flat = hidden.tensor.as_strided((hidden.count, hidden.width), (hidden.stride, 1))
     plans = []
-    for first in range(0, hidden.count, most_rows):
-        count = min(most_rows, hidden.count - first)
+    for first in range(0, hidden.count, MOST_ROWS):
+        count = min(MOST_ROWS, hidden.count - first)
         tiles = choose_linear_tiles(
             count, weight.count, dtype, device, sampling=sampling
         )
@@ -299,7 +298,9 @@ def linear_statistics(
     most = max((count * num_groups for _, count, _, num_groups in plans), default=0)
     kinds = [torch.float32, torch.float32, torch.int32] + [torch.float32] * 2 * sampling
     buffers = [torch.empty(most, dtype=kind, device=device) for kind in kinds]
-    logits = chunk_buffer(hidden.tensor, plans[0][1]) if chunked and plans else None
+    logits = None
+    if chunked and plans:
+        logits = chunk_buffer(hidden.tensor, plans[0][1], weight.count)
     for first, count, tiles, num_groups in plans:
         span = slice(first, first + count)
         rows = Rows(flat[span], count, hidden.width, hidden.stride)
