@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,23 @@ def machine_facts() -> dict:
 
     facts = {"CPU": cpu_name(), "cores": os.cpu_count(), "commit": commit()}
     facts["date"] = datetime.date.today().isoformat()
+    if driver := driver_version():
+        facts["driver"] = driver
     return facts | {
         name: fact
         for name, fact in collect().items()
         if name not in ("backends", "CPU library", "CUDA library", "CUDA kernels")
     }
+
+
+def driver_version() -> str:
+    """NVIDIA's, or nothing where there is none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip().split("\n")[0] if done.returncode == 0 else ""
 
 
 def cpu_name() -> str:

@@ -32,6 +32,7 @@ struct LaunchShape {
   unsigned threads;
   size_t shared_bytes;  // dynamic
   unsigned cluster = 1;
+  size_t static_bytes = 0;  // of shared memory, where they are more than 1 KB
 };
 
 // Blocks of `per_block` warps, enough for `warps` in all
@@ -60,7 +61,7 @@ cudaError_t launch(const LaunchShape& shape, Stream stream, void (*kernel)(Param
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
-  if (shape.shared_bytes > kDefaultDynamicShared) {
+  if (shape.shared_bytes + shape.static_bytes > kDefaultDynamicShared) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(shape.shared_bytes));

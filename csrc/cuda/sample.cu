@@ -27,11 +27,13 @@ static void launch_filtered(const Call& call, const Tensor& logits, const Logits
                             const SampleResults& results) {
   RowLaunch run = choose_filtered_launch<T>({rows, view.vocab, kFilteredResident}, call.device);
   call.check_blocks(rows * run.split.splits);
-  const Tensor tiles = call.scratch(logits, run.partial_bytes);
-  draw.tiles = static_cast<DrawTile*>(tiles.mutable_data_ptr());
+  OptionalTensor tiles;
+  if (run.partial_bytes > 0) {
+    tiles = call.scratch(logits, run.partial_bytes);
+    draw.tiles = static_cast<DrawTile*>(tiles->mutable_data_ptr());
+  }
   if (run.row_counters > 0) run.split.counters = call.counters(run.row_counters);
-  call.check(launch(run.shape, call.stream, sample_filtered_kernel<T>, view, run.split, key, draw,
-                    results));
+  call.check(launch_sample_filtered(run, view, key, draw, results, call.stream));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens(

@@ -1,10 +1,12 @@
 // sample_tokens with top_k, top_p, min_p, a mask of allowed ids, or options per row.
 //
-// All blocks of a row read it once and leave the maximum and the mass of every draw tile. The
-// row's last block then finds the cut, the last token that the filters keep, in the order of the
-// logits (descending, equal ones by id). Every filter keeps a prefix of that order. The draw tiles'
-// maxima bound the cut from below, and only tiles that reach above the bound are read again: few on
-// a peaked row, up to all of them on a flat one. What is left after the cut is drawn as always.
+// All blocks of a row read it once and leave the maximum and the mass of every draw tile. Then the
+// cut is found, the last token that the filters keep, in the order of the logits (descending, equal
+// ones by id): by the blocks together if they are a cluster, which also hold the row's logits in
+// shared memory, else by the last block to finish, which reads them again. Every filter keeps a
+// prefix of that order. The draw tiles' maxima bound the cut from below, and only tiles that reach
+// above the bound are looked at again: few on a peaked row, up to all of them on a flat one. What is
+// left after the cut is drawn as always.
 #pragma once
 
 #include "cuda/filter_search.cuh"
@@ -25,14 +27,14 @@ struct FilteredDraw {
   }
 };
 
-template <class T>
+template <class T, bool kCluster>
 __global__ void __launch_bounds__(kRowThreads, kFilteredResident)
     sample_filtered_kernel(const __grid_constant__ LogitsView<T> logits,
                            const __grid_constant__ RowSplit split,
                            const __grid_constant__ SampleKey key,
                            const __grid_constant__ FilteredDraw draw,
                            const __grid_constant__ SampleResults results) {
-  const TileRange range = block_tiles(split);
+  const TileRange range = block_tiles<kCluster>(split);
   const DrawOptions options = draw.of_row(range.row);
   const bool valid = options.valid();
   const bool greedy = options.greedy();
@@ -40,40 +42,54 @@ __global__ void __launch_bounds__(kRowThreads, kFilteredResident)
   DrawTile* const tiles = draw.tiles + range.row * split.tiles * kDrawTiles<T>;
   const uint32_t* allowed =
       draw.allowed == nullptr ? nullptr : draw.allowed + range.row * draw.allowed_stride;
-  FilteredRow<T> row{{logits.row(range.row), logits.suppress,
-                      reinterpret_cast<const uint8_t*>(allowed), tiles, split.tiles},
-                     static_cast<float>(kLog2EDouble / temperature),
-                     static_cast<float>(1.0 / temperature),
-                     -INFINITY,
-                     0.0f,
-                     0.0f};
+  FilteredRow<T, kCluster> row{
+      {logits.row(range.row), logits.suppress, reinterpret_cast<const uint8_t*>(allowed), tiles,
+       split.tiles},
+      Team<kCluster>(split.splits),
+      range.begin,
+      range.end,
+      dynamic_shared,
+      reinterpret_cast<DrawTile*>(dynamic_shared +
+                                  (range.end - range.begin) * kVectors * kWarpSize),
+      static_cast<float>(kLog2EDouble / temperature),
+      static_cast<float>(1.0 / temperature),
+      -INFINITY,
+      0.0f,
+      0.0f};
+  Team<kCluster>& team = row.team;
 
   if (valid) {
     for (int t = range.begin + warp_id(); t < range.end; t += kRowWarps) {
       Tile<T> tile;
       row.load(tile, t, kFullMask);
+      if constexpr (kCluster) row.hold(tile, t);
       const DrawTile mine = reduce_draw_tile(tile, row.scale);
-      if (counts<T>()) tiles[t * kDrawTiles<T> + own_draw_tile<T>()] = mine;
+      if (counts<T>()) row.put_draw_tile(t * kDrawTiles<T> + own_draw_tile<T>(), mine, tiles);
     }
   }
-  if (!last_of_row(split, range.row)) return;
-  const bool writes = threadIdx.x == 0;
+  if constexpr (!kCluster) {
+    if (!last_of_row(split, range.row)) return;
+    row.first_tile = 0;
+    row.end_tile = split.tiles;
+  }
+  team.begin();
+  const bool leads = team.rank() == 0;
+  const bool writes = leads && threadIdx.x == 0;
   if (!valid) {
     if (writes) results.store_undefined(range.row, 0);
     return;
   }
 
   // The row's maximum and mass, in an order that depends on the vocabulary alone
-  const int first_tile = static_cast<int>(threadIdx.x);
   float max = -INFINITY;
   bool broken = false;
-  for (int i = first_tile; i < row.num_draw_tiles(); i += kRowThreads) {
-    const DrawTile tile = row.draw_tile(i);
+  row.for_draw_tiles([&](int, const DrawTile& tile) {
     max = fmaxf(max, tile.max);
     broken |= tile.sum != tile.sum;
-  }
-  row.max = block_max(max);
-  if (block_min(broken ? 0 : 1) == 0) {
+  });
+  row.max = team.max(max);
+  if (team.min(broken ? 0 : 1) == 0) {
+    if (!leads) return;
     int id = row.first_id(0, row.row.vocab, [](float x) { return x != x; });
     if (id == kNoId) id = row.first_id(0, row.row.vocab, [](float x) { return x == INFINITY; });
     if (writes) results.store_undefined(range.row, id);
@@ -85,16 +101,15 @@ __global__ void __launch_bounds__(kRowThreads, kFilteredResident)
   }
   float total = 0.0f;
   int first_best = kNoId;
-  for (int i = first_tile; i < row.num_draw_tiles(); i += kRowThreads) {
-    const DrawTile tile = row.draw_tile(i);
-    if (tile.max > -INFINITY)
-      total = fmaf(tile.sum, exp2_approx((tile.max - row.max) * row.scale), total);
+  row.for_draw_tiles([&](int i, const DrawTile& tile) {
+    total = fmaf(tile.sum, exp2_approx((tile.max - row.max) * row.scale), total);
     if (tile.max == row.max) first_best = min(first_best, i);
-  }
-  row.total = block_sum(total);
+  });
+  row.total = team.sum(total);
   const float top1 = 1.0f / row.total;
   if (greedy) {
-    const int begin = block_min(first_best) * kDrawTile;
+    const int begin = team.min(first_best) * kDrawTile;
+    if (!leads) return;
     const int id = row.first_id(begin, begin + kDrawTile, [&](float x) { return x == row.max; });
     if (writes) results.store(range.row, id, top1, top1, top1);
     return;
@@ -108,31 +123,26 @@ __global__ void __launch_bounds__(kRowThreads, kFilteredResident)
   if (options.filters(row.row.vocab)) {
     kept = row.keep(options);
     float mass = 0.0f;
-    row.for_tiles([&](float tile_max) { return kept.in_tile(tile_max); }, [] { return false; },
-                  [&](Tile<T>& tile, int t) {
-                    row.for_vectors(tile, [&](uint4& raw, int v) {
-                      row.hide(raw, [&](int e, float x) { return !kept(tile.id(v, e), x); });
-                    });
-                    const DrawTile mine = reduce_draw_tile(tile, row.scale);
-                    if (!(mine.max > -INFINITY)) return;
-                    if (counts<T>())
-                      mass = fmaf(mine.sum, exp2_approx((mine.max - row.max) * row.scale), mass);
-                    const int index = t * kDrawTiles<T> + own_draw_tile<T>();
+    row.for_units([&](float tile_max) { return kept.in_tile(tile_max); }, [] { return false; },
+                  [&](uint4 raw, int unit) {
+                    row.hide(raw, [&](int e, float x) { return !kept(row.id_of(unit, e), x); });
+                    const DrawTile mine = row.reduce_unit(raw);
+                    if (lane_id() % kDrawTileLanes<T> != 0 || !(mine.max > -INFINITY)) return;
+                    mass = fmaf(mine.sum, exp2_approx((mine.max - row.max) * row.scale), mass);
+                    const int index = row.draw_tile_of(unit);
                     best.offer(tile_score(log_mass(mine, row.inverse_temperature), index, noise,
                                           key.first_id),
                                index);
                   });
-    kept_total = block_sum(mass);
+    kept_total = team.sum(mass);
   } else {
-    for (int i = first_tile; i < row.num_draw_tiles(); i += kRowThreads) {
-      const DrawTile tile = row.draw_tile(i);
-      if (tile.max > -INFINITY)
-        best.offer(tile_score(log_mass(tile, row.inverse_temperature), i, noise, key.first_id), i);
-    }
+    row.for_draw_tiles([&](int i, const DrawTile& tile) {
+      best.offer(tile_score(log_mass(tile, row.inverse_temperature), i, noise, key.first_id), i);
+    });
   }
-  const float score = block_max(best.score);
-  const int winner = block_min(best.score == score ? best.place : kNoId);
-  if (warp_id() != 0) return;
+  const float score = team.max(best.score);
+  const int winner = team.min(best.score == score ? best.place : kNoId);
+  if (!leads || warp_id() != 0) return;
   const Drawn drawn =
       draw_in_tile(row.row, winner, noise, key.first_id, row.inverse_temperature,
                    [&](int id, float x) { return row.is_visible(id) && kept(id, x); });
@@ -149,14 +159,39 @@ inline bool needs_filtered_kernel(const DrawOptions& options, int64_t vocab, boo
   return has_row_options || has_allowed || (!options.greedy() && options.filters(vocab));
 }
 
-// FilteredDraw::tiles takes the partial_bytes, always in global memory
+// From sm_90 on a cluster takes every row whose tiles its blocks can hold, however many rows there
+// are: how the row is summed up depends on the vocabulary alone. Without a cluster,
+// FilteredDraw::tiles takes the partial_bytes, always in global memory.
 template <class T>
 RowLaunch choose_filtered_launch(const RowWork& work, const Device& device) {
+  const auto tiles = static_cast<int>((work.vocab + kTileSize<T> - 1) / kTileSize<T>);
+  unsigned blocks = 1;
+  while (blocks < kMostClusterBlocks && static_cast<int>(blocks) * kRowWarps < tiles) blocks *= 2;
+  const size_t of_block = (tiles + blocks - 1) / blocks;
+  const size_t held = of_block * (kVectors * kWarpSize * sizeof(uint4) +
+                                  kDrawTiles<T> * sizeof(DrawTile));
+  if (blocks > 1 && device.major >= 9 && device.most_cluster_rows > 0 &&
+      held + sizeof(FilteredShared) + 1024 <= static_cast<size_t>(device.max_shared_per_block)) {
+    RowLaunch launch{};
+    launch.shape = {static_cast<unsigned>(work.rows) * blocks, kRowThreads, held, blocks,
+                    sizeof(FilteredShared)};
+    launch.split = make_row_split(tiles, static_cast<int>(blocks));
+    return launch;
+  }
   RowLaunch launch = choose_row_launch<T, SamplePartial>(work, device);
   launch.shape.shared_bytes = 0;
   launch.partial_bytes =
       static_cast<size_t>(work.rows) * launch.split.tiles * kDrawTiles<T> * sizeof(DrawTile);
   return launch;
+}
+
+template <class T>
+auto launch_sample_filtered(const RowLaunch& run, const LogitsView<T>& logits,
+                            const SampleKey& key, const FilteredDraw& draw,
+                            const SampleResults& results, Stream stream) {
+  const auto kernel =
+      run.cluster() ? sample_filtered_kernel<T, true> : sample_filtered_kernel<T, false>;
+  return launch(run.shape, stream, kernel, logits, run.split, key, draw, results);
 }
 
 }  // namespace dmax::cuda

@@ -118,9 +118,9 @@ Chosen run_sample_filtered(const Gpu& gpu, const LogitsInput& in, const SampleKe
                               pointer<const uint32_t>(draw.allowed),
                               draw.allowed_stride,
                               static_cast<DrawTile*>(tiles.data())};
-  launch(run.shape, Stream{}, sample_filtered_kernel<T>, view_of<T>(in), run.split, key, filtered,
-         results);
-  return {run.split.splits, 1, run.shape.blocks, run.shape.threads};
+  launch_sample_filtered(run, view_of<T>(in), key, filtered, results, Stream{});
+  return {run.split.splits, static_cast<int>(run.shape.cluster), run.shape.blocks,
+          run.shape.threads};
 }
 
 Chosen sample_tokens(Gpu gpu, LogitsInput in, Address seed, bool seed_per_row, DrawInput draw,
