@@ -26,6 +26,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 H200 = (132, 9, 227 * 1024, 0)
 H200_CLUSTERS = (132, 9, 227 * 1024, 32)
 A100 = (108, 8, 163 * 1024, 32)
+A100_ONE_MULTIPROCESSOR = (1, 8, 163 * 1024, 0)
 # One multiprocessor: from four rows on, a block has a whole row
 ONE_MULTIPROCESSOR = (1, 9, 227 * 1024, 0)
 

@@ -170,7 +170,7 @@ RowLaunch choose_filtered_launch(const RowWork& work, const Device& device) {
   const size_t of_block = (tiles + blocks - 1) / blocks;
   const size_t held = of_block * (kVectors * kWarpSize * sizeof(uint4) +
                                   kDrawTiles<T> * sizeof(DrawTile));
-  if (blocks > 1 && device.major >= 9 && device.most_cluster_rows > 0 &&
+  if (blocks > 1 && device.major >= 9 &&
       held + sizeof(FilteredShared) + 1024 <= static_cast<size_t>(device.max_shared_per_block)) {
     RowLaunch launch{};
     launch.shape = {static_cast<unsigned>(work.rows) * blocks, kRowThreads, held, blocks,
