@@ -79,8 +79,9 @@ def row_calls(logits: torch.Tensor) -> Iterator[tuple[str, Call]]:
         written = logits.to(device, copy=True)
         return [dmax_kernels.transform_logits_(written, **moved, frequency_penalty=0.3)]
 
-    yield "transform_logits_", lambda device: transformed(
-        device, **penalties, softcap=5.0, bias=torch.ones(vocab)
+    yield (
+        "transform_logits_",
+        lambda device: transformed(device, **penalties, softcap=5.0, bias=torch.ones(vocab)),
     )
     yield "transform_logits_ penalties", lambda device: transformed(device, **penalties)
 

@@ -208,9 +208,7 @@ def test_transform(dtype, vocab, everything):
         options |= {"softcap": 10.0, "bias": torch.randn(vocab, generator=generator)}
     expected = dmax_kernels.transform_logits_(logits.clone(), **options)
     moved = to(DEVICE, options)
-    actual, again = (
-        dmax_kernels.transform_logits_(logits.to(DEVICE), **moved) for _ in range(2)
-    )
+    actual, again = (dmax_kernels.transform_logits_(logits.to(DEVICE), **moved) for _ in range(2))
     assert torch.equal(bits(actual), bits(again))
     if everything:  # the soft caps' roundings may move a result by one unit
         assert_close(actual.cpu(), expected, 2 * ROUNDING[dtype], 1e-5)

@@ -87,8 +87,11 @@ def samples():
         "transform_logits_": (
             (logits.clone(),),
             {
-                "softcap": 5.0, "bias": randn(50), "output_counts": target.new_ones(3, 50).int(),
-                "prompt_tokens": mask, "penalties": torch.tensor([1.1, 0.5, 0.1]).expand(3, 3),
+                "softcap": 5.0,
+                "bias": randn(50),
+                "output_counts": target.new_ones(3, 50).int(),
+                "prompt_tokens": mask,
+                "penalties": torch.tensor([1.1, 0.5, 0.1]).expand(3, 3),
             },
         ),
         "oput_loss": (

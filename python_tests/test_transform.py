@@ -12,6 +12,7 @@ from tolerances import ROUNDING, assert_close
 
 import dmax_kernels
 from dmax_kernels import reference
+from dmax_kernels.vocabulary import allowed_tokens, pack_mask
 
 NAN, INF = float("nan"), float("inf")
 VOCABS = (1, 7, 127, 2049, 5000)
@@ -91,7 +92,9 @@ def test_values(backend, dtype, vocab):
         if "prompt_mask" in given:
             given["prompt_tokens"] = packed(given.pop("prompt_mask"))
         actual = call(backend, logits, **given)
-        assert_close(actual, expected.to(dtype), **tolerance(backend, dtype, logits.float(), options))
+        assert_close(
+            actual, expected.to(dtype), **tolerance(backend, dtype, logits.float(), options)
+        )
 
 
 @everywhere
@@ -241,6 +244,13 @@ def test_bits_do_not_depend_on_batch_or_threads():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(alone, whole[17])
+
+
+def test_masks_are_packed():
+    bits = some_bits((3, 70), torch.manual_seed(1), 0.5)
+    bits[0, 31] = bits[1, 63] = True
+    assert torch.equal(pack_mask(bits), packed(bits))
+    assert torch.equal(allowed_tokens(pack_mask(bits), 70), bits)
 
 
 def test_in_place_as_pytorchs_own():

@@ -4,7 +4,6 @@ Without soft cap and bias only the logits of tokens that have occurred are loade
 lanes of the others are masked off.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
