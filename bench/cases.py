@@ -64,6 +64,8 @@ OF_ROWS = {
     "sample_tokens": lambda rows: (rows, VOCAB),
     **dict.fromkeys(FILTERED, lambda rows: (rows, VOCAB)),
     "draw_with_entropy": lambda rows: (rows, VOCAB),
+    "penalties": lambda rows: (rows, VOCAB),
+    "transform_logits_": lambda rows: (rows, VOCAB),
     "top1_partial": lambda rows: (rows, VOCAB, 8),
     "sample_partial": lambda rows: (rows, VOCAB, 8),
     "spd_step_": lambda rows: (rows // min(rows, 32), min(rows, 32)),
@@ -157,6 +159,7 @@ GPU_CASES = [
     ),
     Case("oput_loss", (4096, VOCAB), target_us=1700.0, compiled=True),
     Case("oput_loss_and_grad_", (4096, VOCAB), target_us=1200.0, predicted_us=1250.0),
+    Case("penalties", BLOCK_ROWS),
     Case("prefix_promote", (16, 32), target_us=2.5),
     # The prediction is top1_confidence's, since the bytes are the same
     Case("row_statistics", BLOCK_ROWS, predicted_us=6.0, compiled=True),
@@ -178,6 +181,8 @@ GPU_CASES = [
     Case("token_logprobs", (*BLOCK_ROWS, 20)),
     Case("token_logprobs", (4096, VOCAB, 0)),
     Case("topk_confidence", (*BLOCK_ROWS, 4)),
+    Case("transform_logits_", BLOCK_ROWS),
+    Case("transform_logits_", (1024, VOCAB)),
 ]
 
 # The ten most informative cases, the best first: a GPU session starts with these

@@ -76,6 +76,21 @@ def row_calls(logits: torch.Tensor) -> Iterator[tuple[str, Call]]:
     yield "token_logprobs", simple(dmax_kernels.token_logprobs, ids, top_n=3)
     yield "sample_tokens", simple(dmax_kernels.sample_tokens, seed)
 
+    counts = torch.arange(vocab, dtype=torch.int32) % 3
+    words = torch.full((-(-vocab // 32),), 5, dtype=torch.int32)
+    penalties = {"output_counts": counts, "prompt_tokens": words, "repetition_penalty": 1.3}
+
+    def transformed(device, **options):
+        moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in options.items()}
+        written = logits.to(device, copy=True)
+        return [dmax_kernels.transform_logits_(written, **moved, frequency_penalty=0.3)]
+
+    yield (
+        "transform_logits_",
+        lambda device: transformed(device, **penalties, softcap=5.0, bias=torch.ones(vocab)),
+    )
+    yield "transform_logits_ penalties", lambda device: transformed(device, **penalties)
+
     def shards(partial_op, merge, *options):
         def call(device):
             moved = [x.to(device) if torch.is_tensor(x) else x for x in options]

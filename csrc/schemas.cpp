@@ -58,6 +58,10 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       " float top_p=1.0, float min_p=0.0, Tensor? row_options=None, int suppress_token=-1,"
       " Tensor? allowed=None) -> (Tensor token, Tensor probability, Tensor top1_probability,"
       " Tensor relative_confidence)");
+  def("transform_logits_(Tensor(a!) logits, *, float softcap=0.0, Tensor? bias=None,"
+      " Tensor? output_counts=None, Tensor? prompt_tokens=None, Tensor? penalties=None,"
+      " float repetition_penalty=1.0, float presence_penalty=0.0, float frequency_penalty=0.0)"
+      " -> ()");
   def("oput_loss(Tensor? logits_masked, Tensor? logits_predicted, Tensor target, *,"
       " int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0)"
       " -> (Tensor loss_masked, Tensor loss_predicted, Tensor logsumexp_masked,"

@@ -29,6 +29,14 @@ def allowed_tokens(allowed: Tensor, vocab: int) -> Tensor:
     return tokens.flatten() if tokens.numel() == vocab else tokens
 
 
+def pack_mask(tokens: Tensor) -> Tensor:
+    """bool [..., V] as the int32 words of a mask [..., ceil(V / 32)]."""
+    padded = torch.nn.functional.pad(tokens, (0, -tokens.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    places = torch.arange(32, device=tokens.device)
+    words = (padded.long() << places).sum(dim=-1)
+    return words.to(torch.int32)  # the upper half of the numbers wraps to negative ones
+
+
 def visible_tokens(
     op: str,
     vocab: int,

@@ -21,6 +21,7 @@ import dmax_kernels
 from dmax_kernels import reference
 from dmax_kernels.ops.edit_step import EDIT_RULES
 from dmax_kernels.ops.spd_step import SEMANTICS
+from dmax_kernels.ops.transform import penalty_options
 from dmax_kernels.triton import IMPLEMENTATIONS
 
 EXAMPLES = int(os.environ.get("DMAX_FUZZ_EXAMPLES", "40"))
@@ -50,10 +51,21 @@ def edit_step_of_triton(logits, *, rule="threshold", edit_threshold=0.0, **argum
     )
 
 
+def transform_of_triton(
+    logits, *, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, **options
+):
+    penalties = penalty_options(
+        logits, repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+    )  # fmt: skip
+    IMPLEMENTATIONS["transform_logits_"](logits, **options, **penalties)
+
+
 TRITON = SimpleNamespace(
     **IMPLEMENTATIONS
     | {op: public_loss(op) for op in ("oput_loss", "oput_loss_and_grad_")}
     | {"spd_step_": spd_step_of_triton, "edit_step_": edit_step_of_triton}
+    | {"transform_logits_": transform_of_triton}
 )
 
 # backend -> (its functions, device, one in how many of the examples, widest vocabulary)

@@ -265,6 +265,27 @@ def edit_step_(
          options)  # fmt: skip
 
 
+def transform_logits_(
+    logits, *, softcap=0.0, bias=None, output_counts=None, prompt_tokens=None,
+    repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, gpu=H200,
+):  # fmt: skip
+    numbers = (repetition_penalty, presence_penalty, frequency_penalty)
+    penalties = None
+    if any(isinstance(each, Tensor) for each in numbers):
+        columns = [torch.as_tensor(each, dtype=torch.float32) for each in numbers]
+        penalties = torch.stack(torch.broadcast_tensors(*columns), dim=-1).contiguous()
+        numbers = (1.0, 0.0, 0.0)
+    rows, vocab = logits.numel() // logits.shape[-1], logits.shape[-1]
+    operands = ((bias, vocab), (output_counts, vocab), (prompt_tokens, -(-vocab // 32)),
+                (penalties, 3))  # fmt: skip
+    operands = [(None if each is None else each.contiguous(), width) for each, width in operands]
+    shared = [rows if each is None else rows * width // each.numel() for each, width in operands]
+    call("transform_logits_", gpu_input(gpu), logits_input(logits, -1, 1.0),
+         ("TransformInput", *(raw(each) for each, _ in operands), *shared, softcap,
+          *numbers))  # fmt: skip
+    return logits
+
+
 def loss_input(masked, predicted, target, ignore_index, label_smoothing, z_loss):
     given = masked if masked is not None else predicted
     rows = [None if x is None else rows_of(x) for x in (masked, predicted)]

@@ -38,6 +38,8 @@ SMALL = {
     "sample_top_k": (3, 64),
     "sample_top_p": (3, 64),
     "sample_filtered": (3, 64),
+    "penalties": (3, 64),
+    "transform_logits_": (3, 64),
 }
 RANDOM = {
     "sample_tokens",

@@ -39,6 +39,7 @@ STREAMING = (
 )
 OTHERS = (
     "prefix_promote_kernel",
+    "transform_logits_kernel",
     "merge_shards_kernel",
     "hybrid_embedding_kernel",
     "hybrid_backward_positions_kernel",
@@ -84,7 +85,7 @@ def test_no_spill_no_stack(report):
 # three, 128 two. Blocks of a cluster, of 320: 64 three, 96 two. The others have blocks of 128
 # threads, and four of those fit with 128.
 REGISTERS = {
-    "top1_rows_kernel": 64,
+    "top1_rows_kernel|transform_logits_kernel": 64,
     "oput_loss_backward_kernel": 64,
     r"loss_and_grad_cluster_kernel<\w+, false>": 64,
     r"loss_and_grad_cluster_kernel<\w+, true>": 96,

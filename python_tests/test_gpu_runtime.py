@@ -195,7 +195,9 @@ def test_row_ops_are_one_launch():
     logits = torch.randn(32, 157184, device=DEVICE).bfloat16()
     target = torch.zeros(32, dtype=torch.int64, device=DEVICE)
     seed = torch.tensor([1, 2], device=DEVICE)
+    counts = torch.ones(157184, dtype=torch.int32, device=DEVICE)
     for function in (
+        lambda: dmax_kernels.transform_logits_(logits, softcap=30.0, output_counts=counts),
         lambda: dmax_kernels.top1_confidence(logits),
         lambda: dmax_kernels.topk_confidence(logits, 4),
         lambda: dmax_kernels.row_statistics(logits),

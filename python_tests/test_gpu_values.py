@@ -26,6 +26,7 @@ from tolerances import (
 import dmax_kernels
 from dmax_kernels.ops.edit_step import EDIT_RULES
 from dmax_kernels.ops.spd_step import SEMANTICS
+from dmax_kernels.vocabulary import allowed_tokens
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -187,6 +188,37 @@ def test_sample_filters(dtype, options):
     same = actual[0] == expected[0]
     for mine, theirs in zip(actual[1:], expected[1:], strict=True):
         assert_close(mine[same], theirs[same], 1e-5, 1e-9)
+
+
+# Whole vectors, and rows that begin between two of them
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [2049, 157184, 157183])
+@pytest.mark.parametrize("everything", [False, True])
+def test_transform(dtype, vocab, everything):
+    generator = torch.manual_seed(vocab)
+    logits = (4 * torch.randn(2, 5, vocab, generator=generator)).to(dtype)
+    logits[0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    counts = torch.randint(-1, 3, (2, vocab), generator=generator).int()
+    words = torch.randint(-(2**31), 2**31, (2, -(-vocab // 32)), generator=generator).int()
+    options = {
+        "output_counts": counts, "prompt_tokens": words, "presence_penalty": 0.3,
+        "frequency_penalty": 0.2, "repetition_penalty": torch.tensor([1.3, 0.7]),
+    }  # fmt: skip
+    if everything:
+        options |= {"softcap": 10.0, "bias": torch.randn(vocab, generator=generator)}
+    expected = dmax_kernels.transform_logits_(logits.clone(), **options)
+    moved = to(DEVICE, options)
+    actual, again = (dmax_kernels.transform_logits_(logits.to(DEVICE), **moved) for _ in range(2))
+    assert torch.equal(bits(actual), bits(again))
+    if everything:  # the soft caps' roundings may move a result by one unit
+        assert_close(actual.cpu(), expected, 2 * ROUNDING[dtype], 1e-5)
+    else:
+        assert torch.equal(actual.cpu().nan_to_num(77.0), expected.nan_to_num(77.0))
+    invalid = torch.tensor([1.3, torch.nan], device=DEVICE)
+    moved |= {"repetition_penalty": invalid}
+    seen = dmax_kernels.transform_logits_(logits.to(DEVICE), **moved).isnan()[1].cpu()
+    occurred = (counts[1] > 0) | allowed_tokens(words[1], vocab)
+    assert torch.equal(seen, occurred.expand(5, vocab))
 
 
 # Starts that are multiples of a CUDA tile, and starts that are not

@@ -25,6 +25,7 @@ FAMILIES = (
     "statistics",
     "logprobs",
     "sample",
+    "transform",
     "embedding",
     "spd_step",
     "edit_step",

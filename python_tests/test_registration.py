@@ -84,6 +84,16 @@ def samples():
             (logits, seed),
             {"row_options": torch.tensor([0.7, 9, 0.9, 0.01]).expand(3, 4, 4), "allowed": mask},
         ),
+        "transform_logits_": (
+            (logits.clone(),),
+            {
+                "softcap": 5.0,
+                "bias": randn(50),
+                "output_counts": target.new_ones(3, 50).int(),
+                "prompt_tokens": mask,
+                "penalties": torch.tensor([1.1, 0.5, 0.1]).expand(3, 3),
+            },
+        ),
         "oput_loss": (
             (randn(3, 4, 50, grad=True), randn(3, 4, 50, grad=True), target),
             {"label_smoothing": 0.1},
@@ -175,7 +185,10 @@ def decode(logits, embedding, seed, state):
     statistics = dmax_kernels.row_statistics(logits)
     promoted = dmax_kernels.prefix_promote(confidence, state["masked"], 0.2)
     embeds = dmax_kernels.hybrid_embedding(embedding, tokens, confidences, ~promoted, 29)
-    sampled = dmax_kernels.sample_tokens(logits, seed, top_k=5, suppress_tokens=(1, 2))
+    penalized = dmax_kernels.transform_logits_(
+        logits.clone(), output_counts=token.new_ones(30).int(), presence_penalty=0.5
+    )
+    sampled = dmax_kernels.sample_tokens(penalized, seed, top_k=5, suppress_tokens=(1, 2))
     shards = [
         dmax_kernels.top1_partial(shard.contiguous(), start)
         for shard, start in ((logits[..., :20], 0), (logits[..., 20:], 20))

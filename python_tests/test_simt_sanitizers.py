@@ -41,6 +41,7 @@ def row_calls(dtype):
         simt_ops.top1_partial(logits, 50, suppress_token=52)
         simt_ops.sample_partial(logits, seed, 64, suppress_token=65)
         simt_ops.sample_tokens(logits, seed, top_k=2, top_p=0.9, min_p=0.1)
+        transform_calls(logits.nan_to_num())
     for logits in strided_copies(logits_of(3, 2100, dtype)).values():
         simt_ops.top1_confidence(logits)
     logits = logits_of(2, SPLIT, dtype)
@@ -58,6 +59,21 @@ def row_calls(dtype):
     simt_ops.top1_merge(*(torch.stack(each) for each in zip(*parts, strict=True)))
     parts = [simt_ops.sample_partial(logits[:, a : a + 4096], seed, a) for a in (0, 4096)]
     simt_ops.sample_merge(*(torch.stack(each) for each in zip(*parts, strict=True)))
+
+
+def transform_calls(logits):
+    """All operands at once, one for all rows and one per row, of rows that begin anywhere."""
+    rows, vocab_size = logits.shape
+    counts = torch.ones(rows, vocab_size, dtype=torch.int32)
+    counts[:, ::3] = 0
+    words = torch.full((-(-vocab_size // 32),), 0x10000001, dtype=torch.int32)
+    options = {"output_counts": counts, "prompt_tokens": words, "presence_penalty": 0.5}
+    for gpu in (H200, ONE_MULTIPROCESSOR):
+        simt_ops.transform_logits_(logits.clone(), **options, gpu=gpu)
+        simt_ops.transform_logits_(
+            logits.clone(), softcap=5.0, bias=torch.ones(vocab_size), **options,
+            repetition_penalty=torch.full((rows,), 1.5), gpu=gpu,
+        )  # fmt: skip
 
 
 def loss_calls(dtype):

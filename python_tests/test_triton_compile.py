@@ -36,6 +36,7 @@ STREAMING = {
     "tile_sample_kernel",
     "draw_tiles_kernel",
     "sample_filtered_kernel",
+    "transform_kernel",
     "tile_sums_kernel",
     "grad_kernel",
     "hybrid_embedding_kernel",

@@ -46,6 +46,7 @@ BAD = {
     "spd_step_": (spd_arguments(), {"suppress_token": 6}),
     "edit_step_": (edit_arguments(), {"suppress_token": 6}),
     "sample_tokens": ((X, SEED.int()), {}),
+    "transform_logits_": ((X,), {"bias": X[2]}),
     "oput_loss": ((X, None, T), {"z_loss": -1.0}),
     "oput_loss_backward": ((C, X, T, C), {"z_loss": -1.0}),
     "oput_loss_and_grad_": ((X, torch.ones(9, 3).t(), T), {}),

@@ -121,6 +121,8 @@ def call_every_op() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         call_filters(logits(dtype))
     OPS["sample_merge"](shards, shards, shards.long(), shards, shards)
+    for dtype in (torch.bfloat16, torch.float32):
+        transform(logits(dtype))
     confidence, masked = torch.empty(ROWS, K), torch.empty(ROWS, K, dtype=torch.bool)
     OPS["prefix_promote"](confidence, masked, 0.9)
 
@@ -140,6 +142,19 @@ def call_every_op() -> None:
         spd_step(top_k)
     for rule in range(4):
         edit_step(rule)
+
+
+def transform(logits: torch.Tensor, rows: int = 1, softcap: float = 30.0) -> None:
+    """The form with everything, and that with penalties alone; an operand for `rows` rows each."""
+    counts = torch.zeros(ROWS // rows, V, dtype=torch.int32)
+    words = torch.zeros(ROWS // rows, V // 32, dtype=torch.int32)
+    OPS["transform_logits_"](
+        logits.view(-1, rows, V), softcap=softcap, bias=torch.zeros(ROWS // rows, V),
+        output_counts=counts, prompt_tokens=words, penalties=torch.ones(ROWS // rows, 3),
+    )  # fmt: skip
+    OPS["transform_logits_"](
+        logits.view(-1, rows, V), output_counts=counts, presence_penalty=softcap
+    )
 
 
 def call_filters(logits: torch.Tensor) -> None:
@@ -229,6 +244,7 @@ def call_with_other_values() -> None:
         OPS["linear_sample_tokens"](
             torch.empty(80 + value, 16), torch.empty(4000, 16), seed, top_p=0.5
         )
+        transform(logits, max(value % 32, 1) if value != 37 else 2, 1.0 + value)
         OPS["prefix_promote"](confidence, masked, value)
         OPS["hybrid_embedding"](*position, value)
         OPS["hybrid_embedding_backward"](torch.empty(K, D, dtype=torch.bfloat16), *position, value)

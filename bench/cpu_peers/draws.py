@@ -10,6 +10,7 @@ from bench.cpu_peers import entropy_bound_worker
 from bench.cpu_peers.registry import expert
 from bench.cpu_peers.rows import statistics
 from dmax_kernels.bench.decoding import stack_columns
+from dmax_kernels.vocabulary import allowed_tokens
 
 
 @expert("sample_tokens", "Gumbel noise", compiled=True)
@@ -127,3 +128,21 @@ def _(hidden, weight):
 @expert("linear_sample_tokens", "F.linear, softmax and cumulative sum")
 def _(hidden, weight):
     return cumulative_sample(F.linear(hidden, weight))
+
+
+@expert("penalties", "gather, change, scatter")
+@expert("transform_logits_", "in place, then gather, change, scatter")
+def _(logits, options):
+    """Only the columns that have occurred, which are the same for all rows."""
+    x, counts = logits, options["output_counts"]
+    if "softcap" in options:
+        x = x.float().div_(options["softcap"]).tanh_().mul_(options["softcap"])
+        x += options["bias"]
+    seen = (counts > 0) | allowed_tokens(options["prompt_tokens"], len(counts))
+    places = seen.nonzero().squeeze(-1)
+    column, count = x[:, places].float(), counts[places]
+    r = options["repetition_penalty"]
+    column = torch.where(column > 0, column / r, column * r)
+    column -= options["frequency_penalty"] * count + options["presence_penalty"] * (count > 0)
+    x[:, places] = column.to(x.dtype)
+    return logits if x is logits else logits.copy_(x)

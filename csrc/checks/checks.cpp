@@ -7,6 +7,7 @@
 #include "checks/rows.h"
 #include "checks/soft_embedding.h"
 #include "checks/step.h"
+#include "checks/transform.h"
 
 namespace dmax {
 
@@ -41,6 +42,7 @@ STABLE_TORCH_LIBRARY_IMPL(dmax, CompositeExplicitAutograd, m) {
   DMAX_CHECK_KERNEL(spd_step_);
   DMAX_CHECK_KERNEL(edit_step_);
   DMAX_CHECK_KERNEL(sample_tokens);
+  DMAX_CHECK_KERNEL(transform_logits_);
   DMAX_CHECK_KERNEL(oput_loss);
   DMAX_CHECK_KERNEL(oput_loss_backward);
   DMAX_CHECK_KERNEL(oput_loss_and_grad_);

@@ -124,6 +124,15 @@ struct EditOptionsInput {
 
 Chosen edit_step_(Gpu gpu, LogitsInput logits, EditStateInput state, EditOptionsInput options);
 
+struct TransformInput {
+  Address bias, output_counts, prompt_tokens, penalties;  // 0: none
+  // How many rows of logits share one of each
+  unsigned per_bias, per_counts, per_prompt, per_penalties;
+  float softcap, repetition, presence, frequency;
+};
+
+Chosen transform_logits_(Gpu gpu, LogitsInput logits, TransformInput input);
+
 struct LossInput {
   int dtype;
   Address masked, predicted;  // logits; 0: absent

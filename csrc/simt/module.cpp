@@ -47,6 +47,9 @@ PYBIND11_MODULE(dmax_simt, m) {
                     int64_t>());
   py::class_<EditOptionsInput>(m, "EditOptionsInput")
       .def(py::init<int64_t, float, float, int, int, int>());
+  py::class_<TransformInput>(m, "TransformInput")
+      .def(py::init<Address, Address, Address, Address, unsigned, unsigned, unsigned, unsigned,
+                    float, float, float, float>());
   py::class_<LossInput>(m, "LossInput")
       .def(py::init<int, Address, Address, int64_t, int64_t, int64_t, int64_t, Address, bool,
                     int64_t, float, float>());
@@ -65,6 +68,7 @@ PYBIND11_MODULE(dmax_simt, m) {
   m.def("hybrid_embedding_backward", hybrid_embedding_backward);
   m.def("spd_step_", spd_step_);
   m.def("edit_step_", edit_step_);
+  m.def("transform_logits_", transform_logits_);
   m.def("oput_loss", oput_loss);
   m.def("oput_loss_backward", oput_loss_backward);
   m.def("oput_loss_and_grad_", oput_loss_and_grad_);

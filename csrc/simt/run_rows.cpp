@@ -5,6 +5,7 @@
 #include "cuda/shard_merge.cuh"
 #include "cuda/statistics.cuh"
 #include "cuda/top1.cuh"
+#include "cuda/transform.cuh"
 #include "simt/run_ops.h"
 
 namespace dmax::cuda {
@@ -156,6 +157,31 @@ Chosen sample_partial(Gpu gpu, LogitsInput in, Address seed, bool seed_per_row, 
                                      pointer<int64_t>(token), pointer<float>(score),
                                      pointer<float>(weight),  vocab_start};
     result = run_sample_rows<T>(gpu, in, key, finish);
+  });
+  return result;
+}
+
+Chosen transform_logits_(Gpu gpu, LogitsInput in, TransformInput input) {
+  TransformArgs args{};
+  args.logits = pointer<void>(in.data);
+  args.row_stride = in.stride;
+  args.rows = static_cast<unsigned>(in.rows);
+  args.vocab = static_cast<int>(in.vocab);
+  args.softcap = input.softcap;
+  args.inverse_softcap = input.softcap > 0 ? 1.0f / input.softcap : 0.0f;
+  args.bias = {pointer<const float>(input.bias), input.per_bias};
+  args.counts = {pointer<const int32_t>(input.output_counts), input.per_counts};
+  args.prompt = {pointer<const uint32_t>(input.prompt_tokens), input.per_prompt};
+  args.row_penalties = {pointer<const float>(input.penalties), input.per_penalties};
+  args.penalties = {input.repetition, input.presence, input.frequency};
+  args.shared = std::min(std::min(input.per_bias, input.per_counts),
+                         std::min(input.per_prompt, input.per_penalties));
+  Chosen result;
+  dispatch(in.dtype, [&](auto element) {
+    using T = decltype(element);
+    const LaunchShape shape = cut_transform<T>(&args, gpu.multiprocessors);
+    launch(shape, Stream{}, transform_logits_kernel<T>, args);
+    result = {1, 1, shape.blocks, shape.threads};
   });
   return result;
 }

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import dmax_kernels
+from dmax_kernels import reference
 from dmax_kernels.bench.workload import VOCAB, Inputs, Work, workload
 
 
@@ -79,3 +80,39 @@ def sample_top_p(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
 def sample_filtered(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
     """A draw with every filter on."""
     return filtered_draw(inputs, rows, vocab, top_k=50, top_p=0.9, min_p=0.05)
+
+
+def transformed(inputs: Inputs, rows: int, vocab: int, **everywhere: Any) -> Work:
+    """A prompt and an output of 1,000 tokens each, which all rows share as a block's positions."""
+    logits = inputs.logits(rows, vocab)
+    counts = torch.bincount(inputs.ids(1000, below=vocab), minlength=vocab).int()
+    words = torch.zeros(-(-vocab // 32), dtype=torch.int32, device=inputs.device)
+    words[inputs.ids(1000, below=len(words))] = 1
+    options = {
+        "output_counts": counts, "prompt_tokens": words, "repetition_penalty": 1.1,
+        "presence_penalty": 0.5, "frequency_penalty": 0.1, **everywhere,
+    }  # fmt: skip
+    start = logits.clone()
+    return Work(
+        {
+            "eager": lambda: reference.transform_logits_(logits, **options),
+            "fused": lambda: dmax_kernels.transform_logits_(logits, **options),
+        },
+        2 * logits.nbytes if everywhere else counts.nbytes + words.nbytes,
+        restore=lambda: logits.copy_(start),
+        given={"logits": logits, "options": options},
+        writes=bool(everywhere),
+    )
+
+
+@workload
+def penalties(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
+    """Repetition, presence and frequency penalties alone: few logits are touched."""
+    return transformed(inputs, rows, vocab)
+
+
+@workload
+def transform_logits_(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
+    """Soft cap, bias and penalties: every logit is read and written."""
+    bias = torch.zeros(vocab, device=inputs.device)
+    return transformed(inputs, rows, vocab, softcap=30.0, bias=bias)

@@ -18,6 +18,7 @@ from dmax_kernels.ops.target_logprobs import (
     target_logprobs,
 )
 from dmax_kernels.ops.top1 import top1_confidence, top1_merge, top1_partial, topk_confidence
+from dmax_kernels.ops.transform import transform_logits_
 
 __all__ = [
     "RowStatistics",
@@ -48,4 +49,5 @@ __all__ = [
     "top1_merge",
     "top1_partial",
     "topk_confidence",
+    "transform_logits_",
 ]

@@ -27,6 +27,7 @@ from dmax_kernels.reference.target_logprobs import (
     target_logprobs,
 )
 from dmax_kernels.reference.top1 import top1_confidence, top1_merge, top1_partial, topk_confidence
+from dmax_kernels.reference.transform import transform_logits_
 
 __all__ = [
     "RowStatistics",
@@ -57,4 +58,5 @@ __all__ = [
     "top1_merge",
     "top1_partial",
     "topk_confidence",
+    "transform_logits_",
 ]

@@ -49,6 +49,9 @@ struct TileKernels {
   // y = factor * 2^((x - maximum) * scale) + shift; y may be x
   void (*softmax_grad)(const T* x, T* y, int64_t n, float maximum, float scale, float factor,
                        float shift);
+  // x = softcap * tanh(x / softcap) unless softcap is 0 or x infinite; then, unless bias is null,
+  // x += bias
+  void (*softcap_and_bias)(T* x, int64_t n, float softcap, const float* bias);
   // Sum of a * b
   double (*dot)(const T* a, const T* b, int64_t n);
   // sum += factor * x

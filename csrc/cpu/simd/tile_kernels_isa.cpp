@@ -106,6 +106,28 @@ void softmax_grad(const T* x, T* y, int64_t n, float maximum, float scale, float
 }
 
 template <class T>
+void softcap_and_bias(T* x, int64_t n, float softcap, const float* bias) {
+  const float inverse = 1.0f / softcap;
+  const auto transformed = [&](VecF v, VecF shift) {
+    for (int i = 0; softcap > 0 && i < kParts; ++i) {
+      const VecF::Native capped = tanh_part(v.part[i] * inverse) * softcap;
+      const VecI::Native finite = (VecI::Native)(v.part[i] - v.part[i] == 0.0f);
+      v.part[i] = finite ? capped : v.part[i];
+    }
+    return v + shift;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    store(x + i, transformed(load(x + i), bias ? load(bias + i) : splat(0.0f)));
+  }
+  if (i < n) {
+    const int count = static_cast<int>(n - i);
+    const VecF shift = bias ? load_tail(bias + i, count, 0.0f) : splat(0.0f);
+    store_tail(x + i, count, transformed(load_tail(x + i, count, 0.0f), shift));
+  }
+}
+
+template <class T>
 double dot(const T* a, const T* b, int64_t n) {
   // Block sums are added in double, so that the norm of a long row is accurate to float32
   double total = 0;
@@ -184,9 +206,23 @@ void row_products(const T* x, int64_t x_stride, int64_t tokens, const float* a, 
 
 template <class T>
 constexpr TileKernels<T> kernels() {
-  return {value<T>,        maximum<T>,      find<T>,  find_above<T>,   sum_exp<T>, entropy_sums<T>,
-          count_before<T>, weigh<T>,        sum<T>,   softmax_grad<T>, dot<T>,     add_scaled<T>,
-          add_mixed<T>,    store_scaled<T>, widen<T>, row_products<T>};
+  return {value<T>,
+          maximum<T>,
+          find<T>,
+          find_above<T>,
+          sum_exp<T>,
+          entropy_sums<T>,
+          count_before<T>,
+          weigh<T>,
+          sum<T>,
+          softmax_grad<T>,
+          softcap_and_bias<T>,
+          dot<T>,
+          add_scaled<T>,
+          add_mixed<T>,
+          store_scaled<T>,
+          widen<T>,
+          row_products<T>};
 }
 
 }  // namespace
