@@ -40,8 +40,8 @@ struct LossState {
   float target_logit = 0;  // set in the one group that holds the target
   double logit_sum = 0;    // used only if labels are smoothed
 
-  void merge(const LossState& later) {
-    stats.merge(later.stats, 1.0);
+  void merge(const LossState& later, double temperature) {
+    stats.merge(later.stats, temperature);
     target_logit += later.target_logit;
     logit_sum += later.logit_sum;
   }
@@ -128,12 +128,12 @@ void reduce_losses(const LossProblem& problem, const Sweep& sweep) {
           if (sweep.keeps(first_row + i)) {
             std::copy_n(x, n, sweep.kept.at(first_row + i - sweep.first_row, first_id));
           }
-          state.stats.add(kernels, x, n, first_id, 1.0);
+          state.stats.add(kernels, x, n, first_id, options.temperature);
           const int64_t place = targets[row_of(i).row] - first_id;
           if (place >= 0 && place < n) state.target_logit = x[place];
           if (options.label_smoothing != 0) state.logit_sum += kernels.sum(x, n, 0.0f);
         },
-        [](LossState& state, const LossState& later) { state.merge(later); },
+        [&](LossState& state, const LossState& later) { state.merge(later, options.temperature); },
         [&](int64_t i, const LossState& state) {
           const double maximum = state.stats.maximum;
           const double log_rest = state.stats.log_rest();
@@ -142,7 +142,7 @@ void reduce_losses(const LossProblem& problem, const Sweep& sweep) {
               static_cast<float>(loss_of_row(maximum, log_rest, state.target_logit, options,
                                              [&] { return maximum - state.logit_sum / vocab; }));
           problem.results[pass].logsumexp.mutable_data_ptr<float>()[row] =
-              static_cast<float>(maximum + log_rest);
+              static_cast<float>(state.stats.log_sum_exp(options.temperature));
         });
   }
 }
@@ -189,14 +189,17 @@ double weighted_sum(const LossProblem& problem,
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss(
     OptionalTensor hidden_masked, OptionalTensor hidden_predicted, Tensor weight, Tensor target,
-    OptionalTensor bias, int64_t ignore_index, double label_smoothing, double z_loss) {
+    OptionalTensor bias, int64_t ignore_index, double label_smoothing, double z_loss,
+    double temperature) {
   constexpr const char* op = "linear_oput_loss";
-  const int64_t vocab = check_linear_oput_loss(hidden_masked, hidden_predicted, weight, target,
-                                               bias, ignore_index, label_smoothing, z_loss)
-                            .vocab;
+  const int64_t vocab =
+      check_linear_oput_loss(hidden_masked, hidden_predicted, weight, target, bias, ignore_index,
+                             label_smoothing, z_loss, temperature)
+          .vocab;
   const Tensor ids = checked_targets(op, target, vocab, ignore_index);
-  const LossProblem problem = loss_problem(hidden_masked, hidden_predicted, weight, target, bias,
-                                           ids, {ignore_index, label_smoothing, z_loss});
+  const LossProblem problem =
+      loss_problem(hidden_masked, hidden_predicted, weight, target, bias, ids,
+                   {ignore_index, label_smoothing, z_loss, temperature});
   reduce_losses(problem, {0, problem.stacked.size(), {}});
   const auto& results = problem.results;
   return {results[0].loss, results[1].loss, results[0].logsumexp, results[1].logsumexp};
@@ -206,13 +209,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
     Tensor grad_masked, Tensor grad_predicted, OptionalTensor hidden_masked,
     OptionalTensor hidden_predicted, Tensor weight, Tensor target, Tensor logsumexp_masked,
     Tensor logsumexp_predicted, OptionalTensor bias, int64_t ignore_index, double label_smoothing,
-    double z_loss, bool needs_masked, bool needs_predicted, bool needs_weight, bool needs_bias) {
+    double z_loss, double temperature, bool needs_masked, bool needs_predicted, bool needs_weight,
+    bool needs_bias) {
   constexpr const char* op = "linear_oput_loss_backward";
   const int64_t vocab =
       check_linear_oput_loss_backward(grad_masked, grad_predicted, hidden_masked, hidden_predicted,
                                       weight, target, logsumexp_masked, logsumexp_predicted, bias,
-                                      ignore_index, label_smoothing, z_loss, needs_masked,
-                                      needs_predicted, needs_weight, needs_bias)
+                                      ignore_index, label_smoothing, z_loss, temperature,
+                                      needs_masked, needs_predicted, needs_weight, needs_bias)
           .vocab;
   const Tensor ids = checked_targets(op, target, vocab, ignore_index);
   const StackedRows stacked = stacked_rows(hidden_masked, hidden_predicted, ids, ignore_index);
@@ -222,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
       empty_gradients(stacked, weight, needs_hidden, needs_weight, needs_bias && bias);
   const LogitGradients row_gradient(stacked, {grad_masked, grad_predicted},
                                     {logsumexp_masked, logsumexp_predicted}, ids, bias, vocab,
-                                    {ignore_index, label_smoothing, z_loss});
+                                    {ignore_index, label_smoothing, z_loss, temperature});
   with_gradients(stacked, weight, grads, [&](auto& gradients) {
     add_sweep(gradients, {0, stacked.size(), {}}, vocab, row_gradient);
   });
@@ -235,17 +239,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_oput_loss_sum(
     OptionalTensor hidden_masked, OptionalTensor hidden_predicted, Tensor weight, Tensor target,
     OptionalTensor bias, OptionalTensor factor_masked, OptionalTensor factor_predicted,
-    int64_t ignore_index, double label_smoothing, double z_loss, bool needs_masked,
-    bool needs_predicted, bool needs_weight, bool needs_bias) {
+    int64_t ignore_index, double label_smoothing, double z_loss, double temperature,
+    bool needs_masked, bool needs_predicted, bool needs_weight, bool needs_bias) {
   constexpr const char* op = "linear_oput_loss_sum";
-  const int64_t vocab =
-      check_linear_oput_loss_sum(hidden_masked, hidden_predicted, weight, target, bias,
-                                 factor_masked, factor_predicted, ignore_index, label_smoothing,
-                                 z_loss, needs_masked, needs_predicted, needs_weight, needs_bias)
-          .vocab;
+  const int64_t vocab = check_linear_oput_loss_sum(
+                            hidden_masked, hidden_predicted, weight, target, bias, factor_masked,
+                            factor_predicted, ignore_index, label_smoothing, z_loss, temperature,
+                            needs_masked, needs_predicted, needs_weight, needs_bias)
+                            .vocab;
   const Tensor ids = checked_targets(op, target, vocab, ignore_index);
-  const LossProblem problem = loss_problem(hidden_masked, hidden_predicted, weight, target, bias,
-                                           ids, {ignore_index, label_smoothing, z_loss});
+  const LossProblem problem =
+      loss_problem(hidden_masked, hidden_predicted, weight, target, bias, ids,
+                   {ignore_index, label_smoothing, z_loss, temperature});
   const StackedRows& stacked = problem.stacked;
   const auto& results = problem.results;
   const bool needs_hidden =

@@ -49,7 +49,7 @@ PYBIND11_MODULE(dmax_simt, m) {
       .def(py::init<int64_t, float, float, int, int, int>());
   py::class_<LossInput>(m, "LossInput")
       .def(py::init<int, Address, Address, int64_t, int64_t, int64_t, int64_t, Address, bool,
-                    int64_t, float, float>());
+                    int64_t, float, float, double>());
 
   m.def("top1_confidence", top1_confidence);
   m.def("top1_partial", top1_partial);
