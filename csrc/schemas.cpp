@@ -97,7 +97,7 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       " Tensor? factor_predicted=None, *, int ignore_index=-100, float label_smoothing=0.0,"
       " float z_loss=0.0, float temperature=1.0, bool needs_masked=True,"
       " bool needs_predicted=True, bool needs_weight=True, bool needs_bias=True)"
-      " -> (Tensor total, Tensor logsumexp_masked, Tensor logsumexp_predicted,"
+      " -> (Tensor total, Tensor by_pass, Tensor logsumexp_masked, Tensor logsumexp_predicted,"
       " Tensor grad_hidden_masked, Tensor grad_hidden_predicted, Tensor grad_weight,"
       " Tensor grad_bias)");
   def("linear_oput_loss_scale_(Tensor(a!) grad, Tensor factor) -> ()");

@@ -232,7 +232,9 @@ def check_loss(ranks: Ranks) -> None:
                     e = ranks.cut(padded, sizes, 1)
                     assert_close(g[5], e[5], 1e-3, 1e-4)
                     keep = torch.arange(rows) != 5
-                    assert_close(g[keep], e[keep], 2 * ROUNDING[dtype] + 4e-6, 1e-7)
+                    # 1e-7: the rounding of the unsharded op's logsumexp, which is 1 / T as large
+                    atol = 1e-7 / options.get("temperature", 1.0) ** 2
+                    assert_close(g[keep], e[keep], 2 * ROUNDING[dtype] + 4e-6, atol)
     one = distributed.oput_loss(None, mine[1], target, **layout)
     assert one[0] is None
     assert_close(one[1].detach(), dmax_kernels.oput_loss(None, passes[1], target)[1], 2e-6, 2e-7)

@@ -169,20 +169,21 @@ void fill_losses_and_gradients(const LossProblem& problem, const LogitGradients&
   }
 }
 
-// sum of factor * loss over the rows of both passes; factors that are absent are 1
-double weighted_sum(const LossProblem& problem,
-                    const std::array<OptionalTensor, kPasses>& factors) {
-  double total = 0;
+// sum of factor * loss over the rows of each pass; factors that are absent are 1
+std::array<double, kPasses> weighted_sums(const LossProblem& problem,
+                                          const std::array<OptionalTensor, kPasses>& factors) {
+  std::array<double, kPasses> sums{};
   for (int pass = 0; pass < kPasses; ++pass) {
     const Tensor& losses = problem.results[pass].loss;
     const float* loss = losses.const_data_ptr<float>();
     OptionalTensor factor;
     if (factors[pass]) factor = as_contiguous(*factors[pass]);
     for (int64_t i = 0; i < losses.numel(); ++i) {
-      total += factor ? static_cast<double>(loss[i]) * factor->const_data_ptr<float>()[i] : loss[i];
+      const double weight = factor ? factor->const_data_ptr<float>()[i] : 1.0;
+      sums[pass] += loss[i] * weight;
     }
   }
-  return total;
+  return sums;
 }
 
 }  // namespace
@@ -236,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
   return {hidden_grads[0], hidden_grads[1], grads.weight, grads.bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_oput_loss_sum(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_oput_loss_sum(
     OptionalTensor hidden_masked, OptionalTensor hidden_predicted, Tensor weight, Tensor target,
     OptionalTensor bias, OptionalTensor factor_masked, OptionalTensor factor_predicted,
     int64_t ignore_index, double label_smoothing, double z_loss, double temperature,
@@ -266,11 +267,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_oput_l
   const auto hidden_grads =
       scattered_gradients(stacked, {hidden_masked, hidden_predicted},
                           {needs_masked, needs_predicted}, weight, grads.hidden);
+  const std::array<double, kPasses> sums = weighted_sums(problem, factors);
   Tensor total = torch::stable::new_zeros(weight, {}, ScalarType::Float);
-  *total.mutable_data_ptr<float>() = static_cast<float>(weighted_sum(problem, factors));
-  return {total,           results[0].logsumexp, results[1].logsumexp,
-          hidden_grads[0], hidden_grads[1],      grads.weight,
-          grads.bias};
+  *total.mutable_data_ptr<float>() = static_cast<float>(sums[0] + sums[1]);
+  Tensor by_pass = torch::stable::new_zeros(weight, {kPasses}, ScalarType::Float);
+  for (int pass = 0; pass < kPasses; ++pass) {
+    by_pass.mutable_data_ptr<float>()[pass] = static_cast<float>(sums[pass]);
+  }
+  return {total,           by_pass,         results[0].logsumexp, results[1].logsumexp,
+          hidden_grads[0], hidden_grads[1], grads.weight,         grads.bias};
 }
 
 // Does nothing if the factor is 1, as it is for loss.backward()

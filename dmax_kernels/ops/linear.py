@@ -304,6 +304,7 @@ def _(
 
     return (
         weight.new_empty((), dtype=torch.float32),
+        weight.new_empty((2,), dtype=torch.float32),
         per_token(hidden_masked),
         per_token(hidden_predicted),
         *_empty_grads(

@@ -345,7 +345,11 @@ def linear_oput_loss_sum(
             logsumexp.new_empty(0) if shape is None else next(by_pass).clone().view(target.shape)
             for shape in stacked.shapes
         ]
-        return (loss * factors).sum(), *logsumexps, *grads
+        sums = (loss * factors).view(given, target.numel()).sum(1)
+        absent = [shape is None for shape in stacked.shapes]
+        if any(absent):
+            sums = torch.cat([sums.new_zeros(1), sums] if absent[0] else [sums, sums.new_zeros(1)])
+        return sums.sum(), sums, *logsumexps, *grads
 
 
 def linear_oput_loss_scale_(grad: Tensor, factor: Tensor) -> None:
