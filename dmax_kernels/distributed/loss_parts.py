@@ -67,9 +67,7 @@ class LossParts:
         """
         place, on_block = self._on_block(ids, begin, logits.shape[1])
         columns = at_least_one_column(logits)
-        maximum, sum_exp, _ = ops.top1_partial(
-            columns.detach(), 0, temperature=self.temperature
-        )
+        maximum, sum_exp, _ = ops.top1_partial(columns.detach(), 0, temperature=self.temperature)
         at_target = columns.gather(1, place.unsqueeze(1)).squeeze(1).double()
         fields = [maximum.double(), sum_exp.double(), torch.where(on_block, at_target, 0.0)]
         if self.label_smoothing:
