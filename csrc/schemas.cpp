@@ -63,7 +63,7 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       " float repetition_penalty=1.0, float presence_penalty=0.0, float frequency_penalty=0.0)"
       " -> ()");
   def("oput_loss(Tensor? logits_masked, Tensor? logits_predicted, Tensor target, *,"
-      " int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0)"
+      " int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0, float temperature=1.0)"
       " -> (Tensor loss_masked, Tensor loss_predicted, Tensor logsumexp_masked,"
       " Tensor logsumexp_predicted)");
   def("oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor logsumexp, *,"
@@ -71,7 +71,7 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       " -> Tensor grad_logits");
   def("oput_loss_and_grad_(Tensor(a!)? logits_masked, Tensor(b!)? logits_predicted, Tensor target,"
       " Tensor? grad_masked=None, Tensor? grad_predicted=None, *, int ignore_index=-100,"
-      " float label_smoothing=0.0, float z_loss=0.0)"
+      " float label_smoothing=0.0, float z_loss=0.0, float temperature=1.0)"
       " -> (Tensor loss_masked, Tensor loss_predicted)");
   def("top1_partial(Tensor logits_shard, int vocab_start, *, float temperature=1.0,"
       " int suppress_token=-1) -> (Tensor maximum, Tensor sum_exp, Tensor token)");
@@ -86,21 +86,22 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       " float temperature=1.0, int suppress_token=-1) -> (Tensor token, Tensor confidence)");
   def("linear_oput_loss(Tensor? hidden_masked, Tensor? hidden_predicted, Tensor weight,"
       " Tensor target, Tensor? bias=None, *, int ignore_index=-100, float label_smoothing=0.0,"
-      " float z_loss=0.0) -> (Tensor loss_masked, Tensor loss_predicted,"
+      " float z_loss=0.0, float temperature=1.0) -> (Tensor loss_masked, Tensor loss_predicted,"
       " Tensor logsumexp_masked, Tensor logsumexp_predicted)");
   def("linear_oput_loss_backward(Tensor grad_masked, Tensor grad_predicted, Tensor? hidden_masked,"
       " Tensor? hidden_predicted, Tensor weight, Tensor target, Tensor logsumexp_masked,"
       " Tensor logsumexp_predicted, Tensor? bias=None, *, int ignore_index=-100,"
-      " float label_smoothing=0.0, float z_loss=0.0, bool needs_masked=True,"
-      " bool needs_predicted=True, bool needs_weight=True, bool needs_bias=True)"
-      " -> (Tensor grad_hidden_masked, Tensor grad_hidden_predicted, Tensor grad_weight,"
+      " float label_smoothing=0.0, float z_loss=0.0, float temperature=1.0,"
+      " bool needs_masked=True, bool needs_predicted=True, bool needs_weight=True,"
+      " bool needs_bias=True) -> (Tensor grad_hidden_masked, Tensor grad_hidden_predicted, Tensor "
+      "grad_weight,"
       " Tensor grad_bias)");
   def("linear_oput_loss_sum(Tensor? hidden_masked, Tensor? hidden_predicted, Tensor weight,"
       " Tensor target, Tensor? bias=None, Tensor? factor_masked=None,"
       " Tensor? factor_predicted=None, *, int ignore_index=-100, float label_smoothing=0.0,"
-      " float z_loss=0.0, bool needs_masked=True, bool needs_predicted=True,"
-      " bool needs_weight=True, bool needs_bias=True)"
-      " -> (Tensor total, Tensor logsumexp_masked, Tensor logsumexp_predicted,"
+      " float z_loss=0.0, float temperature=1.0, bool needs_masked=True,"
+      " bool needs_predicted=True, bool needs_weight=True, bool needs_bias=True)"
+      " -> (Tensor total, Tensor by_pass, Tensor logsumexp_masked, Tensor logsumexp_predicted,"
       " Tensor grad_hidden_masked, Tensor grad_hidden_predicted, Tensor grad_weight,"
       " Tensor grad_bias)");
   def("linear_oput_loss_scale_(Tensor(a!) grad, Tensor factor) -> ()");

@@ -59,9 +59,10 @@ def row_statistics(logits: Tensor, temperature: float = 1.0, suppress_token: int
 
 
 def token_loss(
-    logits: Tensor, target: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
-) -> Tensor:
-    x = logits.double()
+    logits: Tensor, target: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
+    x = logits.double() / temperature
     lse = x.logsumexp(dim=-1)
     loss = lse - x.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     loss = (1 - label_smoothing) * loss + label_smoothing * (lse - x.mean(dim=-1))

@@ -4,7 +4,12 @@ import float64
 import torch
 from triton_device import DEVICE, triton_op
 
-OPTIONS = ({}, {"label_smoothing": 0.1, "z_loss": 1e-3}, {"label_smoothing": 1.0})
+OPTIONS = (
+    {},
+    {"label_smoothing": 0.1, "z_loss": 1e-3, "temperature": 1.7},
+    {"label_smoothing": 1.0},
+    {"temperature": 0.6},
+)
 # Triton's interpreter multiplies the bits of bfloat16 as integers: float16 stands in for it there
 NARROW = torch.float16 if DEVICE.type == "cpu" else torch.bfloat16
 IGNORED = -100

@@ -286,27 +286,26 @@ def transform_logits_(
     return logits
 
 
-def loss_input(masked, predicted, target, ignore_index, label_smoothing, z_loss):
+def loss_input(
+    masked, predicted, target, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
+    temperature=1.0,
+):  # fmt: skip
     given = masked if masked is not None else predicted
     rows = [None if x is None else rows_of(x) for x in (masked, predicted)]
     strides = [0 if x is None else x.stride(0) for x in rows]
     return ("LossInput", DTYPE_CODES[given.dtype], raw(rows[0]), raw(rows[1]), *strides,
             target.numel(), given.shape[-1], raw(target.contiguous()), target.dtype == torch.int64,
-            ignore_index, label_smoothing, z_loss)  # fmt: skip
+            ignore_index, label_smoothing, z_loss, temperature)  # fmt: skip
 
 
 def loss_buffers(passes, target):
     return [None if x is None else torch.full(target.shape, 77.0) for x in passes]
 
 
-def oput_loss_with_logsumexp(
-    logits_masked, logits_predicted, target, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
-    gpu=H200,
-):  # fmt: skip
+def oput_loss_with_logsumexp(logits_masked, logits_predicted, target, *, gpu=H200, **options):
     passes = (logits_masked, logits_predicted)
     loss, logsumexp = loss_buffers(passes, target), loss_buffers(passes, target)
-    call("oput_loss", gpu_input(gpu),
-         loss_input(*passes, target, ignore_index, label_smoothing, z_loss), *map(raw, loss),
+    call("oput_loss", gpu_input(gpu), loss_input(*passes, target, **options), *map(raw, loss),
          *map(raw, logsumexp))  # fmt: skip
     return loss, logsumexp
 
@@ -315,26 +314,20 @@ def oput_loss(*arguments, **options):
     return tuple(oput_loss_with_logsumexp(*arguments, **options)[0])
 
 
-def oput_loss_backward(
-    grad_loss, logits, target, logsumexp, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
-    temperature=1.0,
-):  # fmt: skip
+def oput_loss_backward(grad_loss, logits, target, logsumexp, **options):
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype)
-    call("oput_loss_backward",
-         loss_input(logits, None, target, ignore_index, label_smoothing, z_loss),
-         raw(grad_loss.contiguous()), raw(logsumexp), temperature,
-         raw(grad_logits))  # fmt: skip
+    call("oput_loss_backward", loss_input(logits, None, target, **options),
+         raw(grad_loss.contiguous()), raw(logsumexp), raw(grad_logits))  # fmt: skip
     return grad_logits
 
 
 def oput_loss_and_grad_(
-    logits_masked, logits_predicted, target, grad_masked=None, grad_predicted=None, *,
-    ignore_index=-100, label_smoothing=0.0, z_loss=0.0, gpu=H200,
+    logits_masked, logits_predicted, target, grad_masked=None, grad_predicted=None, *, gpu=H200,
+    **options,
 ):  # fmt: skip
     passes = (logits_masked, logits_predicted)
     loss = loss_buffers(passes, target)
-    call("oput_loss_and_grad_", gpu_input(gpu),
-         loss_input(*passes, target, ignore_index, label_smoothing, z_loss),
+    call("oput_loss_and_grad_", gpu_input(gpu), loss_input(*passes, target, **options),
          raw(grad_masked), raw(grad_predicted), *map(raw, loss))  # fmt: skip
     return tuple(loss)
 

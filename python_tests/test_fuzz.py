@@ -199,6 +199,7 @@ def loss_options(draw):
     return {
         "label_smoothing": draw(st.sampled_from([0.0, 0.1])),
         "z_loss": draw(st.sampled_from([0.0, 1e-4])),
+        "temperature": draw(st.sampled_from([1.0, 1.0, 0.7, 3.0])),
     }
 
 
@@ -227,14 +228,15 @@ def test_oput_loss(draw, backend):
     check("oput_loss", backend, [*passes, target], keywords, rtol=2e-5, atol=loss_atol(x))
 
 
-def gradient_in_float64(x, target, grad, label_smoothing, z_loss):
-    """g ((1 + 2 z lse) softmax - (1 - s) onehot - s/V); 0 where ignored, NaN without a softmax."""
-    x, ignored = x.double(), (target == -100).unsqueeze(-1)
+def gradient_in_float64(x, target, grad, label_smoothing, z_loss, temperature):
+    """g ((1 + 2 z lse) softmax - (1 - s) onehot - s/V) / T; 0 where ignored, NaN without a
+    softmax."""
+    x, ignored = x.double() / temperature, (target == -100).unsqueeze(-1)
     lse = x.logsumexp(dim=-1, keepdim=True)
     onehot = torch.zeros_like(x).scatter_(-1, target.clamp(min=0).long().unsqueeze(-1), 1.0)
     slope = (1 + 2 * z_loss * lse) * torch.softmax(x, dim=-1)
     slope = slope - (1 - label_smoothing) * onehot - label_smoothing / x.shape[-1]
-    slope = slope.masked_fill(~lse.isfinite(), NAN) * grad.double().unsqueeze(-1)
+    slope = slope.masked_fill(~lse.isfinite(), NAN) * grad.double().unsqueeze(-1) / temperature
     return slope.masked_fill(ignored, 0.0)
 
 
@@ -341,7 +343,7 @@ def test_linear_oput_loss(draw, backend):
     factor = torch.cat([hidden, weight]).abs().max().double().clamp(min=1.0)
     narrow = 0.0 if wide else ROUNDING[dtype]
     rounding = ((3e-7 * logits_size + narrow) * factor * grads.abs().sum()).item()
-    for made in (actual, at_once[3:]):
+    for made in (actual, at_once[4:]):
         for gradient, want in zip(made, gradients, strict=True):
             if want is not None:
                 atol = part * want.abs().max().item() + rounding

@@ -30,7 +30,12 @@ from dmax_kernels.vocabulary import allowed_tokens
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
-LOSS_OPTIONS = ({}, {"label_smoothing": 0.1}, {"label_smoothing": 0.3, "z_loss": 1e-2})
+LOSS_OPTIONS = (
+    {},
+    {"label_smoothing": 0.1},
+    {"label_smoothing": 0.3, "z_loss": 1e-2, "temperature": 1.7},
+    {"temperature": 0.6},
+)
 
 
 def to(device, value):

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 
 
 def run_sum(backend, hidden, weight, bias, target, factors, **options):
-    """(total, logsumexps of both passes, gradients of both hiddens, weight and bias)."""
+    """(total, its part of each pass, logsumexps of both passes, gradients of both hiddens, weight
+    and bias)."""
     return BACKENDS[backend](
         "linear_oput_loss_sum", *hidden, weight, target, bias, *factors, **options
     )
@@ -60,15 +61,16 @@ def test_sum_with_its_gradients(backend, shape, keep, dtype):
         (None, hidden[1], None, {}),
     ):
         losses, expected = in_float64(passes, weight, own_bias, target, factors, options)
-        total = sum((f * loss).sum() for f, loss in zip(factors, losses, strict=True)
-                    if loss is not None)  # fmt: skip
+        by_pass = torch.tensor([0.0 if loss is None else (f * loss).sum()
+                                for f, loss in zip(factors, losses, strict=True)])  # fmt: skip
         given = [None if h is None else f for h, f in zip(passes, factors, strict=True)]
         with keep():
-            (got, *_), *grads = split(
+            (total, parts, *_), *grads = split(
                 run_sum(backend, passes, weight, own_bias, target, given, **options)
             )
-        assert got.shape == ()
-        assert_close(got, total, 1e-5, 1e-5 * len(target))
+        assert total.shape == ()
+        assert_close(total, by_pass.sum(), 1e-5, 1e-5 * len(target))
+        assert_close(parts, by_pass, 1e-5, 1e-5 * len(target))
         wide = dtype == torch.float32 or (backend == "cpu" and dtype == torch.float16)
         for gradient, right in zip(*grads, expected, strict=True):
             if right is None:
@@ -87,8 +89,8 @@ def test_sum_with_its_gradients(backend, shape, keep, dtype):
 
 
 def split(results):
-    """The total and the logsumexps, then the gradients."""
-    return results[:3], results[3:]
+    """The sums and the logsumexps, then the gradients."""
+    return results[:4], results[4:]
 
 
 def calls():

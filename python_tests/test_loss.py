@@ -20,6 +20,8 @@ OPTIONS = (
     {"z_loss": 1e-3},
     {"label_smoothing": 0.3, "z_loss": 1e-2},
     {"label_smoothing": 1.0},
+    {"temperature": 0.3},
+    {"label_smoothing": 0.3, "z_loss": 1e-2, "temperature": 1.7},
 )
 FINITE = slice(0, 11)  # the rows of stacked_rows without NaN or infinities
 
@@ -100,7 +102,9 @@ def test_gradient(dtype, vocab_size, options):
     for x, leaf, weight in zip(logits, leaves, weights, strict=True):
         wide = x.double().requires_grad_()
         (loss_in_float64(wide, target, **options) * weight).sum().backward()
-        assert_close(leaf.grad, wide.grad, ROUNDING[dtype], 3e-7)
+        # The rounding of the saved logsumexp, which is 1 / T as large, and once more divided by T
+        atol = 3e-7 / options.get("temperature", 1.0) ** 2
+        assert_close(leaf.grad, wide.grad, ROUNDING[dtype], atol)
         assert (leaf.grad[target < 0] == 0).all()
 
 
@@ -155,6 +159,34 @@ def test_either_pass_may_be_absent():
     absent, predicted = dmax_kernels.oput_loss(None, logits[1], target)
     assert absent is None
     assert torch.equal(predicted, both[1])
+
+
+@pytest.mark.parametrize("op", [reference, dmax_kernels], ids=["reference", "cpu"])
+def test_temperature_divides_the_logits(op):
+    """Powers of two divide without rounding: one loss both ways, and the gradient is 1 / T of it."""
+    (logits, _), target = random_case(torch.float32)
+    for temperature in (0.25, 4.0):
+        leaves = [logits.clone().requires_grad_(), (logits / temperature).requires_grad_()]
+        of_op, _ = op.oput_loss(leaves[0], None, target, temperature=temperature)
+        divided, _ = op.oput_loss(leaves[1], None, target)
+        (of_op + 2 * divided).sum().backward()
+        assert_close(of_op.detach(), divided.detach(), 1e-6, 1e-7)
+        grad = leaves[1].grad / (2 * temperature)
+        assert_close(leaves[0].grad, grad, 1e-5, 1e-7 / temperature)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e3])
+def test_far_temperatures_on_the_edge_list(temperature):
+    _, logits = stacked_rows(300, torch.float32)
+    logits = logits[[i for i, row in enumerate(logits) if row.isfinite().all()]]
+    target = torch.full((len(logits),), 3)
+    loss, _ = dmax_kernels.oput_loss(logits, None, target, temperature=temperature)
+    expected = float64.token_loss(logits, target, temperature=temperature)
+    assert_close(loss, expected, LOSS_RTOL, LOSS_ATOL)
+    wide = logits.double().requires_grad_()
+    float64.token_loss(wide, target, temperature=temperature).sum().backward()
+    dmax_kernels.oput_loss_and_grad_(logits, None, target, temperature=temperature)
+    assert_close(logits, wide.grad, 2e-6, 3e-7 / temperature)
 
 
 # The reductions against torch's own cross-entropy, whose mean over kept targets is the same number
@@ -279,7 +311,7 @@ def test_autocast_leaves_the_dtypes_alone():
 
 # ---- Triton: float32 throughout, and errors that a GPU cannot raise become NaN
 
-TRITON_OPTIONS = ({}, {"label_smoothing": 0.1, "z_loss": 0.01})
+TRITON_OPTIONS = ({}, {"label_smoothing": 0.1, "z_loss": 0.01, "temperature": 1.7})
 
 
 def triton_case(vocab_size, dtype, rows=5, target_dtype=torch.int64):
@@ -420,6 +452,7 @@ X, T = torch.randn(3, 9), torch.zeros(3).long()
         ((X, None, T - 1), {}, r"target must be -100 .*, got -1 at position 0"),
         ((X, None, T), {"label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\], got 1.5"),
         ((X, None, T), {"z_loss": -1.0}, "z_loss must be zero or positive and finite, got -1"),
+        ((X, None, T), {"temperature": 0.0}, "temperature must be .*, got 0"),
     ],
 )
 def test_bad_input(arguments, options, message):

@@ -96,7 +96,7 @@ def samples():
         ),
         "oput_loss": (
             (randn(3, 4, 50, grad=True), randn(3, 4, 50, grad=True), target),
-            {"label_smoothing": 0.1},
+            {"label_smoothing": 0.1, "temperature": 0.5},
         ),
         "oput_loss_backward": ((randn(3, 4), logits, target, lse), {}),
         "oput_loss_and_grad_": ((logits.clone(), None, target, randn(3, 4)), {}),
@@ -113,7 +113,7 @@ def samples():
                 target,
                 randn(50, grad=True),
             ),
-            {"z_loss": 0.1},
+            {"z_loss": 0.1, "temperature": 0.5},
         ),
         "linear_oput_loss_backward": (
             (lse, lse, randn(3, 4, 6), randn(3, 4, 6), randn(50, 6), target, lse, lse, randn(50)),

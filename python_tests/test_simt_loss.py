@@ -12,7 +12,8 @@ OPTIONS = (
     {},
     {"label_smoothing": 0.1},
     {"z_loss": 1e-3},
-    {"label_smoothing": 0.3, "z_loss": 1e-2},
+    {"label_smoothing": 0.3, "z_loss": 1e-2, "temperature": 1.7},
+    {"temperature": 0.3},
 )
 SPLIT_VOCAB = 9 * 2048 + 3
 # Clusters of 1, 2, 4 and 8 blocks hold 17, 34, 68 and 136 tiles of 4 KB with room to spare, and 8
@@ -53,7 +54,8 @@ def test_edge_cases(dtype, vocab_size, options):
         target = torch.full((len(logits),), target_id)
         (loss, _), (lse, _) = simt_ops.oput_loss_with_logsumexp(logits, None, target, **options)
         assert_close(loss, float64.token_loss(logits, target, **options), LOSS_RTOL, LOSS_ATOL)
-        assert_close(lse, logits.double().logsumexp(dim=-1), 1e-6, 1e-6)
+        x = logits.double() / options.get("temperature", 1.0)
+        assert_close(lse, x.logsumexp(dim=-1), 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("vocab_size", [127, 5000])
@@ -68,7 +70,7 @@ def test_rows_that_are_not_finite(vocab_size):
 
 
 @pytest.mark.parametrize(("gpu", "splits"), [(H200, 2), (ONE_MULTIPROCESSOR, 1)])
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "temperature": 0.6}], ids=str)
 def test_both_passes_and_splits(gpu, splits, options):
     logits, target = random_case(torch.bfloat16, SPLIT_VOCAB, tokens=4)
     losses = simt_ops.oput_loss(*logits, target.int(), **options, gpu=gpu)
@@ -114,7 +116,7 @@ def test_backward(dtype, vocab_size, options):
 
 # Every cluster size, and the two-pass kernel that serves GPUs without clusters: both agree with
 # float64, and with each other and the forward op to the last bit
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS[::3], ids=str)
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8])
 def test_in_place(cluster, options):
     vocab_size = CLUSTER_VOCABS[cluster]
@@ -159,13 +161,16 @@ def test_in_place_common_offset(gpu, offset):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", [1, 7, 300, 2049])
 def test_in_place_edges(gpu, dtype, vocab_size):
+    options = {"temperature": 0.6}
     logits, target = random_case(dtype, vocab_size)
     weight = torch.randn(len(target), generator=torch.manual_seed(2))
     written = logits[1].clone()
-    none, loss = simt_ops.oput_loss_and_grad_(None, written, target, None, weight, gpu=gpu)
+    none, loss = simt_ops.oput_loss_and_grad_(
+        None, written, target, None, weight, **options, gpu=gpu
+    )
     assert none is None
-    assert_close(loss, loss_in_float64(logits[1], target), LOSS_RTOL, LOSS_ATOL)
-    expected = gradients_in_float64(logits[1], target, weight)
+    assert_close(loss, loss_in_float64(logits[1], target, **options), LOSS_RTOL, LOSS_ATOL)
+    expected = gradients_in_float64(logits[1], target, weight, **options)
     assert_close(written, expected, ROUNDING[dtype], 1e-6)
 
 

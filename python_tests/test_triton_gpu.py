@@ -118,7 +118,9 @@ def linear_loss(hidden, weight, target, grads, bias=None, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3, "temperature": 1.7}], ids=str
+)
 def test_linear_loss_against_float64(dtype, options):
     """Several chunks of the vocabulary with an odd end; repeated calls give the same bits."""
     generator = torch.Generator("cuda").manual_seed(5)

@@ -57,7 +57,7 @@ inline LinearSizes check_linear_sample_tokens(const Tensor& hidden, const Tensor
 inline LinearSizes check_linear_passes(const char* op, const OptionalTensor& hidden_masked,
                                        const OptionalTensor& hidden_predicted, const Tensor& weight,
                                        const Tensor& target, const OptionalTensor& bias,
-                                       double label_smoothing, double z_loss) {
+                                       double label_smoothing, double z_loss, double temperature) {
   DMAX_CHECK(hidden_masked || hidden_predicted, op,
              ": hidden_masked or hidden_predicted must be given, got neither");
   const char* first_name = hidden_masked ? "hidden_masked" : "hidden_predicted";
@@ -69,7 +69,7 @@ inline LinearSizes check_linear_passes(const char* op, const OptionalTensor& hid
     check_same_device(op, "hidden_predicted", *hidden_predicted, "hidden_masked", first);
   }
   check_target(op, target, first_name, first, "one token per row of hidden states");
-  check_loss_options(op, label_smoothing, z_loss);
+  check_loss_options(op, label_smoothing, z_loss, temperature);
   return sizes;
 }
 
@@ -77,20 +77,21 @@ inline LinearSizes check_linear_oput_loss(const OptionalTensor& hidden_masked,
                                           const OptionalTensor& hidden_predicted,
                                           const Tensor& weight, const Tensor& target,
                                           const OptionalTensor& bias, int64_t /*ignore_index*/,
-                                          double label_smoothing, double z_loss) {
+                                          double label_smoothing, double z_loss,
+                                          double temperature) {
   return check_linear_passes("linear_oput_loss", hidden_masked, hidden_predicted, weight, target,
-                             bias, label_smoothing, z_loss);
+                             bias, label_smoothing, z_loss, temperature);
 }
 
 inline LinearSizes check_linear_oput_loss_backward(
     const Tensor& grad_masked, const Tensor& grad_predicted, const OptionalTensor& hidden_masked,
     const OptionalTensor& hidden_predicted, const Tensor& weight, const Tensor& target,
     const Tensor& logsumexp_masked, const Tensor& logsumexp_predicted, const OptionalTensor& bias,
-    int64_t /*ignore_index*/, double label_smoothing, double z_loss, bool /*needs_masked*/,
-    bool /*needs_predicted*/, bool /*needs_weight*/, bool /*needs_bias*/) {
+    int64_t /*ignore_index*/, double label_smoothing, double z_loss, double temperature,
+    bool /*needs_masked*/, bool /*needs_predicted*/, bool /*needs_weight*/, bool /*needs_bias*/) {
   constexpr const char* op = "linear_oput_loss_backward";
   const LinearSizes sizes = check_linear_passes(op, hidden_masked, hidden_predicted, weight, target,
-                                                bias, label_smoothing, z_loss);
+                                                bias, label_smoothing, z_loss, temperature);
   const auto check_pass = [&](const OptionalTensor& hidden, const char* grad_name,
                               const Tensor& grad, const char* logsumexp_name,
                               const Tensor& logsumexp) {
@@ -108,11 +109,11 @@ inline LinearSizes check_linear_oput_loss_sum(
     const OptionalTensor& hidden_masked, const OptionalTensor& hidden_predicted,
     const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
     const OptionalTensor& factor_masked, const OptionalTensor& factor_predicted,
-    int64_t /*ignore_index*/, double label_smoothing, double z_loss, bool /*needs_masked*/,
-    bool /*needs_predicted*/, bool /*needs_weight*/, bool /*needs_bias*/) {
+    int64_t /*ignore_index*/, double label_smoothing, double z_loss, double temperature,
+    bool /*needs_masked*/, bool /*needs_predicted*/, bool /*needs_weight*/, bool /*needs_bias*/) {
   constexpr const char* op = "linear_oput_loss_sum";
   const LinearSizes sizes = check_linear_passes(op, hidden_masked, hidden_predicted, weight, target,
-                                                bias, label_smoothing, z_loss);
+                                                bias, label_smoothing, z_loss, temperature);
   if (factor_masked) {
     check_like_target(op, "factor_masked", *factor_masked, target, "target", target);
   }

@@ -5,11 +5,13 @@
 
 namespace dmax {
 
-inline void check_loss_options(const char* op, double label_smoothing, double z_loss) {
+inline void check_loss_options(const char* op, double label_smoothing, double z_loss,
+                               double temperature) {
   DMAX_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op,
              ": label_smoothing must be in [0, 1], got ", label_smoothing);
   DMAX_CHECK(z_loss >= 0 && std::isfinite(z_loss), op,
              ": z_loss must be zero or positive and finite, got ", z_loss);
+  check_temperature(op, temperature);
 }
 
 inline void check_target(const char* op, const Tensor& target, const char* logits_name,
@@ -31,7 +33,7 @@ inline void check_like_target(const char* op, const char* name, const Tensor& t,
 // Both passes' logits [..., V], either of which may be absent; returns V
 inline int64_t check_passes(const char* op, const OptionalTensor& logits_masked,
                             const OptionalTensor& logits_predicted, const Tensor& target,
-                            double label_smoothing, double z_loss) {
+                            double label_smoothing, double z_loss, double temperature) {
   DMAX_CHECK(logits_masked || logits_predicted, op,
              ": logits_masked or logits_predicted must be given, got neither");
   const char* first_name = logits_masked ? "logits_masked" : "logits_predicted";
@@ -45,15 +47,16 @@ inline int64_t check_passes(const char* op, const OptionalTensor& logits_masked,
     check_same_device(op, "logits_predicted", *logits_predicted, "logits_masked", *logits_masked);
   }
   check_target(op, target, first_name, first);
-  check_loss_options(op, label_smoothing, z_loss);
+  check_loss_options(op, label_smoothing, z_loss, temperature);
   return vocab;
 }
 
 inline int64_t check_oput_loss(const OptionalTensor& logits_masked,
                                const OptionalTensor& logits_predicted, const Tensor& target,
-                               int64_t /*ignore_index*/, double label_smoothing, double z_loss) {
-  return check_passes("oput_loss", logits_masked, logits_predicted, target, label_smoothing,
-                      z_loss);
+                               int64_t /*ignore_index*/, double label_smoothing, double z_loss,
+                               double temperature) {
+  return check_passes("oput_loss", logits_masked, logits_predicted, target, label_smoothing, z_loss,
+                      temperature);
 }
 
 inline int64_t check_oput_loss_backward(const Tensor& grad_loss, const Tensor& logits,
@@ -65,8 +68,7 @@ inline int64_t check_oput_loss_backward(const Tensor& grad_loss, const Tensor& l
   check_target(op, target, "logits", logits);
   check_like_target(op, "grad_loss", grad_loss, target, "logits", logits);
   check_like_target(op, "logsumexp", logsumexp, target, "logits", logits);
-  check_loss_options(op, label_smoothing, z_loss);
-  check_temperature(op, temperature);
+  check_loss_options(op, label_smoothing, z_loss, temperature);
   return vocab;
 }
 
@@ -75,10 +77,10 @@ inline int64_t check_oput_loss_and_grad_(const OptionalTensor& logits_masked,
                                          const Tensor& target, const OptionalTensor& grad_masked,
                                          const OptionalTensor& grad_predicted,
                                          int64_t /*ignore_index*/, double label_smoothing,
-                                         double z_loss) {
+                                         double z_loss, double temperature) {
   constexpr const char* op = "oput_loss_and_grad_";
-  const int64_t vocab =
-      check_passes(op, logits_masked, logits_predicted, target, label_smoothing, z_loss);
+  const int64_t vocab = check_passes(op, logits_masked, logits_predicted, target, label_smoothing,
+                                     z_loss, temperature);
   if (grad_masked) {
     check_like_target(op, "grad_masked", *grad_masked, target, "target", target);
   }

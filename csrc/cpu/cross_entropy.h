@@ -16,7 +16,7 @@ struct LossOptions {
   int64_t ignore_index;
   double label_smoothing;
   double z_loss;
-  double temperature = 1.0;  // of the gradient: the loss is that of logits / temperature
+  double temperature;  // the loss is that of logits / temperature
 };
 
 // A tensor of zeros on the CPU
@@ -49,17 +49,17 @@ inline std::vector<int64_t> rows_with_target(const Tensor& target, int64_t ignor
   return rows;
 }
 
-// maximum - logit + log(sum): each part keeps its precision where the loss is close to 0.
-// mean_below_maximum(), maximum - mean(logits), is called only if labels are smoothed.
+// (maximum - logit) / temperature + log(sum): each part keeps its precision where the loss is close
+// to 0. mean_below_maximum(), maximum - mean(logits), is called only if labels are smoothed.
 template <class Mean>
 double loss_of_row(double maximum, double log_rest, double target_logit, const LossOptions& options,
                    const Mean& mean_below_maximum) {
-  double loss = (maximum - target_logit) + log_rest;
+  double loss = (maximum - target_logit) / options.temperature + log_rest;
   if (options.label_smoothing != 0) {
-    const double smooth = log_rest + mean_below_maximum();
+    const double smooth = log_rest + mean_below_maximum() / options.temperature;
     loss = (1 - options.label_smoothing) * loss + options.label_smoothing * smooth;
   }
-  const double log_sum_exp = maximum + log_rest;
+  const double log_sum_exp = maximum / options.temperature + log_rest;
   if (options.z_loss != 0) loss += options.z_loss * log_sum_exp * log_sum_exp;
   return loss;
 }

@@ -40,8 +40,8 @@ struct LossState {
   float target_logit = 0;  // set in the one group that holds the target
   double logit_sum = 0;    // used only if labels are smoothed
 
-  void merge(const LossState& later) {
-    stats.merge(later.stats, 1.0);
+  void merge(const LossState& later, double temperature) {
+    stats.merge(later.stats, temperature);
     target_logit += later.target_logit;
     logit_sum += later.logit_sum;
   }
@@ -128,12 +128,12 @@ void reduce_losses(const LossProblem& problem, const Sweep& sweep) {
           if (sweep.keeps(first_row + i)) {
             std::copy_n(x, n, sweep.kept.at(first_row + i - sweep.first_row, first_id));
           }
-          state.stats.add(kernels, x, n, first_id, 1.0);
+          state.stats.add(kernels, x, n, first_id, options.temperature);
           const int64_t place = targets[row_of(i).row] - first_id;
           if (place >= 0 && place < n) state.target_logit = x[place];
           if (options.label_smoothing != 0) state.logit_sum += kernels.sum(x, n, 0.0f);
         },
-        [](LossState& state, const LossState& later) { state.merge(later); },
+        [&](LossState& state, const LossState& later) { state.merge(later, options.temperature); },
         [&](int64_t i, const LossState& state) {
           const double maximum = state.stats.maximum;
           const double log_rest = state.stats.log_rest();
@@ -142,7 +142,7 @@ void reduce_losses(const LossProblem& problem, const Sweep& sweep) {
               static_cast<float>(loss_of_row(maximum, log_rest, state.target_logit, options,
                                              [&] { return maximum - state.logit_sum / vocab; }));
           problem.results[pass].logsumexp.mutable_data_ptr<float>()[row] =
-              static_cast<float>(maximum + log_rest);
+              static_cast<float>(state.stats.log_sum_exp(options.temperature));
         });
   }
 }
@@ -169,34 +169,38 @@ void fill_losses_and_gradients(const LossProblem& problem, const LogitGradients&
   }
 }
 
-// sum of factor * loss over the rows of both passes; factors that are absent are 1
-double weighted_sum(const LossProblem& problem,
-                    const std::array<OptionalTensor, kPasses>& factors) {
-  double total = 0;
+// sum of factor * loss over the rows of each pass; factors that are absent are 1
+std::array<double, kPasses> weighted_sums(const LossProblem& problem,
+                                          const std::array<OptionalTensor, kPasses>& factors) {
+  std::array<double, kPasses> sums{};
   for (int pass = 0; pass < kPasses; ++pass) {
     const Tensor& losses = problem.results[pass].loss;
     const float* loss = losses.const_data_ptr<float>();
     OptionalTensor factor;
     if (factors[pass]) factor = as_contiguous(*factors[pass]);
     for (int64_t i = 0; i < losses.numel(); ++i) {
-      total += factor ? static_cast<double>(loss[i]) * factor->const_data_ptr<float>()[i] : loss[i];
+      const double weight = factor ? factor->const_data_ptr<float>()[i] : 1.0;
+      sums[pass] += loss[i] * weight;
     }
   }
-  return total;
+  return sums;
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss(
     OptionalTensor hidden_masked, OptionalTensor hidden_predicted, Tensor weight, Tensor target,
-    OptionalTensor bias, int64_t ignore_index, double label_smoothing, double z_loss) {
+    OptionalTensor bias, int64_t ignore_index, double label_smoothing, double z_loss,
+    double temperature) {
   constexpr const char* op = "linear_oput_loss";
-  const int64_t vocab = check_linear_oput_loss(hidden_masked, hidden_predicted, weight, target,
-                                               bias, ignore_index, label_smoothing, z_loss)
-                            .vocab;
+  const int64_t vocab =
+      check_linear_oput_loss(hidden_masked, hidden_predicted, weight, target, bias, ignore_index,
+                             label_smoothing, z_loss, temperature)
+          .vocab;
   const Tensor ids = checked_targets(op, target, vocab, ignore_index);
-  const LossProblem problem = loss_problem(hidden_masked, hidden_predicted, weight, target, bias,
-                                           ids, {ignore_index, label_smoothing, z_loss});
+  const LossProblem problem =
+      loss_problem(hidden_masked, hidden_predicted, weight, target, bias, ids,
+                   {ignore_index, label_smoothing, z_loss, temperature});
   reduce_losses(problem, {0, problem.stacked.size(), {}});
   const auto& results = problem.results;
   return {results[0].loss, results[1].loss, results[0].logsumexp, results[1].logsumexp};
@@ -206,13 +210,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
     Tensor grad_masked, Tensor grad_predicted, OptionalTensor hidden_masked,
     OptionalTensor hidden_predicted, Tensor weight, Tensor target, Tensor logsumexp_masked,
     Tensor logsumexp_predicted, OptionalTensor bias, int64_t ignore_index, double label_smoothing,
-    double z_loss, bool needs_masked, bool needs_predicted, bool needs_weight, bool needs_bias) {
+    double z_loss, double temperature, bool needs_masked, bool needs_predicted, bool needs_weight,
+    bool needs_bias) {
   constexpr const char* op = "linear_oput_loss_backward";
   const int64_t vocab =
       check_linear_oput_loss_backward(grad_masked, grad_predicted, hidden_masked, hidden_predicted,
                                       weight, target, logsumexp_masked, logsumexp_predicted, bias,
-                                      ignore_index, label_smoothing, z_loss, needs_masked,
-                                      needs_predicted, needs_weight, needs_bias)
+                                      ignore_index, label_smoothing, z_loss, temperature,
+                                      needs_masked, needs_predicted, needs_weight, needs_bias)
           .vocab;
   const Tensor ids = checked_targets(op, target, vocab, ignore_index);
   const StackedRows stacked = stacked_rows(hidden_masked, hidden_predicted, ids, ignore_index);
@@ -222,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
       empty_gradients(stacked, weight, needs_hidden, needs_weight, needs_bias && bias);
   const LogitGradients row_gradient(stacked, {grad_masked, grad_predicted},
                                     {logsumexp_masked, logsumexp_predicted}, ids, bias, vocab,
-                                    {ignore_index, label_smoothing, z_loss});
+                                    {ignore_index, label_smoothing, z_loss, temperature});
   with_gradients(stacked, weight, grads, [&](auto& gradients) {
     add_sweep(gradients, {0, stacked.size(), {}}, vocab, row_gradient);
   });
@@ -232,20 +237,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_oput_loss_backward(
   return {hidden_grads[0], hidden_grads[1], grads.weight, grads.bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_oput_loss_sum(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_oput_loss_sum(
     OptionalTensor hidden_masked, OptionalTensor hidden_predicted, Tensor weight, Tensor target,
     OptionalTensor bias, OptionalTensor factor_masked, OptionalTensor factor_predicted,
-    int64_t ignore_index, double label_smoothing, double z_loss, bool needs_masked,
-    bool needs_predicted, bool needs_weight, bool needs_bias) {
+    int64_t ignore_index, double label_smoothing, double z_loss, double temperature,
+    bool needs_masked, bool needs_predicted, bool needs_weight, bool needs_bias) {
   constexpr const char* op = "linear_oput_loss_sum";
-  const int64_t vocab =
-      check_linear_oput_loss_sum(hidden_masked, hidden_predicted, weight, target, bias,
-                                 factor_masked, factor_predicted, ignore_index, label_smoothing,
-                                 z_loss, needs_masked, needs_predicted, needs_weight, needs_bias)
-          .vocab;
+  const int64_t vocab = check_linear_oput_loss_sum(
+                            hidden_masked, hidden_predicted, weight, target, bias, factor_masked,
+                            factor_predicted, ignore_index, label_smoothing, z_loss, temperature,
+                            needs_masked, needs_predicted, needs_weight, needs_bias)
+                            .vocab;
   const Tensor ids = checked_targets(op, target, vocab, ignore_index);
-  const LossProblem problem = loss_problem(hidden_masked, hidden_predicted, weight, target, bias,
-                                           ids, {ignore_index, label_smoothing, z_loss});
+  const LossProblem problem =
+      loss_problem(hidden_masked, hidden_predicted, weight, target, bias, ids,
+                   {ignore_index, label_smoothing, z_loss, temperature});
   const StackedRows& stacked = problem.stacked;
   const auto& results = problem.results;
   const bool needs_hidden =
@@ -261,11 +267,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_oput_l
   const auto hidden_grads =
       scattered_gradients(stacked, {hidden_masked, hidden_predicted},
                           {needs_masked, needs_predicted}, weight, grads.hidden);
+  const std::array<double, kPasses> sums = weighted_sums(problem, factors);
   Tensor total = torch::stable::new_zeros(weight, {}, ScalarType::Float);
-  *total.mutable_data_ptr<float>() = static_cast<float>(weighted_sum(problem, factors));
-  return {total,           results[0].logsumexp, results[1].logsumexp,
-          hidden_grads[0], hidden_grads[1],      grads.weight,
-          grads.bias};
+  *total.mutable_data_ptr<float>() = static_cast<float>(sums[0] + sums[1]);
+  Tensor by_pass = torch::stable::new_zeros(weight, {kPasses}, ScalarType::Float);
+  for (int pass = 0; pass < kPasses; ++pass) {
+    by_pass.mutable_data_ptr<float>()[pass] = static_cast<float>(sums[pass]);
+  }
+  return {total,           by_pass,         results[0].logsumexp, results[1].logsumexp,
+          hidden_grads[0], hidden_grads[1], grads.weight,         grads.bias};
 }
 
 // Does nothing if the factor is 1, as it is for loss.backward()

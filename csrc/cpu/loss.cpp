@@ -43,13 +43,13 @@ PassResult pass_loss(const OptionalTensor& logits, const Tensor& like, const Ten
     const TileKernels<T>& kernels = tile_kernels<T>();
     const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
     const auto row_of = [&](int64_t i) { return data + rows[i] * view.row_stride; };
-    scan_rows<T>(
-        static_cast<int64_t>(rows.size()), {vocab}, row_of, [&](int64_t i, const RowStats& stats) {
-          const int64_t row = rows[i];
-          loss_out[row] =
-              static_cast<float>(row_loss(kernels, row_of(i), vocab, targets[row], stats, options));
-          logsumexp_out[row] = static_cast<float>(stats.log_sum_exp());
-        });
+    scan_rows<T>(static_cast<int64_t>(rows.size()), {vocab, -1, options.temperature}, row_of,
+                 [&](int64_t i, const RowStats& stats) {
+                   const int64_t row = rows[i];
+                   loss_out[row] = static_cast<float>(
+                       row_loss(kernels, row_of(i), vocab, targets[row], stats, options));
+                   logsumexp_out[row] = static_cast<float>(stats.log_sum_exp(options.temperature));
+                 });
   });
   return result;
 }
@@ -69,7 +69,7 @@ Tensor pass_loss_and_grad_(const OptionalTensor& logits, const OptionalTensor& g
   dispatch_float(logits->scalar_type(), [&](auto element) {
     using T = decltype(element);
     const TileKernels<T>& kernels = tile_kernels<T>();
-    const VocabScan scan{vocab};
+    const VocabScan scan{vocab, -1, options.temperature};
     T* data = static_cast<T*>(view.tensor.mutable_data_ptr());
     parallel_for_rows(view.rows, vocab, [&](int64_t begin, int64_t end) {
       std::vector<float> tile_maxima(scan.num_tiles());
@@ -82,8 +82,8 @@ Tensor pass_loss_and_grad_(const OptionalTensor& logits, const OptionalTensor& g
         const RowStats stats = scan_row<T>(kernels, x, scan, tile_maxima.data());
         loss_out[row] =
             static_cast<float>(row_loss<T>(kernels, x, vocab, targets[row], stats, options));
-        loss_gradient(kernels, x, x, vocab, vocab, targets[row], stats.log_sum_exp(),
-                      grads ? grads[row] : 1.0f, options);
+        loss_gradient(kernels, x, x, vocab, vocab, targets[row],
+                      stats.log_sum_exp(options.temperature), grads ? grads[row] : 1.0f, options);
       }
     });
   });
@@ -95,11 +95,11 @@ Tensor pass_loss_and_grad_(const OptionalTensor& logits, const OptionalTensor& g
 std::tuple<Tensor, Tensor, Tensor, Tensor> oput_loss(OptionalTensor logits_masked,
                                                      OptionalTensor logits_predicted, Tensor target,
                                                      int64_t ignore_index, double label_smoothing,
-                                                     double z_loss) {
+                                                     double z_loss, double temperature) {
   constexpr const char* op = "oput_loss";
   const int64_t vocab = check_oput_loss(logits_masked, logits_predicted, target, ignore_index,
-                                        label_smoothing, z_loss);
-  const LossOptions options{ignore_index, label_smoothing, z_loss};
+                                        label_smoothing, z_loss, temperature);
+  const LossOptions options{ignore_index, label_smoothing, z_loss, temperature};
   const Tensor ids = checked_targets(op, target, vocab, ignore_index);
   const Tensor& like = logits_masked ? *logits_masked : *logits_predicted;
   const PassResult masked = pass_loss(logits_masked, like, target, ids, vocab, options);
@@ -146,12 +146,13 @@ std::tuple<Tensor, Tensor> oput_loss_and_grad_(OptionalTensor logits_masked,
                                                OptionalTensor logits_predicted, Tensor target,
                                                OptionalTensor grad_masked,
                                                OptionalTensor grad_predicted, int64_t ignore_index,
-                                               double label_smoothing, double z_loss) {
+                                               double label_smoothing, double z_loss,
+                                               double temperature) {
   constexpr const char* op = "oput_loss_and_grad_";
   const int64_t vocab =
       check_oput_loss_and_grad_(logits_masked, logits_predicted, target, grad_masked,
-                                grad_predicted, ignore_index, label_smoothing, z_loss);
-  const LossOptions options{ignore_index, label_smoothing, z_loss};
+                                grad_predicted, ignore_index, label_smoothing, z_loss, temperature);
+  const LossOptions options{ignore_index, label_smoothing, z_loss, temperature};
   const Tensor ids = checked_targets(op, target, vocab, ignore_index);
   const Tensor& like = logits_masked ? *logits_masked : *logits_predicted;
   Tensor loss_masked =

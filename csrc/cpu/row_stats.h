@@ -26,9 +26,9 @@ struct RowStats {
 
   // The sum including the winner's own term
   double sum_exp() const { return defined() ? 1.0 + rest : kNan; }
-  // log(1 + rest): the row's logsumexp minus its maximum (at temperature 1)
+  // log(1 + rest): what the logsumexp of the logits / temperature has above the largest of them
   double log_rest() const { return defined() ? std::log1p(rest) : kNan; }
-  double log_sum_exp() const { return maximum + log_rest(); }
+  double log_sum_exp(double temperature) const { return maximum / temperature + log_rest(); }
 
   float confidence() const { return static_cast<float>(1.0 / sum_exp()); }
   // The probability of a token with this logit

@@ -18,10 +18,6 @@ Targets targets_of(const Tensor& target) {
   return {target.const_data_ptr(), target.scalar_type() == ScalarType::Long};
 }
 
-LossOptions<float> loss_options(int64_t ignore_index, double label_smoothing, double z_loss) {
-  return {ignore_index, static_cast<float>(label_smoothing), static_cast<float>(z_loss)};
-}
-
 template <class T>
 LossRows<T> loss_rows(const std::vector<Pass>& passes) {
   LossRows<T> rows{};
@@ -49,10 +45,10 @@ LossOutput loss_output(const std::vector<Pass>& passes, bool with_logsumexp) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> oput_loss(OptionalTensor logits_masked,
                                                      OptionalTensor logits_predicted, Tensor target,
                                                      int64_t ignore_index, double label_smoothing,
-                                                     double z_loss) {
+                                                     double z_loss, double temperature) {
   constexpr const char* op = "oput_loss";
   const int64_t vocab = check_oput_loss(logits_masked, logits_predicted, target, ignore_index,
-                                        label_smoothing, z_loss);
+                                        label_smoothing, z_loss, temperature);
   const Tensor& like = logits_masked ? *logits_masked : *logits_predicted;
   const Call call(op, like);
   std::vector<Pass> passes;
@@ -65,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> oput_loss(OptionalTensor logits_maske
     if (logits) passes.push_back({row_view(*logits), out[i], out[2 + i], {}});
   }
   const Tensor targets = as_contiguous(target);
-  const LossOptions options = loss_options(ignore_index, label_smoothing, z_loss);
+  const LossOptions options = make_loss_options(ignore_index, label_smoothing, z_loss, temperature);
   const int64_t rows = passes[0].rows.rows * static_cast<int64_t>(passes.size());
   if (rows > 0) {
     dispatch_float(like.scalar_type(), [&](auto element) {
@@ -92,15 +88,14 @@ Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor
   const Tensor targets = as_contiguous(target);
   const Tensor grads = as_contiguous(grad_loss);  // an expanded 1 comes with stride 0
   const Tensor log_sums = as_contiguous(logsumexp);
-  const LossOptions options = loss_options(ignore_index, label_smoothing, z_loss);
+  const LossOptions options = make_loss_options(ignore_index, label_smoothing, z_loss, temperature);
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     call.check_blocks(view.rows * backward_blocks_per_row<T>(vocab));
     call.check(launch_oput_loss_backward(
         static_cast<const T*>(view.tensor.const_data_ptr()), view.row_stride, view.rows,
         static_cast<int>(vocab), targets_of(targets), options,
-        make_backward_inputs(grads.const_data_ptr<float>(), log_sums.const_data_ptr<float>(),
-                             temperature),
+        LossBackwardInputs{grads.const_data_ptr<float>(), log_sums.const_data_ptr<float>()},
         static_cast<T*>(grad_logits.mutable_data_ptr()), call.stream));
   });
   return grad_logits;
@@ -110,11 +105,12 @@ std::tuple<Tensor, Tensor> oput_loss_and_grad_(OptionalTensor logits_masked,
                                                OptionalTensor logits_predicted, Tensor target,
                                                OptionalTensor grad_masked,
                                                OptionalTensor grad_predicted, int64_t ignore_index,
-                                               double label_smoothing, double z_loss) {
+                                               double label_smoothing, double z_loss,
+                                               double temperature) {
   constexpr const char* op = "oput_loss_and_grad_";
   const int64_t vocab =
       check_oput_loss_and_grad_(logits_masked, logits_predicted, target, grad_masked,
-                                grad_predicted, ignore_index, label_smoothing, z_loss);
+                                grad_predicted, ignore_index, label_smoothing, z_loss, temperature);
   const Tensor& like = logits_masked ? *logits_masked : *logits_predicted;
   const Call call(op, like);
   std::vector<Pass> passes;
@@ -129,7 +125,7 @@ std::tuple<Tensor, Tensor> oput_loss_and_grad_(OptionalTensor logits_masked,
     passes.push_back(pass);
   }
   const Tensor targets = as_contiguous(target);
-  const LossOptions options = loss_options(ignore_index, label_smoothing, z_loss);
+  const LossOptions options = make_loss_options(ignore_index, label_smoothing, z_loss, temperature);
   LossGrad grads{};
   for (size_t i = 0; i < passes.size(); ++i) {
     if (passes[i].grad) grads.scale[i] = passes[i].grad->const_data_ptr<float>();

@@ -1,14 +1,32 @@
 // oput_loss: per-token cross-entropy of both passes, and its gradient.
 //
-// Per row with target y: loss = (1 - s) (lse - x_y) + s (lse - mean x) + z lse^2. Every difference
-// is taken from the row's maximum, (max - x_y) + log(1 + rest): lse - x_y would lose the digits of
-// logits with a large common offset.
+// Per row with target y, of x = logits / temperature: loss = (1 - s) (lse - x_y) + s (lse - mean x)
+// + z lse^2. Every difference is taken from the row's maximum, (max - x_y) + log(1 + rest): lse -
+// x_y would lose the digits of logits with a large common offset.
 #pragma once
 
-#include "common/loss_options.h"
 #include "cuda/rows.cuh"
 
 namespace dmax::cuda {
+
+struct LossOptions {
+  int64_t ignore_index;
+  float label_smoothing;
+  float z_loss;
+  float temperature;
+  float inverse_temperature;
+  float scale;  // log2(e) / temperature
+};
+
+inline LossOptions make_loss_options(int64_t ignore_index, double label_smoothing, double z_loss,
+                                     double temperature) {
+  return {ignore_index,
+          static_cast<float>(label_smoothing),
+          static_cast<float>(z_loss),
+          static_cast<float>(temperature),
+          static_cast<float>(1.0 / temperature),
+          softmax_scale(temperature)};
+}
 
 struct alignas(16) LossPartial {
   float max;
@@ -38,13 +56,14 @@ struct alignas(16) LossPartial {
 
 // kMean: label smoothing needs the mean of the logits
 template <class T, bool kMean>
-__device__ __forceinline__ LossPartial loss_tile(const Tile<T>& tile, const Row<T>& row) {
+__device__ __forceinline__ LossPartial loss_tile(const Tile<T>& tile, const Row<T>& row,
+                                                 float scale) {
   LossPartial partial;
   const VectorMaxima<T> maxima = vector_maxima(tile);
   partial.max = warp_max(maxima.lane);
   const float reference = finite_reference(partial.max);
   float distances[2] = {0.0f, 0.0f};
-  const Exponent exponent = exponent_from(reference, kLog2E);
+  const Exponent exponent = exponent_from(reference, scale);
   const TileSums sums =
       tile_sums(tile, maxima, partial.max, exponent, [&](int v, int e, float /*t*/, float /*w*/) {
         if (kMean && tile.id(v, e) < row.vocab) distances[e % 2] -= tile.at(v, e) - reference;
@@ -66,18 +85,21 @@ struct Targets {
 
 struct RowLoss {
   float loss;
-  float logsumexp;
+  float logsumexp;  // of the logits / temperature
 };
 
 // `x_target` is NaN if the target lies outside the vocabulary
 __device__ __forceinline__ RowLoss row_loss(const LossPartial& row, float x_target, int vocab,
-                                            const LossOptions<float>& options) {
+                                            const LossOptions& options) {
   if (row.max == INFINITY) return {NAN, NAN};  // as log_softmax
   const float log_sum = log1pf(row.rest);
-  const float lse = row.max + log_sum;
-  float loss = (row.max - x_target) + log_sum;
+  const float lse = fmaf(row.max, options.inverse_temperature, log_sum);
+  float loss = fmaf(row.max - x_target, options.inverse_temperature, log_sum);
   const float s = options.label_smoothing;
-  if (s != 0.0f) loss = (1.0f - s) * loss + s * (row.below / static_cast<float>(vocab) + log_sum);
+  if (s != 0.0f) {
+    const float mean_below = row.below / static_cast<float>(vocab) * options.inverse_temperature;
+    loss = (1.0f - s) * loss + s * (mean_below + log_sum);
+  }
   if (options.z_loss != 0.0f) loss += options.z_loss * lse * lse;
   return {x_target != x_target ? NAN : loss, lse};
 }
@@ -87,8 +109,8 @@ __device__ __forceinline__ float target_logit(const Row<T>& row, int64_t target)
   return target >= 0 && target < row.vocab ? to_float(row.data[target]) : NAN;
 }
 
-// d loss / d x = g [(1 + 2 z lse) softmax - (1 - s) onehot - s / V], softmax being
-// 2^((x - reference) * log2_scale) / sum
+// d loss / d logits = g [(1 + 2 z lse) softmax - (1 - s) onehot - s / V] / temperature, softmax
+// being 2^((logit - reference) * scale) / sum
 struct GradScale {
   Exponent exponent;
   float weight;  // what the softmax is multiplied by, over what its exponential is divided by
@@ -99,11 +121,11 @@ struct GradScale {
 
 __device__ __forceinline__ GradScale grad_scale(float grad, float reference, float sum, float lse,
                                                 int64_t target, int vocab,
-                                                const LossOptions<float>& options,
-                                                float log2_scale = kLog2E) {
+                                                const LossOptions& options) {
+  grad *= options.inverse_temperature;
   if (target < 0 || target >= vocab) grad = NAN;
   const float s = options.label_smoothing;
-  const Exponent exponent = exponent_from(reference, log2_scale);
+  const Exponent exponent = exponent_from(reference, options.scale);
   return {exponent, grad * (1.0f + 2.0f * options.z_loss * lse) * (exponent.factor() / sum),
           grad * s / static_cast<float>(vocab), grad * (1.0f - s), static_cast<int>(target)};
 }
@@ -181,7 +203,7 @@ __global__ void __launch_bounds__(kRowThreads, kLossResident<kMean>)
     oput_loss_kernel(const __grid_constant__ LossRows<T> rows,
                      const __grid_constant__ RowSplit split,
                      const __grid_constant__ Targets targets,
-                     const __grid_constant__ LossOptions<float> options,
+                     const __grid_constant__ LossOptions options,
                      const __grid_constant__ LossOutput out) {
   const TileRange range = block_tiles(split);
   const int pass = rows.pass(range.row);
@@ -197,22 +219,22 @@ __global__ void __launch_bounds__(kRowThreads, kLossResident<kMean>)
     Tile<T> tile;
     load_tile(tile, row, t, -1);
     if (skipped_after_loads(tile, ignored)) break;
-    const LossPartial partial = loss_tile<T, kMean>(tile, row);
+    const LossPartial partial = loss_tile<T, kMean>(tile, row, options.scale);
     if (lane_id() == 0) *partial_of<LossPartial>(split, range.row, t) = partial;
   }
   if (ignored || !last_of_row(split, range.row) || warp_id() != 0) return;
-  const LossPartial merged = merge_row<LossPartial>(split, range.row, kLog2E);
+  const LossPartial merged = merge_row<LossPartial>(split, range.row, options.scale);
   if (lane_id() == 0)
     out.store(pass, row_index, row_loss(merged, target_logit(row, target), row.vocab, options));
 }
 
-inline int loss_resident(const LossOptions<float>& options) {
+inline int loss_resident(const LossOptions& options) {
   return options.label_smoothing == 0.0f ? kLossResident<false> : kLossResident<true>;
 }
 
 template <class T>
 auto launch_oput_loss(const RowLaunch& run, const LossRows<T>& rows, const Targets& targets,
-                      const LossOptions<float>& options, const LossOutput& out, Stream stream) {
+                      const LossOptions& options, const LossOutput& out, Stream stream) {
   const auto kernel =
       options.label_smoothing == 0.0f ? oput_loss_kernel<T, false> : oput_loss_kernel<T, true>;
   return launch(run.shape, stream, kernel, rows, run.split, targets, options, out);
@@ -223,23 +245,14 @@ auto launch_oput_loss(const RowLaunch& run, const LossRows<T>& rows, const Targe
 struct LossBackwardInputs {
   const float* grad_loss;  // [rows]
   const float* logsumexp;  // [rows], of the logits / temperature
-  float temperature;
-  float inverse_temperature;
-  float scale;  // log2(e) / temperature
 };
-
-inline LossBackwardInputs make_backward_inputs(const float* grad_loss, const float* logsumexp,
-                                               double temperature) {
-  return {grad_loss, logsumexp, static_cast<float>(temperature),
-          static_cast<float>(1.0 / temperature), softmax_scale(temperature)};
-}
 
 // Each block takes kRowWarps tiles of a row
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, 4)
     oput_loss_backward_kernel(const T* logits, int64_t row_stride, int vocab, int row_blocks,
                               const __grid_constant__ Targets targets,
-                              const __grid_constant__ LossOptions<float> options,
+                              const __grid_constant__ LossOptions options,
                               const __grid_constant__ LossBackwardInputs inputs, T* grad_logits) {
   const int64_t row_index = blockIdx.x / static_cast<unsigned>(row_blocks);
   const int part = static_cast<int>(blockIdx.x % static_cast<unsigned>(row_blocks));
@@ -258,9 +271,8 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   Tile<T> tile;
   load_tile(tile, make_row(logits + row_index * row_stride, vocab), t, -1);
   const float lse = inputs.logsumexp[row_index];
-  const GradScale scale =
-      grad_scale(inputs.grad_loss[row_index] * inputs.inverse_temperature, lse * inputs.temperature,
-                 1.0f, lse, target, vocab, options, inputs.scale);
+  const GradScale scale = grad_scale(inputs.grad_loss[row_index], lse * options.temperature, 1.0f,
+                                     lse, target, vocab, options);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v)
     store_vector(out, out_aligned, vocab, tile.id(v, 0),
@@ -275,7 +287,7 @@ int backward_blocks_per_row(int64_t vocab) {
 
 template <class T>
 auto launch_oput_loss_backward(const T* logits, int64_t row_stride, int64_t rows, int vocab,
-                               const Targets& targets, const LossOptions<float>& options,
+                               const Targets& targets, const LossOptions& options,
                                const LossBackwardInputs& inputs, T* grad_logits, Stream stream) {
   const int row_blocks = backward_blocks_per_row<T>(vocab);
   const LaunchShape shape{static_cast<unsigned>(rows * row_blocks), kRowThreads, 0};

@@ -23,7 +23,7 @@ struct LossGrad {
 template <class T>
 __device__ __forceinline__ GradScale finish_row(const LossPartial& merged, float x_target,
                                                 int64_t target, float grad, int vocab,
-                                                const LossOptions<float>& options, RowLoss* loss) {
+                                                const LossOptions& options, RowLoss* loss) {
   *loss = row_loss(merged, x_target, vocab, options);
   return grad_scale(grad, merged.max, 1.0f + merged.rest, loss->logsumexp, target, vocab, options);
 }
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kLossClusterWarps* kWarpSize, kLossClusterResi
     loss_and_grad_cluster_kernel(const __grid_constant__ LossRows<T> rows, int tiles, int cluster,
                                  const __grid_constant__ Slices slices,
                                  const __grid_constant__ Targets targets,
-                                 const __grid_constant__ LossOptions<float> options,
+                                 const __grid_constant__ LossOptions options,
                                  const __grid_constant__ LossGrad grad,
                                  const __grid_constant__ LossOutput out) {
   ClusterStart start;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kLossClusterWarps* kWarpSize, kLossClusterResi
     uint4* kept = slice + (t - begin) * kTileVectors;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) kept[v * kWarpSize + lane_id()] = tile.raw[v];
-    const LossPartial partial = loss_tile<T, kMean>(tile, row);
+    const LossPartial partial = loss_tile<T, kMean>(tile, row, options.scale);
     start.wait();
     const auto rank_of_lane = static_cast<unsigned>(lane_id());
     if (lane_id() < cluster) in_cluster_rank(partials, rank_of_lane)[t] = partial;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kLossClusterWarps* kWarpSize, kLossClusterResi
   __shared__ LossPartial of_row;
   if (warp_id() == 0) {
     const LossPartial merged =
-        merge_partials<LossPartial>(tiles, kLog2E, [&](int t) { return partials[t]; });
+        merge_partials<LossPartial>(tiles, options.scale, [&](int t) { return partials[t]; });
     if (lane_id() == 0) of_row = merged;
   }
   __syncthreads();
@@ -151,7 +151,7 @@ template <class T, bool kMean>
 __global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
     loss_and_grad_two_pass_kernel(const __grid_constant__ LossRows<T> rows, int tiles,
                                   const __grid_constant__ Targets targets,
-                                  const __grid_constant__ LossOptions<float> options,
+                                  const __grid_constant__ LossOptions options,
                                   const __grid_constant__ LossGrad grad,
                                   const __grid_constant__ LossOutput out) {
   const int64_t index = blockIdx.x;
@@ -173,14 +173,14 @@ __global__ void __launch_bounds__(kRowThreads, kLossAndGradResident)
   for (int t = warp_id(); t < tiles; t += kRowWarps) {
     Tile<T> tile;
     load_tile<T, Access::kReadFirst>(tile, row, t, -1);
-    const LossPartial partial = loss_tile<T, kMean>(tile, row);
+    const LossPartial partial = loss_tile<T, kMean>(tile, row, options.scale);
     if (lane_id() == 0) *partial_of<LossPartial>(whole, index, t) = partial;
   }
   __shared__ LossPartial of_row;
   __shared__ float x_target;
   __syncthreads();
   if (warp_id() == 0) {
-    const LossPartial merged = merge_row<LossPartial>(whole, index, kLog2E);
+    const LossPartial merged = merge_row<LossPartial>(whole, index, options.scale);
     if (lane_id() == 0) {
       of_row = merged;
       x_target = target_logit(row, target);  // before a warp overwrites it
@@ -245,8 +245,8 @@ LossAndGradLaunch choose_loss_and_grad_launch(int64_t rows_of_all_passes, int64_
 
 template <class T>
 auto launch_loss_and_grad(const LossAndGradLaunch& chosen, const LossRows<T>& rows,
-                          const Targets& targets, const LossOptions<float>& options,
-                          const LossGrad& grad, const LossOutput& out, Stream stream) {
+                          const Targets& targets, const LossOptions& options, const LossGrad& grad,
+                          const LossOutput& out, Stream stream) {
   const bool mean = options.label_smoothing != 0.0f;
   if (chosen.cluster == 0) {
     const auto kernel =

@@ -142,12 +142,13 @@ struct LossInput {
   bool wide_target;
   int64_t ignore_index;
   float label_smoothing, z_loss;
+  double temperature;
 };
 
 Chosen oput_loss(Gpu gpu, LossInput input, Address loss_masked, Address loss_predicted,
                  Address logsumexp_masked, Address logsumexp_predicted);
 // For the pass in `input.masked`
-Chosen oput_loss_backward(LossInput input, Address grad_loss, Address logsumexp, double temperature,
+Chosen oput_loss_backward(LossInput input, Address grad_loss, Address logsumexp,
                           Address grad_logits);
 Chosen oput_loss_and_grad_(Gpu gpu, LossInput input, Address grad_masked, Address grad_predicted,
                            Address loss_masked, Address loss_predicted);

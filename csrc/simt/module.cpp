@@ -52,7 +52,7 @@ PYBIND11_MODULE(dmax_simt, m) {
                     float, float, float, float>());
   py::class_<LossInput>(m, "LossInput")
       .def(py::init<int, Address, Address, int64_t, int64_t, int64_t, int64_t, Address, bool,
-                    int64_t, float, float>());
+                    int64_t, float, float, double>());
 
   m.def("top1_confidence", top1_confidence);
   m.def("top1_partial", top1_partial);

@@ -8,8 +8,8 @@ static Targets targets_of(const LossInput& in) {
   return {pointer<const void>(in.target), in.wide_target};
 }
 
-static LossOptions<float> options_of(const LossInput& in) {
-  return {in.ignore_index, in.label_smoothing, in.z_loss};
+static LossOptions options_of(const LossInput& in) {
+  return make_loss_options(in.ignore_index, in.label_smoothing, in.z_loss, in.temperature);
 }
 
 // The passes that are present
@@ -57,15 +57,14 @@ Chosen oput_loss(Gpu gpu, LossInput in, Address loss_masked, Address loss_predic
   return result;
 }
 
-Chosen oput_loss_backward(LossInput in, Address grad_loss, Address logsumexp, double temperature,
-                          Address grad_logits) {
+Chosen oput_loss_backward(LossInput in, Address grad_loss, Address logsumexp, Address grad_logits) {
   dispatch(in.dtype, [&](auto element) {
     using T = decltype(element);
-    launch_oput_loss_backward(pointer<const T>(in.masked), in.masked_stride, in.rows,
-                              static_cast<int>(in.vocab), targets_of(in), options_of(in),
-                              make_backward_inputs(pointer<const float>(grad_loss),
-                                                   pointer<const float>(logsumexp), temperature),
-                              pointer<T>(grad_logits), Stream{});
+    launch_oput_loss_backward(
+        pointer<const T>(in.masked), in.masked_stride, in.rows, static_cast<int>(in.vocab),
+        targets_of(in), options_of(in),
+        LossBackwardInputs{pointer<const float>(grad_loss), pointer<const float>(logsumexp)},
+        pointer<T>(grad_logits), Stream{});
   });
   return {};
 }

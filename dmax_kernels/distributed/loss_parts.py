@@ -41,13 +41,19 @@ class Targets(NamedTuple):
 class LossParts:
     """The arithmetic of one loss: forward fields, their merge, and the gradient of a block."""
 
-    def __init__(self, op: str, shard: VocabShard, *, label_smoothing: float, z_loss: float):
+    def __init__(
+        self, op: str, shard: VocabShard, *, label_smoothing: float, z_loss: float,
+        temperature: float,
+    ):  # fmt: skip
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing:g}")
         if not 0 <= z_loss < float("inf"):
             raise ValueError(f"{op}: z_loss must be zero or positive and finite, got {z_loss:g}")
+        if not 1e-30 <= temperature <= 1e30:
+            raise ValueError(f"{op}: temperature must be 1e-30 to 1e30, got {temperature:g}")
         self.op, self.shard = op, shard
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self.temperature = temperature
 
     def _on_block(self, ids: Tensor, begin: int, width: int) -> tuple[Tensor, Tensor]:
         """(targets as places in the block, whether they lie there)."""
@@ -61,7 +67,7 @@ class LossParts:
         """
         place, on_block = self._on_block(ids, begin, logits.shape[1])
         columns = at_least_one_column(logits)
-        maximum, sum_exp, _ = ops.top1_partial(columns.detach(), 0)
+        maximum, sum_exp, _ = ops.top1_partial(columns.detach(), 0, temperature=self.temperature)
         at_target = columns.gather(1, place.unsqueeze(1)).squeeze(1).double()
         fields = [maximum.double(), sum_exp.double(), torch.where(on_block, at_target, 0.0)]
         if self.label_smoothing:
@@ -69,20 +75,23 @@ class LossParts:
         return torch.stack(fields)
 
     def merge(self, fields: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-        """[blocks, 3 or 4, rows] -> loss, logsumexp and cross-entropy, float32 [rows]."""
+        """[blocks, 3 or 4, rows] -> loss, logsumexp and cross-entropy, float32 [rows], of the
+        logits / temperature.
+        """
         maximum, sum_exp, at_target = fields[:, 0], fields[:, 1], fields[:, 2].sum(dim=0)
         best = maximum.amax(dim=0)
         # exp(-inf - -inf) would be NaN, but a block that is all -inf has no mass
-        factor = torch.where(maximum == -torch.inf, 0.0, torch.exp(maximum - best))
+        depth = (maximum - best) / self.temperature
+        factor = torch.where(maximum == -torch.inf, 0.0, torch.exp(depth))
         log_sum = (sum_exp * factor).sum(dim=0).log()
         undefined = ~best.isfinite() | targets.outside
         log_sum = log_sum.masked_fill(undefined, torch.nan)
         # Take the difference first: a common offset of the logits then cancels exactly
-        nll = (best - at_target) + log_sum
-        logsumexp = best + log_sum
+        nll = (best - at_target) / self.temperature + log_sum
+        logsumexp = best / self.temperature + log_sum
         mean_logit = None
         if self.label_smoothing:
-            mean_logit = fields[:, 3].sum(dim=0) / self.shard.vocab_size
+            mean_logit = fields[:, 3].sum(dim=0) / (self.shard.vocab_size * self.temperature)
         loss = combined_loss(nll, logsumexp, mean_logit, self.label_smoothing, self.z_loss)
         loss = torch.where(targets.kept, loss, 0.0)
         return loss.float(), logsumexp.float(), nll.float()
@@ -96,7 +105,7 @@ class LossParts:
         logsumexp: Tensor,
         nll: Tensor,
     ) -> Tensor:
-        """``g [(1 + 2 z lse) softmax - (1 - s) onehot - s / V]`` of a block, in logits' dtype.
+        """``g [(1 + 2 z lse) softmax - (1 - s) onehot - s / V] / T`` of a block, in logits' dtype.
 
         This is the op's gradient with the block's share of the smoothing, because the op's V is the
         block's width. Then the column of each row's target, if it is in this block, is overwritten.
@@ -114,14 +123,16 @@ class LossParts:
             ignore_index=_IGNORED,
             label_smoothing=share * width,
             z_loss=self.z_loss,
+            temperature=self.temperature,
         )
         # p - 1 without cancellation is expm1(-loss) at the target; other columns hold p alone
         lse = logsumexp.double()
-        x = logits.gather(1, place.unsqueeze(1)).squeeze(1).double()
+        x = logits.gather(1, place.unsqueeze(1)).squeeze(1).double() / self.temperature
         log_p = torch.where(on_block, -nll.double(), x - lse)
         p_minus_target = torch.where(
             on_block, torch.expm1(log_p) + self.label_smoothing, torch.exp(log_p)
         )
         column = p_minus_target + 2 * self.z_loss * lse * torch.exp(log_p) - share
+        column = column / self.temperature
         column = torch.where(targets.kept, grad_loss.double() * column, 0.0)
         return grad.scatter_(1, place.unsqueeze(1), column.unsqueeze(1).to(grad.dtype))

@@ -30,6 +30,7 @@ def oput_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
     token_weight: Tensor | None = None,
     pass_weights: tuple[float, float] = (1.0, 1.0),
     reduction: str = "none",
@@ -51,8 +52,8 @@ def oput_loss(
             DTensors sharded on the last dimension; either may be None.
         target: int64 or int32 [...], ids of the whole vocabulary, the same on every rank.
         group, shard_sizes, vocab_size: see :mod:`dmax_kernels.distributed`.
-        ignore_index, label_smoothing, z_loss, token_weight: as in the unsharded op.
-        pass_weights, reduction, num_tokens: as in the unsharded op.
+        ignore_index, label_smoothing, z_loss, temperature: as in the unsharded op.
+        token_weight, pass_weights, reduction, num_tokens: as in the unsharded op.
 
     Returns:
         As the unsharded op, the same on every rank.
@@ -62,7 +63,7 @@ def oput_loss(
             the vocabulary. RuntimeError: as the unsharded op.
     """
     op = "oput_loss"
-    options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "temperature": temperature}
     passes, shard = _read_passes(
         op, logits_masked, logits_predicted, group, shard_sizes, vocab_size
     )
@@ -160,6 +161,7 @@ def linear_oput_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
     token_weight: Tensor | None = None,
     pass_weights: tuple[float, float] = (1.0, 1.0),
     reduction: str = "none",
@@ -180,8 +182,8 @@ def linear_oput_loss(
         weight: this rank's rows [V_shard, D], or a DTensor sharded on dimension 0.
         bias: this rank's [V_shard], or None.
         target, group, shard_sizes, vocab_size, ignore_index: as in :func:`oput_loss`.
-        label_smoothing, z_loss, token_weight, pass_weights, reduction, num_tokens: as in
-            :func:`oput_loss`.
+        label_smoothing, z_loss, temperature, token_weight, pass_weights, reduction, num_tokens: as
+            in :func:`oput_loss`.
 
     Returns:
         As :func:`oput_loss`; differentiable in both hidden states, weight and bias. Gradients are
@@ -191,6 +193,7 @@ def linear_oput_loss(
         ValueError: as :func:`oput_loss`. RuntimeError: as the unsharded op.
     """
     op = "linear_oput_loss"
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "temperature": temperature}
     hidden_masked, hidden_predicted, weight, bias = autocast_operands(
         hidden_masked, hidden_predicted, weight, bias
     )
@@ -217,14 +220,13 @@ def linear_oput_loss(
             target,
             bias=head.bias,
             ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
+            **options,
             token_weight=token_weight,
             pass_weights=pass_weights,
             reduction=reduction,
             num_tokens=num_tokens,
         )
-    parts = LossParts(op, head.shard, label_smoothing=label_smoothing, z_loss=z_loss)
+    parts = LossParts(op, head.shard, **options)
     # Both passes are rows of one batch, so that each block of the weight is read once for both
     targets = Targets.of(
         op, torch.stack([target] * len(hiddens)), ignore_index, head.shard.vocab_size

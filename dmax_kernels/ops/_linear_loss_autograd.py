@@ -39,7 +39,7 @@ def _backward(ctx, grad_masked, grad_predicted, *_):
 
 
 def _setup_sum_context(ctx, inputs, options, output):
-    _, logsumexp_masked, logsumexp_predicted, *grads = output
+    _, _, logsumexp_masked, logsumexp_predicted, *grads = output
     ctx.options = {k: v for k, v in options.items() if not k.startswith("needs_")}
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else zeros of the gradients' shapes come with grad_total

@@ -144,6 +144,7 @@ def linear_oput_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
     token_weight: Tensor | None = None,
     pass_weights: tuple[float, float] = (1.0, 1.0),
     reduction: str = "none",
@@ -152,12 +153,12 @@ def linear_oput_loss(
     """:func:`dmax_kernels.oput_loss` of ``hidden @ weight.T + bias`` of both passes (Eq. 6).
 
     Eq. 6 of the paper, jointly: ``loss = w_masked CE(masked) + w_predicted CE(predicted)``, per
-    position and pass, with x = h W^T + b, lse = log sum_v exp(x_v), s = ``label_smoothing``,
-    z = ``z_loss``::
+    position and pass, with x = (h W^T + b) / T, T = ``temperature``, lse = log sum_v exp(x_v),
+    s = ``label_smoothing``, z = ``z_loss``, and dy the gradient of h W^T + b::
 
         loss = (1 - s) (lse - x_target) + s (lse - mean(x)) + z lse^2
-        dx   = grad [(1 + 2 z lse) softmax(x) - (1 - s) onehot(target) - s / V]
-        dh = dx W,   dW = sum over positions of both passes of dx^T h,   db = sum of dx
+        dy   = grad [(1 + 2 z lse) softmax(x) - (1 - s) onehot(target) - s / V] / T
+        dh = dy W,   dW = sum over positions of both passes of dy^T h,   db = sum of dy
 
     The logits of all rows are never stored. With ``reduction`` "sum" or "mean" the gradients are
     made together with the loss, in three products, and wait for the upstream gradient, a single
@@ -185,7 +186,8 @@ def linear_oput_loss(
             gradient 0. Another id outside [0, V) is an error on the CPU; on the GPU it makes that
             row's loss and gradients NaN.
         bias: [V] in hidden's dtype, or None.
-        token_weight, pass_weights, reduction, num_tokens: as in :func:`dmax_kernels.oput_loss`.
+        temperature, token_weight, pass_weights, reduction, num_tokens: as in
+            :func:`dmax_kernels.oput_loss`.
 
     Under autocast, hidden states, weight and bias are cast to autocast's dtype, as ``nn.Linear``
     casts them.
@@ -203,8 +205,11 @@ def linear_oput_loss(
     )
     operands = (hidden_masked, hidden_predicted, weight, bias)
     options = {
-        "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss
-    }  # fmt: skip
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "temperature": temperature,
+    }
     if gradients_come_with_the_loss(operands, token_weight, reduction, num_tokens):
         check_reduction("linear_oput_loss", target, token_weight, reduction, num_tokens)
         factors, empty = token_factors(
@@ -299,6 +304,7 @@ def _(
 
     return (
         weight.new_empty((), dtype=torch.float32),
+        weight.new_empty((2,), dtype=torch.float32),
         per_token(hidden_masked),
         per_token(hidden_predicted),
         *_empty_grads(

@@ -20,6 +20,7 @@ def oput_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
     token_weight: Tensor | None = None,
     pass_weights: tuple[float, float] = (1.0, 1.0),
     reduction: str = "none",
@@ -27,7 +28,8 @@ def oput_loss(
 ) -> Tensor | tuple[Tensor | None, Tensor | None]:
     """Cross-entropy of the masked and of the predicted pass against the clean tokens (Eqs. 5-6).
 
-    Per token and pass, with lse = log sum_v exp(x_v), s = ``label_smoothing``, z = ``z_loss``::
+    Per token and pass, with x = logits / ``temperature``, lse = log sum_v exp(x_v),
+    s = ``label_smoothing``, z = ``z_loss``::
 
         loss = (1 - s) (lse - x_target) + s (lse - mean(x)) + z lse^2
 
@@ -37,6 +39,8 @@ def oput_loss(
         target: int64 or int32 [...]; ``ignore_index`` rows use no logits and have loss and
             gradient 0. Another id outside [0, V) is an error on the CPU; on the GPU it makes that
             row's loss NaN.
+        temperature: 1e-30 to 1e30. The paper has 1; a policy that was sampled at another
+            temperature has its log-probabilities at that one.
         token_weight: float [...], multiplies both losses of a position.
         pass_weights: of the masked and the predicted pass.
         reduction: "none", "sum" or "mean" over both passes; mean divides by ``num_tokens``, by
@@ -59,6 +63,7 @@ def oput_loss(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        temperature=temperature,
     )
     losses = (
         None if logits_masked is None else loss_masked,
@@ -79,6 +84,7 @@ def oput_loss_and_grad_(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Both losses, and the gradient in place of the logits: no second [..., V] tensor at all.
 
@@ -86,8 +92,8 @@ def oput_loss_and_grad_(
     their own backward pass; autograd does not see it.
 
     Args:
-        logits_masked, logits_predicted, target, ignore_index, label_smoothing, z_loss: as in
-            :func:`oput_loss`; the logits are overwritten.
+        logits_masked, logits_predicted, target, ignore_index, label_smoothing, z_loss, temperature:
+            as in :func:`oput_loss`; the logits are overwritten.
         grad_masked, grad_predicted: float32 [...], the gradient of each token's loss; None for 1.
 
     Returns:
@@ -106,6 +112,7 @@ def oput_loss_and_grad_(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        temperature=temperature,
     )
     return (
         None if logits_masked is None else loss_masked,

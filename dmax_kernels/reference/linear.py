@@ -49,6 +49,7 @@ def linear_oput_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
     token_weight: Tensor | None = None,
     pass_weights: tuple[float, float] = (1.0, 1.0),
     reduction: str = "none",
@@ -65,7 +66,7 @@ def linear_oput_loss(
         # An ignored row's hidden state is not read: 0 times a NaN would reach weight's gradient
         with torch.autocast(weight.device.type, enabled=False):
             logits = linear_logits(torch.where(ignored, 0.0, hidden), weight, bias)
-        return token_loss(logits, target, ignore_index, label_smoothing, z_loss)
+        return token_loss(logits, target, ignore_index, label_smoothing, z_loss, temperature)
 
     return reduce_loss(
         "linear_oput_loss", (pass_loss(hidden_masked), pass_loss(hidden_predicted)), target,

@@ -19,10 +19,11 @@ def combined_loss(
 
 
 def token_loss(
-    logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
-) -> Tensor:
+    logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
+    temperature: float,
+) -> Tensor:  # fmt: skip
     """Per-token loss of one pass, float32 [...]."""
-    x = logits.float()
+    x = logits.float() / temperature
     keep = target != ignore_index
     safe_target = torch.where(keep, target, 0).long()
     logsumexp = x.logsumexp(dim=-1)
@@ -42,6 +43,7 @@ def oput_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
     token_weight: Tensor | None = None,
     pass_weights: tuple[float, float] = (1.0, 1.0),
     reduction: str = "none",
@@ -50,7 +52,7 @@ def oput_loss(
     def pass_loss(logits: Tensor | None) -> Tensor | None:
         if logits is None:
             return None
-        return token_loss(logits, target, ignore_index, label_smoothing, z_loss)
+        return token_loss(logits, target, ignore_index, label_smoothing, z_loss, temperature)
 
     return reduce_loss(
         "oput_loss", (pass_loss(logits_masked), pass_loss(logits_predicted)), target,
@@ -68,13 +70,14 @@ def oput_loss_and_grad_(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
 ) -> tuple[Tensor | None, Tensor | None]:
     def loss_and_grad_(logits: Tensor | None, grad: Tensor | None) -> Tensor | None:
         if logits is None:
             return None
         with torch.enable_grad():
             leaf = logits.detach().float().requires_grad_()
-            loss = token_loss(leaf, target, ignore_index, label_smoothing, z_loss)
+            loss = token_loss(leaf, target, ignore_index, label_smoothing, z_loss, temperature)
             (grad_logits,) = torch.autograd.grad(
                 loss, leaf, torch.ones_like(loss) if grad is None else grad
             )

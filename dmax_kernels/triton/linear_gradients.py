@@ -33,7 +33,7 @@ from dmax_kernels.triton.linear_chunks import add_product, float32_product
 from dmax_kernels.triton.linear_loss import linear_oput_loss, plain_products
 from dmax_kernels.triton.linear_rows import choose_linear_tiles, logits_tile, precision_of
 from dmax_kernels.triton.loss import grad_of_logits, pass_loss
-from dmax_kernels.triton.stats import LOG2_E
+from dmax_kernels.triton.stats import softmax_scale
 
 # Elements of one chunk of logit gradients, and the most and the fewest tokens of a chunk
 CHUNK_ELEMENTS = 1 << 27
@@ -48,8 +48,8 @@ KEPT_TILE = 4096
 @triton.jit(do_not_specialize=["num_rows", "first_token", "ignore_index"])
 def logits_grad_kernel(
     hidden, weight, weight_stride, bias, target, grad_loss, logsumexp,
-    num_rows, first_token, vocab, dim, ignore_index, log2_e, label_smoothing, z_loss,
-    grad_logits, grad_stride,
+    num_rows, first_token, vocab, dim, ignore_index, temperature, inverse_temperature, scale,
+    label_smoothing, z_loss, grad_logits, grad_stride,
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
@@ -64,9 +64,10 @@ def logits_grad_kernel(
 
     target_ids = tl.load(target + safe_row).to(tl.int64)
     lse = tl.load(logsumexp + safe_row)
-    g = tl.load(grad_loss + safe_row)
+    reference = lse * temperature
+    g = tl.load(grad_loss + safe_row) * inverse_temperature
     grad = grad_of_logits(
-        tl.exp2((x - lse[:, None]) * log2_e), ids[None, :] == target_ids[:, None], g[:, None],
+        tl.exp2((x - reference[:, None]) * scale), ids[None, :] == target_ids[:, None], g[:, None],
         lse[:, None], vocab, label_smoothing, z_loss,
     )
 
@@ -82,7 +83,8 @@ def logits_grad_kernel(
 @triton.jit(do_not_specialize=["first_token", "num_tokens", "ignore_index"])
 def kept_grad_kernel(
     logits, logits_stride, target, grad_loss, logsumexp, first_token, num_tokens, vocab,
-    ignore_index, log2_e, label_smoothing, z_loss, grad_logits, grad_stride, TILE: tl.constexpr,
+    ignore_index, temperature, inverse_temperature, scale, label_smoothing, z_loss, grad_logits,
+    grad_stride, TILE: tl.constexpr,
 ):
     """logits_grad_kernel's results from stored logits, those of first_token first: one tile of a
     row."""
@@ -94,8 +96,8 @@ def kept_grad_kernel(
     at = logits + row * logits_stride + column
     x = tl.load(at) if whole else tl.load(at, mask=column < num_tokens, other=float("-inf"))
     grad = grad_of_logits(
-        tl.exp2((x - lse) * log2_e), first_token + column == target_id, tl.load(grad_loss + row),
-        lse, vocab, label_smoothing, z_loss,
+        tl.exp2((x - lse * temperature) * scale), first_token + column == target_id,
+        tl.load(grad_loss + row) * inverse_temperature, lse, vocab, label_smoothing, z_loss,
     )
     known = (target_id >= 0) & (target_id < vocab)
     grad = tl.where(known, grad, float("nan"))
@@ -125,7 +127,7 @@ def scale_kernel(values, count, factor, TILE: tl.constexpr):
 def write_logits_grad(
     hidden: Tensor, weight: Rows, bias: Tensor | None, target: Tensor, grad_loss: Tensor,
     logsumexp: Tensor, first_token: int, num_tokens: int, out: Tensor, ignore_index: int,
-    label_smoothing: float, z_loss: float,
+    label_smoothing: float, z_loss: float, temperature: float,
 ) -> None:
     """out[:, :num_tokens] := gradient of the logits of tokens first_token, first_token + 1, ..."""
     num_rows, dim = hidden.shape
@@ -136,8 +138,9 @@ def write_logits_grad(
     grid = (-(-num_rows // tiles.block_m), -(-num_tokens // tiles.block_n))
     logits_grad_kernel[grid](
         hidden, weight.tensor, weight.stride, bias, target, grad_loss, logsumexp,
-        num_rows, first_token, weight.count, dim, ignore_index, LOG2_E, float(label_smoothing),
-        float(z_loss), out, out.stride(0),
+        num_rows, first_token, weight.count, dim, ignore_index, float(temperature),
+        1.0 / temperature, softmax_scale(temperature), float(label_smoothing), float(z_loss), out,
+        out.stride(0),
         PRECISION=precision_of(hidden.dtype), EVEN_K=dim % tiles.block_k == 0,
         HAS_BIAS=bias is not None,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
@@ -159,6 +162,7 @@ def linear_oput_loss_backward(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
     needs_masked: bool = True,
     needs_predicted: bool = True,
     needs_weight: bool = True,
@@ -174,7 +178,7 @@ def linear_oput_loss_backward(
         return linear_gradients(
             stacked, weight, bias, grad_loss, logsumexp, None,
             Needed(needs_masked, needs_predicted, needs_weight, needs_bias and bias is not None),
-            ignore_index, label_smoothing, z_loss,
+            ignore_index, label_smoothing, z_loss, temperature,
         )
 
 
@@ -212,7 +216,7 @@ class Needed(NamedTuple):
 def linear_gradients(
     stacked: StackedPasses, weight: Tensor, bias: Tensor | None, grad_loss: Tensor,
     logsumexp: Tensor, kept: Tensor | None, needed: Needed, ignore_index: int,
-    label_smoothing: float, z_loss: float,
+    label_smoothing: float, z_loss: float, temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the hidden states, the weight and the bias; an empty one is not needed.
 
@@ -246,14 +250,15 @@ def linear_gradients(
             if num_kept > 0:
                 kept_grad_kernel[(num_kept, -(-n // KEPT_TILE))](
                     kept[:, first:], kept.stride(0), target_ids, grad_loss, logsumexp, first, n,
-                    vocab, ignore_index, LOG2_E, float(label_smoothing), float(z_loss), grad_logits,
+                    vocab, ignore_index, float(temperature), 1.0 / temperature,
+                    softmax_scale(temperature), float(label_smoothing), float(z_loss), grad_logits,
                     grad_logits.stride(0), TILE=KEPT_TILE, num_warps=4,
                 )
             if num_kept < len(hidden):
                 write_logits_grad(
                     hidden[num_kept:], weight_rows, bias_values, target_ids[num_kept:],
                     grad_loss[num_kept:], logsumexp[num_kept:], first, n, grad_logits[num_kept:],
-                    ignore_index, label_smoothing, z_loss,
+                    ignore_index, label_smoothing, z_loss, temperature,
                 )
             grad_chunk = grad_logits[:, :n]
             if needs_hidden:
@@ -285,12 +290,13 @@ def linear_oput_loss_sum(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
     needs_masked: bool = True,
     needs_predicted: bool = True,
     needs_weight: bool = True,
     needs_bias: bool = True,
 ) -> tuple[Tensor, ...]:
-    options = (ignore_index, label_smoothing, z_loss)
+    options = (ignore_index, label_smoothing, z_loss, temperature)
     vocab = weight.shape[0]
     with plain_products(weight):
         stacked = stacked_passes(hidden_masked, hidden_predicted, target, ignore_index)
@@ -312,6 +318,7 @@ def linear_oput_loss_sum(
             loss, _, logsumexp, _ = linear_oput_loss(
                 hidden[num_kept:], None, weight, stacked.target[num_kept:], bias,
                 ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+                temperature=temperature,
             )
             losses.append(loss)
             logsumexps.append(logsumexp)
@@ -338,7 +345,11 @@ def linear_oput_loss_sum(
             logsumexp.new_empty(0) if shape is None else next(by_pass).clone().view(target.shape)
             for shape in stacked.shapes
         ]
-        return (loss * factors).sum(), *logsumexps, *grads
+        sums = (loss * factors).view(given, target.numel()).sum(1)
+        absent = [shape is None for shape in stacked.shapes]
+        if any(absent):
+            sums = torch.cat([sums.new_zeros(1), sums] if absent[0] else [sums, sums.new_zeros(1)])
+        return sums.sum(), sums, *logsumexps, *grads
 
 
 def linear_oput_loss_scale_(grad: Tensor, factor: Tensor) -> None:

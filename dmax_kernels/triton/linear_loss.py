@@ -11,14 +11,14 @@ from torch import Tensor
 from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
 from dmax_kernels.triton.linear_rows import any_of, choose_linear_tiles, logits_tile, precision_of
 from dmax_kernels.triton.loss import loss_of_row, merge_log_sums
-from dmax_kernels.triton.stats import LOG2_E, finite_or_zero
+from dmax_kernels.triton.stats import finite_or_zero, softmax_scale
 
 
 @triton.jit(do_not_specialize=["num_rows", "blocks_per_pass", "ignore_index", "num_groups",
                                "tiles_per_program"])
 def linear_loss_partials_kernel(
     hidden_masked, masked_stride, hidden_predicted, predicted_stride, weight, weight_stride, bias,
-    target, num_rows, blocks_per_pass, vocab, dim, ignore_index, log2_e,
+    target, num_rows, blocks_per_pass, vocab, dim, ignore_index, scale,
     partial_max, partial_sum, partial_total, target_logit, num_groups, tiles_per_program,
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, SMOOTHED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -51,8 +51,8 @@ def linear_loss_partials_kernel(
         )
         new_max = tl.maximum(maximum, tl.max(x, axis=1))
         reference = finite_or_zero(new_max)
-        tile_sum = tl.sum(tl.exp2((x - reference[:, None]) * log2_e), axis=1)
-        sum_exp = sum_exp * tl.exp2((maximum - reference) * log2_e) + tile_sum
+        tile_sum = tl.sum(tl.exp2((x - reference[:, None]) * scale), axis=1)
+        sum_exp = sum_exp * tl.exp2((maximum - reference) * scale) + tile_sum
         maximum = new_max
         if SMOOTHED:
             total += tl.sum(tl.where((ids < vocab)[None, :], x, 0.0), axis=1)
@@ -74,7 +74,7 @@ def linear_loss_partials_kernel(
 
 @triton.jit(do_not_specialize=["first_row", "ignore_index", "num_groups"])
 def linear_loss_kernel(
-    target, first_row, vocab, ignore_index, log2_e, label_smoothing, z_loss,
+    target, first_row, vocab, ignore_index, scale, inverse_temperature, label_smoothing, z_loss,
     partial_max, partial_sum, partial_total, target_logit, num_groups, loss, logsumexp,
     SMOOTHED: tl.constexpr, GROUPS: tl.constexpr,
 ):
@@ -86,13 +86,13 @@ def linear_loss_kernel(
         tl.store(logsumexp + row, 0.0)
         return
 
-    # Merge the groups in one order: logsumexp = maximum + log(sum of exponentials)
+    # Merge the groups in one order: logsumexp = maximum / temperature + log(sum of exponentials)
     groups = tl.arange(0, GROUPS)
     valid = groups < num_groups
     at = (first_row + row) * num_groups + groups
     maxima = tl.load(partial_max + at, mask=valid, other=float("-inf"))
     sums = tl.load(partial_sum + at, mask=valid, other=0.0)
-    best, log_sum = merge_log_sums(maxima, sums, log2_e)
+    best, log_sum = merge_log_sums(maxima, sums, scale)
 
     # A target outside the vocabulary has no logit and makes this row's loss NaN
     known = (target_id >= 0) & (target_id < vocab)
@@ -101,7 +101,9 @@ def linear_loss_kernel(
     if SMOOTHED:
         totals = tl.load(partial_total + at, mask=valid, other=0.0)
         mean_below = best - tl.sum(totals, axis=0) / vocab
-    value, lse = loss_of_row(best, log_sum, x, mean_below, label_smoothing, z_loss, SMOOTHED)
+    value, lse = loss_of_row(
+        best, log_sum, x, mean_below, inverse_temperature, label_smoothing, z_loss, SMOOTHED
+    )
     tl.store(loss + row, tl.where(known, value, float("nan")))
     tl.store(logsumexp + row, lse)
 
@@ -123,8 +125,9 @@ def linear_oput_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    vocab = weight.shape[0]
+    vocab, scale = weight.shape[0], softmax_scale(temperature)
     device, num_rows = weight.device, target.numel()
 
     def float32(*shape: int) -> Tensor:
@@ -154,7 +157,7 @@ def linear_oput_loss(
         linear_loss_partials_kernel[(blocks * len(present), num_groups)](
             first.tensor, first.stride, last.tensor, last.stride,
             weight_rows.tensor, weight_rows.stride, bias, target, num_rows, blocks, vocab,
-            first.width, ignore_index, LOG2_E, *partials, num_groups, tiles.tiles_per_program,
+            first.width, ignore_index, scale, *partials, num_groups, tiles.tiles_per_program,
             PRECISION=precision_of(weight.dtype), EVEN_K=first.width % tiles.block_k == 0,
             HAS_BIAS=bias is not None, SMOOTHED=smoothed,
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
@@ -162,8 +165,9 @@ def linear_oput_loss(
         )
         for place, i in enumerate(present):
             linear_loss_kernel[(num_rows,)](
-                target, place * num_rows, vocab, ignore_index, LOG2_E, float(label_smoothing),
-                float(z_loss), *partials, num_groups, losses[i], logsumexps[i],
+                target, place * num_rows, vocab, ignore_index, scale, 1.0 / temperature,
+                float(label_smoothing), float(z_loss), *partials, num_groups, losses[i],
+                logsumexps[i],
                 SMOOTHED=smoothed, GROUPS=next_power_of_2(num_groups), num_warps=1,
             )
     return *losses, *logsumexps

@@ -17,7 +17,6 @@ from dmax_kernels.triton.launch import (
     row_view,
 )
 from dmax_kernels.triton.stats import (
-    LOG2_E,
     finite_or_zero,
     load_tile,
     merge_sums,
@@ -29,13 +28,13 @@ from dmax_kernels.triton.stats import (
 
 @triton.jit
 def store_tile_sums(
-    row, tile, vocab, log2_e, out_max, out_sum, out_below, MASKED: tl.constexpr,
+    row, tile, vocab, scale, out_max, out_sum, out_below, MASKED: tl.constexpr,
     SMOOTHED: tl.constexpr, TILE: tl.constexpr,
 ):
     ids, x = load_tile(row, tile * TILE, vocab, -1, MASKED, TILE)
     maximum = tl.max(x, axis=0)
     tl.store(out_max + tile, maximum)
-    tl.store(out_sum + tile, sum_of_exponentials(x, maximum, log2_e))
+    tl.store(out_sum + tile, sum_of_exponentials(x, maximum, scale))
     if SMOOTHED:
         # Relative to the maximum: a plain sum would lose its digits to an offset common to all
         below = tl.where(ids < vocab, finite_or_zero(maximum) - x, 0.0)
@@ -44,7 +43,7 @@ def store_tile_sums(
 
 @triton.jit(do_not_specialize=["ignore_index", "num_tiles", "tiles_per_program"])
 def tile_sums_kernel(
-    logits, row_stride, vocab, target, ignore_index, log2_e,
+    logits, row_stride, vocab, target, ignore_index, scale,
     partial_max, partial_sum, partial_below, num_tiles, tiles_per_program,
     SMOOTHED: tl.constexpr, TILE: tl.constexpr,
 ):
@@ -59,35 +58,40 @@ def tile_sums_kernel(
     first, last, full_tiles = tiles_of_program(num_tiles, tiles_per_program, vocab, TILE)
     for tile in range(first, tl.minimum(last, full_tiles)):
         store_tile_sums(
-            row, tile, vocab, log2_e, out_max, out_sum, out_below, False, SMOOTHED, TILE
+            row, tile, vocab, scale, out_max, out_sum, out_below, False, SMOOTHED, TILE
         )
     if last > full_tiles:
         store_tile_sums(
-            row, full_tiles, vocab, log2_e, out_max, out_sum, out_below, True, SMOOTHED, TILE
+            row, full_tiles, vocab, scale, out_max, out_sum, out_below, True, SMOOTHED, TILE
         )
 
 
 @triton.jit
-def merge_log_sums(maxima, sums, log2_e):
-    """A row's partial results -> (maximum, logsumexp - maximum); an infinite one leaves NaN."""
+def merge_log_sums(maxima, sums, scale):
+    """A row's partial results -> (largest logit, what the logsumexp of the logits / temperature has
+    above it / temperature); an infinite maximum leaves NaN.
+    """
     best = tl.max(maxima, axis=0)
-    log_sum = tl.log(merge_sums(maxima, sums, best, log2_e))
+    log_sum = tl.log(merge_sums(maxima, sums, best, scale))
     return best, tl.where(tl.abs(best) == float("inf"), float("nan"), log_sum)
 
 
 @triton.jit
 def loss_of_row(
-    best, log_sum, target_logit, mean_below, label_smoothing, z_loss, SMOOTHED: tl.constexpr
+    best, log_sum, target_logit, mean_below, inverse_temperature, label_smoothing, z_loss,
+    SMOOTHED: tl.constexpr,
 ):
-    """(loss, lse = best + log_sum): (1 - s) (lse - x_target) + s (lse - mean(x)) + z lse^2.
+    """(loss, lse) of x = logits / temperature: (1 - s) (lse - x_target) + s (lse - mean(x)) +
+    z lse^2, with lse = best / temperature + log_sum.
 
-    mean_below is best - mean(x), read only where SMOOTHED.
+    mean_below is best - mean(logits), read only where SMOOTHED.
     """
     # The difference first: it is exact where the target is the best
-    loss = (best - target_logit) + log_sum
+    loss = (best - target_logit) * inverse_temperature + log_sum
     if SMOOTHED:
+        mean_below = mean_below * inverse_temperature
         loss = (1.0 - label_smoothing) * loss + label_smoothing * (log_sum + mean_below)
-    lse = best + log_sum
+    lse = best * inverse_temperature + log_sum
     return loss + tl.where(z_loss > 0.0, z_loss * lse * lse, 0.0), lse  # 0 * inf would be NaN
 
 
@@ -102,8 +106,9 @@ def grad_of_logits(probability, is_target, g, lse, vocab, label_smoothing, z_los
 
 @triton.jit(do_not_specialize=["ignore_index", "num_tiles"])
 def loss_kernel(
-    logits, row_stride, vocab, target, ignore_index, log2_e, label_smoothing, z_loss,
-    partial_max, partial_sum, partial_below, num_tiles, loss, logsumexp, row_max, row_log_sum,
+    logits, row_stride, vocab, target, ignore_index, scale, inverse_temperature, label_smoothing,
+    z_loss, partial_max, partial_sum, partial_below, num_tiles, loss, logsumexp, row_max,
+    row_log_sum,
     SMOOTHED: tl.constexpr, KEEP_PARTS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -113,13 +118,13 @@ def loss_kernel(
         tl.store(logsumexp + row, 0.0)
         return
 
-    # Merge the tiles: logsumexp = maximum + log(sum of exponentials)
+    # Merge the tiles: logsumexp = maximum / temperature + log(sum of exponentials)
     tiles = tl.arange(0, TILES)
     valid = tiles < num_tiles
     at = row * num_tiles + tiles
     maxima = tl.load(partial_max + at, mask=valid, other=float("-inf"))
     sums = tl.load(partial_sum + at, mask=valid, other=0.0)
-    best, log_sum = merge_log_sums(maxima, sums, log2_e)
+    best, log_sum = merge_log_sums(maxima, sums, scale)
 
     # A target outside the vocabulary is not read and makes this row's loss NaN
     known = (target_id >= 0) & (target_id < vocab)
@@ -131,7 +136,9 @@ def loss_kernel(
         in_tile = tl.minimum(vocab - tiles * TILE, TILE).to(tl.float32)
         below += tl.where(valid & (maxima != best), in_tile * (best - maxima), 0.0)
         mean_below = tl.sum(below, axis=0) / vocab
-    value, lse = loss_of_row(best, log_sum, x, mean_below, label_smoothing, z_loss, SMOOTHED)
+    value, lse = loss_of_row(
+        best, log_sum, x, mean_below, inverse_temperature, label_smoothing, z_loss, SMOOTHED
+    )
     tl.store(loss + row, tl.where(known, value, float("nan")))
     tl.store(logsumexp + row, lse)
     if KEEP_PARTS:
@@ -141,11 +148,11 @@ def loss_kernel(
 
 @triton.jit
 def store_tile_grad(
-    row, out, tile, vocab, target_id, reference, log_sum, lse, g, log2_e, label_smoothing, z_loss,
+    row, out, tile, vocab, target_id, reference, log_sum, lse, g, scale, label_smoothing, z_loss,
     MASKED: tl.constexpr, TILE: tl.constexpr,
 ):
     ids, x = load_tile(row, tile * TILE, vocab, -1, MASKED, TILE)
-    probability = tl.exp2(((x - reference) - log_sum) * log2_e)
+    probability = tl.exp2(((x - reference) - log_sum) * scale)
     grad = grad_of_logits(
         probability, ids == target_id, g, lse, vocab, label_smoothing, z_loss
     )
@@ -169,10 +176,7 @@ def grad_kernel(
     num_tiles, tiles_per_program,
     HAS_GRAD: tl.constexpr, HAS_PARTS: tl.constexpr, TILE: tl.constexpr,
 ):
-    """grad_logits may be logits. row_max is the logsumexp where HAS_PARTS is false.
-
-    The loss is that of logits / temperature; with HAS_PARTS, the temperature is 1.
-    """
+    """grad_logits may be logits. row_max is the logsumexp where HAS_PARTS is false."""
     row_id = tl.program_id(0).to(tl.int64)
     row = logits + row_id * row_stride
     out = grad_logits + row_id * grad_stride
@@ -190,12 +194,15 @@ def grad_kernel(
     g = inverse_temperature
     if HAS_GRAD:
         g *= tl.load(grad_loss + row_id)
-    maximum = tl.load(row_max + row_id)
+    reference = tl.load(row_max + row_id)
     log_sum = 0.0
     if HAS_PARTS:
         log_sum = tl.load(row_log_sum + row_id)
-    lse = maximum + log_sum
-    reference = maximum * temperature
+        lse = reference * inverse_temperature + log_sum
+        log_sum *= temperature  # as the logits are before they are divided
+    else:
+        lse = reference
+        reference *= temperature
     for tile in range(first, tl.minimum(last, full_tiles)):
         store_tile_grad(
             row, out, tile, vocab, target_id, reference, log_sum, lse, g, scale,
@@ -209,7 +216,7 @@ def grad_kernel(
 
 
 class PassLoss(NamedTuple):
-    """The results of one pass, [rows] each, with logsumexp = row_max + log_sum."""
+    """The results of one pass, [rows] each, with logsumexp = row_max / temperature + log_sum."""
 
     loss: Tensor
     logsumexp: Tensor
@@ -219,7 +226,7 @@ class PassLoss(NamedTuple):
 
 def pass_loss(
     rows: Rows, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
-    keep_parts: bool = False,
+    temperature: float, keep_parts: bool = False,
 ) -> PassLoss:
     def per_row() -> Tensor:
         return torch.empty(target.shape, dtype=torch.float32, device=target.device)
@@ -238,13 +245,13 @@ def pass_loss(
     if not smoothed:
         partials.append(partials[0])  # never read or written
     tile_sums_kernel[(rows.count, tiles.programs)](
-        rows.tensor, rows.stride, rows.width, target, ignore_index, LOG2_E,
+        rows.tensor, rows.stride, rows.width, target, ignore_index, softmax_scale(temperature),
         *partials, tiles.count, tiles.per_program,
         SMOOTHED=smoothed, TILE=TILE, num_warps=TILE_WARPS,
     )
     loss_kernel[(rows.count,)](
-        rows.tensor, rows.stride, rows.width, target, ignore_index, LOG2_E,
-        float(label_smoothing), float(z_loss), *partials, tiles.count, *result,
+        rows.tensor, rows.stride, rows.width, target, ignore_index, softmax_scale(temperature),
+        1.0 / temperature, float(label_smoothing), float(z_loss), *partials, tiles.count, *result,
         SMOOTHED=smoothed, KEEP_PARTS=keep_parts, TILES=next_power_of_2(tiles.count), TILE=TILE,
         num_warps=1,
     )
@@ -254,7 +261,7 @@ def pass_loss(
 def write_grad(
     rows: Rows, out: Rows, target: Tensor, grad_loss: Tensor | None, row_max: Tensor,
     log_sum: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float,
-    temperature: float = 1.0,
+    temperature: float,
 ) -> None:
     if rows.count == 0:
         return
@@ -277,6 +284,7 @@ def oput_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     def one_pass(logits: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -284,7 +292,8 @@ def oput_loss(
             absent = torch.empty(0, dtype=torch.float32, device=target.device)
             return absent, absent.clone()
         result = pass_loss(
-            row_view(logits), target.contiguous(), ignore_index, label_smoothing, z_loss
+            row_view(logits), target.contiguous(), ignore_index, label_smoothing, z_loss,
+            temperature,
         )
         return result.loss, result.logsumexp
 
@@ -324,6 +333,7 @@ def oput_loss_and_grad_(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
 
     def one_pass(logits: Tensor | None, grad: Tensor | None) -> Tensor:
@@ -331,10 +341,11 @@ def oput_loss_and_grad_(
             return torch.empty(0, dtype=torch.float32, device=target.device)
         rows = row_view(logits)
         targets = target.contiguous()
-        result = pass_loss(rows, targets, ignore_index, label_smoothing, z_loss, keep_parts=True)
+        options = (ignore_index, label_smoothing, z_loss, temperature)
+        result = pass_loss(rows, targets, *options, keep_parts=True)
         write_grad(
             rows, rows, targets, None if grad is None else grad.contiguous(),
-            result.row_max, result.log_sum, ignore_index, label_smoothing, z_loss,
+            result.row_max, result.log_sum, *options,
         )
         return result.loss
 
