@@ -38,6 +38,7 @@ SMALL = {
     "sample_top_k": (3, 64),
     "sample_top_p": (3, 64),
     "sample_filtered": (3, 64),
+    "sample_top_k_top_p": (3, 64),
 }
 RANDOM = {
     "sample_tokens",
@@ -46,6 +47,7 @@ RANDOM = {
     "sample_top_k",
     "sample_top_p",
     "sample_filtered",
+    "sample_top_k_top_p",
 }  # eager draws from a different generator
 
 
