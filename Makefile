@@ -13,7 +13,7 @@ export PATH := $(abspath $(dir $(PYTHON))):$(PATH)
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 
 .PHONY: help demo test test-oldest test-newest test-engines browser lint format bench docs fuzz \
-  build build-cpu configure train gpu kernels-report lock wheels clean
+  build build-cpu configure train gpu gpu-peers kernels-report lock wheels clean
 
 help: ## Print this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,6 +93,10 @@ docs: build-cpu ## Render the pages and the docstrings as HTML into build/docs.
 GPU_PYTHON ?= python3
 gpu: ## Build, check, measure, test and sanitize on this machine's NVIDIA GPU.
 	$(GPU_PYTHON) bench/gpu_session.py $(GPU)
+
+# For the machine above, where GPU_PYTHON has a network, nvcc and the same torch
+gpu-peers: ## Pack the GPU peers into .peers, to be timed beside ours on a machine without a network.
+	$(GPU_PYTHON) bench/carry_peers.py
 
 CXX_FILES = git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'
 

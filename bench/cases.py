@@ -168,6 +168,12 @@ GPU_CASES = [
     Case("sample_tokens", BLOCK_ROWS, predicted_us=9.0, compiled=True),
     Case("sample_tokens", (1024, VOCAB)),
     *(Case(workload, BLOCK_ROWS, values=values) for workload in FILTERED for values in VALUES),
+    # A shape of vLLM's figures for FlashInfer's samplers (its pull request 40376)
+    *(
+        Case(workload, (64, 131072), dtype)
+        for workload in ("sample_top_k", "sample_top_p", "sample_top_k_top_p")
+        for dtype in reversed(FLOATS)
+    ),
     *(Case("soft_embedding", (rows, DIM, VOCAB)) for rows in (1, 32, 256, 4096)),
     Case("spd_step_", (1, 32), target_us=8.0, predicted_us=8.5),
     Case("spd_step_", (16, 32), target_us=45.0, predicted_us=46.0),

@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ from dmax_kernels.files import check_output, save_json  # noqa: E402
 # After such an error this process can no longer use the GPU, but a new one can
 LOST_CONTEXT_CODE = 75  # this program's exit code then
 LOST_CONTEXT = ("CUDA error", "device-side assert", "CUBLAS_STATUS")
+LOST_WITH_PEERS = "not tried: with them the GPU was lost"
 
 
 class Budget:
@@ -58,17 +59,26 @@ def measure_case(
     repetitions: int,
     compiled: Sequence[str],
     at_most_seconds: float,
+    with_peers: bool = True,
 ) -> dict:
-    absent: dict[str, str] = {}
+    absent: dict[str, str] | None = None  # until the peers have been tried
 
     def make() -> Work:
+        nonlocal absent
         work = case.work(machine.device)
         if machine.gpu is None:
             add_cpu_peers(work, case.workload, compiled=bool(compiled))
             return work
+<<<<<<< HEAD
         absent.update(add_peers(work, case.workload))
         if case.workload in LINEAR_WAYS and machine.device == "cuda":
             add_linear_ways(work, case.workload)
+=======
+        if with_peers:
+            absent = add_peers(work, case.workload, absent)
+        if case.workload == "linear_top1_confidence" and machine.device == "cuda":
+            add_linear_ways(work)
+>>>>>>> peers14
         return work
 
     result = measure(
@@ -97,9 +107,11 @@ def run_cases(
     budget: Budget | None = None,
     compiled: Sequence[str] = tuple(COMPILE_MODES),
     threads: Sequence[int] = (),
+    without_peers: Collection[str] = (),
     save: Callable[[list[dict], list[str]], object] = lambda rows, left_out: None,
 ) -> list[dict]:
-    """A row for each case and number of CPU threads; `save` gets them after each.
+    """A row for each case and number of CPU threads; `save` gets them after each. `without_peers`
+    names cases that run without them.
 
     A case that fails gets a row that says so, and ends the run only if the GPU is lost too.
     """
@@ -113,12 +125,15 @@ def run_cases(
                 break
             torch.set_num_threads(count)
             seconds = budget.share(len(cells) - index)
+            with_peers = case.name not in without_peers
             try:
-                row = measure_case(case, machine, repetitions, compiled, seconds)
+                row = measure_case(case, machine, repetitions, compiled, seconds, with_peers)
             except Exception as error:
                 text = f"{type(error).__name__}: {error}".splitlines()[0]
                 row = {"case": case.name, "op": case.workload, "failed": text}
                 print(f"{case.name}: {text}", file=sys.stderr)
+            if not with_peers:
+                row["peers"] = LOST_WITH_PEERS
             if machine.gpu is None:
                 row["threads"] = count
             rows.append(row)
@@ -234,8 +249,11 @@ def run(options: argparse.Namespace) -> int:
         cases = [case for case in cases if is_quick(case)]
     threads = [options.threads or 2] if options.threads or options.quick else [2, 1]
     record: dict = {"machine": machine_facts(), "results": []}
+    retried: set[str] = set()  # without the peers, one of which may have been the cause
     if options.append:
-        record["results"] = earlier_results(options.output, record["machine"])
+        found = earlier_results(options.output, record["machine"])
+        retried = {row["case"] for row in found if lost_context(row) and "peers" not in row}
+        record["results"] = [row for row in found if row["case"] not in retried]
         names = {row["case"] for row in record["results"]}
         cases = [case for case in cases if case.name not in names]
     earlier, budget = record["results"], Budget(options.seconds)
@@ -256,7 +274,7 @@ def run(options: argparse.Namespace) -> int:
 
     rows = run_cases(
         cases, machine, repetitions=options.repetitions, budget=budget,
-        compiled=compiled, threads=threads if on_cpu else (), save=save,
+        compiled=compiled, threads=threads if on_cpu else (), without_peers=retried, save=save,
     )  # fmt: skip
     print_table(rows)
     left_out = record.get("left out", [])

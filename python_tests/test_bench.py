@@ -40,6 +40,7 @@ SMALL = {
     "sample_filtered": (3, 64),
     "penalties": (3, 64),
     "transform_logits_": (3, 64),
+    "sample_top_k_top_p": (3, 64),
 }
 RANDOM = {
     "sample_tokens",
@@ -48,6 +49,7 @@ RANDOM = {
     "sample_top_k",
     "sample_top_p",
     "sample_filtered",
+    "sample_top_k_top_p",
 }  # eager draws from a different generator
 
 

@@ -9,6 +9,7 @@ from test_bench import SMALL, flat
 from bench.cases import CANDIDATES, FILTERED, Case, cases_of, is_quick, key_cases
 from bench.cpu_peers import CPU_PEERS, add_cpu_peers
 from bench.loops import ModelClock, busy_core, loop_shares, share_outside
+from bench.peer_checks import why_off
 from bench.run import Budget, print_table, run_cases
 from dmax_kernels.bench import timer
 from dmax_kernels.bench.draws import sorted_and_masked
@@ -72,6 +73,58 @@ def test_peers_draw_by_the_probabilities(name):
         share = token.bincount(minlength=8) / rows
         torch.testing.assert_close(share, probability, rtol=0, atol=0.035)
         torch.testing.assert_close(told, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sample_tokens", "linear_sample_tokens", *FILTERED])
+def test_a_gpu_peers_draws_are_checked(name):
+    """Ours pass; the most probable tokens alone, and tokens by no law at all, do not."""
+    sizes = (64, 16, 500) if name == "linear_sample_tokens" else (64, 500)
+    work = WORKLOADS[name].work(Inputs(torch.float32), sizes)
+    given = work.given
+    token = work.candidates["fused"]()[0]
+    assert why_off(name, given, None, token.int()) == ""
+    logits = given["logits"] if "logits" in given else given["hidden"] @ given["weight"].t()
+    wrong = (logits.argmax(-1), torch.arange(64) * 7, token + 500, token - 500)
+    assert all(why_off(name, given, None, each) for each in wrong)
+
+
+@pytest.mark.parametrize("name", ["top1_confidence", "linear_top1_confidence", "topk_confidence"])
+def test_a_gpu_peers_rows_are_checked(name):
+    work = WORKLOADS[name].work(Inputs(torch.float32), SMALL[name])
+    eager = work.candidates["eager"]()
+    token, confidence = work.candidates["fused"]()
+    assert why_off(name, work.given, eager, (confidence, token.int())) == ""
+    assert why_off(name, work.given, eager, (eager[0], eager[1].roll(1, 0)))
+    assert why_off(name, work.given, eager, (eager[0] * 1.1, eager[1]))
+
+
+@pytest.mark.parametrize("name", ["oput_loss", "linear_oput_loss"])
+def test_a_gpu_peers_gradients_are_checked(name):
+    work = WORKLOADS[name].work(Inputs(torch.float32), SMALL[name])
+    eager = work.candidates["eager"]()
+    assert why_off(name, work.given, eager, work.candidates["fused"]()) == ""
+    assert why_off(name, work.given, eager, eager[:-1])
+    assert why_off(name, work.given, eager, (*eager[:-1], eager[-1] * 0.9))
+
+
+def test_a_peer_whose_results_are_off_is_not_timed(monkeypatch):
+    from bench import peers
+
+    work = WORKLOADS["top1_confidence"].work(Inputs(torch.float32), (3, 64))
+    work.candidates = {"eager": work.candidates["eager"]}
+    listed = [
+        peers.Peer("x", "right", "torch", lambda logits: lambda: logits.softmax(-1).max(-1)),
+        peers.Peer("x", "wrong", "torch", lambda logits: lambda: logits.softmax(-1).min(-1)),
+        peers.Peer("x", "failing", "torch", lambda logits: lambda: 1 / 0),
+    ]
+    monkeypatch.setattr(peers, "PEERS", listed)
+    absent = peers.add_peers(work, "x")
+    assert sorted(absent) == ["failing", "wrong"]
+    assert absent["wrong"].startswith("off: probability result differs by")
+    assert sorted(work.candidates) == ["eager", "right"]
+    work.candidates = {}
+    assert peers.add_peers(work, "x", absent) == absent  # known already: not called again
+    assert sorted(work.candidates) == ["right"]
 
 
 def test_ratio_to_the_best_peer():

@@ -77,6 +77,12 @@ def sample_top_p(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
 
 
 @workload
+def sample_top_k_top_p(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
+    """A draw with the two filters that engines' fused samplers have."""
+    return filtered_draw(inputs, rows, vocab, top_k=50, top_p=0.9)
+
+
+@workload
 def sample_filtered(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
     """A draw with every filter on."""
     return filtered_draw(inputs, rows, vocab, top_k=50, top_p=0.9, min_p=0.05)
