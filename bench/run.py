@@ -69,16 +69,10 @@ def measure_case(
         if machine.gpu is None:
             add_cpu_peers(work, case.workload, compiled=bool(compiled))
             return work
-<<<<<<< HEAD
-        absent.update(add_peers(work, case.workload))
-        if case.workload in LINEAR_WAYS and machine.device == "cuda":
-            add_linear_ways(work, case.workload)
-=======
         if with_peers:
             absent = add_peers(work, case.workload, absent)
-        if case.workload == "linear_top1_confidence" and machine.device == "cuda":
-            add_linear_ways(work)
->>>>>>> peers14
+        if case.workload in LINEAR_WAYS and machine.device == "cuda":
+            add_linear_ways(work, case.workload)
         return work
 
     result = measure(
