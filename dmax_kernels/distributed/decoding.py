@@ -20,7 +20,7 @@ from dmax_kernels.distributed.layout import (
 )
 from dmax_kernels.distributed.linear import Columns, ShardedHead, read_head
 from dmax_kernels.ops.sample import DRAW_TILE, Sample
-from dmax_kernels.vocabulary import allowed_tokens, visible_tokens
+from dmax_kernels.vocabulary import allowed_tokens, mask_words, shard_mask, visible_tokens
 
 
 def top1_confidence(
@@ -31,6 +31,8 @@ def top1_confidence(
     vocab_size: int | None = None,
     temperature: float = 1.0,
     suppress_token: int = -1,
+    suppress_tokens: Sequence[int] = (),
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`dmax_kernels.top1_confidence` of the whole vocabulary (Algorithm 1, line 4).
 
@@ -40,8 +42,8 @@ def top1_confidence(
     Args:
         logits: this rank's columns [..., V_shard], or a DTensor sharded on its last dimension.
         group, shard_sizes, vocab_size: see :mod:`dmax_kernels.distributed`.
-        temperature, suppress_token: as in the unsharded op; the token is an id of the whole
-            vocabulary.
+        temperature, suppress_token, suppress_tokens, allowed: as in the unsharded op, of the whole
+            vocabulary, the same on every rank.
 
     Returns:
         token int64 [...] and confidence float32 [...], the same on every rank.
@@ -50,14 +52,47 @@ def top1_confidence(
         ValueError: shards that do not fit together. RuntimeError: as the unsharded op.
     """
     op = "top1_confidence"
-    options = {"temperature": temperature, "suppress_token": suppress_token}
     logits, shard = read_shard(op, "logits", logits, -1, group, shard_sizes, vocab_size)
-    check_suppress_token(op, suppress_token, shard)
+    which = _read_visible(op, shard, logits.device, suppress_token, suppress_tokens, allowed)
     mine = visible(logits, shard, -1)
     if shard.num_ranks == 1:
-        return ops.top1_confidence(mine, **options)
-    fields = ops.top1_partial(at_least_one_column(mine), shard.start, **options)
+        return ops.top1_confidence(mine, temperature=temperature, **which._asdict())
+    fields = which.partial(at_least_one_column(mine), shard.start, temperature)
     return ops.top1_merge(*gather(op, shard, logits.dtype, fields), temperature=temperature)
+
+
+class _Visible(NamedTuple):
+    """Which tokens of the whole vocabulary count."""
+
+    suppress_token: int
+    allowed: Tensor | None
+
+    def partial(self, logits: Tensor, start: int, temperature: float) -> tuple[Tensor, ...]:
+        """top1_partial() of the ids from ``start`` on."""
+        allowed = self.allowed
+        if allowed is not None:
+            allowed = shard_mask(allowed, start, logits.shape[-1])
+        return ops.top1_partial(
+            logits, start, temperature=temperature, suppress_token=self.suppress_token,
+            allowed=allowed,
+        )  # fmt: skip
+
+
+def _read_visible(
+    op: str, shard: VocabShard, device: torch.device, suppress_token: int,
+    suppress_tokens: Sequence[int], allowed: Tensor | None,
+) -> _Visible:  # fmt: skip
+    check_suppress_token(op, suppress_token, shard)
+    words = mask_words(shard.vocab_size)
+    if allowed is not None and allowed.shape[-1] != words:
+        raise ValueError(
+            f"{op}: allowed must be int32 [..., {words}], a bit for each of "
+            f"{shard.vocab_size} tokens, got {list(allowed.shape)}"
+        )
+    _, suppress_token, allowed = visible_tokens(
+        op, shard.vocab_size, device, suppress_token, suppress_tokens, allowed
+    )
+    return _Visible(suppress_token, allowed)
 
 
 class _Draw(NamedTuple):
@@ -231,6 +266,8 @@ def linear_top1_confidence(
     vocab_size: int | None = None,
     temperature: float = 1.0,
     suppress_token: int = -1,
+    suppress_tokens: Sequence[int] = (),
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`dmax_kernels.linear_top1_confidence` with the LM head's rows sharded.
 
@@ -243,7 +280,8 @@ def linear_top1_confidence(
         weight: this rank's rows [V_shard, D], or a DTensor sharded on dimension 0.
         bias: this rank's [V_shard], or None.
         group, shard_sizes, vocab_size: see :mod:`dmax_kernels.distributed`.
-        temperature, suppress_token: as in the unsharded op.
+        temperature, suppress_token, suppress_tokens, allowed: as in the unsharded op, of the whole
+            vocabulary.
 
     Returns:
         token int64 [...] and confidence float32 [...], the same on every rank.
@@ -252,13 +290,14 @@ def linear_top1_confidence(
         ValueError: shards or shapes that do not fit together. RuntimeError: as the unsharded op.
     """
     op = "linear_top1_confidence"
-    options = {"temperature": temperature, "suppress_token": suppress_token}
     head = read_head(op, hidden, weight, bias, group, shard_sizes, vocab_size)
-    check_suppress_token(op, suppress_token, head.shard)
+    which = _read_visible(op, head.shard, hidden.device, suppress_token, suppress_tokens, allowed)
     if head.shard.num_ranks == 1:
-        return ops.linear_top1_confidence(hidden, head.weight, head.bias, **options)
+        return ops.linear_top1_confidence(
+            hidden, head.weight, head.bias, temperature=temperature, **which._asdict()
+        )
     fields = _gather_blocks(
-        op, head, hidden, lambda logits, start: ops.top1_partial(logits, start, **options)
+        op, head, hidden, lambda logits, start: which.partial(logits, start, temperature)
     )
     return ops.top1_merge(*fields, temperature=temperature)
 

@@ -9,11 +9,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dmax_kernels.triton.launch import (
+    NO_MASK,
     TILE,
     TILE_WARPS,
+    Mask,
     Rows,
     choose_tiles,
     device_of,
+    mask_of,
     next_power_of_2,
     row_view,
 )
@@ -22,7 +25,7 @@ from dmax_kernels.triton.stats import (
     first_where,
     launch_tile_statistics,
     load_partials,
-    load_tile,
+    load_visible_tile,
     merge_statistics,
     merge_sums,
     softmax_scale,
@@ -60,6 +63,7 @@ def top1_of_rows(
     suppress_token: int,
     frozen: Tensor | None = None,
     frozen_span: int = 1,
+    mask: Mask = NO_MASK,
 ) -> tuple[Tensor, Tensor]:
     """(token, confidence), [rows] each; those of a frozen span stay unset."""
     device = rows.tensor.device
@@ -68,7 +72,7 @@ def top1_of_rows(
     if rows.count == 0:
         return token, confidence
     scale = softmax_scale(temperature)
-    partials = launch_tile_statistics(rows, suppress_token, scale, frozen, frozen_span)
+    partials = launch_tile_statistics(rows, suppress_token, scale, frozen, frozen_span, mask)
     merge_top1(partials, scale, token, confidence, frozen, frozen_span)
     return token, confidence
 
@@ -88,10 +92,16 @@ def merge_top1(
 
 
 def top1_confidence(
-    logits: Tensor, *, temperature: float = 1.0, suppress_token: int = -1
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     with device_of(logits):
-        token, confidence = top1_of_rows(row_view(logits), temperature, suppress_token)
+        token, confidence = top1_of_rows(
+            row_view(logits), temperature, suppress_token, mask=mask_of(allowed)
+        )
     return token.view(logits.shape[:-1]), confidence.view(logits.shape[:-1])
 
 
@@ -114,10 +124,12 @@ def value_of_key(key):
 
 @triton.jit
 def store_tile_topk(
-    row, tile, vocab, suppress_token, scale, out_max, out_sum, out_key, out_token,
-    MASKED: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
+    row, tile, vocab, suppress_token, allowed, scale, out_max, out_sum, out_key, out_token,
+    HAS_ALLOWED: tl.constexpr, MASKED: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
 ):
-    ids, x = load_tile(row, tile * TILE, vocab, suppress_token, MASKED, TILE)
+    ids, x = load_visible_tile(
+        row, tile * TILE, vocab, suppress_token, allowed, HAS_ALLOWED, MASKED, TILE
+    )
     maximum = tl.max(x, axis=0)
     tl.store(out_max + tile, maximum)
     tl.store(out_sum + tile, sum_of_exponentials(x, maximum, scale))
@@ -132,17 +144,23 @@ def store_tile_topk(
         key = tl.where(ids == token, NO_KEY, key)
 
 
-@triton.jit(do_not_specialize=["suppress_token", "num_tiles", "tiles_per_program", "frozen_span"])
+@triton.jit(
+    do_not_specialize=[
+        "suppress_token", "mask_stride", "num_tiles", "tiles_per_program", "frozen_span",
+    ]
+)  # fmt: skip
 def tile_topk_kernel(
-    logits, row_stride, vocab, suppress_token, scale, frozen, frozen_span,
+    logits, row_stride, vocab, suppress_token, allowed, mask_stride, scale, frozen, frozen_span,
     partial_max, partial_sum, partial_key, partial_token, num_tiles, tiles_per_program,
-    HAS_FROZEN: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
+    HAS_FROZEN: tl.constexpr, HAS_ALLOWED: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
 ):
     row_id = tl.program_id(0).to(tl.int64)
     if HAS_FROZEN:  # noqa: SIM102 (the kernel language has no `and` over a constexpr and a load)
         if tl.load(frozen + row_id // frozen_span):
             return
     row = logits + row_id * row_stride
+    if HAS_ALLOWED:
+        allowed += row_id * mask_stride
     out_max = partial_max + row_id * num_tiles
     out_sum = partial_sum + row_id * num_tiles
     out_key = partial_key + row_id * num_tiles * K
@@ -151,13 +169,13 @@ def tile_topk_kernel(
     first, last, full_tiles = tiles_of_program(num_tiles, tiles_per_program, vocab, TILE)
     for tile in range(first, tl.minimum(last, full_tiles)):
         store_tile_topk(
-            row, tile, vocab, suppress_token, scale,
-            out_max, out_sum, out_key, out_token, False, K, TILE,
+            row, tile, vocab, suppress_token, allowed, scale,
+            out_max, out_sum, out_key, out_token, HAS_ALLOWED, False, K, TILE,
         )
     if last > full_tiles:
         store_tile_topk(
-            row, full_tiles, vocab, suppress_token, scale,
-            out_max, out_sum, out_key, out_token, True, K, TILE,
+            row, full_tiles, vocab, suppress_token, allowed, scale,
+            out_max, out_sum, out_key, out_token, HAS_ALLOWED, True, K, TILE,
         )
 
 
@@ -203,6 +221,7 @@ def topk_of_rows(
     suppress_token: int,
     frozen: Tensor | None = None,
     frozen_span: int = 1,
+    mask: Mask = NO_MASK,
 ) -> tuple[Tensor, Tensor]:
     """(tokens, confidences), [rows, k] each; those of a frozen span stay unset."""
     device = rows.tensor.device
@@ -220,9 +239,9 @@ def topk_of_rows(
         for _ in range(2)
     ]
     tile_topk_kernel[(rows.count, tiles.programs)](
-        rows.tensor, rows.stride, rows.width, suppress_token, scale, frozen, frozen_span,
+        rows.tensor, rows.stride, rows.width, suppress_token, *mask, scale, frozen, frozen_span,
         *statistics, *candidates, tiles.count, tiles.per_program,
-        HAS_FROZEN=frozen is not None, K=k, TILE=TILE, num_warps=TILE_WARPS,
+        HAS_FROZEN=frozen is not None, HAS_ALLOWED=mask.given, K=k, TILE=TILE, num_warps=TILE_WARPS,
     )
     topk_merge_tiles_kernel[(rows.count,)](
         *statistics, *candidates, tiles.count, scale, frozen, frozen_span, tokens, confidences,
@@ -233,10 +252,17 @@ def topk_of_rows(
 
 
 def topk_confidence(
-    logits: Tensor, k: int, *, temperature: float = 1.0, suppress_token: int = -1
+    logits: Tensor,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     with device_of(logits):
-        tokens, confidences = topk_of_rows(row_view(logits), k, temperature, suppress_token)
+        tokens, confidences = topk_of_rows(
+            row_view(logits), k, temperature, suppress_token, mask=mask_of(allowed)
+        )
     shape = (*logits.shape[:-1], k)
     return tokens.view(shape), confidences.view(shape)
 
@@ -257,7 +283,12 @@ def partial_merge_tiles_kernel(
 
 
 def top1_partial(
-    logits_shard: Tensor, vocab_start: int, *, temperature: float = 1.0, suppress_token: int = -1
+    logits_shard: Tensor,
+    vocab_start: int,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, device = logits_shard.shape[:-1], logits_shard.device
     maximum = torch.empty(shape, dtype=torch.float32, device=device)
@@ -268,7 +299,9 @@ def top1_partial(
     with device_of(logits_shard):
         rows = row_view(logits_shard)
         scale = softmax_scale(temperature)
-        partials = launch_tile_statistics(rows, suppress_token - vocab_start, scale)
+        partials = launch_tile_statistics(
+            rows, suppress_token - vocab_start, scale, mask=mask_of(allowed)
+        )
         partial_merge_tiles_kernel[(rows.count,)](
             *partials, scale, vocab_start, maximum, sum_exp, token,
             TILES=next_power_of_2(partials.num_tiles), num_warps=1,
