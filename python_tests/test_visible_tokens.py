@@ -374,6 +374,26 @@ def test_triton_masks(op, vocab_size, dtype):
         assert_same(actual, OPS[op](TRITON, masked(logits, bits)))
 
 
+# ---- On a GPU
+
+
+@pytest.mark.gpu
+@every_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", [129, 4099, 157183, 157184])
+def test_gpu_masks(op, vocab_size, dtype):
+    """Bitwise the results on the masked logits, of the kernels that the dispatcher has."""
+    _, logits = stacked_rows(vocab_size, dtype)
+    for make in (random_mask, grammar_mask):
+        for rows in (len(logits), 1):
+            allowed, bits = make(rows, vocab_size)
+            if rows > 1:
+                allowed[3], bits[3] = 0, False
+            x = logits.to("cuda")
+            actual = OPS[op](dmax_kernels, x, allowed=allowed.to("cuda"))
+            assert_same(actual, OPS[op](dmax_kernels, masked(x, bits.to("cuda"))))
+
+
 # ---- Errors
 
 
