@@ -19,8 +19,9 @@ from dmax_kernels.distributed.layout import (
     visible,
 )
 from dmax_kernels.distributed.linear import Columns, ShardedHead, read_head
+from dmax_kernels.distributed.visible_tokens import read_visible
 from dmax_kernels.ops.sample import DRAW_TILE, Sample
-from dmax_kernels.vocabulary import allowed_tokens, mask_words, shard_mask, visible_tokens
+from dmax_kernels.vocabulary import allowed_tokens, visible_tokens
 
 
 def top1_confidence(
@@ -53,46 +54,12 @@ def top1_confidence(
     """
     op = "top1_confidence"
     logits, shard = read_shard(op, "logits", logits, -1, group, shard_sizes, vocab_size)
-    which = _read_visible(op, shard, logits.device, suppress_token, suppress_tokens, allowed)
+    which = read_visible(op, shard, logits.device, suppress_token, suppress_tokens, allowed)
     mine = visible(logits, shard, -1)
     if shard.num_ranks == 1:
         return ops.top1_confidence(mine, temperature=temperature, **which._asdict())
     fields = which.partial(at_least_one_column(mine), shard.start, temperature)
     return ops.top1_merge(*gather(op, shard, logits.dtype, fields), temperature=temperature)
-
-
-class _Visible(NamedTuple):
-    """Which tokens of the whole vocabulary count."""
-
-    suppress_token: int
-    allowed: Tensor | None
-
-    def partial(self, logits: Tensor, start: int, temperature: float) -> tuple[Tensor, ...]:
-        """top1_partial() of the ids from ``start`` on."""
-        allowed = self.allowed
-        if allowed is not None:
-            allowed = shard_mask(allowed, start, logits.shape[-1])
-        return ops.top1_partial(
-            logits, start, temperature=temperature, suppress_token=self.suppress_token,
-            allowed=allowed,
-        )  # fmt: skip
-
-
-def _read_visible(
-    op: str, shard: VocabShard, device: torch.device, suppress_token: int,
-    suppress_tokens: Sequence[int], allowed: Tensor | None,
-) -> _Visible:  # fmt: skip
-    check_suppress_token(op, suppress_token, shard)
-    words = mask_words(shard.vocab_size)
-    if allowed is not None and allowed.shape[-1] != words:
-        raise ValueError(
-            f"{op}: allowed must be int32 [..., {words}], a bit for each of "
-            f"{shard.vocab_size} tokens, got {list(allowed.shape)}"
-        )
-    _, suppress_token, allowed = visible_tokens(
-        op, shard.vocab_size, device, suppress_token, suppress_tokens, allowed
-    )
-    return _Visible(suppress_token, allowed)
 
 
 class _Draw(NamedTuple):
@@ -291,7 +258,7 @@ def linear_top1_confidence(
     """
     op = "linear_top1_confidence"
     head = read_head(op, hidden, weight, bias, group, shard_sizes, vocab_size)
-    which = _read_visible(op, head.shard, hidden.device, suppress_token, suppress_tokens, allowed)
+    which = read_visible(op, head.shard, hidden.device, suppress_token, suppress_tokens, allowed)
     if head.shard.num_ranks == 1:
         return ops.linear_top1_confidence(
             hidden, head.weight, head.bias, temperature=temperature, **which._asdict()

@@ -24,7 +24,7 @@ from dmax_kernels.triton.stats import (
     sum_of_exponentials,
     tiles_of_program,
 )
-from dmax_kernels.triton.top1 import topk_of_rows
+from dmax_kernels.triton.topk import topk_of_rows
 
 
 @triton.jit

@@ -13,7 +13,8 @@ from dmax_kernels.ops.spd_step import SEMANTICS
 from dmax_kernels.triton.embedding import chunk_of, copy_row, write_hybrid
 from dmax_kernels.triton.launch import device_of, mask_of, next_power_of_2, row_view
 from dmax_kernels.triton.promote import passes_threshold, promotable
-from dmax_kernels.triton.top1 import top1_of_rows, topk_of_rows
+from dmax_kernels.triton.top1 import top1_of_rows
+from dmax_kernels.triton.topk import topk_of_rows
 
 # What a position's next input embedding is
 KEEP = tl.constexpr(0)
