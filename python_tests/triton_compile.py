@@ -181,15 +181,14 @@ def call_linear_ops() -> None:
     seed = torch.zeros(2, dtype=torch.int64)
     for rows in (16, 32, 64, 128, 1024):
         hidden = torch.empty(rows, D, dtype=torch.bfloat16)
-        allowed = torch.empty(rows, V // 32, dtype=torch.int32)
         OPS["linear_top1_confidence"](hidden, weight)
-        OPS["linear_top1_confidence"](hidden, weight, allowed=allowed)
         OPS["linear_sample_tokens"](hidden, weight, seed, weight[:, 0])
     OPS["linear_sample_tokens"](torch.empty(32, D), torch.empty(V, D), seed)
     OPS["linear_top1_confidence"](torch.empty(32, D), torch.empty(V, D))
     # The way by chunks of the vocabulary: the products run here, so they are small ones
     hidden, weight = torch.empty(64, 16), torch.empty(4000, 16)
     OPS["linear_top1_confidence"](hidden, weight)
+    OPS["linear_top1_confidence"](hidden, weight, allowed=torch.empty(64, 125, dtype=torch.int32))
     OPS["linear_sample_tokens"](hidden, weight, seed, weight[:, 0])
     OPS["linear_sample_tokens"](hidden, weight, seed, top_p=0.5)
     # Few rows, and the many that a training step has

@@ -100,7 +100,7 @@ def chunk_buffer(hidden: Tensor, rows: int, vocab: int) -> Tensor:
 
 def chunk_statistics(
     hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
-    mask: Mask, seed: Tensor | None, first_row: int, partials: tuple[Tensor | None, ...],
+    seed: Tensor | None, first_row: int, mask: Mask, partials: tuple[Tensor | None, ...],
     buffer: Tensor,
 ) -> None:
     """Fills in the partial results, [rows, tiles] each."""

@@ -152,18 +152,14 @@ def any_of(flags):
     return tl.max(flags.to(tl.int32), axis=0) > 0
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_rows", "suppress_token", "mask_stride", "num_groups", "tiles_per_program",
-    ]
-)
+@triton.jit(do_not_specialize=["num_rows", "suppress_token", "num_groups", "tiles_per_program"])
 def linear_statistics_kernel(
-    hidden, hidden_stride, weight, weight_stride, bias, num_rows, vocab, dim, suppress_token,
-    allowed, mask_stride, scale, seed, first_row, inverse_temperature,
+    hidden, hidden_stride, weight, weight_stride, bias, num_rows, vocab, dim, suppress_token, scale,
+    seed, first_row, inverse_temperature,
     partial_max, partial_sum, partial_token, partial_score, partial_value,
     num_groups, tiles_per_program,
-    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr, SAMPLE: tl.constexpr, SEED_PER_ROW: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, SAMPLE: tl.constexpr,
+    SEED_PER_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -197,10 +193,6 @@ def linear_statistics_kernel(
             hidden_rows, weight, weight_stride, bias, tile * BLOCK_N, vocab, dim, suppress_token,
             PRECISION, EVEN_K, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K,
         )
-        if HAS_ALLOWED:
-            place = allowed + (safe_row * mask_stride)[:, None] + (ids // 32)[None, :]
-            words = tl.load(place, mask=(ids < vocab)[None, :], other=0)
-            x = tl.where(((words >> (ids % 32)[None, :]) & 1) != 0, x, float("-inf"))
 
         # The tile's maximum, and the sum relative to the larger of both maxima
         tile_max = tl.max(x, axis=1)
@@ -275,16 +267,16 @@ def takes_chunks(num_rows: int, dtype: torch.dtype, sampling: bool) -> bool:
 
 def fused_statistics(
     hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
-    mask: Mask, seed: Tensor | None, first_row: int, tiles: LinearTiles,
-    partials: tuple[Tensor | None, ...], num_groups: int,
+    seed: Tensor | None, first_row: int, tiles: LinearTiles, partials: tuple[Tensor | None, ...],
+    num_groups: int,
 ) -> None:
     dtype, dim, sampling = hidden.tensor.dtype, hidden.width, seed is not None
     linear_statistics_kernel[(-(-hidden.count // tiles.block_m), num_groups)](
         hidden.tensor, hidden.stride, weight.tensor, weight.stride, bias,
-        hidden.count, weight.count, dim, suppress_token, *mask, softmax_scale(temperature),
+        hidden.count, weight.count, dim, suppress_token, softmax_scale(temperature),
         seed, first_row, 1.0 / temperature, *partials, num_groups, tiles.tiles_per_program,
         PRECISION=precision_of(dtype),
-        EVEN_K=dim % tiles.block_k == 0, HAS_BIAS=bias is not None, HAS_ALLOWED=mask.given,
+        EVEN_K=dim % tiles.block_k == 0, HAS_BIAS=bias is not None,
         SAMPLE=sampling, SEED_PER_ROW=sampling and seed.dim() == 2,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
@@ -298,7 +290,8 @@ def linear_statistics(
     """Yields (rows, their partial results); ``seed``, [2] or [rows, 2], asks for samples."""
     device, dtype = hidden.tensor.device, hidden.tensor.dtype
     sampling, seed_per_row = seed is not None, seed is not None and seed.dim() == 2
-    chunked = takes_chunks(hidden.count, dtype, sampling)
+    # Bits per row and token would not fit into the fused kernel's registers beside its accumulators
+    chunked = mask.given or takes_chunks(hidden.count, dtype, sampling)
     flat = hidden.tensor.as_strided((hidden.count, hidden.width), (hidden.stride, 1))
     plans = []
     for first in range(0, hidden.count, MOST_ROWS):
@@ -321,11 +314,11 @@ def linear_statistics(
         partials = [each[: count * num_groups].view(count, num_groups) for each in buffers]
         partials += [None] * (5 - len(partials))
         arguments = (
-            rows, weight, bias, temperature, suppress_token, mask.span(span),
-            seed[span] if seed_per_row else seed, first,
+            rows, weight, bias, temperature, suppress_token, seed[span] if seed_per_row else seed,
+            first,
         )
         if chunked:
-            chunk_statistics(*arguments, partials, logits[:count])
+            chunk_statistics(*arguments, mask.span(span), partials, logits[:count])
         else:
             fused_statistics(*arguments, tiles, partials, num_groups)
         yield span, LinearPartials(*partials, num_groups)
