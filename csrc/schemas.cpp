@@ -23,15 +23,16 @@ STABLE_TORCH_LIBRARY(dmax, m) {
     m.def(schema);
     m.def(check_schema(schema).c_str());
   };
-  def("top1_confidence(Tensor logits, *, float temperature=1.0, int suppress_token=-1)"
-      " -> (Tensor token, Tensor confidence)");
-  def("topk_confidence(Tensor logits, int k, *, float temperature=1.0, int suppress_token=-1)"
-      " -> (Tensor tokens, Tensor confidences)");
-  def("row_statistics(Tensor logits, *, float temperature=1.0, int suppress_token=-1)"
-      " -> (Tensor token, Tensor confidence, Tensor runner_up, Tensor entropy, Tensor logsumexp)");
+  def("top1_confidence(Tensor logits, *, float temperature=1.0, int suppress_token=-1,"
+      " Tensor? allowed=None) -> (Tensor token, Tensor confidence)");
+  def("topk_confidence(Tensor logits, int k, *, float temperature=1.0, int suppress_token=-1,"
+      " Tensor? allowed=None) -> (Tensor tokens, Tensor confidences)");
+  def("row_statistics(Tensor logits, *, float temperature=1.0, int suppress_token=-1,"
+      " Tensor? allowed=None) -> (Tensor token, Tensor confidence, Tensor runner_up,"
+      " Tensor entropy, Tensor logsumexp)");
   def("token_logprobs(Tensor logits, Tensor ids, *, float temperature=1.0, int top_n=0,"
-      " int ignore_index=-100) -> (Tensor logprob, Tensor rank, Tensor top_ids,"
-      " Tensor top_logprobs, Tensor logsumexp)");
+      " int ignore_index=-100, Tensor? allowed=None) -> (Tensor logprob, Tensor rank,"
+      " Tensor top_ids, Tensor top_logprobs, Tensor logsumexp)");
   def("prefix_promote(Tensor confidence, Tensor masked, float threshold, *, bool inclusive=False)"
       " -> Tensor promoted");
   def("hybrid_embedding(Tensor embedding, Tensor token, Tensor confidence, Tensor masked,"
@@ -48,12 +49,12 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       " Tensor(b!) token, Tensor(c!) confidence, Tensor(d!) converged, Tensor(e!) step,"
       " Tensor(f!) inputs_embeds, int mask_token_id, float tau_dec, float tau_acc, *,"
       " int semantics=0, int top_k=1, float temperature=1.0, int suppress_token=-1,"
-      " Tensor? thresholds=None) -> ()");
+      " Tensor? thresholds=None, Tensor? allowed=None) -> ()");
   def("edit_step_(Tensor logits, Tensor editable, Tensor(a!) token, Tensor(b!) prediction,"
       " Tensor(c!) confidence, Tensor(d!) post_edit_steps, Tensor(e!) done, int mask_token_id,"
       " float threshold, float edit_threshold, *, int rule=0, int tokens_per_step=1,"
       " int max_post_edit_steps=16, float temperature=1.0, int suppress_token=-1,"
-      " Tensor? thresholds=None) -> ()");
+      " Tensor? thresholds=None, Tensor? allowed=None) -> ()");
   def("sample_tokens(Tensor logits, Tensor seed, *, float temperature=1.0, int top_k=0,"
       " float top_p=1.0, float min_p=0.0, Tensor? row_options=None, int suppress_token=-1,"
       " Tensor? allowed=None) -> (Tensor token, Tensor probability, Tensor top1_probability,"
@@ -74,7 +75,8 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       " float label_smoothing=0.0, float z_loss=0.0, float temperature=1.0)"
       " -> (Tensor loss_masked, Tensor loss_predicted)");
   def("top1_partial(Tensor logits_shard, int vocab_start, *, float temperature=1.0,"
-      " int suppress_token=-1) -> (Tensor maximum, Tensor sum_exp, Tensor token)");
+      " int suppress_token=-1, Tensor? allowed=None) -> (Tensor maximum, Tensor sum_exp, Tensor "
+      "token)");
   def("top1_merge(Tensor maximum, Tensor sum_exp, Tensor token, *, float temperature=1.0)"
       " -> (Tensor token, Tensor confidence)");
   def("sample_partial(Tensor logits_shard, Tensor seed, int vocab_start, *, float temperature=1.0,"
@@ -83,7 +85,8 @@ STABLE_TORCH_LIBRARY(dmax, m) {
   def("sample_merge(Tensor maximum, Tensor sum_exp, Tensor token, Tensor score, Tensor weight, *,"
       " float temperature=1.0) -> (Tensor token, Tensor probability)");
   def("linear_top1_confidence(Tensor hidden, Tensor weight, Tensor? bias=None, *,"
-      " float temperature=1.0, int suppress_token=-1) -> (Tensor token, Tensor confidence)");
+      " float temperature=1.0, int suppress_token=-1, Tensor? allowed=None)"
+      " -> (Tensor token, Tensor confidence)");
   def("linear_oput_loss(Tensor? hidden_masked, Tensor? hidden_predicted, Tensor weight,"
       " Tensor target, Tensor? bias=None, *, int ignore_index=-100, float label_smoothing=0.0,"
       " float z_loss=0.0, float temperature=1.0) -> (Tensor loss_masked, Tensor loss_predicted,"

@@ -87,6 +87,30 @@ def check_draws(ranks: Ranks) -> None:
             )
 
 
+def check_masks(ranks: Ranks) -> None:
+    """Top-1 of what a mask allows, in shards that begin inside its words, too."""
+    vocab, rows, dim = 1000, 20, 8
+    logits = 3 * ranks.randn(rows, vocab)
+    logits[4, 700] = torch.nan
+    mask = torch.randint(-(2**31), 2**31, (rows, 32), generator=ranks.generator).int()
+    mask[5] = 0
+    hidden, weight = ranks.randn(rows, dim), ranks.randn(vocab, dim)
+    for sizes, vocab_size in ranks.layouts(vocab):
+        layout = {"shard_sizes": sizes, "vocab_size": vocab_size}
+        for options in ({"allowed": mask}, {"allowed": mask[:1], "suppress_tokens": (5, 999)}):
+            assert_same(
+                distributed.top1_confidence(ranks.cut(logits, sizes, 1), **layout, **options),
+                dmax_kernels.top1_confidence(logits, **options),
+            )
+            assert_same(
+                distributed.linear_top1_confidence(
+                    hidden, ranks.cut(weight, sizes, 0), **layout, **options
+                ),
+                dmax_kernels.linear_top1_confidence(hidden, weight, **options),
+                rtol=1e-5,
+            )
+
+
 def check_ties(ranks: Ranks) -> None:
     """Equal logits on every shard, and unequal ones that are equal once divided by 3."""
     vocab = 8 * ranks.num_ranks
@@ -414,6 +438,7 @@ def check_page(ranks: Ranks) -> None:
 CHECKS = (
     check_decoding,
     check_draws,
+    check_masks,
     check_ties,
     check_linear,
     check_hybrid_embedding,

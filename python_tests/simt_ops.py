@@ -18,6 +18,7 @@ from dmax_kernels.ops import RowStatistics, TokenLogprobs
 from dmax_kernels.ops.edit_step import EDIT_RULES
 from dmax_kernels.ops.sample import Sample
 from dmax_kernels.ops.spd_step import SEMANTICS
+from dmax_kernels.vocabulary import visible_rows, visible_shard
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -77,54 +78,81 @@ def gpu_input(gpu):
     return ("Gpu", *gpu)
 
 
-def logits_input(logits: Tensor, suppress_token: int, temperature: float):
+def mask_input(allowed: Tensor | None):
+    """The mask's memory, and the stride of its rows in words."""
+    if allowed is None:
+        return None, 0
+    words = allowed.shape[-1]
+    return raw(allowed.contiguous()), 0 if allowed.numel() == words else words
+
+
+def logits_input(
+    logits: Tensor, suppress_token: int, temperature: float, allowed: Tensor | None = None
+):
     rows = rows_of(logits)
     return ("LogitsInput", DTYPE_CODES[logits.dtype], raw(rows), rows.shape[0], rows.stride(0),
-            rows.shape[1], suppress_token, temperature)  # fmt: skip
+            rows.shape[1], suppress_token, temperature, *mask_input(allowed))  # fmt: skip
 
 
-def shard_input(logits_shard: Tensor, vocab_start: int, suppress_token: int, temperature: float):
+def visible_input(op: str, logits: Tensor, suppress_token: int, temperature: float, **visibility):
+    """logits_input() for an op's suppress_tokens, allowed and vocab_limit."""
+    logits, suppress_token, allowed = visible_rows(op, logits, suppress_token, **visibility)
+    return logits_input(logits, suppress_token, temperature, allowed)
+
+
+def shard_input(
+    logits_shard: Tensor, vocab_start: int, suppress_token: int, temperature: float, **visibility
+):
+    suppress_token, allowed = visible_shard(
+        "top1_partial", logits_shard, vocab_start, suppress_token, **visibility
+    )
     local = suppress_token - vocab_start
     on_shard = suppress_token >= 0 and 0 <= local < logits_shard.shape[-1]
-    return logits_input(logits_shard, local if on_shard else -1, temperature)
+    return logits_input(logits_shard, local if on_shard else -1, temperature, allowed)
 
 
-def top1_confidence(logits, *, temperature=1.0, suppress_token=-1, gpu=H200):
+def top1_confidence(logits, *, temperature=1.0, suppress_token=-1, gpu=H200, **visibility):
+    op = "top1_confidence"
     token = torch.empty(logits.shape[:-1], dtype=torch.int64)
     confidence = torch.empty(logits.shape[:-1])
-    call("top1_confidence", gpu_input(gpu), logits_input(logits, suppress_token, temperature),
+    call(op, gpu_input(gpu), visible_input(op, logits, suppress_token, temperature, **visibility),
          raw(token), raw(confidence))  # fmt: skip
     return token, confidence
 
 
-def top1_partial(logits_shard, vocab_start, *, temperature=1.0, suppress_token=-1, gpu=H200):
+def top1_partial(
+    logits_shard, vocab_start, *, temperature=1.0, suppress_token=-1, gpu=H200, **visibility
+):
     maximum, sum_exp = torch.empty(logits_shard.shape[:-1]), torch.empty(logits_shard.shape[:-1])
     token = torch.empty(logits_shard.shape[:-1], dtype=torch.int64)
     call("top1_partial", gpu_input(gpu),
-         shard_input(logits_shard, vocab_start, suppress_token, temperature), vocab_start,
-         raw(maximum), raw(sum_exp), raw(token))  # fmt: skip
+         shard_input(logits_shard, vocab_start, suppress_token, temperature, **visibility),
+         vocab_start, raw(maximum), raw(sum_exp), raw(token))  # fmt: skip
     return maximum, sum_exp, token
 
 
-def topk_confidence(logits, k, *, temperature=1.0, suppress_token=-1, gpu=H200):
+def topk_confidence(logits, k, *, temperature=1.0, suppress_token=-1, gpu=H200, **visibility):
+    op = "topk_confidence"
     tokens = torch.empty(*logits.shape[:-1], k, dtype=torch.int64)
     confidences = torch.empty(*logits.shape[:-1], k)
-    call("topk_confidence", gpu_input(gpu), logits_input(logits, suppress_token, temperature), k,
-         raw(tokens), raw(confidences))  # fmt: skip
+    call(op, gpu_input(gpu), visible_input(op, logits, suppress_token, temperature, **visibility),
+         k, raw(tokens), raw(confidences))  # fmt: skip
     return tokens, confidences
 
 
-def row_statistics(logits, *, temperature=1.0, suppress_token=-1, gpu=H200):
+def row_statistics(logits, *, temperature=1.0, suppress_token=-1, gpu=H200, **visibility):
+    op = "row_statistics"
     token = torch.empty(logits.shape[:-1], dtype=torch.int64)
     others = [torch.empty(logits.shape[:-1]) for _ in range(4)]
-    call("row_statistics", gpu_input(gpu), logits_input(logits, suppress_token, temperature),
+    call(op, gpu_input(gpu), visible_input(op, logits, suppress_token, temperature, **visibility),
          raw(token), *map(raw, others))  # fmt: skip
     return RowStatistics(token, *others)
 
 
 def token_logprobs_with_logsumexp(
-    logits, ids, *, temperature=1.0, top_n=0, ignore_index=-100, gpu=H200
+    logits, ids, *, temperature=1.0, top_n=0, ignore_index=-100, gpu=H200, **visibility
 ):
+    op = "token_logprobs"
     rows = logits.shape[:-1]
     logprob, logsumexp = torch.empty(ids.shape), torch.empty(rows)
     rank = torch.empty(ids.shape, dtype=torch.int64)
@@ -132,7 +160,8 @@ def token_logprobs_with_logsumexp(
     top_logprobs = torch.empty(*rows, top_n)
     per_row = 1 if ids.dim() < logits.dim() else ids.shape[-1]
     tokens = ("TokensInput", raw(ids.contiguous()), ids.dtype == torch.int64, per_row, ignore_index)
-    call("token_logprobs", gpu_input(gpu), logits_input(logits, -1, temperature), tokens, top_n,
+    visible = visible_input(op, logits, -1, temperature, **visibility, as_mask=True)
+    call(op, gpu_input(gpu), visible, tokens, top_n,
          raw(logprob), raw(rank), raw(top_ids), raw(top_logprobs), raw(logsumexp))  # fmt: skip
     return logprob, rank, top_ids, top_logprobs, logsumexp
 
@@ -149,9 +178,7 @@ def draw_input(temperature, top_k, top_p, min_p, allowed):
         columns = [torch.as_tensor(each, dtype=torch.float32) for each in options]
         row_options = torch.stack(torch.broadcast_tensors(*columns), dim=-1).contiguous()
         options = (1.0, 0, 1.0, 0.0)
-    stride = 0 if allowed is None or allowed.numel() == allowed.shape[-1] else allowed.shape[-1]
-    mask = None if allowed is None else allowed.contiguous()
-    return ("DrawInput", *map(float, options), raw(row_options), raw(mask), stride)
+    return ("DrawInput", *map(float, options), raw(row_options), *mask_input(allowed))
 
 
 def sample_tokens(
@@ -241,12 +268,13 @@ def hybrid_embedding_backward(grad_output, embedding, token, confidence, masked,
 def spd_step_(
     logits, embedding, *, editable, masked, token, confidence, converged, step, inputs_embeds,
     mask_token_id, tau_dec, tau_acc, semantics="settled", top_k=1, temperature=1.0,
-    suppress_token=-1, thresholds=None, gpu=H200,
+    suppress_token=-1, thresholds=None, gpu=H200, **visibility,
 ):  # fmt: skip
+    op = "spd_step_"
     batch, block, _ = logits.shape
     state = ("StateInput", *map(raw, (editable, masked, token, confidence, converged, step,
              inputs_embeds, thresholds)), batch, block)  # fmt: skip
-    call("spd_step_", gpu_input(gpu), logits_input(logits, suppress_token, temperature),
+    call(op, gpu_input(gpu), visible_input(op, logits, suppress_token, temperature, **visibility),
          embedding_input(embedding, mask_token_id), state, tau_dec, tau_acc,
          SEMANTICS.index(semantics), top_k)  # fmt: skip
 
@@ -254,15 +282,16 @@ def spd_step_(
 def edit_step_(
     logits, *, editable, token, prediction, confidence, post_edit_steps, done, mask_token_id,
     threshold, edit_threshold=0.0, rule="threshold", tokens_per_step=1, max_post_edit_steps=16,
-    temperature=1.0, suppress_token=-1, thresholds=None, gpu=H200,
+    temperature=1.0, suppress_token=-1, thresholds=None, gpu=H200, **visibility,
 ):  # fmt: skip
+    op = "edit_step_"
     batch, block, _ = logits.shape
     state = ("EditStateInput", *map(raw, (editable, token, prediction, confidence, post_edit_steps,
              done, thresholds)), batch, block)  # fmt: skip
     options = ("EditOptionsInput", mask_token_id, threshold, edit_threshold, EDIT_RULES.index(rule),
                min(tokens_per_step, block), max_post_edit_steps)  # fmt: skip
-    call("edit_step_", gpu_input(gpu), logits_input(logits, suppress_token, temperature), state,
-         options)  # fmt: skip
+    call(op, gpu_input(gpu), visible_input(op, logits, suppress_token, temperature, **visibility),
+         state, options)  # fmt: skip
 
 
 def transform_logits_(

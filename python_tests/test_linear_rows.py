@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import float64
 import pytest
 import torch
+from masks import random_mask
 from tolerances import assert_close
 from triton_device import DEVICE, chunked_from, triton_op
 
@@ -82,6 +83,38 @@ def test_exact_against_float64(backend, dtype, rows, vocab_size, dim):
         expected, expected_confidence = float64.top1_confidence(logits, **options)
         assert torch.equal(token, expected)  # ties and all
         assert_close(confidence, expected_confidence, 1e-5)
+
+
+@everywhere
+@pytest.mark.parametrize(("rows", "vocab_size"), [(3, 300), (66, 1100)])
+def test_masks(backend, rows, vocab_size):
+    """Exactly as with the logits that are not allowed at -inf; a row with nothing allowed."""
+    hidden, weight, bias = held_inputs(rows, vocab_size, 24)
+    logits = hidden.double() @ weight.double().t() + bias.double()
+    for mask_rows in (rows, 1):
+        allowed, bits = random_mask(mask_rows, vocab_size, density=0.1)
+        if mask_rows > 1:
+            allowed[2], bits[2] = 0, False
+        token, confidence = BACKENDS[backend].linear_top1_confidence(
+            hidden, weight, bias, allowed=allowed, temperature=5.0
+        )
+        masked = logits.masked_fill(~bits, -torch.inf)
+        expected, expected_confidence = float64.top1_confidence(masked, 5.0)
+        assert torch.equal(token, expected)
+        assert_close(confidence, expected_confidence, 1e-5)
+
+
+@pytest.mark.parametrize("functions", [dmax_kernels, reference], ids=["cpu", "reference"])
+def test_suppressed_tokens_and_padded_heads(functions):
+    hidden, weight, bias = held_inputs(5, 330, 24)
+    options = {"suppress_tokens": (7, 31, 32), "vocab_limit": 300, "temperature": 5.0}
+    actual = functions.linear_top1_confidence(hidden, weight, bias, **options)
+    logits = (hidden @ weight.t() + bias)[:, :300].index_fill(
+        -1, torch.tensor([7, 31, 32]), -torch.inf
+    )
+    expected, expected_confidence = float64.top1_confidence(logits, 5.0)
+    assert torch.equal(actual[0], expected)
+    assert_close(actual[1], expected_confidence, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

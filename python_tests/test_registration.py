@@ -61,11 +61,11 @@ def samples():
     lse = logits.logsumexp(-1)
     return {
         "top1_confidence": ((logits,), {"temperature": 0.5, "suppress_token": 3}),
-        "topk_confidence": ((logits, 3), {}),
-        "row_statistics": ((logits,), {"temperature": 0.5, "suppress_token": 3}),
+        "topk_confidence": ((logits, 3), {"allowed": mask}),
+        "row_statistics": ((logits,), {"temperature": 0.5, "allowed": mask}),
         "token_logprobs": (
             (randn(3, 4, 50, grad=True), target),
-            {"temperature": 0.5, "top_n": 2},
+            {"temperature": 0.5, "top_n": 2, "allowed": mask},
         ),
         "prefix_promote": ((torch.rand(3, 4), masked, 0.4), {"inclusive": True}),
         "hybrid_embedding": (hybrid, {}),
@@ -78,8 +78,8 @@ def samples():
             (logits, randn(50, 6)),
             {"temperatures": confidence[..., 0] + 1},
         ),
-        "spd_step_": (spd_arguments(), {"top_k": 2}),
-        "edit_step_": (edit_arguments(), {"rule": 2}),
+        "spd_step_": (spd_arguments(), {"top_k": 2, "allowed": mask[:1]}),
+        "edit_step_": (edit_arguments(), {"rule": 2, "allowed": mask[:1]}),
         "sample_tokens": (
             (logits, seed),
             {"row_options": torch.tensor([0.7, 9, 0.9, 0.01]).expand(3, 4, 4), "allowed": mask},
@@ -100,11 +100,11 @@ def samples():
         ),
         "oput_loss_backward": ((randn(3, 4), logits, target, lse), {}),
         "oput_loss_and_grad_": ((logits.clone(), None, target, randn(3, 4)), {}),
-        "top1_partial": ((logits, 100), {}),
+        "top1_partial": ((logits, 100), {"allowed": mask}),
         "top1_merge": (stacked, {"temperature": 0.7}),
         "sample_partial": ((logits, seed, 128), {"temperature": 0.7, "suppress_token": 130}),
         "sample_merge": (sampled, {"temperature": 0.7}),
-        "linear_top1_confidence": ((randn(3, 4, 6), randn(50, 6), randn(50)), {}),
+        "linear_top1_confidence": ((randn(3, 4, 6), randn(50, 6), randn(50)), {"allowed": mask}),
         "linear_oput_loss": (
             (
                 randn(3, 4, 6, grad=True),

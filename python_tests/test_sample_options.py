@@ -9,6 +9,7 @@ from draws import assert_drawn
 from fuzzing import EXAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masks import packed
 from tolerances import REFERENCE_RTOL, assert_close
 
 import dmax_kernels
@@ -17,13 +18,6 @@ from dmax_kernels import reference
 SEED = torch.tensor([1234567890123456789, 42])
 NAN, INF = float("nan"), float("inf")
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-
-
-def packed(bits):
-    """Bits [..., V] as the int32 words of ``allowed``."""
-    padded = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 32)).unflatten(-1, (-1, 32))
-    words = (padded.long() << torch.arange(32)).sum(dim=-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
 # ---- What is kept, by the definition: sort, count, add

@@ -5,6 +5,7 @@ import pytest
 import simt_ops
 import torch
 from cases import DTYPES, stacked_rows, strided_copies
+from masks import random_mask
 from simt_ops import A100, A100_ONE_MULTIPROCESSOR, CHOSEN, H200, ONE_MULTIPROCESSOR
 from test_simt_rows import SPLIT_VOCAB, random_rows, seeds
 from tolerances import CONFIDENCE_RTOL, REFERENCE_RTOL, assert_close
@@ -192,15 +193,6 @@ def test_sample_filters_break_ties_by_id(dtype):
         sample = simt_ops.sample_tokens(logits, seed, **options)
         assert sorted(set(sample.token.tolist())) == list(range(100, 100 * kept + 1, 100))
         assert_close(sample.probability, torch.full((60,), 1 / kept), CONFIDENCE_RTOL)
-
-
-def random_mask(num_rows, vocab_size, density=0.5):
-    """(allowed [rows, words], the same as bool [rows, V]); garbage in the bits past the end."""
-    words = -(-vocab_size // 32)
-    bits = torch.rand(num_rows, 32 * words, generator=torch.manual_seed(8)) < density
-    value = (bits.view(num_rows, words, 32).long() << torch.arange(32)).sum(dim=-1)
-    value = torch.where(value >= 2**31, value - 2**32, value)
-    return value.int(), bits[:, :vocab_size]
 
 
 @pytest.mark.parametrize(

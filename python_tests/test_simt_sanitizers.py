@@ -54,6 +54,7 @@ def row_calls(dtype):
         simt_ops.sample_tokens(logits, seed, **options)
     allowed = torch.full((1, -(-SPLIT // 32)), 0x10000001, dtype=torch.int32)
     simt_ops.sample_tokens(logits[:, 1:], seed, allowed=allowed)
+    masked_calls(logits, allowed)
     simt_ops.sample_tokens(torch.zeros_like(logits), seed, top_p=0.9)
     parts = [simt_ops.top1_partial(logits[:, a : a + 4096], a) for a in (0, 4096)]
     simt_ops.top1_merge(*(torch.stack(each) for each in zip(*parts, strict=True)))
@@ -74,6 +75,17 @@ def transform_calls(logits):
             logits.clone(), softcap=5.0, bias=torch.ones(vocab_size), **options,
             repetition_penalty=torch.full((rows,), 1.5), gpu=gpu,
         )  # fmt: skip
+
+
+def masked_calls(logits, allowed):
+    """Every op with a mask, whose last word is cut; rows aligned and not."""
+    for x in (logits, logits[:, 1:], logits[:, :300]):
+        mask = allowed[:, : -(-x.shape[-1] // 32)]
+        simt_ops.top1_confidence(x, allowed=mask)
+        simt_ops.topk_confidence(x, 8, allowed=mask)
+        simt_ops.row_statistics(x, allowed=mask)
+        simt_ops.token_logprobs(x, torch.tensor([[4, 5]] * len(x)), top_n=3, allowed=mask)
+        simt_ops.top1_partial(x, 50, suppress_token=52, allowed=mask)
 
 
 def loss_calls(dtype):
@@ -107,6 +119,10 @@ def embedding_calls(dtype):
                     logits, embedding, **state, mask_token_id=MASK, tau_dec=0.5, tau_acc=0.9,
                     semantics=semantics, top_k=top_k,
                 )  # fmt: skip
+                simt_ops.spd_step_(
+                    logits, embedding, **state, mask_token_id=MASK, tau_dec=0.5, tau_acc=0.9,
+                    semantics=semantics, top_k=top_k, suppress_tokens=(3, 20),
+                )  # fmt: skip
     for gpu in (H200, H200_CLUSTERS):
         logits, embedding, state = spd_case(1, 2, vocab=SPLIT, dtype=dtype)
         simt_ops.spd_step_(
@@ -122,6 +138,7 @@ def edit_calls(dtype, shapes):
             logits, state = edit_case(*shape, dtype=dtype)
             for _ in range(3):
                 simt_ops.edit_step_(logits, **state, **EDIT_OPTIONS, rule=rule)
+            simt_ops.edit_step_(logits, **state, **EDIT_OPTIONS, rule=rule, suppress_tokens=(0, 1))
 
 
 def tiny_calls(dtype):

@@ -112,6 +112,7 @@ def call_every_op() -> None:
         OPS["top1_confidence"](logits(dtype))
         OPS["row_statistics"](logits(dtype))
         OPS["token_logprobs"](logits(dtype), torch.zeros(ROWS, 1, dtype=torch.int64))
+        call_with_a_mask(logits(dtype))
     OPS["topk_confidence"](logits(), 8)
     OPS["top1_partial"](logits(), 0)
     OPS["sample_tokens"](logits(), torch.zeros(2, dtype=torch.int64))
@@ -157,6 +158,14 @@ def transform(logits: torch.Tensor, rows: int = 1, softcap: float = 30.0) -> Non
     )
 
 
+def call_with_a_mask(logits: torch.Tensor) -> None:
+    allowed = torch.empty(ROWS, V // 32, dtype=torch.int32)
+    OPS["top1_confidence"](logits, allowed=allowed)
+    OPS["topk_confidence"](logits, 8, allowed=allowed)
+    OPS["row_statistics"](logits, allowed=allowed)
+    OPS["token_logprobs"](logits, torch.zeros(ROWS, 1, dtype=torch.int64), allowed=allowed)
+
+
 def call_filters(logits: torch.Tensor) -> None:
     """The one kernel for all filters, and its forms with a mask and with options per row."""
     seed = torch.zeros(2, dtype=torch.int64)
@@ -179,6 +188,7 @@ def call_linear_ops() -> None:
     # The way by chunks of the vocabulary: the products run here, so they are small ones
     hidden, weight = torch.empty(64, 16), torch.empty(4000, 16)
     OPS["linear_top1_confidence"](hidden, weight)
+    OPS["linear_top1_confidence"](hidden, weight, allowed=torch.empty(64, 125, dtype=torch.int32))
     OPS["linear_sample_tokens"](hidden, weight, seed, weight[:, 0])
     OPS["linear_sample_tokens"](hidden, weight, seed, top_p=0.5)
     # Few rows, and the many that a training step has

@@ -32,11 +32,13 @@ inline LinearSizes check_linear(const char* op, const Tensor& hidden, const Tens
 
 inline LinearSizes check_linear_top1_confidence(const Tensor& hidden, const Tensor& weight,
                                                 const OptionalTensor& bias, double temperature,
-                                                int64_t suppress_token) {
+                                                int64_t suppress_token,
+                                                const OptionalTensor& allowed) {
   constexpr const char* op = "linear_top1_confidence";
   const LinearSizes sizes = check_linear(op, hidden, weight, bias);
   check_temperature(op, temperature);
   check_suppress_token(op, suppress_token, sizes.vocab);
+  if (allowed) check_allowed(op, *allowed, sizes.vocab, "hidden", hidden);
   return sizes;
 }
 

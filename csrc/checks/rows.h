@@ -17,28 +17,29 @@ inline void check_top_k(const char* op, const char* name, int64_t k, int64_t voc
 // ---- Whole rows: logits [..., V]; each check returns V ----
 
 inline int64_t check_rows(const char* op, const Tensor& logits, double temperature,
-                          int64_t suppress_token) {
+                          int64_t suppress_token, const OptionalTensor& allowed) {
   const int64_t vocab = check_logits(op, "logits", logits);
   check_temperature(op, temperature);
   check_suppress_token(op, suppress_token, vocab);
+  if (allowed) check_allowed(op, *allowed, vocab, "logits", logits);
   return vocab;
 }
 
 inline int64_t check_top1_confidence(const Tensor& logits, double temperature,
-                                     int64_t suppress_token) {
-  return check_rows("top1_confidence", logits, temperature, suppress_token);
+                                     int64_t suppress_token, const OptionalTensor& allowed) {
+  return check_rows("top1_confidence", logits, temperature, suppress_token, allowed);
 }
 
 inline int64_t check_topk_confidence(const Tensor& logits, int64_t k, double temperature,
-                                     int64_t suppress_token) {
+                                     int64_t suppress_token, const OptionalTensor& allowed) {
   constexpr const char* op = "topk_confidence";
   check_top_k(op, "k", k, check_logits(op, "logits", logits));
-  return check_rows(op, logits, temperature, suppress_token);
+  return check_rows(op, logits, temperature, suppress_token, allowed);
 }
 
 inline int64_t check_row_statistics(const Tensor& logits, double temperature,
-                                    int64_t suppress_token) {
-  return check_rows("row_statistics", logits, temperature, suppress_token);
+                                    int64_t suppress_token, const OptionalTensor& allowed) {
+  return check_rows("row_statistics", logits, temperature, suppress_token, allowed);
 }
 
 struct LogprobSizes {
@@ -48,9 +49,9 @@ struct LogprobSizes {
 
 inline LogprobSizes check_token_logprobs(const Tensor& logits, const Tensor& ids,
                                          double temperature, int64_t top_n,
-                                         int64_t /*ignore_index*/) {
+                                         int64_t /*ignore_index*/, const OptionalTensor& allowed) {
   constexpr const char* op = "token_logprobs";
-  const int64_t vocab = check_rows(op, logits, temperature, -1);
+  const int64_t vocab = check_rows(op, logits, temperature, -1, allowed);
   check_integer(op, "ids", ids);
   check_same_device(op, "ids", ids, "logits", logits);
   const bool one_per_row = ids.dim() == logits.dim() - 1;
@@ -100,8 +101,12 @@ inline ShardSizes check_shard(const char* op, const Tensor& logits_shard, int64_
 }
 
 inline ShardSizes check_top1_partial(const Tensor& logits_shard, int64_t vocab_start,
-                                     double temperature, int64_t suppress_token) {
-  return check_shard("top1_partial", logits_shard, vocab_start, temperature, suppress_token);
+                                     double temperature, int64_t suppress_token,
+                                     const OptionalTensor& allowed) {
+  constexpr const char* op = "top1_partial";
+  const ShardSizes sizes = check_shard(op, logits_shard, vocab_start, temperature, suppress_token);
+  if (allowed) check_allowed(op, *allowed, sizes.vocab, "logits_shard", logits_shard);
+  return sizes;
 }
 
 inline ShardSizes check_sample_partial(const Tensor& logits_shard, const Tensor& seed,

@@ -136,7 +136,8 @@ inline StepSizes check_spd_step_(const Tensor& logits, const Tensor& embedding,
                                  const Tensor& step, const Tensor& inputs_embeds,
                                  int64_t mask_token_id, double tau_dec, double tau_acc,
                                  int64_t semantics, int64_t top_k, double temperature,
-                                 int64_t suppress_token, const OptionalTensor& thresholds) {
+                                 int64_t suppress_token, const OptionalTensor& thresholds,
+                                 const OptionalTensor& allowed) {
   constexpr const char* op = "spd_step_";
   const auto [batch, block, vocab] = check_block_logits(op, logits);
   check_float(op, "embedding", embedding);
@@ -172,6 +173,7 @@ inline StepSizes check_spd_step_(const Tensor& logits, const Tensor& embedding,
   check_top_k(op, "top_k", top_k, vocab);
   check_temperature(op, temperature);
   check_suppress_token(op, suppress_token, vocab);
+  if (allowed) check_allowed(op, *allowed, vocab, "logits", logits);
   check_no_overlap(op,
                    {{"masked", &masked},
                     {"token", &token},
@@ -182,7 +184,8 @@ inline StepSizes check_spd_step_(const Tensor& logits, const Tensor& embedding,
                    {{"logits", &logits},
                     {"embedding", &embedding},
                     {"editable", &editable},
-                    {"thresholds", thresholds ? &*thresholds : nullptr}});
+                    {"thresholds", thresholds ? &*thresholds : nullptr},
+                    {"allowed", allowed ? &*allowed : nullptr}});
   return {batch, block, vocab, dim};
 }
 
@@ -193,7 +196,8 @@ inline BlockSizes check_edit_step_(const Tensor& logits, const Tensor& editable,
                                    const Tensor& done, int64_t mask_token_id, double threshold,
                                    double edit_threshold, int64_t rule, int64_t tokens_per_step,
                                    int64_t max_post_edit_steps, double temperature,
-                                   int64_t suppress_token, const OptionalTensor& thresholds) {
+                                   int64_t suppress_token, const OptionalTensor& thresholds,
+                                   const OptionalTensor& allowed) {
   constexpr const char* op = "edit_step_";
   const BlockSizes sizes = check_block_logits(op, logits);
   const Sizes per_position{sizes.batch, sizes.block};
@@ -225,6 +229,7 @@ inline BlockSizes check_edit_step_(const Tensor& logits, const Tensor& editable,
              ": max_post_edit_steps must be in 0..", kMostSteps, ", got ", max_post_edit_steps);
   check_temperature(op, temperature);
   check_suppress_token(op, suppress_token, sizes.vocab);
+  if (allowed) check_allowed(op, *allowed, sizes.vocab, "logits", logits);
   check_no_overlap(op,
                    {{"token", &token},
                     {"prediction", &prediction},
@@ -233,7 +238,8 @@ inline BlockSizes check_edit_step_(const Tensor& logits, const Tensor& editable,
                     {"done", &done}},
                    {{"logits", &logits},
                     {"editable", &editable},
-                    {"thresholds", thresholds ? &*thresholds : nullptr}});
+                    {"thresholds", thresholds ? &*thresholds : nullptr},
+                    {"allowed", allowed ? &*allowed : nullptr}});
   return sizes;
 }
 

@@ -89,11 +89,11 @@ void edit_step_(Tensor logits, Tensor editable, Tensor token, Tensor prediction,
                 Tensor post_edit_steps, Tensor done, int64_t mask_token_id, double threshold,
                 double edit_threshold, int64_t rule, int64_t tokens_per_step,
                 int64_t max_post_edit_steps, double temperature, int64_t suppress_token,
-                OptionalTensor thresholds) {
+                OptionalTensor thresholds, OptionalTensor allowed) {
   const auto [batch, block, vocab] =
       check_edit_step_(logits, editable, token, prediction, confidence, post_edit_steps, done,
                        mask_token_id, threshold, edit_threshold, rule, tokens_per_step,
-                       max_post_edit_steps, temperature, suppress_token, thresholds);
+                       max_post_edit_steps, temperature, suppress_token, thresholds, allowed);
   const EditOptions options{static_cast<EditRule>(rule), mask_token_id, tokens_per_step,
                             static_cast<int>(max_post_edit_steps)};
   const bool* editable_data = editable.const_data_ptr<bool>();
@@ -128,11 +128,14 @@ void edit_step_(Tensor logits, Tensor editable, Tensor token, Tensor prediction,
   }
 
   const RowView view = row_view(logits);
+  const AllowedMask mask(allowed, vocab);
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const VocabScan scan{view.width, suppress_token, temperature};
     const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
-    const auto row_of = [&](int64_t i) { return data + wanted[i] * view.row_stride; };
+    const auto row_of = [&](int64_t i) {
+      return ScannedRow<T>(data + wanted[i] * view.row_stride, mask.row(wanted[i]));
+    };
     scan_rows<T>(wanted.size(), scan, row_of, [&](int64_t i, const RowStats& stats) {
       prediction_data[wanted[i]] = stats.token;
       confidence_data[wanted[i]] = stats.confidence();

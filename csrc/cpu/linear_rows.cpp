@@ -89,6 +89,12 @@ constexpr int64_t kStoredLogits = int64_t{64} << 20;  // bytes
 
 struct NoState {};
 
+// Makes the logits x of the tokens first_id .. first_id + n, where first_id is a multiple of 32,
+// -inf where the mask does not allow them
+void hide_tokens(const uint32_t* words, int64_t first_id, float* x, int64_t n) {
+  if (words) draw_kernels<float>().widen_allowed(x, x, n, words + first_id / 32);
+}
+
 void sample_stored(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
                    int64_t suppress_token, const DrawArguments& arguments,
                    const SampleResults& results) {
@@ -115,17 +121,22 @@ void sample_stored(const Tensor& hidden, const Tensor& weight, const OptionalTen
 }  // namespace
 
 std::tuple<Tensor, Tensor> linear_top1_confidence(Tensor hidden, Tensor weight, OptionalTensor bias,
-                                                  double temperature, int64_t suppress_token) {
-  check_linear_top1_confidence(hidden, weight, bias, temperature, suppress_token);
+                                                  double temperature, int64_t suppress_token,
+                                                  OptionalTensor allowed) {
+  check_linear_top1_confidence(hidden, weight, bias, temperature, suppress_token, allowed);
   Tensor token = empty_like_device(hidden, leading_sizes(hidden), ScalarType::Long);
   Tensor confidence = empty_like_device(hidden, leading_sizes(hidden), ScalarType::Float);
   if (token.numel() == 0) return {token, confidence};
   int64_t* token_out = token.mutable_data_ptr<int64_t>();
   float* confidence_out = confidence.mutable_data_ptr<float>();
+  const AllowedMask mask(allowed, weight.size(0));
   reduce_linear_rows<RowStats>(
       hidden, weight, bias, suppress_token,
-      [&](int64_t, RowStats& stats, const TileKernels<float>& kernels, const float* x, int64_t n,
-          int64_t first_id) { stats.add(kernels, x, n, first_id, temperature); },
+      [&](int64_t row, RowStats& stats, const TileKernels<float>& kernels, float* x, int64_t n,
+          int64_t first_id) {
+        hide_tokens(mask.row(row), first_id, x, n);
+        stats.add(kernels, x, n, first_id, temperature);
+      },
       [&](RowStats& stats, const RowStats& later) { stats.merge(later, temperature); },
       [&](int64_t row, const RowStats& stats) {
         token_out[row] = stats.token;
@@ -155,9 +166,7 @@ SampleTensors linear_sample_tokens(Tensor hidden, Tensor weight, Tensor seed, Op
       hidden, weight, bias, suppress_token,
       [&](int64_t row, StreamedDraw& draw, const TileKernels<float>&, float* x, int64_t n,
           int64_t first_id) {
-        if (const uint32_t* words = arguments.allowed(row)) {
-          draw_kernels<float>().widen_allowed(x, x, n, words + first_id / 32);
-        }
+        hide_tokens(arguments.allowed(row), first_id, x, n);
         draw.add(x, n, first_id, arguments.options(row), arguments.key(row));
       },
       [](StreamedDraw& draw, const StreamedDraw& later) { draw.merge(later); },

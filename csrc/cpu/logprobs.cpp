@@ -12,22 +12,29 @@ namespace {
 
 // How many tokens come before `id`: NaN first, then the larger value, then the lower id
 template <class T>
-int64_t rank_of(const TileKernels<T>& kernels, const T* row, int64_t vocab, int64_t id) {
-  const float value = kernels.value(row + id);
+int64_t rank_of(const TileKernels<T>& kernels, const ScannedRow<T>& row, const VocabScan& scan,
+                int64_t id) {
+  const float value = row.value(kernels, id);
   int64_t rank = 0;
-  if (std::isnan(value)) {
-    for (int64_t at = kernels.find(row, id, value); at < id;
-         at += 1 + kernels.find(row + at + 1, id - at - 1, value)) {
-      ++rank;
-    }
-    return rank;
-  }
-  for (int64_t begin = 0; begin < vocab; begin += kTile) {
-    const int64_t end = std::min(vocab, begin + kTile);
-    const int64_t mine = std::clamp(id, begin, end);
-    rank += kernels.count_before(row + begin, mine - begin, value, false);
-    const int64_t after = std::max(begin, id + 1);
-    if (after < end) rank += kernels.count_before(row + after, end - after, value, true);
+  for (int64_t tile = 0; tile < scan.num_tiles(); ++tile) {
+    const int64_t first = tile * kTile;
+    const int64_t mine = std::clamp(id, first, std::min(scan.vocab, first + kTile));
+    bool seen = false;
+    row.visit(kernels, scan, tile, [&](const auto& of_y, const auto* y, int64_t begin, int64_t n) {
+      seen = true;
+      if (std::isnan(value)) {  // only a NaN of a lower id comes before it
+        for (int64_t at = begin; at < mine; ++at) {
+          at += of_y.find(y + (at - begin), mine - at, value);
+          if (at < mine) ++rank;
+        }
+        return;
+      }
+      rank += of_y.count_before(y, mine - begin, value, false);
+      const int64_t after = std::max(begin, id + 1) - begin;
+      if (after < n) rank += of_y.count_before(y + after, n - after, value, true);
+    });
+    // Nothing in the tile is allowed: its logits count as -inf
+    if (!seen && value == -std::numeric_limits<float>::infinity()) rank += mine - first;
   }
   return rank;
 }
@@ -36,9 +43,12 @@ int64_t rank_of(const TileKernels<T>& kernels, const T* row, int64_t vocab, int6
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_logprobs(Tensor logits, Tensor ids,
                                                                   double temperature, int64_t top_n,
-                                                                  int64_t ignore_index) {
+                                                                  int64_t ignore_index,
+                                                                  OptionalTensor allowed) {
   constexpr const char* op = "token_logprobs";
-  const auto [vocab, per_row] = check_token_logprobs(logits, ids, temperature, top_n, ignore_index);
+  const auto [vocab, per_row] =
+      check_token_logprobs(logits, ids, temperature, top_n, ignore_index, allowed);
+  const AllowedMask mask(allowed, vocab);
   const Tensor tokens = checked_targets(op, ids, vocab, ignore_index, "ids");
   Sizes list_sizes = leading_sizes(logits);
   list_sizes.push_back(top_n);
@@ -60,9 +70,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_logprobs(Tensor logits,
     const TileKernels<T>& kernels = tile_kernels<T>();
     const VocabScan scan{vocab, -1, temperature};
     const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
-    const auto row_of = [&](int64_t row) { return data + row * view.row_stride; };
+    const auto row_of = [&](int64_t row) {
+      return ScannedRow<T>(data + row * view.row_stride, mask.row(row));
+    };
     scan_rows<T>(view.rows, scan, row_of, [&](int64_t row, const RowStats& stats) {
-      const T* x = row_of(row);
+      const ScannedRow<T> x = row_of(row);
       // The difference first: it is exact near the maximum, even at an offset of 1e4
       const auto logprob_of = [&](float value) {
         const double depth = (static_cast<double>(value) - stats.maximum) / temperature;
@@ -72,8 +84,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_logprobs(Tensor logits,
       for (int64_t at = row * per_row; at < (row + 1) * per_row; ++at) {
         const int64_t id = token_data[at];
         const bool ignored = id == ignore_index;
-        logprob_out[at] = ignored ? 0 : logprob_of(kernels.value(x + id));
-        rank_out[at] = ignored ? -1 : rank_of(kernels, x, vocab, id);
+        logprob_out[at] = ignored ? 0 : logprob_of(x.value(kernels, id));
+        rank_out[at] = ignored ? -1 : rank_of(kernels, x, scan, id);
       }
       if (top_n == 0) return;
       const auto best = top_k_of_row<kMaxTopLogprobs>(kernels, x, scan, top_n);

@@ -13,15 +13,13 @@ class DrawArguments {
  public:
   DrawArguments(const Tensor& seed, const DrawOptions& options, const OptionalTensor& row_options,
                 const OptionalTensor& allowed, int64_t vocab)
-      : seed_(as_contiguous(seed)), seed_per_row_(is_seed_per_row(seed)), options_(options) {
+      : seed_(as_contiguous(seed)),
+        seed_per_row_(is_seed_per_row(seed)),
+        options_(options),
+        allowed_(allowed, vocab) {
     if (row_options) {
       row_options_ = as_contiguous(*row_options);
       of_rows_ = row_options_->const_data_ptr<float>();
-    }
-    if (allowed) {
-      allowed_ = as_contiguous(*allowed);
-      words_ = reinterpret_cast<const uint32_t*>(allowed_->const_data_ptr<int32_t>());
-      words_stride_ = allowed_->numel() == mask_words(vocab) ? 0 : mask_words(vocab);
     }
   }
 
@@ -32,9 +30,7 @@ class DrawArguments {
     return of_rows_ ? draw_options_of(of_rows_, row) : options_;
   }
   // nullptr: every token is allowed
-  const uint32_t* allowed(int64_t row) const {
-    return words_ ? words_ + row * words_stride_ : nullptr;
-  }
+  const uint32_t* allowed(int64_t row) const { return allowed_.row(row); }
   bool any_filters(int64_t rows, int64_t vocab) const {
     for (int64_t row = 0; row < (of_rows_ ? rows : 1); ++row) {
       if (options(row).filters(vocab)) return true;
@@ -46,10 +42,9 @@ class DrawArguments {
   Tensor seed_;
   bool seed_per_row_;
   DrawOptions options_;
-  OptionalTensor row_options_, allowed_;  // keep the memory
+  OptionalTensor row_options_;  // keeps the memory
   const float* of_rows_ = nullptr;
-  const uint32_t* words_ = nullptr;
-  int64_t words_stride_ = 0;
+  AllowedMask allowed_;
 };
 
 class SampleResults {

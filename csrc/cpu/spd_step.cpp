@@ -89,11 +89,12 @@ bool update_row(const RowState& row, int64_t block, const int64_t* y, const floa
 void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, Tensor token,
                Tensor confidence, Tensor converged, Tensor step, Tensor inputs_embeds,
                int64_t mask_token_id, double tau_dec, double tau_acc, int64_t semantics,
-               int64_t top_k, double temperature, int64_t suppress_token,
-               OptionalTensor thresholds) {
-  const auto sizes = check_spd_step_(
-      logits, embedding, editable, masked, token, confidence, converged, step, inputs_embeds,
-      mask_token_id, tau_dec, tau_acc, semantics, top_k, temperature, suppress_token, thresholds);
+               int64_t top_k, double temperature, int64_t suppress_token, OptionalTensor thresholds,
+               OptionalTensor allowed) {
+  const auto sizes =
+      check_spd_step_(logits, embedding, editable, masked, token, confidence, converged, step,
+                      inputs_embeds, mask_token_id, tau_dec, tau_acc, semantics, top_k, temperature,
+                      suppress_token, thresholds, allowed);
   const StepOptions options{static_cast<Semantics>(semantics), mask_token_id};
   const auto [batch, block, vocab, dim] = sizes;
   const bool* editable_data = editable.const_data_ptr<bool>();
@@ -125,11 +126,14 @@ void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, 
 
   Predictions predictions(batch * block, top_k);
   const RowView view = row_view(logits);
+  const AllowedMask mask(allowed, vocab);
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const VocabScan scan{vocab, suppress_token, temperature};
     const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
-    const auto row_of = [&](int64_t i) { return data + active[i] * view.row_stride; };
+    const auto row_of = [&](int64_t i) {
+      return ScannedRow<T>(data + active[i] * view.row_stride, mask.row(active[i]));
+    };
     scan_rows<T>(active.size(), scan, row_of, [&](int64_t i, const RowStats& stats) {
       const int64_t at = active[i];
       predictions.token[at] = stats.token;

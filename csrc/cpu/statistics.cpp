@@ -23,8 +23,8 @@ struct Entropy {
   };
 
   template <class T>
-  static EntropyStats start(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
-                            const float* tile_maxima) {
+  static EntropyStats start(const TileKernels<T>& kernels, const ScannedRow<T>& row,
+                            const VocabScan& scan, const float* tile_maxima) {
     EntropyStats stats{find_top1(kernels, row, scan, tile_maxima),
                        -std::numeric_limits<float>::infinity(), 0, 0};
     if (!stats.defined()) return stats;
@@ -32,17 +32,19 @@ struct Entropy {
     for (int64_t tile = 0; tile < scan.num_tiles(); ++tile) {
       if (tile != best_tile) stats.runner_up = std::max(stats.runner_up, tile_maxima[tile]);
     }
-    const int64_t end = std::min(scan.vocab, (best_tile + 1) * kTile);
-    for_each_range(best_tile * kTile, end, scan.suppress, stats.token,
-                   [&](int64_t from, int64_t to) {
-                     const float maximum = kernels.maximum(row + from, to - from);
-                     stats.runner_up = std::max(stats.runner_up, maximum);
-                   });
+    row.visit(kernels, scan, best_tile,
+              [&](const auto& of_y, const auto* y, int64_t begin, int64_t n) {
+                for_each_range(begin, begin + n, scan.suppress, stats.token,
+                               [&](int64_t from, int64_t to) {
+                                 const float maximum = of_y.maximum(y + (from - begin), to - from);
+                                 stats.runner_up = std::max(stats.runner_up, maximum);
+                               });
+              });
     return stats;
   }
 
   template <class T>
-  static Tile tile(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+  static Tile tile(const TileKernels<T>& kernels, const ScannedRow<T>& row, const VocabScan& scan,
                    const EntropyStats& stats, float tile_max, int64_t tile) {
     // At depth d a token adds up to (1 + d) exp(-d) to the entropy. For 262,144 tokens at depth 30,
     // where `rest` may stop, that is 8e-7, possibly all of a confident row's entropy; at depth 50
@@ -52,12 +54,13 @@ struct Entropy {
     const double depth = depth_of(tile_max, stats, scan);
     if (!(depth < kNoEntropyDepth)) return sums;
     double& weight = depth < kNegligibleDepth ? sums.rest : sums.far;
-    const int64_t end = std::min(scan.vocab, (tile + 1) * kTile);
-    for_each_range(tile * kTile, end, scan.suppress, stats.token, [&](int64_t from, int64_t to) {
-      const EntropySums part =
-          kernels.entropy_sums(row + from, to - from, stats.maximum, scan.scale());
-      weight += part.weight;
-      sums.exponent += part.exponent;
+    row.visit(kernels, scan, tile, [&](const auto& of_y, const auto* y, int64_t begin, int64_t n) {
+      for_each_range(begin, begin + n, scan.suppress, stats.token, [&](int64_t from, int64_t to) {
+        const EntropySums part =
+            of_y.entropy_sums(y + (from - begin), to - from, stats.maximum, scan.scale());
+        weight += part.weight;
+        sums.exponent += part.exponent;
+      });
     });
     return sums;
   }
@@ -91,8 +94,10 @@ Results results_of(const EntropyStats& stats, double temperature) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(Tensor logits, double temperature,
-                                                                  int64_t suppress_token) {
-  const int64_t vocab = check_row_statistics(logits, temperature, suppress_token);
+                                                                  int64_t suppress_token,
+                                                                  OptionalTensor allowed) {
+  const int64_t vocab = check_row_statistics(logits, temperature, suppress_token, allowed);
+  const AllowedMask mask(allowed, vocab);
   const Sizes out_sizes = leading_sizes(logits);
   Tensor token = empty_like_device(logits, out_sizes, ScalarType::Long);
   Tensor confidence = empty_like_device(logits, out_sizes, ScalarType::Float);
@@ -111,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(Tensor logits,
     const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
     scan_rows<T, Entropy>(
         view.rows, {vocab, suppress_token, temperature},
-        [&](int64_t row) { return data + row * view.row_stride; },
+        [&](int64_t row) { return ScannedRow<T>(data + row * view.row_stride, mask.row(row)); },
         [&](int64_t row, const EntropyStats& stats) {
           const Results results = results_of(stats, temperature);
           token_out[row] = stats.token;

@@ -9,8 +9,9 @@
 namespace dmax::cpu {
 
 std::tuple<Tensor, Tensor> top1_confidence(Tensor logits, double temperature,
-                                           int64_t suppress_token) {
-  const int64_t vocab = check_top1_confidence(logits, temperature, suppress_token);
+                                           int64_t suppress_token, OptionalTensor allowed) {
+  const int64_t vocab = check_top1_confidence(logits, temperature, suppress_token, allowed);
+  const AllowedMask mask(allowed, vocab);
   Tensor token = empty_like_device(logits, leading_sizes(logits), ScalarType::Long);
   Tensor confidence = empty_like_device(logits, leading_sizes(logits), ScalarType::Float);
   const RowView view = row_view(logits);
@@ -22,7 +23,7 @@ std::tuple<Tensor, Tensor> top1_confidence(Tensor logits, double temperature,
     const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
     scan_rows<T>(
         view.rows, {vocab, suppress_token, temperature},
-        [&](int64_t row) { return data + row * view.row_stride; },
+        [&](int64_t row) { return ScannedRow<T>(data + row * view.row_stride, mask.row(row)); },
         [&](int64_t row, const RowStats& stats) {
           token_out[row] = stats.token;
           confidence_out[row] = stats.confidence();
@@ -32,8 +33,9 @@ std::tuple<Tensor, Tensor> top1_confidence(Tensor logits, double temperature,
 }
 
 std::tuple<Tensor, Tensor> topk_confidence(Tensor logits, int64_t k, double temperature,
-                                           int64_t suppress_token) {
-  const int64_t vocab = check_topk_confidence(logits, k, temperature, suppress_token);
+                                           int64_t suppress_token, OptionalTensor allowed) {
+  const int64_t vocab = check_topk_confidence(logits, k, temperature, suppress_token, allowed);
+  const AllowedMask mask(allowed, vocab);
   Sizes out_sizes = leading_sizes(logits);
   out_sizes.push_back(k);
   Tensor tokens = empty_like_device(logits, out_sizes, ScalarType::Long);
@@ -46,7 +48,9 @@ std::tuple<Tensor, Tensor> topk_confidence(Tensor logits, int64_t k, double temp
     using T = decltype(element);
     const VocabScan scan{vocab, suppress_token, temperature};
     const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
-    const auto row_of = [&](int64_t row) { return data + row * view.row_stride; };
+    const auto row_of = [&](int64_t row) {
+      return ScannedRow<T>(data + row * view.row_stride, mask.row(row));
+    };
     scan_rows<T>(view.rows, scan, row_of, [&](int64_t row, const RowStats& stats) {
       const TopK best = top_k_of_row(tile_kernels<T>(), row_of(row), scan, k);
       top_k_confidences(best, stats, scan, k, tokens_out + row * k, confidences_out + row * k);
@@ -56,8 +60,11 @@ std::tuple<Tensor, Tensor> topk_confidence(Tensor logits, int64_t k, double temp
 }
 
 std::tuple<Tensor, Tensor, Tensor> top1_partial(Tensor logits_shard, int64_t vocab_start,
-                                                double temperature, int64_t suppress_token) {
-  const auto sizes = check_top1_partial(logits_shard, vocab_start, temperature, suppress_token);
+                                                double temperature, int64_t suppress_token,
+                                                OptionalTensor allowed) {
+  const auto sizes =
+      check_top1_partial(logits_shard, vocab_start, temperature, suppress_token, allowed);
+  const AllowedMask mask(allowed, sizes.vocab);
   const Sizes out_sizes = leading_sizes(logits_shard);
   Tensor maximum = empty_like_device(logits_shard, out_sizes, ScalarType::Float);
   Tensor sum_exp = empty_like_device(logits_shard, out_sizes, ScalarType::Float);
@@ -72,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> top1_partial(Tensor logits_shard, int64_t voc
     const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
     scan_rows<T>(
         view.rows, {sizes.vocab, sizes.local_suppress, temperature},
-        [&](int64_t row) { return data + row * view.row_stride; },
+        [&](int64_t row) { return ScannedRow<T>(data + row * view.row_stride, mask.row(row)); },
         [&](int64_t row, const RowStats& stats) {
           const bool empty = stats.maximum == -std::numeric_limits<float>::infinity();
           maximum_out[row] = stats.maximum;

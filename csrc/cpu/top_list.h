@@ -32,25 +32,34 @@ struct TopList {
 using TopK = TopList<kMaxTopK>;
 
 template <int kMost = kMaxTopK, class T>
-TopList<kMost> top_k_of_row(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
-                            int64_t k) {
+TopList<kMost> top_k_of_row(const TileKernels<T>& kernels, const ScannedRow<T>& row,
+                            const VocabScan& scan, int64_t k) {
   TopList<kMost> best;
-  // A suppressed token ranks as -inf, so it can be listed if fewer than k others exceed that
+  // A hidden token ranks as -inf, so it can be listed if fewer than k others exceed that
   for (int64_t id = 0; id < k; ++id) {
-    const float visible =
-        id == scan.suppress ? -std::numeric_limits<float>::infinity() : kernels.value(row + id);
-    best.insert(k, id, visible);
+    const bool suppressed = id == scan.suppress;
+    best.insert(k, id,
+                suppressed ? -std::numeric_limits<float>::infinity() : row.value(kernels, id));
   }
-  for_each_range(k, scan.vocab, scan.suppress, -1, [&](int64_t from, int64_t to) {
-    while (from < to) {
-      // Nothing ranks above NaN, so a NaN at the end of the list cannot be displaced
-      if (std::isnan(best.logit[k - 1])) return;
-      from += kernels.find_above(row + from, to - from, best.logit[k - 1]);
-      if (from >= to) return;
-      best.insert(k, from, kernels.value(row + from));
-      ++from;
-    }
-  });
+  // The logits y of the tokens from `begin` on
+  const auto list = [&](const auto& of_y, const auto* y, int64_t begin, int64_t n) {
+    const int64_t first = std::max(begin, k);
+    for_each_range(first, begin + n, scan.suppress, -1, [&](int64_t from, int64_t to) {
+      while (from < to) {
+        // Nothing ranks above NaN, so a NaN at the end of the list cannot be displaced
+        if (std::isnan(best.logit[k - 1])) return;
+        from += of_y.find_above(y + (from - begin), to - from, best.logit[k - 1]);
+        if (from >= to) return;
+        best.insert(k, from, of_y.value(y + (from - begin)));
+        ++from;
+      }
+    });
+  };
+  if (row.words) {
+    for (int64_t tile = 0; tile < scan.num_tiles(); ++tile) row.visit(kernels, scan, tile, list);
+  } else {
+    list(kernels, row.x, 0, scan.vocab);
+  }
   return best;
 }
 

@@ -6,18 +6,30 @@
 
 #include <limits>
 
+#include "common/draw_options.h"
 #include "common/torch_stable.h"
 #include "cpu/simd/draw_kernels.h"
 #include "cpu/simd/tile_kernels.h"
 
 namespace dmax::cpu {
 
-// The mask `allowed`: bit v % 32 of word v / 32. One row of words serves every row if stride is 0.
-struct AllowedWords {
-  const uint32_t* words = nullptr;  // nullptr: every token is allowed
-  int64_t stride = 0;
+// The mask `allowed` of an op: bit v % 32 of word v / 32, in words of a row each or of one for all
+class AllowedMask {
+ public:
+  AllowedMask(const OptionalTensor& allowed, int64_t vocab) {
+    if (!allowed) return;
+    tensor_ = as_contiguous(*allowed);
+    words_ = reinterpret_cast<const uint32_t*>(tensor_->const_data_ptr<int32_t>());
+    stride_ = tensor_->numel() == mask_words(vocab) ? 0 : mask_words(vocab);
+  }
 
-  const uint32_t* row(int64_t row) const { return words ? words + row * stride : nullptr; }
+  // nullptr: every token is allowed
+  const uint32_t* row(int64_t row) const { return words_ ? words_ + row * stride_ : nullptr; }
+
+ private:
+  OptionalTensor tensor_;  // keeps the memory
+  const uint32_t* words_ = nullptr;
+  int64_t stride_ = 0;
 };
 
 enum class Visibility { kAll, kSome, kNone };

@@ -15,6 +15,7 @@
 #include "cpu/parallel.h"
 #include "cpu/row_stats.h"
 #include "cpu/simd/tile_kernels.h"
+#include "cpu/visible_row.h"
 
 namespace dmax::cpu {
 
@@ -26,6 +27,37 @@ struct VocabScan {
 
   int64_t num_tiles() const { return (vocab + kTile - 1) / kTile; }
   float scale() const { return softmax_scale(temperature); }
+};
+
+// A row of logits, and the mask of its tokens (nullptr: every token is allowed)
+template <class T>
+struct ScannedRow {
+  const T* x;
+  const uint32_t* words;
+
+  ScannedRow(const T* row, const uint32_t* row_words = nullptr) : x(row), words(row_words) {}
+
+  // Calls f(kernels, y, begin, n) with the n logits y of a tile, which begins at token `begin`:
+  // where some are not allowed, a float32 copy with -inf at those. No call if none is allowed.
+  template <class F>
+  void visit(const TileKernels<T>& kernels, const VocabScan& scan, int64_t tile, const F& f) const {
+    const int64_t begin = tile * kTile;
+    const int64_t n = std::min(kTile, scan.vocab - begin);
+    const Visibility visible = visibility(words, begin, n);
+    if (visible == Visibility::kAll) return f(kernels, x + begin, begin, n);
+    if (visible == Visibility::kNone) return;
+    float buffer[kTile];
+    draw_kernels<T>().widen_allowed(buffer, x + begin, n, words + begin / 32);
+    f(tile_kernels<float>(), static_cast<const float*>(buffer), begin, n);
+  }
+
+  bool allows(int64_t token) const {
+    return !words || ((words[token / 32] >> token % 32) & 1u) != 0;
+  }
+  // -inf if the token is not allowed
+  float value(const TileKernels<T>& kernels, int64_t token) const {
+    return allows(token) ? kernels.value(x + token) : -std::numeric_limits<float>::infinity();
+  }
 };
 
 // Calls f over [begin, end) without the places `a` and `b`; one outside the range has no effect
@@ -41,20 +73,21 @@ void for_each_range(int64_t begin, int64_t end, int64_t a, int64_t b, const F& f
 }
 
 template <class T>
-float tile_maximum(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+float tile_maximum(const TileKernels<T>& kernels, const ScannedRow<T>& row, const VocabScan& scan,
                    int64_t tile) {
   float best = -std::numeric_limits<float>::infinity();
-  const int64_t end = std::min(scan.vocab, (tile + 1) * kTile);
-  for_each_range(tile * kTile, end, scan.suppress, -1, [&](int64_t from, int64_t to) {
-    const float maximum = kernels.maximum(row + from, to - from);
-    if (maximum > best || std::isnan(maximum)) best = maximum;
+  row.visit(kernels, scan, tile, [&](const auto& of_y, const auto* y, int64_t begin, int64_t n) {
+    for_each_range(begin, begin + n, scan.suppress, -1, [&](int64_t from, int64_t to) {
+      const float maximum = of_y.maximum(y + (from - begin), to - from);
+      if (maximum > best || std::isnan(maximum)) best = maximum;
+    });
   });
   return best;
 }
 
 // The row's maximum and its first place, from the maxima of the tiles
 template <class T>
-RowStats find_top1(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+RowStats find_top1(const TileKernels<T>& kernels, const ScannedRow<T>& row, const VocabScan& scan,
                    const float* tile_maxima) {
   int64_t best_tile = 0;
   for (int64_t tile = 0; tile < scan.num_tiles(); ++tile) {
@@ -69,12 +102,14 @@ RowStats find_top1(const TileKernels<T>& kernels, const T* row, const VocabScan&
     stats.token = 0;  // nothing visible has any mass
     return stats;
   }
-  const int64_t end = std::min(scan.vocab, (best_tile + 1) * kTile);
-  for_each_range(best_tile * kTile, end, scan.suppress, -1, [&](int64_t from, int64_t to) {
-    if (stats.token >= 0) return;
-    const int64_t place = kernels.find(row + from, to - from, stats.maximum);
-    if (place < to - from) stats.token = from + place;
-  });
+  row.visit(kernels, scan, best_tile,
+            [&](const auto& of_y, const auto* y, int64_t begin, int64_t n) {
+              for_each_range(begin, begin + n, scan.suppress, -1, [&](int64_t from, int64_t to) {
+                if (stats.token >= 0) return;
+                const int64_t place = of_y.find(y + (from - begin), to - from, stats.maximum);
+                if (place < to - from) stats.token = from + place;
+              });
+            });
   return stats;
 }
 
@@ -85,13 +120,14 @@ inline double depth_of(float tile_max, const RowStats& stats, const VocabScan& s
 
 // What one tile adds to `rest`
 template <class T>
-double tile_rest(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+double tile_rest(const TileKernels<T>& kernels, const ScannedRow<T>& row, const VocabScan& scan,
                  const RowStats& stats, float tile_max, int64_t tile) {
   if (!(depth_of(tile_max, stats, scan) < kNegligibleDepth)) return 0;
   double rest = 0;
-  const int64_t end = std::min(scan.vocab, (tile + 1) * kTile);
-  for_each_range(tile * kTile, end, scan.suppress, stats.token, [&](int64_t from, int64_t to) {
-    rest += kernels.sum_exp(row + from, to - from, stats.maximum, scan.scale());
+  row.visit(kernels, scan, tile, [&](const auto& of_y, const auto* y, int64_t begin, int64_t n) {
+    for_each_range(begin, begin + n, scan.suppress, stats.token, [&](int64_t from, int64_t to) {
+      rest += of_y.sum_exp(y + (from - begin), to - from, stats.maximum, scan.scale());
+    });
   });
   return rest;
 }
@@ -103,12 +139,12 @@ struct Top1 {
   using Tile = double;
 
   template <class T>
-  static RowStats start(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
-                        const float* tile_maxima) {
+  static RowStats start(const TileKernels<T>& kernels, const ScannedRow<T>& row,
+                        const VocabScan& scan, const float* tile_maxima) {
     return find_top1(kernels, row, scan, tile_maxima);
   }
   template <class T>
-  static double tile(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
+  static double tile(const TileKernels<T>& kernels, const ScannedRow<T>& row, const VocabScan& scan,
                      const RowStats& stats, float tile_max, int64_t tile) {
     return tile_rest(kernels, row, scan, stats, tile_max, tile);
   }
@@ -117,8 +153,8 @@ struct Top1 {
 
 // Statistics of one row on the calling thread; `tile_maxima` has room for scan.num_tiles()
 template <class T, class Kind = Top1>
-typename Kind::Row scan_row(const TileKernels<T>& kernels, const T* row, const VocabScan& scan,
-                            float* tile_maxima) {
+typename Kind::Row scan_row(const TileKernels<T>& kernels, const ScannedRow<T>& row,
+                            const VocabScan& scan, float* tile_maxima) {
   const int64_t num_tiles = scan.num_tiles();
   for (int64_t tile = 0; tile < num_tiles; ++tile) {
     tile_maxima[tile] = tile_maximum(kernels, row, scan, tile);
@@ -141,7 +177,8 @@ void parallel_for_rows(int64_t count, int64_t vocab, const F& f) {
   parallel_for(count, (kLogitsPerThread + vocab - 1) / vocab, f);
 }
 
-// Statistics of rows row_of(0..count): stats_of(i, stats) receives each once.
+// Statistics of rows row_of(0..count): stats_of(i, stats) receives each once. row_of gives a
+// ScannedRow, or the row's logits if all of its tokens are allowed.
 //
 // If there are enough rows for every thread, a thread takes whole rows; if they are few and long,
 // all threads share the tiles of every row. Both add the same tiles in the same order.
@@ -165,17 +202,19 @@ void scan_rows(int64_t count, const VocabScan& scan, const RowOf& row_of, const 
   std::vector<typename Kind::Row> stats(count);
   parallel_for(count * num_tiles, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      tile_maxima[i] = tile_maximum(kernels, row_of(i / num_tiles), scan, i % num_tiles);
+      tile_maxima[i] = tile_maximum<T>(kernels, row_of(i / num_tiles), scan, i % num_tiles);
     }
   });
   for (int64_t row = 0; row < count; ++row) {
-    stats[row] = Kind::start(kernels, row_of(row), scan, &tile_maxima[row * num_tiles]);
+    const ScannedRow<T> x = row_of(row);
+    stats[row] = Kind::start(kernels, x, scan, &tile_maxima[row * num_tiles]);
   }
   parallel_for(count * num_tiles, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / num_tiles;
       if (!stats[row].defined()) continue;
-      sums[i] = Kind::tile(kernels, row_of(row), scan, stats[row], tile_maxima[i], i % num_tiles);
+      const ScannedRow<T> x = row_of(row);
+      sums[i] = Kind::tile(kernels, x, scan, stats[row], tile_maxima[i], i % num_tiles);
     }
   });
   for (int64_t row = 0; row < count; ++row) {

@@ -9,16 +9,17 @@ void edit_step_(Tensor logits, Tensor editable, Tensor token, Tensor prediction,
                 Tensor post_edit_steps, Tensor done, int64_t mask_token_id, double threshold,
                 double edit_threshold, int64_t rule, int64_t tokens_per_step,
                 int64_t max_post_edit_steps, double temperature, int64_t suppress_token,
-                OptionalTensor thresholds) {
+                OptionalTensor thresholds, OptionalTensor allowed) {
   const auto sizes =
       check_edit_step_(logits, editable, token, prediction, confidence, post_edit_steps, done,
                        mask_token_id, threshold, edit_threshold, rule, tokens_per_step,
-                       max_post_edit_steps, temperature, suppress_token, thresholds);
+                       max_post_edit_steps, temperature, suppress_token, thresholds, allowed);
   const Call call("edit_step_", logits);
   const RowView view = row_view(logits);
   if (view.rows == 0) return;
   OptionalTensor taus;
   if (thresholds) taus = as_contiguous(*thresholds);
+  const Mask mask(allowed, view.width);
 
   EditArgs args{};
   args.editable = editable.const_data_ptr<bool>();
@@ -41,8 +42,9 @@ void edit_step_(Tensor logits, Tensor editable, Tensor token, Tensor prediction,
     const RowWork work{view.rows, sizes.vocab, kEditResident, sizes.batch};
     launch_rows<T, Top1Partial>(call, logits, work, [&](const RowLaunch& run) {
       args.row_counters = run.split.counters + run.row_counters;
-      return launch_edit_step(run, logits_view<T>(view, suppress_token, temperature), args,
-                              call.stream);
+      return with_mask(
+          logits_view<T>(view, suppress_token, temperature), mask.input(),
+          [&](const auto& of_rows) { return launch_edit_step(run, of_rows, args, call.stream); });
     });
   });
 }

@@ -141,9 +141,9 @@ __device__ __forceinline__ void update_row(const EditArgs& args, int64_t batch_r
 
 constexpr int kEditResident = 3;  // blocks per multiprocessor: 80 registers a thread
 
-template <class T>
+template <class In>
 __global__ void __launch_bounds__(kRowThreads, kEditResident)
-    edit_step_kernel(const __grid_constant__ LogitsView<T> logits,
+    edit_step_kernel(const __grid_constant__ LogitsView<In> logits,
                      const __grid_constant__ RowSplit split,
                      const __grid_constant__ EditArgs args) {
   const TileRange range = block_tiles(split);
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kRowThreads, kEditResident)
   const bool unread = done_before || !reads_position(args, batch_row, range.row);
 
   RowMeeting<Top1Partial, false> meeting(split, range.row);
-  scan_tiles<T, true>(logits, range, &meeting, unread);
+  scan_tiles<In, true>(logits, range, &meeting, unread);
   if (done_before || !meeting.gather()) return;
 
   if (warp_id() == 0 && !unread) {
@@ -168,10 +168,10 @@ __global__ void __launch_bounds__(kRowThreads, kEditResident)
 
 // ---- Host side ----
 
-template <class T>
-auto launch_edit_step(const RowLaunch& run, const LogitsView<T>& logits, const EditArgs& args,
+template <class In>
+auto launch_edit_step(const RowLaunch& run, const LogitsView<In>& logits, const EditArgs& args,
                       Stream stream) {
-  return launch(run.shape, stream, edit_step_kernel<T>, logits, run.split, args);
+  return launch(run.shape, stream, edit_step_kernel<In>, logits, run.split, args);
 }
 
 }  // namespace dmax::cuda

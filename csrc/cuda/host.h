@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "common/dispatch.h"
+#include "common/draw_options.h"
 #include "common/row_view.h"
 #include "cuda/embedding.cuh"
 #include "cuda/rows.cuh"
@@ -87,6 +88,25 @@ LogitsView<T> logits_view(const RowView& rows, int64_t suppress_token, double te
                              suppress_token, temperature);
 }
 
+// The mask `allowed` of an op, held for the launch: null where there is none
+class Mask {
+ public:
+  Mask(const OptionalTensor& allowed, int64_t vocab) : given_(allowed.has_value()) {
+    if (!given_) return;
+    tensor_ = as_contiguous(*allowed);
+    const int64_t words = mask_words(vocab);
+    input_ = {tensor_->const_data_ptr<int32_t>(), tensor_->numel() == words ? 0 : words};
+  }
+
+  explicit operator bool() const { return given_; }
+  const MaskInput& input() const { return input_; }
+
+ private:
+  bool given_;
+  OptionalTensor tensor_;
+  MaskInput input_{nullptr, 0};
+};
+
 // `rows` is the contiguous [..., D] that is written, or read beside the table
 inline EmbeddingTable embedding_table(const RowView& embedding, int64_t mask_token_id,
                                       const Tensor& rows) {
@@ -99,9 +119,6 @@ inline EmbeddingTable embedding_table(const RowView& embedding, int64_t mask_tok
 }
 
 // ---- Of top1.cu, for sample.cu ----
-
-std::tuple<Tensor, Tensor> top1_confidence(Tensor logits, double temperature,
-                                           int64_t suppress_token);
 
 // Without score and weight the likeliest token wins, with them the sample of the highest score
 std::tuple<Tensor, Tensor> merge_shards(const char* op, const Tensor& maximum,

@@ -22,12 +22,23 @@ struct RowTokens {
   }
 };
 
+// The plain kernels suppress no id
+template <class T>
+__device__ __forceinline__ float logit_of(const Row<T>& row, int /*hidden*/, int64_t id) {
+  return to_float(row.data[id]);
+}
+template <class T>
+__device__ __forceinline__ float logit_of(const Row<T>& row, const MaskedIds& hidden, int64_t id) {
+  return is_hidden(hidden, static_cast<int>(id)) ? -INFINITY : to_float(row.data[id]);
+}
+
 // How many elements of the tile come before token `id` of the row: NaN first, then the larger
 // value, then the lower id. The same on every lane.
-template <class T>
+template <class T, class Hidden>
 __device__ __forceinline__ float count_before(Tile<T>& tile, const Row<T>& row,
-                                              const SoftmaxStats& stats, int id) {
-  const float value = to_float(row.data[id]);
+                                              const Hidden& hidden, const SoftmaxStats& stats,
+                                              int id) {
+  const float value = logit_of(row, hidden, id);
   const Rank rank = rank_of(value, id);
   if (rank_of(stats.max, stats.id) <= rank) return 0.0f;
   float count = 0.0f;
@@ -71,29 +82,31 @@ template <bool kLists>
 constexpr int kLogprobsResident = kLists ? 2 : 3;
 
 // counts is [rows, tiles, per_row]
-template <class T, bool kLists>
+template <class In, bool kLists>
 __global__ void __launch_bounds__(kRowThreads, kLogprobsResident<kLists>)
-    token_logprobs_kernel(const __grid_constant__ LogitsView<T> logits,
+    token_logprobs_kernel(const __grid_constant__ LogitsView<In> logits,
                           const __grid_constant__ RowSplit split,
                           const __grid_constant__ RowTokens tokens, float* counts, Rank* lists,
                           const __grid_constant__ LogprobsOutput out) {
   const TileRange range = block_tiles(split);
+  using T = ElementOf<In>;
   const Row<T> row = logits.row(range.row);
+  const auto hidden = logits.hidden(range.row);
   float* row_counts = counts + range.row * split.tiles * tokens.per_row;
   const auto count_tokens = [&](Tile<T>& tile, const SoftmaxStats& stats, int t) {
     for (int j = 0; j < tokens.per_row; ++j) {
       const int64_t id = tokens.of(range.row, j);
       if (id < 0 || id >= row.vocab) continue;
-      const float count = count_before(tile, row, stats, static_cast<int>(id));
+      const float count = count_before(tile, row, hidden, stats, static_cast<int>(id));
       if (lane_id() == 0) row_counts[t * tokens.per_row + j] = count;
     }
   };
   RowMeeting<Top1Partial, false> meeting(split, range.row);
   if constexpr (kLists) {
-    scan_tiles_and_list<T, false, kMaxTopLogprobs>(logits, split, range, lists, out.top_n, false,
-                                                   count_tokens);
+    scan_tiles_and_list<In, false, kMaxTopLogprobs>(logits, split, range, lists, out.top_n, false,
+                                                    count_tokens);
   } else {
-    scan_tiles<T, false>(logits, range, &meeting, false, count_tokens);
+    scan_tiles<In, false>(logits, range, &meeting, false, count_tokens);
   }
   if (!meeting.gather() || warp_id() != 0) return;
 
@@ -114,7 +127,7 @@ __global__ void __launch_bounds__(kRowThreads, kLogprobsResident<kLists>)
     if (lane_id() != 0) continue;
     const int64_t at = range.row * tokens.per_row + j;
     out.logprob[at] = id == tokens.ignore_index ? 0.0f
-                      : inside                  ? logprob_of(to_float(row.data[id]))
+                      : inside                  ? logprob_of(logit_of(row, hidden, id))
                                                 : NAN;
     out.rank[at] = inside && id != tokens.ignore_index ? rank : -1;
   }
@@ -124,19 +137,19 @@ __global__ void __launch_bounds__(kRowThreads, kLogprobsResident<kLists>)
   const int64_t place = range.row * out.top_n + lane_id();
   const int id = id_of(list.mine);
   out.top_ids[place] = id;
-  out.top_logprobs[place] = logprob_of(to_float(row.data[id]));
+  out.top_logprobs[place] = logprob_of(logit_of(row, hidden, id));
 }
 
 inline int logprobs_resident(int top_n) {
   return top_n > 0 ? kLogprobsResident<true> : kLogprobsResident<false>;
 }
 
-template <class T>
-auto launch_token_logprobs(const RowLaunch& run, const LogitsView<T>& logits,
+template <class In>
+auto launch_token_logprobs(const RowLaunch& run, const LogitsView<In>& logits,
                            const RowTokens& tokens, float* counts, Rank* lists,
                            const LogprobsOutput& out, Stream stream) {
   const auto kernel =
-      out.top_n > 0 ? token_logprobs_kernel<T, true> : token_logprobs_kernel<T, false>;
+      out.top_n > 0 ? token_logprobs_kernel<In, true> : token_logprobs_kernel<In, false>;
   return launch(run.shape, stream, kernel, logits, run.split, tokens, counts, lists, out);
 }
 

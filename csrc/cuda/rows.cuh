@@ -8,7 +8,9 @@
 // the tiles l, l + 32, ... in order, then a butterfly joins the lanes.
 #pragma once
 
-#include "cuda/tile.cuh"
+#include <type_traits>
+
+#include "cuda/mask.cuh"
 
 namespace dmax::cuda {
 
@@ -190,6 +192,24 @@ struct alignas(16) Top1Partial {
   }
 };
 
+// In place of an element type T, for logits with a mask: LogitsView<Masked<T>>, and the kernels
+// that take one
+template <class T>
+struct Masked {};
+
+template <class In>
+struct RowElement {
+  using type = In;
+};
+template <class T>
+struct RowElement<Masked<T>> {
+  using type = T;
+};
+template <class In>
+using ElementOf = typename RowElement<In>::type;
+template <class In>
+constexpr bool kIsMasked = !std::is_same_v<In, ElementOf<In>>;
+
 // Logits [rows, vocab] in memory; the stride is in elements
 template <class T>
 struct LogitsView {
@@ -202,21 +222,34 @@ struct LogitsView {
   __device__ __forceinline__ Row<T> row(int64_t index) const {
     return make_row(data + index * row_stride, vocab);
   }
+  __device__ __forceinline__ int hidden(int64_t /*row*/) const { return suppress; }
+};
+
+template <class T>
+struct LogitsView<Masked<T>> : LogitsView<T> {
+  const uint8_t* allowed;
+  int64_t mask_stride;  // bytes from a row's bits to the next row's; 0: one mask for all rows
+
+  __device__ __forceinline__ MaskedIds hidden(int64_t row) const {
+    return {this->suppress, allowed + row * mask_stride};
+  }
 };
 
 // Puts the partial results of all of this block's tiles. `skipped` rows are not wanted: whether a
 // row is one is known only a memory latency after the kernel's start, and the first tile's loads do
 // not wait for it. also(tile, stats, index) lets an op take more from every tile.
-template <class T, bool kMaySkip, bool kCluster, class Also = NothingElse>
-__device__ __forceinline__ void scan_tiles(const LogitsView<T>& logits, const TileRange& range,
+template <class In, bool kMaySkip, bool kCluster, class Also = NothingElse>
+__device__ __forceinline__ void scan_tiles(const LogitsView<In>& logits, const TileRange& range,
                                            RowMeeting<Top1Partial, kCluster>* meeting,
                                            bool skipped = false, const Also& also = {}) {
+  using T = ElementOf<In>;
   const Row<T> row = logits.row(range.row);
+  const auto hidden = logits.hidden(range.row);
   for (int t = range.begin + warp_id(); t < range.end; t += kBlockWarps<kCluster>) {
     Tile<T> tile;
-    load_tile(tile, row, t, logits.suppress);
+    load_tile(tile, row, t, hidden);
     if (kMaySkip && skipped_after_loads(tile, skipped)) return;
-    const SoftmaxStats stats = tile_stats(tile, row, logits.suppress, logits.scale);
+    const SoftmaxStats stats = tile_stats(tile, row, hidden, logits.scale);
     meeting->put(t, {stats});
     also(tile, stats, t);
   }
@@ -299,11 +332,25 @@ RowLaunch choose_row_launch(const RowWork& work, const Device& device) {
   return launch;
 }
 
+// A mask of `words` 32-bit words per row, or of one row of them for all; null: no mask
+struct MaskInput {
+  const int32_t* words;
+  int64_t stride;  // in words
+};
+
 template <class T>
 LogitsView<T> make_logits_view(const void* data, int64_t row_stride, int64_t vocab,
                                int64_t suppress_token, double temperature) {
   return {static_cast<const T*>(data), row_stride, static_cast<int>(vocab),
           static_cast<int>(suppress_token), softmax_scale(temperature)};
+}
+
+// f(view) with a view of the logits, masked where there is a mask
+template <class T, class F>
+auto with_mask(const LogitsView<T>& logits, const MaskInput& mask, const F& f) {
+  if (mask.words == nullptr) return f(logits);
+  return f(LogitsView<Masked<T>>{logits, reinterpret_cast<const uint8_t*>(mask.words),
+                                 mask.stride * int64_t{sizeof(int32_t)}});
 }
 
 }  // namespace dmax::cuda

@@ -105,20 +105,19 @@ __device__ __forceinline__ Place place_of(const SpdArgs& args, int64_t index) {
   return place;
 }
 
-template <class T, int kTokens, class Meeting>
-__device__ __forceinline__ void predict(const LogitsView<T>& logits, const RowSplit& split,
-                                        const Meeting& meeting, const SpdArgs& args,
-                                        int64_t index) {
+template <int kTokens, class Meeting>
+__device__ __forceinline__ void predict(float scale, const RowSplit& split, const Meeting& meeting,
+                                        const SpdArgs& args, int64_t index) {
   __shared__ Place place;
   __shared__ Listed top1;
   __shared__ Listed listed[kTokens];
   if (warp_id() == 0) {
-    const SoftmaxStats stats = meeting.merged(logits.scale).stats;
+    const SoftmaxStats stats = meeting.merged(scale).stats;
     if (lane_id() == 0) top1 = {top1_probability(stats), stats.id};
     if constexpr (kTokens > 1) {
       const TopList list = merge_lists(split, args.lists, index, args.top_k);
       if (lane_id() < args.top_k) {
-        const Listed mine{listed_probability(list.mine, stats, logits.scale), id_of(list.mine)};
+        const Listed mine{listed_probability(list.mine, stats, scale), id_of(list.mine)};
         listed[lane_id()] = mine;
         args.listed[index * args.top_k + lane_id()] = mine;
       }

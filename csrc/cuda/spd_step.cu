@@ -8,17 +8,19 @@ namespace dmax::cuda {
 void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, Tensor token,
                Tensor confidence, Tensor converged, Tensor step, Tensor inputs_embeds,
                int64_t mask_token_id, double tau_dec, double tau_acc, int64_t semantics,
-               int64_t top_k, double temperature, int64_t suppress_token,
-               OptionalTensor thresholds) {
-  const auto sizes = check_spd_step_(
-      logits, embedding, editable, masked, token, confidence, converged, step, inputs_embeds,
-      mask_token_id, tau_dec, tau_acc, semantics, top_k, temperature, suppress_token, thresholds);
+               int64_t top_k, double temperature, int64_t suppress_token, OptionalTensor thresholds,
+               OptionalTensor allowed) {
+  const auto sizes =
+      check_spd_step_(logits, embedding, editable, masked, token, confidence, converged, step,
+                      inputs_embeds, mask_token_id, tau_dec, tau_acc, semantics, top_k, temperature,
+                      suppress_token, thresholds, allowed);
   const Call call("spd_step_", logits);
   const RowView view = row_view(logits);
   if (view.rows == 0) return;
   const RowView table = row_view(embedding);
   OptionalTensor tau;
   if (thresholds) tau = as_contiguous(*thresholds);
+  const Mask mask(allowed, view.width);
 
   SpdArgs args{};
   args.editable = editable.const_data_ptr<bool>();
@@ -38,7 +40,7 @@ void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, 
 
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const RowWork work = spd_work(view.rows, sizes.vocab, sizes.batch, top_k);
+    const RowWork work = spd_work(view.rows, sizes.vocab, sizes.batch, top_k, bool(mask));
     launch_rows<T, Top1Partial>(call, logits, work, [&](const RowLaunch& run) {
       const size_t predictions = view.rows * sizeof(Prediction);
       const size_t lists = top_k > 1 ? list_bytes(run, args.top_k) : 0;
@@ -50,8 +52,9 @@ void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, 
       args.lists = reinterpret_cast<Rank*>(memory + predictions);
       args.listed = reinterpret_cast<Listed*>(memory + predictions + lists);
       args.row_counters = run.split.counters + run.row_counters;
-      return launch_spd_step(run, logits_view<T>(view, suppress_token, temperature), args,
-                             call.stream);
+      return with_mask(
+          logits_view<T>(view, suppress_token, temperature), mask.input(),
+          [&](const auto& of_rows) { return launch_spd_step(run, of_rows, args, call.stream); });
     });
   });
 }

@@ -6,8 +6,9 @@
 namespace dmax::cuda {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(Tensor logits, double temperature,
-                                                                  int64_t suppress_token) {
-  check_row_statistics(logits, temperature, suppress_token);
+                                                                  int64_t suppress_token,
+                                                                  OptionalTensor allowed) {
+  check_row_statistics(logits, temperature, suppress_token, allowed);
   const Call call("row_statistics", logits);
   const Sizes out_sizes = leading_sizes(logits);
   Tensor token = empty_like_device(logits, out_sizes, ScalarType::Long);
@@ -21,13 +22,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(Tensor logits,
       token.mutable_data_ptr<int64_t>(),   confidence.mutable_data_ptr<float>(),
       runner_up.mutable_data_ptr<float>(), entropy.mutable_data_ptr<float>(),
       logsumexp.mutable_data_ptr<float>(), 1.0 / temperature};
+  const Mask mask(allowed, rows.width);
 
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const LogitsView<T> view = logits_view<T>(rows, suppress_token, temperature);
-    const RowWork work = statistics_work(rows.rows, rows.width);
+    const RowWork work = statistics_work(rows.rows, rows.width, bool(mask));
     launch_rows<T, StatisticsPartial>(call, logits, work, [&](const RowLaunch& run) {
-      return launch_row_statistics(run, view, out, call.stream);
+      return with_mask(
+          logits_view<T>(rows, suppress_token, temperature), mask.input(),
+          [&](const auto& view) { return launch_row_statistics(run, view, out, call.stream); });
     });
   });
   return {token, confidence, runner_up, entropy, logsumexp};

@@ -69,10 +69,10 @@ __device__ __forceinline__ float lane_second(const Tile<T>& tile, const VectorMa
   return second;
 }
 
-template <class T>
+template <class T, class Hidden>
 __device__ __forceinline__ StatisticsPartial statistics_of_tile(const Tile<T>& tile,
-                                                                const Row<T>& row, int suppress,
-                                                                float scale) {
+                                                                const Row<T>& row,
+                                                                const Hidden& hidden, float scale) {
   const VectorMaxima<T> maxima = vector_maxima(tile);
   StatisticsPartial partial = StatisticsPartial::empty();
   const float max = warp_max(maxima.lane);
@@ -82,7 +82,7 @@ __device__ __forceinline__ StatisticsPartial statistics_of_tile(const Tile<T>& t
       tile_sums(tile, maxima, max, exponent, [&](int /*v*/, int e, float t, float weight) {
         exponents[e % 2] = fmaf(fmaxf(t, kLeastExponent), weight, exponents[e % 2]);
       });
-  partial.stats = tile_stats(tile, row, suppress, max, exponent, sums);
+  partial.stats = tile_stats(tile, row, hidden, max, exponent, sums);
   // The sum of (t + correction) w, where w lacks the factor
   partial.exponent = fmaf(exponent.correction, sums.below, warp_sum(exponents[0] + exponents[1])) *
                      exponent.factor();
@@ -119,35 +119,39 @@ struct RowStatisticsOutput {
 constexpr int kStatisticsResident = 3;         // blocks per multiprocessor: 80 registers a thread
 constexpr int kStatisticsClusterResident = 2;  // 96
 
-template <class T, bool kCluster>
+template <class In, bool kCluster>
 __global__ void __launch_bounds__(kBlockThreads<kCluster>,
                                   kCluster ? kStatisticsClusterResident : kStatisticsResident)
-    row_statistics_kernel(const __grid_constant__ LogitsView<T> logits,
+    row_statistics_kernel(const __grid_constant__ LogitsView<In> logits,
                           const __grid_constant__ RowSplit split,
                           const __grid_constant__ RowStatisticsOutput out) {
   const TileRange range = block_tiles<kCluster>(split);
   RowMeeting<StatisticsPartial, kCluster> meeting(split, range.row);
+  using T = ElementOf<In>;
   const Row<T> row = logits.row(range.row);
+  const auto hidden = logits.hidden(range.row);
   for (int t = range.begin + warp_id(); t < range.end; t += kBlockWarps<kCluster>) {
     Tile<T> tile;
-    load_tile(tile, row, t, logits.suppress);
-    meeting.put(t, statistics_of_tile(tile, row, logits.suppress, logits.scale));
+    load_tile(tile, row, t, hidden);
+    meeting.put(t, statistics_of_tile(tile, row, hidden, logits.scale));
   }
   if (!meeting.gather() || warp_id() != 0) return;
   const StatisticsPartial all = meeting.merged(logits.scale);
   if (lane_id() == 0) out.store(range.row, all, logits.scale);
 }
 
-template <class T>
-auto launch_row_statistics(const RowLaunch& run, const LogitsView<T>& logits,
+template <class In>
+auto launch_row_statistics(const RowLaunch& run, const LogitsView<In>& logits,
                            const RowStatisticsOutput& out, Stream stream) {
-  const auto kernel =
-      run.cluster() ? row_statistics_kernel<T, true> : row_statistics_kernel<T, false>;
+  auto kernel = row_statistics_kernel<In, false>;
+  if constexpr (!kIsMasked<In>) {
+    if (run.cluster()) kernel = row_statistics_kernel<In, true>;
+  }
   return launch(run.shape, stream, kernel, logits, run.split, out);
 }
 
-inline RowWork statistics_work(int64_t rows, int64_t vocab) {
-  return {rows, vocab, kStatisticsResident, 0, true};
+inline RowWork statistics_work(int64_t rows, int64_t vocab, bool masked = false) {
+  return {rows, vocab, kStatisticsResident, 0, !masked};
 }
 
 }  // namespace dmax::cuda

@@ -182,14 +182,18 @@ __device__ __forceinline__ int warp_first(int id) {
   return static_cast<int>(__reduce_min_sync(kFullMask, static_cast<uint32_t>(id)));
 }
 
+// The ids of a row that are read as -inf, `hidden` below, are one suppressed id, or -1 for none, or
+// those of a mask besides it (mask.cuh)
+__device__ __forceinline__ bool is_hidden(int suppress, int id) { return id == suppress; }
+
 // The tile's first element for which is(x), or kNoId. It is rarely needed and therefore reads the
 // row again: keeping the elements would cost registers.
-template <class T, class Is>
-__device__ __forceinline__ int first_where(const Row<T>& row, int begin, int suppress,
+template <class T, class Hidden, class Is>
+__device__ __forceinline__ int first_where(const Row<T>& row, int begin, const Hidden& hidden,
                                            const Is& is) {
   int first = kNoId;
   for (int id = begin + lane_id(); id < begin + kTileSize<T> && id < row.vocab; id += kWarpSize)
-    if (first == kNoId && id != suppress && is(to_float(row.data[id]))) first = id;
+    if (first == kNoId && !is_hidden(hidden, id) && is(to_float(row.data[id]))) first = id;
   return warp_first(first);
 }
 
@@ -283,34 +287,34 @@ struct NothingElse {
 };
 
 // Sets max and id of a tile whose sum is NaN: its first NaN, or else its first +inf
-template <class T>
-__device__ __forceinline__ void find_broken(const Tile<T>& tile, const Row<T>& row, int suppress,
-                                            SoftmaxStats* stats) {
-  stats->id = first_where(row, tile.begin, suppress, [](float x) { return x != x; });
+template <class T, class Hidden>
+__device__ __forceinline__ void find_broken(const Tile<T>& tile, const Row<T>& row,
+                                            const Hidden& hidden, SoftmaxStats* stats) {
+  stats->id = first_where(row, tile.begin, hidden, [](float x) { return x != x; });
   if (stats->id != kNoId) {
     stats->max = NAN;
   } else {
-    stats->id = first_where(row, tile.begin, suppress, [](float x) { return x == INFINITY; });
+    stats->id = first_where(row, tile.begin, hidden, [](float x) { return x == INFINITY; });
   }
 }
 
-template <class T>
+template <class T, class Hidden>
 __device__ __forceinline__ SoftmaxStats tile_stats(const Tile<T>& tile, const Row<T>& row,
-                                                   int suppress, float max,
+                                                   const Hidden& hidden, float max,
                                                    const Exponent& exponent, const TileSums& sums) {
   SoftmaxStats stats{max, sums.rest(exponent), warp_first(sums.first)};
-  if (stats.rest != stats.rest) find_broken(tile, row, suppress, &stats);
+  if (stats.rest != stats.rest) find_broken(tile, row, hidden, &stats);
   return stats;
 }
 
-template <class T>
+template <class T, class Hidden>
 __device__ __forceinline__ SoftmaxStats tile_stats(const Tile<T>& tile, const Row<T>& row,
-                                                   int suppress, float scale) {
+                                                   const Hidden& hidden, float scale) {
   const VectorMaxima<T> maxima = vector_maxima(tile);
   const float max = warp_max(maxima.lane);
   const Exponent exponent = exponent_from(finite_reference(max), scale);
   const TileSums sums = tile_sums(tile, maxima, max, exponent, NothingElse{});
-  return tile_stats(tile, row, suppress, max, exponent, sums);
+  return tile_stats(tile, row, hidden, max, exponent, sums);
 }
 
 }  // namespace dmax::cuda

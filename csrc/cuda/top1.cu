@@ -7,8 +7,8 @@
 namespace dmax::cuda {
 
 std::tuple<Tensor, Tensor> top1_confidence(Tensor logits, double temperature,
-                                           int64_t suppress_token) {
-  check_top1_confidence(logits, temperature, suppress_token);
+                                           int64_t suppress_token, OptionalTensor allowed) {
+  check_top1_confidence(logits, temperature, suppress_token, allowed);
   const Call call("top1_confidence", logits);
   Tensor token = empty_like_device(logits, leading_sizes(logits), ScalarType::Long);
   Tensor confidence = empty_like_device(logits, leading_sizes(logits), ScalarType::Float);
@@ -16,21 +16,25 @@ std::tuple<Tensor, Tensor> top1_confidence(Tensor logits, double temperature,
   if (rows.rows == 0) return {token, confidence};
   const Top1ConfidenceFinish finish{token.mutable_data_ptr<int64_t>(),
                                     confidence.mutable_data_ptr<float>()};
+  const Mask mask(allowed, rows.width);
 
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const LogitsView<T> view = logits_view<T>(rows, suppress_token, temperature);
-    const RowWork work = top1_work(rows.rows, rows.width);
+    const RowWork work = top1_work(rows.rows, rows.width, bool(mask));
     launch_rows<T, Top1Partial>(call, logits, work, [&](const RowLaunch& run) {
-      return launch_top1_rows(run, view, finish, call.stream);
+      return with_mask(
+          logits_view<T>(rows, suppress_token, temperature), mask.input(),
+          [&](const auto& view) { return launch_top1_rows(run, view, finish, call.stream); });
     });
   });
   return {token, confidence};
 }
 
 std::tuple<Tensor, Tensor, Tensor> top1_partial(Tensor logits_shard, int64_t vocab_start,
-                                                double temperature, int64_t suppress_token) {
-  const auto sizes = check_top1_partial(logits_shard, vocab_start, temperature, suppress_token);
+                                                double temperature, int64_t suppress_token,
+                                                OptionalTensor allowed) {
+  const auto sizes =
+      check_top1_partial(logits_shard, vocab_start, temperature, suppress_token, allowed);
   const Call call("top1_partial", logits_shard);
   const Sizes out = leading_sizes(logits_shard);
   Tensor maximum = empty_like_device(logits_shard, out, ScalarType::Float);
@@ -41,21 +45,23 @@ std::tuple<Tensor, Tensor, Tensor> top1_partial(Tensor logits_shard, int64_t voc
   const Top1PartialFinish finish{maximum.mutable_data_ptr<float>(),
                                  sum_exp.mutable_data_ptr<float>(),
                                  token.mutable_data_ptr<int64_t>(), vocab_start};
+  const Mask mask(allowed, rows.width);
 
   dispatch_float(logits_shard.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const LogitsView<T> view = logits_view<T>(rows, sizes.local_suppress, temperature);
-    const RowWork work = top1_work(rows.rows, rows.width);
+    const RowWork work = top1_work(rows.rows, rows.width, bool(mask));
     launch_rows<T, Top1Partial>(call, logits_shard, work, [&](const RowLaunch& run) {
-      return launch_top1_rows(run, view, finish, call.stream);
+      return with_mask(
+          logits_view<T>(rows, sizes.local_suppress, temperature), mask.input(),
+          [&](const auto& view) { return launch_top1_rows(run, view, finish, call.stream); });
     });
   });
   return {maximum, sum_exp, token};
 }
 
 std::tuple<Tensor, Tensor> topk_confidence(Tensor logits, int64_t k, double temperature,
-                                           int64_t suppress_token) {
-  check_topk_confidence(logits, k, temperature, suppress_token);
+                                           int64_t suppress_token, OptionalTensor allowed) {
+  check_topk_confidence(logits, k, temperature, suppress_token, allowed);
   const Call call("topk_confidence", logits);
   Sizes out_sizes = leading_sizes(logits);
   out_sizes.push_back(k);
@@ -65,15 +71,19 @@ std::tuple<Tensor, Tensor> topk_confidence(Tensor logits, int64_t k, double temp
   if (rows.rows == 0) return {tokens, confidences};
   const TopkOutput out{tokens.mutable_data_ptr<int64_t>(), confidences.mutable_data_ptr<float>(),
                        static_cast<int>(k)};
+  const Mask mask(allowed, rows.width);
 
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const LogitsView<T> view = logits_view<T>(rows, suppress_token, temperature);
     launch_rows<T, Top1Partial>(
         call, logits, {rows.rows, rows.width, kTopkResident}, [&](const RowLaunch& run) {
           const Tensor lists = call.scratch(logits, list_bytes(run, out.k));
-          return launch(run.shape, call.stream, topk_rows_kernel<T>, view, run.split,
-                        static_cast<Rank*>(lists.mutable_data_ptr()), out);
+          return with_mask(logits_view<T>(rows, suppress_token, temperature), mask.input(),
+                           [&](const auto& view) {
+                             return launch_topk_rows(run, view,
+                                                     static_cast<Rank*>(lists.mutable_data_ptr()),
+                                                     out, call.stream);
+                           });
         });
   });
   return {tokens, confidences};

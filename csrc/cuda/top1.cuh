@@ -12,30 +12,32 @@ constexpr int kTop1Resident = 4;         // blocks per multiprocessor: 64 regist
 constexpr int kTop1ClusterResident = 3;  // the same 64
 
 // finish(row, stats) stores what the op makes of a row's statistics; one thread calls it
-template <class T, class Finish, bool kCluster>
+template <class In, class Finish, bool kCluster>
 __global__ void __launch_bounds__(kBlockThreads<kCluster>,
                                   kCluster ? kTop1ClusterResident : kTop1Resident)
-    top1_rows_kernel(const __grid_constant__ LogitsView<T> logits,
+    top1_rows_kernel(const __grid_constant__ LogitsView<In> logits,
                      const __grid_constant__ RowSplit split,
                      const __grid_constant__ Finish finish) {
   const TileRange range = block_tiles<kCluster>(split);
   RowMeeting<Top1Partial, kCluster> meeting(split, range.row);
-  scan_tiles<T, false>(logits, range, &meeting);
+  scan_tiles<In, false>(logits, range, &meeting);
   if (!meeting.gather() || warp_id() != 0) return;
   const SoftmaxStats stats = meeting.merged(logits.scale).stats;
   if (lane_id() == 0) finish(range.row, stats);
 }
 
-template <class T, class Finish>
-auto launch_top1_rows(const RowLaunch& run, const LogitsView<T>& logits, const Finish& finish,
+template <class In, class Finish>
+auto launch_top1_rows(const RowLaunch& run, const LogitsView<In>& logits, const Finish& finish,
                       Stream stream) {
-  const auto kernel =
-      run.cluster() ? top1_rows_kernel<T, Finish, true> : top1_rows_kernel<T, Finish, false>;
+  auto kernel = top1_rows_kernel<In, Finish, false>;
+  if constexpr (!kIsMasked<In>) {
+    if (run.cluster()) kernel = top1_rows_kernel<In, Finish, true>;
+  }
   return launch(run.shape, stream, kernel, logits, run.split, finish);
 }
 
-inline RowWork top1_work(int64_t rows, int64_t vocab) {
-  return {rows, vocab, kTop1Resident, 0, true};
+inline RowWork top1_work(int64_t rows, int64_t vocab, bool masked = false) {
+  return {rows, vocab, kTop1Resident, 0, !masked};
 }
 
 struct Top1ConfidenceFinish {
@@ -71,9 +73,9 @@ struct TopkOutput {
   int k;
 };
 
-template <class T>
+template <class In>
 __global__ void __launch_bounds__(kRowThreads, kTopkResident)
-    topk_rows_kernel(const __grid_constant__ LogitsView<T> logits,
+    topk_rows_kernel(const __grid_constant__ LogitsView<In> logits,
                      const __grid_constant__ RowSplit split, Rank* lists,
                      const __grid_constant__ TopkOutput out) {
   const TileRange range = block_tiles(split);
@@ -85,6 +87,12 @@ __global__ void __launch_bounds__(kRowThreads, kTopkResident)
   const int64_t place = range.row * out.k + lane_id();
   out.tokens[place] = id_of(list.mine);
   out.confidences[place] = listed_probability(list.mine, stats, logits.scale);
+}
+
+template <class In>
+auto launch_topk_rows(const RowLaunch& run, const LogitsView<In>& logits, Rank* lists,
+                      const TopkOutput& out, Stream stream) {
+  return launch(run.shape, stream, topk_rows_kernel<In>, logits, run.split, lists, out);
 }
 
 }  // namespace dmax::cuda

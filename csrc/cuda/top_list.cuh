@@ -100,20 +100,22 @@ __device__ __forceinline__ Rank* lists_of(const RowSplit& split, Rank* lists, in
 
 // scan_tiles that also lists the k best elements: every warp leaves its list in shared memory, and
 // warp 0 merges them into the block's, in `lists`. k <= kMost; `also` as in scan_tiles().
-template <class T, bool kMaySkip = false, int kMost = kMaxTopK, class Also = NothingElse>
-__device__ __forceinline__ void scan_tiles_and_list(const LogitsView<T>& logits,
+template <class In, bool kMaySkip = false, int kMost = kMaxTopK, class Also = NothingElse>
+__device__ __forceinline__ void scan_tiles_and_list(const LogitsView<In>& logits,
                                                     const RowSplit& split, const TileRange& range,
                                                     Rank* lists, int k, bool skipped = false,
                                                     const Also& also = {}) {
   static_assert(kMost <= kWarpSize, "a lane holds one entry");
   __shared__ Rank of_warps[kRowWarps * kMost];
+  using T = ElementOf<In>;
   const Row<T> row = logits.row(range.row);
+  const auto hidden = logits.hidden(range.row);
   TopList list(k);
   for (int t = range.begin + warp_id(); t < range.end; t += kRowWarps) {
     Tile<T> tile;
-    load_tile(tile, row, t, logits.suppress);
+    load_tile(tile, row, t, hidden);
     if (kMaySkip && skipped_after_loads(tile, skipped)) break;
-    const SoftmaxStats stats = tile_stats(tile, row, logits.suppress, logits.scale);
+    const SoftmaxStats stats = tile_stats(tile, row, hidden, logits.scale);
     if (lane_id() == 0) *partial_of<Top1Partial>(split, range.row, t) = {stats};
     also(tile, stats, t);
     list_tile(list, tile, stats, logits.vocab);

@@ -42,6 +42,8 @@ struct LogitsInput {
   int64_t rows, stride, vocab;
   int64_t suppress_token;
   double temperature;
+  Address allowed;  // 0: no mask
+  int64_t mask_stride;
 };
 
 // The options of a draw; row_options and allowed may be absent (0)

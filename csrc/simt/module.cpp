@@ -31,7 +31,7 @@ PYBIND11_MODULE(dmax_simt, m) {
       .def_readonly("blocks", &Chosen::blocks)
       .def_readonly("threads", &Chosen::threads);
   py::class_<LogitsInput>(m, "LogitsInput")
-      .def(py::init<int, Address, int64_t, int64_t, int64_t, int64_t, double>());
+      .def(py::init<int, Address, int64_t, int64_t, int64_t, int64_t, double, Address, int64_t>());
   py::class_<TokensInput>(m, "TokensInput").def(py::init<Address, bool, int, int64_t>());
   py::class_<DrawInput>(m, "DrawInput")
       .def(py::init<double, double, double, double, Address, Address, int64_t>());

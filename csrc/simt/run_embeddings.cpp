@@ -90,7 +90,7 @@ Chosen spd_step_(Gpu gpu, LogitsInput logits, EmbeddingInput embedding, StateInp
   args.semantics = static_cast<Semantics>(semantics);
   args.predictions = static_cast<Prediction*>(predictions.data());
   args.listed = static_cast<Listed*>(listed.data());
-  const RowWork work = spd_work(positions, logits.vocab, state.batch, top_k);
+  const RowWork work = spd_work(positions, logits.vocab, state.batch, top_k, logits.allowed != 0);
   Chosen result;
   dispatch(logits.dtype, [&](auto element) {
     using T = decltype(element);
@@ -98,7 +98,8 @@ Chosen spd_step_(Gpu gpu, LogitsInput logits, EmbeddingInput embedding, StateInp
       Scratch lists(top_k > 1 ? list_bytes(run, top_k) : 0);
       args.lists = static_cast<Rank*>(lists.data());
       args.row_counters = run.split.counters + run.row_counters;
-      launch_spd_step(run, view_of<T>(logits), args, Stream{});
+      with_mask(view_of<T>(logits), mask_of(logits),
+                [&](const auto& view) { launch_spd_step(run, view, args, Stream{}); });
     });
   });
   return result;
@@ -126,7 +127,8 @@ Chosen edit_step_(Gpu gpu, LogitsInput logits, EditStateInput state, EditOptions
     using T = decltype(element);
     result = launch_rows<T, Top1Partial>(gpu, work, [&](const RowLaunch& run) {
       args.row_counters = run.split.counters + run.row_counters;
-      launch_edit_step(run, view_of<T>(logits), args, Stream{});
+      with_mask(view_of<T>(logits), mask_of(logits),
+                [&](const auto& view) { launch_edit_step(run, view, args, Stream{}); });
     });
   });
   return result;

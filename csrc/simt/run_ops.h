@@ -23,14 +23,17 @@ T* pointer(Address address) {
 }
 
 inline Device device_of(const Gpu& gpu) {
-  return {gpu.multiprocessors, gpu.major, gpu.max_shared_per_block, gpu.most_cluster_rows,
-          0};
+  return {gpu.multiprocessors, gpu.major, gpu.max_shared_per_block, gpu.most_cluster_rows, 0};
 }
 
 template <class T>
 LogitsView<T> view_of(const LogitsInput& in) {
   return make_logits_view<T>(pointer<void>(in.data), in.stride, in.vocab, in.suppress_token,
                              in.temperature);
+}
+
+inline MaskInput mask_of(const LogitsInput& in) {
+  return {pointer<const int32_t>(in.allowed), in.mask_stride};
 }
 
 // Exactly as large as the launch needs, which lets ASan see an overrun, and filled with NaN bytes,

@@ -12,8 +12,10 @@ namespace dmax::cuda {
 
 template <class T, class Finish>
 Chosen run_top1_rows(const Gpu& gpu, const LogitsInput& in, const Finish& finish) {
-  return launch_rows<T, Top1Partial>(gpu, top1_work(in.rows, in.vocab), [&](const RowLaunch& run) {
-    launch_top1_rows(run, view_of<T>(in), finish, Stream{});
+  const RowWork work = top1_work(in.rows, in.vocab, in.allowed != 0);
+  return launch_rows<T, Top1Partial>(gpu, work, [&](const RowLaunch& run) {
+    with_mask(view_of<T>(in), mask_of(in),
+              [&](const auto& view) { launch_top1_rows(run, view, finish, Stream{}); });
   });
 }
 
@@ -45,8 +47,9 @@ Chosen topk_confidence(Gpu gpu, LogitsInput in, int k, Address tokens, Address c
     result = launch_rows<T, Top1Partial>(
         gpu, {in.rows, in.vocab, kTopkResident}, [&](const RowLaunch& run) {
           Scratch lists(list_bytes(run, k));
-          launch(run.shape, Stream{}, topk_rows_kernel<T>, view_of<T>(in), run.split,
-                 static_cast<Rank*>(lists.data()), out);
+          with_mask(view_of<T>(in), mask_of(in), [&](const auto& view) {
+            launch_topk_rows(run, view, static_cast<Rank*>(lists.data()), out, Stream{});
+          });
         });
   });
   return result;
@@ -60,9 +63,11 @@ Chosen row_statistics(Gpu gpu, LogitsInput in, Address token, Address confidence
   Chosen result;
   dispatch(in.dtype, [&](auto element) {
     using T = decltype(element);
-    result = launch_rows<T, StatisticsPartial>(
-        gpu, statistics_work(in.rows, in.vocab),
-        [&](const RowLaunch& run) { launch_row_statistics(run, view_of<T>(in), out, Stream{}); });
+    const RowWork work = statistics_work(in.rows, in.vocab, in.allowed != 0);
+    result = launch_rows<T, StatisticsPartial>(gpu, work, [&](const RowLaunch& run) {
+      with_mask(view_of<T>(in), mask_of(in),
+                [&](const auto& view) { launch_row_statistics(run, view, out, Stream{}); });
+    });
   });
   return result;
 }
@@ -85,8 +90,10 @@ Chosen token_logprobs(Gpu gpu, LogitsInput in, TokensInput tokens, int top_n, Ad
         gpu, {in.rows, in.vocab, logprobs_resident(top_n)}, [&](const RowLaunch& run) {
           Scratch counts(count_bytes(run, in.rows, tokens.per_row));
           Scratch lists(list_bytes(run, top_n));
-          launch_token_logprobs(run, view_of<T>(in), row_tokens, static_cast<float*>(counts.data()),
-                                static_cast<Rank*>(lists.data()), out, Stream{});
+          with_mask(view_of<T>(in), mask_of(in), [&](const auto& view) {
+            launch_token_logprobs(run, view, row_tokens, static_cast<float*>(counts.data()),
+                                  static_cast<Rank*>(lists.data()), out, Stream{});
+          });
         });
   });
   return result;

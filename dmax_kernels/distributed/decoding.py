@@ -19,6 +19,7 @@ from dmax_kernels.distributed.layout import (
     visible,
 )
 from dmax_kernels.distributed.linear import Columns, ShardedHead, read_head
+from dmax_kernels.distributed.visible_tokens import read_visible
 from dmax_kernels.ops.sample import DRAW_TILE, Sample
 from dmax_kernels.vocabulary import allowed_tokens, visible_tokens
 
@@ -31,6 +32,8 @@ def top1_confidence(
     vocab_size: int | None = None,
     temperature: float = 1.0,
     suppress_token: int = -1,
+    suppress_tokens: Sequence[int] = (),
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`dmax_kernels.top1_confidence` of the whole vocabulary (Algorithm 1, line 4).
 
@@ -40,8 +43,8 @@ def top1_confidence(
     Args:
         logits: this rank's columns [..., V_shard], or a DTensor sharded on its last dimension.
         group, shard_sizes, vocab_size: see :mod:`dmax_kernels.distributed`.
-        temperature, suppress_token: as in the unsharded op; the token is an id of the whole
-            vocabulary.
+        temperature, suppress_token, suppress_tokens, allowed: as in the unsharded op, of the whole
+            vocabulary, the same on every rank.
 
     Returns:
         token int64 [...] and confidence float32 [...], the same on every rank.
@@ -50,13 +53,12 @@ def top1_confidence(
         ValueError: shards that do not fit together. RuntimeError: as the unsharded op.
     """
     op = "top1_confidence"
-    options = {"temperature": temperature, "suppress_token": suppress_token}
     logits, shard = read_shard(op, "logits", logits, -1, group, shard_sizes, vocab_size)
-    check_suppress_token(op, suppress_token, shard)
+    which = read_visible(op, shard, logits.device, suppress_token, suppress_tokens, allowed)
     mine = visible(logits, shard, -1)
     if shard.num_ranks == 1:
-        return ops.top1_confidence(mine, **options)
-    fields = ops.top1_partial(at_least_one_column(mine), shard.start, **options)
+        return ops.top1_confidence(mine, temperature=temperature, **which._asdict())
+    fields = which.partial(at_least_one_column(mine), shard.start, temperature)
     return ops.top1_merge(*gather(op, shard, logits.dtype, fields), temperature=temperature)
 
 
@@ -231,6 +233,8 @@ def linear_top1_confidence(
     vocab_size: int | None = None,
     temperature: float = 1.0,
     suppress_token: int = -1,
+    suppress_tokens: Sequence[int] = (),
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`dmax_kernels.linear_top1_confidence` with the LM head's rows sharded.
 
@@ -243,7 +247,8 @@ def linear_top1_confidence(
         weight: this rank's rows [V_shard, D], or a DTensor sharded on dimension 0.
         bias: this rank's [V_shard], or None.
         group, shard_sizes, vocab_size: see :mod:`dmax_kernels.distributed`.
-        temperature, suppress_token: as in the unsharded op.
+        temperature, suppress_token, suppress_tokens, allowed: as in the unsharded op, of the whole
+            vocabulary.
 
     Returns:
         token int64 [...] and confidence float32 [...], the same on every rank.
@@ -252,13 +257,14 @@ def linear_top1_confidence(
         ValueError: shards or shapes that do not fit together. RuntimeError: as the unsharded op.
     """
     op = "linear_top1_confidence"
-    options = {"temperature": temperature, "suppress_token": suppress_token}
     head = read_head(op, hidden, weight, bias, group, shard_sizes, vocab_size)
-    check_suppress_token(op, suppress_token, head.shard)
+    which = read_visible(op, head.shard, hidden.device, suppress_token, suppress_tokens, allowed)
     if head.shard.num_ranks == 1:
-        return ops.linear_top1_confidence(hidden, head.weight, head.bias, **options)
+        return ops.linear_top1_confidence(
+            hidden, head.weight, head.bias, temperature=temperature, **which._asdict()
+        )
     fields = _gather_blocks(
-        op, head, hidden, lambda logits, start: ops.top1_partial(logits, start, **options)
+        op, head, hidden, lambda logits, start: which.partial(logits, start, temperature)
     )
     return ops.top1_merge(*fields, temperature=temperature)
 

@@ -1,9 +1,14 @@
 """One step of threshold decoding with token editing, after the forward pass, in place."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dmax_kernels.ops._register import register_fake, register_in_place
+from dmax_kernels.vocabulary import visible_rows
 
 # The op's schema takes an index into these; csrc/common/semantics.h has the same order
 EDIT_RULES = ("threshold", "low_confidence", "joint_threshold", "dinfer_threshold")
@@ -27,6 +32,9 @@ def edit_step_(
     temperature: float = 1.0,
     suppress_token: int = -1,
     thresholds: Tensor | None = None,
+    suppress_tokens: Sequence[int] = (),
+    allowed: Tensor | None = None,
+    vocab_limit: int | None = None,
 ) -> None:
     """One step of an engine's block-diffusion decoding: fill masks, edit tokens, report the end.
 
@@ -74,17 +82,21 @@ def edit_step_(
         rule: one of the four above.
         tokens_per_step: at least 1: the fewest masks that a step fills where there are so many.
         max_post_edit_steps: at least 0: steps without a mask that may edit.
-        temperature, suppress_token: as in :func:`dmax_kernels.top1_confidence`.
+        temperature, suppress_token, suppress_tokens, allowed, vocab_limit: as in
+            :func:`dmax_kernels.top1_confidence`; a mask of rows is [B, K, ceil(V / 32)].
         thresholds: float32 [B, 2], (threshold, edit_threshold) of each row in place of the two
             numbers.
 
     Raises:
-        ValueError: unknown rule.
+        ValueError: unknown rule, suppress_tokens or a vocab_limit out of range.
         RuntimeError: wrong dtypes, shapes, devices or ids; a state tensor that is not contiguous; a
             written tensor that shares memory with another argument. Nothing is written then.
     """
     if rule not in EDIT_RULES:
         raise ValueError(f"edit_step_: rule must be one of {EDIT_RULES}, got {rule!r}")
+    logits, suppress_token, allowed = visible_rows(
+        "edit_step_", logits, suppress_token, suppress_tokens, allowed, vocab_limit
+    )
     torch.ops.dmax.edit_step_(
         logits,
         editable,
@@ -102,6 +114,7 @@ def edit_step_(
         temperature=temperature,
         suppress_token=suppress_token,
         thresholds=thresholds,
+        allowed=allowed,
     )
 
 

@@ -20,7 +20,7 @@ from dmax_kernels.reduction import (
     reduce_loss,
     token_factors,
 )
-from dmax_kernels.vocabulary import visible_tokens
+from dmax_kernels.vocabulary import visible_head
 
 
 def linear_top1_confidence(
@@ -30,6 +30,9 @@ def linear_top1_confidence(
     *,
     temperature: float = 1.0,
     suppress_token: int = -1,
+    suppress_tokens: Sequence[int] = (),
+    allowed: Tensor | None = None,
+    vocab_limit: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`dmax_kernels.top1_confidence` of ``hidden @ weight.T + bias`` (Algorithm 1, line 4).
 
@@ -37,14 +40,15 @@ def linear_top1_confidence(
     ``confidence = softmax(x / temperature)[token]``. The products of the inputs' dtype are summed
     in float32 and the logits stay float32: a 16-bit LM head rounds them, so its ids may differ
     where two logits round to the same number. Memory beside the results, whatever V: on the GPU
-    below 8 MB with 16-bit inputs and 75 MB with float32; on the CPU at D = 2,048 below 5 MB, and
-    1 MB per thread.
+    below 8 MB with 16-bit inputs and 75 MB with float32 or a mask; on the CPU at D = 2,048 below
+    5 MB, and 1 MB per thread.
 
     Args:
         hidden: [..., D], float32, bfloat16 or float16. Pass only the rows you need.
         weight: [V, D], the LM head, in hidden's dtype.
         bias: [V] in hidden's dtype, or None.
-        temperature, suppress_token: as in :func:`dmax_kernels.top1_confidence`.
+        temperature, suppress_token, suppress_tokens, allowed, vocab_limit: as in
+            :func:`dmax_kernels.top1_confidence`.
 
     Returns:
         token int64 [...] and confidence float32 [...]; ties, NaN and infinities as in
@@ -54,14 +58,20 @@ def linear_top1_confidence(
 
     Raises:
         RuntimeError: dtypes or shapes that do not fit, a temperature or token id out of range.
+        ValueError: suppress_tokens or a vocab_limit out of range.
     """
+    weight, bias, suppress_token, allowed = visible_head(
+        "linear_top1_confidence", weight, bias, suppress_token, suppress_tokens, allowed,
+        vocab_limit,
+    )  # fmt: skip
     return torch.ops.dmax.linear_top1_confidence(
-        hidden, weight, bias, temperature=temperature, suppress_token=suppress_token
-    )
+        hidden, weight, bias, temperature=temperature, suppress_token=suppress_token,
+        allowed=allowed,
+    )  # fmt: skip
 
 
 @register_fake("linear_top1_confidence")
-def _(hidden, weight, bias=None, *, temperature=1.0, suppress_token=-1):
+def _(hidden, weight, bias=None, *, temperature=1.0, suppress_token=-1, allowed=None):
     return empty_per_row(hidden, torch.int64, torch.float32)
 
 
@@ -109,13 +119,9 @@ def linear_sample_tokens(
         ValueError: as :func:`dmax_kernels.sample_tokens`.
     """
     op = "linear_sample_tokens"
-    vocab, suppress_token, allowed = visible_tokens(
-        op, weight.shape[0] if weight.dim() else 1, hidden.device, suppress_token,
-        suppress_tokens, allowed, vocab_limit,
-    )  # fmt: skip
-    if vocab_limit is not None:
-        weight = weight[:vocab]
-        bias = None if bias is None else bias[:vocab]
+    weight, bias, suppress_token, allowed = visible_head(
+        op, weight, bias, suppress_token, suppress_tokens, allowed, vocab_limit
+    )
     options = row_options(
         op, "hidden", hidden, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )

@@ -1,11 +1,15 @@
 """Log-probabilities of given tokens, their ranks, and the most likely tokens beside them."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dmax_kernels.ops._register import register_autograd, register_fake
+from dmax_kernels.vocabulary import allowed_tokens, visible_rows
 
 
 class TokenLogprobs(NamedTuple):
@@ -24,6 +28,9 @@ def token_logprobs(
     temperature: float = 1.0,
     top_n: int = 0,
     ignore_index: int = -100,
+    suppress_tokens: Sequence[int] = (),
+    allowed: Tensor | None = None,
+    vocab_limit: int | None = None,
 ) -> TokenLogprobs:
     """What an engine reports of a prompt's or of a sampled token: ``logprobs=n``.
 
@@ -48,6 +55,9 @@ def token_logprobs(
             rank -1.
         temperature: 1e-30 to 1e30; it changes no rank.
         top_n: 0 to 20, at most V.
+        suppress_tokens, allowed, vocab_limit: which tokens count, as in
+            :func:`dmax_kernels.top1_confidence`. The others do as if their logits were -inf: their
+            log-probabilities are -inf, their gradients 0.
 
     Returns:
         A named tuple :class:`TokenLogprobs`: logprob float32 and rank int64 of ids' shape, top_ids
@@ -60,15 +70,20 @@ def token_logprobs(
     Raises:
         RuntimeError: wrong dtypes, shapes or devices, options out of range, (CPU) an id out of
             range, or a backward pass through several ids per row.
+        ValueError: suppress_tokens or a vocab_limit out of range.
     """
-    logprob, rank, top_ids, top_logprobs, _ = torch.ops.dmax.token_logprobs(
-        logits, ids, temperature=temperature, top_n=top_n, ignore_index=ignore_index
+    logits, _, allowed = visible_rows(
+        "token_logprobs", logits, -1, suppress_tokens, allowed, vocab_limit, as_mask=True
     )
+    logprob, rank, top_ids, top_logprobs, _ = torch.ops.dmax.token_logprobs(
+        logits, ids, temperature=temperature, top_n=top_n, ignore_index=ignore_index,
+        allowed=allowed,
+    )  # fmt: skip
     return TokenLogprobs(logprob, rank, top_ids, top_logprobs)
 
 
 @register_fake("token_logprobs")
-def _(logits, ids, *, temperature=1.0, top_n=0, ignore_index=-100):
+def _(logits, ids, *, temperature=1.0, top_n=0, ignore_index=-100, allowed=None):
     rows, lists = logits.shape[:-1], (*logits.shape[:-1], top_n)
     return (
         logits.new_empty(ids.shape, dtype=torch.float32),
@@ -83,6 +98,7 @@ def _setup_context(ctx, inputs, options, output):
     logits, ids = inputs
     _, rank, top_ids, top_logprobs, logsumexp = output
     ctx.options = {name: options[name] for name in ("ignore_index", "temperature")}
+    ctx.allowed = options["allowed"]
     ctx.mark_non_differentiable(rank, top_ids, top_logprobs, logsumexp)
     ctx.save_for_backward(logits, ids, logsumexp)
 
@@ -96,6 +112,8 @@ def _backward(ctx, grad_logprob, *_):
         )
     # The loss of a token is minus its log-probability
     grad = torch.ops.dmax.oput_loss_backward(-grad_logprob, logits, ids, logsumexp, **ctx.options)
+    if ctx.allowed is not None:
+        grad = grad.masked_fill(~allowed_tokens(ctx.allowed, logits.shape[-1]), 0.0)
     return grad, None
 
 

@@ -1,9 +1,14 @@
 """Everything of an SPD step that follows the forward pass, in place."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dmax_kernels.ops._register import register_fake, register_in_place
+from dmax_kernels.vocabulary import visible_rows
 
 # The op's schema takes an index into these; csrc/common/semantics.h has the same order
 SEMANTICS = ("settled", "paper", "released")
@@ -28,6 +33,9 @@ def spd_step_(
     temperature: float = 1.0,
     suppress_token: int = -1,
     thresholds: Tensor | None = None,
+    suppress_tokens: Sequence[int] = (),
+    allowed: Tensor | None = None,
+    vocab_limit: int | None = None,
 ) -> None:
     """One step of Soft Parallel Decoding after the forward pass (Algorithm 1, lines 4-12).
 
@@ -63,17 +71,23 @@ def spd_step_(
             released ``decode_uniform``: >= in both tests, convergence when no updated position
             changed, only promoted positions committed, embeddings left alone on the stopping step.
         top_k: tokens in the hybrid embedding, 1..8.
-        temperature, suppress_token: as in :func:`dmax_kernels.top1_confidence`.
+        temperature, suppress_token, suppress_tokens, allowed, vocab_limit: as in
+            :func:`dmax_kernels.top1_confidence`; a mask of rows is [B, K, ceil(V / 32)].
         thresholds: float32 [B, 2], (tau_dec, tau_acc) of each row in place of the two numbers.
 
     Raises:
-        ValueError: unknown semantics.
+        ValueError: unknown semantics, suppress_tokens or a vocab_limit out of range.
         RuntimeError: wrong dtypes, shapes, devices, ids or k; a state tensor that is not
             contiguous; a written tensor that shares memory with another argument or requires a
             gradient. Nothing is written then.
     """
     if semantics not in SEMANTICS:
         raise ValueError(f"spd_step_: semantics must be one of {SEMANTICS}, got {semantics!r}")
+    logits, suppress_token, allowed = visible_rows(
+        "spd_step_", logits, suppress_token, suppress_tokens, allowed, vocab_limit
+    )
+    if vocab_limit is not None:
+        embedding = embedding[:vocab_limit]
     torch.ops.dmax.spd_step_(
         logits,
         embedding,
@@ -92,6 +106,7 @@ def spd_step_(
         temperature=temperature,
         suppress_token=suppress_token,
         thresholds=thresholds,
+        allowed=allowed,
     )
 
 

@@ -1,5 +1,7 @@
 """One step of threshold decoding with token editing, on static buffers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ def edit_step_(
     temperature: float = 1.0,
     suppress_token: int = -1,
     thresholds: Tensor | None = None,
+    **visibility: Any,
 ) -> None:
     if logits.dim() != 3 or logits.shape[1] < 1:
         raise RuntimeError(
@@ -45,7 +48,9 @@ def edit_step_(
     read = masked
     if rule == "joint_threshold":
         read = editable & may_edit
-    y, c = top1_confidence(logits, temperature=temperature, suppress_token=suppress_token)
+    y, c = top1_confidence(
+        logits, temperature=temperature, suppress_token=suppress_token, **visibility
+    )
 
     # Mask to token
     candidate = masked

@@ -24,9 +24,10 @@ def linear_top1_confidence(
     *,
     temperature: float = 1.0,
     suppress_token: int = -1,
+    **visibility: Any,
 ) -> tuple[Tensor, Tensor]:
-    logits = linear_logits(hidden, weight, bias)
-    return top1_confidence(logits, temperature=temperature, suppress_token=suppress_token)
+    visibility |= {"temperature": temperature, "suppress_token": suppress_token}
+    return top1_confidence(linear_logits(hidden, weight, bias), **visibility)
 
 
 def linear_sample_tokens(

@@ -1,9 +1,12 @@
 """Log-probabilities of given tokens, their ranks, and the most likely tokens beside them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dmax_kernels.ops.logprobs import TokenLogprobs
+from dmax_kernels.reference.top1 import masked_logits
 
 
 def token_logprobs(
@@ -13,8 +16,9 @@ def token_logprobs(
     temperature: float = 1.0,
     top_n: int = 0,
     ignore_index: int = -100,
+    **visibility: Any,
 ) -> TokenLogprobs:
-    x = logits.float()
+    x = masked_logits("token_logprobs", logits, **visibility)
     one_per_row = ids.dim() == x.dim() - 1
     columns = (ids.unsqueeze(-1) if one_per_row else ids).long()
     ignored = columns == ignore_index

@@ -1,5 +1,7 @@
 """One step of Soft Parallel Decoding: Algorithm 1, lines 4-12, on static buffers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ def spd_step_(
     temperature: float = 1.0,
     suppress_token: int = -1,
     thresholds: Tensor | None = None,
+    **visibility: Any,
 ) -> None:
     if logits.dim() != 3 or logits.shape[1] < 1:
         raise RuntimeError(
@@ -43,12 +46,11 @@ def spd_step_(
     active = ~converged.unsqueeze(-1)  # [B, 1]
 
     # Top-1 of every position, top-k where the hybrid embedding asks for it
-    y, c = top1_confidence(logits, temperature=temperature, suppress_token=suppress_token)
+    options = {"temperature": temperature, "suppress_token": suppress_token, **visibility}
+    y, c = top1_confidence(logits, **options)
     tokens_k, confidences_k = y.unsqueeze(-1), c.unsqueeze(-1)
     if top_k > 1:
-        tokens_k, confidences_k = topk_confidence(
-            logits, top_k, temperature=temperature, suppress_token=suppress_token
-        )
+        tokens_k, confidences_k = topk_confidence(logits, top_k, **options)
 
     # Promotion: the confident prefix of the masked positions
     promoted = prefix_promote(c, masked, decode, inclusive=released)

@@ -1,16 +1,18 @@
 """What decoding rules need of a row: top-1, runner-up, entropy and normaliser."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dmax_kernels.ops.statistics import RowStatistics
-from dmax_kernels.reference.top1 import softmax_of, visible_logits
+from dmax_kernels.reference.top1 import masked_logits, softmax_of
 
 
 def row_statistics(
-    logits: Tensor, *, temperature: float = 1.0, suppress_token: int = -1
+    logits: Tensor, *, temperature: float = 1.0, suppress_token: int = -1, **visibility: Any
 ) -> RowStatistics:
-    visible = visible_logits(logits, suppress_token)
+    visible = masked_logits("row_statistics", logits, suppress_token, **visibility)
     token = visible.argmax(dim=-1, keepdim=True)  # the first maximum; a NaN counts as the maximum
     probability = softmax_of(visible, temperature)
     confidence = probability.gather(-1, token)

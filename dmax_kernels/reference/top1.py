@@ -1,9 +1,13 @@
 """The most likely tokens of every row and their probabilities, whole or from vocabulary shards."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dmax_kernels.vocabulary import allowed_tokens
+from dmax_kernels.vocabulary import allowed_tokens, visible_rows, visible_shard
 
 
 def visible_logits(logits: Tensor, suppress_token: int, allowed: Tensor | None = None) -> Tensor:
@@ -19,15 +23,20 @@ def visible_logits(logits: Tensor, suppress_token: int, allowed: Tensor | None =
     return visible
 
 
+def masked_logits(op: str, logits: Tensor, suppress_token: int = -1, **visibility: Any) -> Tensor:
+    """visible_logits() for an op's suppress_tokens, allowed and vocab_limit."""
+    return visible_logits(*visible_rows(op, logits, suppress_token, **visibility))
+
+
 def softmax_of(visible: Tensor, temperature: float | Tensor) -> Tensor:
     """softmax(visible / temperature). Subtracting first keeps full precision under an offset."""
     return torch.softmax((visible - visible.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
 
 
 def top1_confidence(
-    logits: Tensor, *, temperature: float = 1.0, suppress_token: int = -1
+    logits: Tensor, *, temperature: float = 1.0, suppress_token: int = -1, **visibility: Any
 ) -> tuple[Tensor, Tensor]:
-    visible = visible_logits(logits, suppress_token)
+    visible = masked_logits("top1_confidence", logits, suppress_token, **visibility)
     token = visible.argmax(dim=-1)  # the first maximum; a NaN counts as the maximum
     probability = softmax_of(visible, temperature)
     confidence = probability.gather(-1, token.unsqueeze(-1)).squeeze(-1)
@@ -35,9 +44,9 @@ def top1_confidence(
 
 
 def topk_confidence(
-    logits: Tensor, k: int, *, temperature: float = 1.0, suppress_token: int = -1
+    logits: Tensor, k: int, *, temperature: float = 1.0, suppress_token: int = -1, **visibility: Any
 ) -> tuple[Tensor, Tensor]:
-    visible = visible_logits(logits, suppress_token)
+    visible = masked_logits("topk_confidence", logits, suppress_token, **visibility)
     # torch.topk leaves the order of ties open; a stable sort gives lowest id first, NaN before all
     tokens = torch.sort(visible, dim=-1, descending=True, stable=True).indices[..., :k]
     probability = softmax_of(visible, temperature)
@@ -53,10 +62,18 @@ def local_suppress_token(logits_shard: Tensor, vocab_start: int, suppress_token:
 
 
 def top1_partial(
-    logits_shard: Tensor, vocab_start: int, *, temperature: float = 1.0, suppress_token: int = -1
+    logits_shard: Tensor,
+    vocab_start: int,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+    **visibility: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    suppress_token, allowed = visible_shard(
+        "top1_partial", logits_shard, vocab_start, suppress_token, **visibility
+    )
     local = local_suppress_token(logits_shard, vocab_start, suppress_token)
-    visible = visible_logits(logits_shard, local)
+    visible = visible_logits(logits_shard, local, allowed)
     local_token = visible.argmax(dim=-1, keepdim=True)
     largest = visible.gather(-1, local_token)
     sum_exp = torch.exp((visible - largest) / temperature).sum(dim=-1)

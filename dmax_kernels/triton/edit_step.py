@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmax_kernels.ops.edit_step import EDIT_RULES
-from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
+from dmax_kernels.triton.launch import device_of, mask_of, next_power_of_2, row_view
 from dmax_kernels.triton.promote import passes_threshold
 from dmax_kernels.triton.top1 import top1_of_rows
 
@@ -135,6 +135,7 @@ def edit_step_(
     temperature: float = 1.0,
     suppress_token: int = -1,
     thresholds: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> None:
     batch, block, _ = logits.shape
     if batch == 0:
@@ -146,7 +147,9 @@ def edit_step_(
             editable, token, post_edit_steps, done, mask_token_id, max_post_edit_steps, block,
             unread, **shape,
         )
-        top = top1_of_rows(row_view(logits), temperature, suppress_token, unread)
+        top = top1_of_rows(
+            row_view(logits), temperature, suppress_token, unread, mask=mask_of(allowed)
+        )
         change_kernel[(batch,)](
             *top, unread, editable, token, prediction, confidence, post_edit_steps, done,
             mask_token_id, float(threshold), float(edit_threshold),

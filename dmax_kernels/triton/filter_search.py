@@ -8,7 +8,7 @@ import triton.language as tl
 
 from dmax_kernels.triton.philox import DRAW_TILE
 from dmax_kernels.triton.stats import NO_ID
-from dmax_kernels.triton.top1 import order_key
+from dmax_kernels.triton.topk import order_key
 
 LOWEST_KEY = tl.constexpr(-0x7F800001)  # of -inf
 

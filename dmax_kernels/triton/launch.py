@@ -49,6 +49,33 @@ def row_view(t: Tensor) -> Rows:
     return Rows(t, rows, t.shape[-1], stride)
 
 
+class Mask(NamedTuple):
+    """The mask ``allowed`` of rows: int32 words, and from a row's words to the next row's."""
+
+    words: Tensor | None
+    stride: int  # 0: one row of words for all
+
+    @property
+    def given(self) -> bool:
+        return self.words is not None
+
+    def span(self, rows: slice) -> "Mask":
+        """That of some rows."""
+        if self.words is None or self.stride == 0:
+            return self
+        return self._replace(words=self.words[rows])
+
+
+NO_MASK = Mask(None, 0)
+
+
+def mask_of(allowed: Tensor | None) -> Mask:
+    if allowed is None:
+        return NO_MASK
+    words = allowed.reshape(-1, allowed.shape[-1]).contiguous()
+    return Mask(words, 0 if len(words) == 1 else words.shape[1])
+
+
 @functools.cache
 def num_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmax_kernels.triton.draw import Results, greedy_results, store_sample
-from dmax_kernels.triton.launch import Rows, device_of, next_power_of_2, row_view
+from dmax_kernels.triton.launch import Rows, device_of, mask_of, next_power_of_2, row_view
 from dmax_kernels.triton.linear_chunks import float32_product
 from dmax_kernels.triton.linear_gradients import (
     linear_oput_loss_backward,
@@ -40,6 +40,7 @@ def linear_top1_confidence(
     *,
     temperature: float = 1.0,
     suppress_token: int = -1,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     shape, device = hidden.shape[:-1], hidden.device
     token = torch.empty(shape, dtype=torch.int64, device=device)
@@ -49,7 +50,8 @@ def linear_top1_confidence(
     bias = None if bias is None else bias.contiguous()
     with device_of(hidden):
         for span, partials in linear_statistics(
-            row_view(hidden), row_view(weight), bias, temperature, suppress_token
+            row_view(hidden), row_view(weight), bias, temperature, suppress_token,
+            mask=mask_of(allowed),
         ):
             merge_top1(
                 Partials(*partials[:3], partials.num_groups), softmax_scale(temperature),

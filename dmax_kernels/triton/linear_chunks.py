@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dmax_kernels.triton.draw import sample_of_tiles
-from dmax_kernels.triton.launch import Rows
+from dmax_kernels.triton.launch import Mask, Rows
 from dmax_kernels.triton.philox import DRAW_TILE, row_key
 from dmax_kernels.triton.stats import softmax_scale, tile_statistics
 
@@ -22,12 +22,17 @@ CHUNK_TILE = 1024  # tokens per program
 CHUNK_BYTES = 64 << 20
 
 
-@triton.jit(do_not_specialize=["first", "count", "suppress_token", "first_row", "num_tiles"])
+@triton.jit(
+    do_not_specialize=[
+        "first", "count", "suppress_token", "mask_stride", "first_row", "num_tiles",
+    ]
+)  # fmt: skip
 def chunk_statistics_kernel(
-    logits, logits_stride, bias, first, count, suppress_token, scale,
+    logits, logits_stride, bias, first, count, suppress_token, allowed, mask_stride, scale,
     seed, first_row, inverse_temperature,
     partial_max, partial_sum, partial_token, partial_score, partial_value, num_tiles,
-    HAS_BIAS: tl.constexpr, SAMPLE: tl.constexpr, SEED_PER_ROW: tl.constexpr, TILE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ALLOWED: tl.constexpr, SAMPLE: tl.constexpr,
+    SEED_PER_ROW: tl.constexpr, TILE: tl.constexpr,
 ):
     """Reduces tokens first .. first + count, whose logits are in the buffer.
 
@@ -46,6 +51,9 @@ def chunk_statistics_kernel(
     if HAS_BIAS:
         x += tl.load(bias + ids, mask=place < count, other=0.0).to(tl.float32)
     x = tl.where(ids == suppress_token, float("-inf"), x)
+    if HAS_ALLOWED:
+        words = tl.load(allowed + row * mask_stride + ids // 32, mask=place < count, other=0)
+        x = tl.where(((words >> (ids % 32)) & 1) != 0, x, float("-inf"))
     at = row * num_tiles + tile
     if SAMPLE:
         key, offset, row_number = row_key(seed, row, SEED_PER_ROW)
@@ -92,7 +100,8 @@ def chunk_buffer(hidden: Tensor, rows: int, vocab: int) -> Tensor:
 
 def chunk_statistics(
     hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
-    seed: Tensor | None, first_row: int, partials: tuple[Tensor | None, ...], buffer: Tensor,
+    seed: Tensor | None, first_row: int, mask: Mask, partials: tuple[Tensor | None, ...],
+    buffer: Tensor,
 ) -> None:
     """Fills in the partial results, [rows, tiles] each."""
     vocab = weight.count
@@ -102,9 +111,9 @@ def chunk_statistics(
         logits = buffer[:, :count]
         float32_product(hidden.tensor, table[first : first + count].t(), out=logits)
         chunk_statistics_kernel[(hidden.count, -(-count // CHUNK_TILE))](
-            logits, buffer.stride(0), bias, first, count, suppress_token,
+            logits, buffer.stride(0), bias, first, count, suppress_token, *mask,
             softmax_scale(temperature), seed, first_row, 1.0 / temperature, *partials,
             -(-vocab // CHUNK_TILE),
-            HAS_BIAS=bias is not None, SAMPLE=seed is not None,
+            HAS_BIAS=bias is not None, HAS_ALLOWED=mask.given, SAMPLE=seed is not None,
             SEED_PER_ROW=seed is not None and seed.dim() == 2, TILE=CHUNK_TILE, num_warps=4,
         )

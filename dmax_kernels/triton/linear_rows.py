@@ -16,7 +16,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
-from dmax_kernels.triton.launch import Rows, next_power_of_2, num_multiprocessors
+from dmax_kernels.triton.launch import (
+    NO_MASK,
+    Mask,
+    Rows,
+    next_power_of_2,
+    num_multiprocessors,
+)
 from dmax_kernels.triton.linear_chunks import CHUNK_TILE, chunk_buffer, chunk_statistics
 from dmax_kernels.triton.philox import DRAW_TILE, id_noise, tile_noise
 from dmax_kernels.triton.stats import NO_ID, finite_or_zero, softmax_scale
@@ -279,12 +285,13 @@ def fused_statistics(
 
 def linear_statistics(
     hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
-    seed: Tensor | None = None,
+    seed: Tensor | None = None, mask: Mask = NO_MASK,
 ) -> Iterator[tuple[slice, LinearPartials]]:
     """Yields (rows, their partial results); ``seed``, [2] or [rows, 2], asks for samples."""
     device, dtype = hidden.tensor.device, hidden.tensor.dtype
     sampling, seed_per_row = seed is not None, seed is not None and seed.dim() == 2
-    chunked = takes_chunks(hidden.count, dtype, sampling)
+    # Bits per row and token would not fit into the fused kernel's registers beside its accumulators
+    chunked = mask.given or takes_chunks(hidden.count, dtype, sampling)
     flat = hidden.tensor.as_strided((hidden.count, hidden.width), (hidden.stride, 1))
     plans = []
     for first in range(0, hidden.count, MOST_ROWS):
@@ -311,7 +318,7 @@ def linear_statistics(
             first,
         )
         if chunked:
-            chunk_statistics(*arguments, partials, logits[:count])
+            chunk_statistics(*arguments, mask.span(span), partials, logits[:count])
         else:
             fused_statistics(*arguments, tiles, partials, num_groups)
         yield span, LinearPartials(*partials, num_groups)

@@ -13,32 +13,43 @@ from dmax_kernels.triton.launch import (
     TILE_WARPS,
     choose_tiles,
     device_of,
+    mask_of,
     next_power_of_2,
     row_view,
 )
 from dmax_kernels.triton.loss import merge_log_sums
 from dmax_kernels.triton.stats import (
-    load_tile,
+    load_visible_tile,
     softmax_scale,
     sum_of_exponentials,
     tiles_of_program,
 )
-from dmax_kernels.triton.top1 import topk_of_rows
+from dmax_kernels.triton.topk import topk_of_rows
+
+
+@triton.jit
+def logit_of(row, token, known, allowed, HAS_ALLOWED: tl.constexpr):
+    """The token's logit, NaN if it is not known, -inf if the row's mask does not allow it."""
+    value = tl.load(row + token, mask=known, other=float("nan")).to(tl.float32)
+    if HAS_ALLOWED:
+        word = tl.load(allowed + token // 32, mask=known, other=-1)
+        value = tl.where(((word >> (token % 32).to(tl.int32)) & 1) != 0, value, float("-inf"))
+    return value
 
 
 @triton.jit
 def store_tile_counts(
-    row, tile, vocab, tokens, per_row, scale, out_max, out_sum, out_counts,
-    MASKED: tl.constexpr, TILE: tl.constexpr,
+    row, tile, vocab, allowed, tokens, per_row, scale, out_max, out_sum, out_counts,
+    HAS_ALLOWED: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
 ):
-    ids, x = load_tile(row, tile * TILE, vocab, -1, MASKED, TILE)
+    ids, x = load_visible_tile(row, tile * TILE, vocab, -1, allowed, HAS_ALLOWED, MASKED, TILE)
     maximum = tl.max(x, axis=0)
     tl.store(out_max + tile, maximum)
     tl.store(out_sum + tile, sum_of_exponentials(x, maximum, scale))
     for j in range(per_row):
         token = tl.load(tokens + j).to(tl.int64)
         known = (token >= 0) & (token < vocab)
-        value = tl.load(row + token, mask=known, other=float("nan")).to(tl.float32)
+        value = logit_of(row, token, known, allowed, HAS_ALLOWED)
         # In front of the token: NaN, the larger values, and of its equals those of a lower id
         nan, lower = x != x, ids < token
         ahead = tl.where(value != value, nan & lower, (x > value) | nan | ((x == value) & lower))
@@ -46,13 +57,16 @@ def store_tile_counts(
         tl.store(out_counts + tile * per_row + j, tl.sum(before, axis=0))
 
 
-@triton.jit(do_not_specialize=["num_tiles", "tiles_per_program", "per_row"])
+@triton.jit(do_not_specialize=["mask_stride", "num_tiles", "tiles_per_program", "per_row"])
 def tile_counts_kernel(
-    logits, row_stride, vocab, tokens, scale, partial_max, partial_sum, partial_counts,
-    num_tiles, tiles_per_program, per_row, TILE: tl.constexpr,
+    logits, row_stride, vocab, allowed, mask_stride, tokens, scale, partial_max, partial_sum,
+    partial_counts, num_tiles, tiles_per_program, per_row, HAS_ALLOWED: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     row_id = tl.program_id(0).to(tl.int64)
     row = logits + row_id * row_stride
+    if HAS_ALLOWED:
+        allowed += row_id * mask_stride
     row_tokens = tokens + row_id * per_row
     out_max = partial_max + row_id * num_tiles
     out_sum = partial_sum + row_id * num_tiles
@@ -61,23 +75,28 @@ def tile_counts_kernel(
     first, last, full_tiles = tiles_of_program(num_tiles, tiles_per_program, vocab, TILE)
     for tile in range(first, tl.minimum(last, full_tiles)):
         store_tile_counts(
-            row, tile, vocab, row_tokens, per_row, scale, out_max, out_sum, out_counts, False, TILE
+            row, tile, vocab, allowed, row_tokens, per_row, scale, out_max, out_sum, out_counts,
+            HAS_ALLOWED, False, TILE,
         )
     if last > full_tiles:
         store_tile_counts(
-            row, full_tiles, vocab, row_tokens, per_row, scale, out_max, out_sum, out_counts, True,
-            TILE,
+            row, full_tiles, vocab, allowed, row_tokens, per_row, scale, out_max, out_sum,
+            out_counts, HAS_ALLOWED, True, TILE,
         )
 
 
-@triton.jit(do_not_specialize=["num_tiles", "ignore_index", "per_row", "top_n"])
+@triton.jit(do_not_specialize=["mask_stride", "num_tiles", "ignore_index", "per_row", "top_n"])
 def logprobs_merge_kernel(
-    logits, row_stride, vocab, tokens, ignore_index, scale, inverse_temperature,
+    logits, row_stride, vocab, allowed, mask_stride, tokens, ignore_index, scale,
+    inverse_temperature,
     partial_max, partial_sum, partial_counts, num_tiles, top_ids,
-    logprob, rank, top_logprobs, logsumexp, per_row, top_n, TILES: tl.constexpr,
+    logprob, rank, top_logprobs, logsumexp, per_row, top_n,
+    HAS_ALLOWED: tl.constexpr, TILES: tl.constexpr,
 ):
     row_id = tl.program_id(0).to(tl.int64)
     row = logits + row_id * row_stride
+    if HAS_ALLOWED:
+        allowed += row_id * mask_stride
     tiles = tl.arange(0, TILES)
     valid = tiles < num_tiles
     maxima = tl.load(partial_max + row_id * num_tiles + tiles, mask=valid, other=float("-inf"))
@@ -89,7 +108,7 @@ def logprobs_merge_kernel(
         token = tl.load(tokens + at).to(tl.int64)
         ignored = token == ignore_index
         known = (token >= 0) & (token < vocab)
-        value = tl.load(row + token, mask=known, other=float("nan")).to(tl.float32)
+        value = logit_of(row, token, known, allowed, HAS_ALLOWED)
         value = (value - best) * inverse_temperature - log_sum
         counts = tl.load(
             partial_counts + (row_id * num_tiles + tiles) * per_row + j, mask=valid, other=0
@@ -99,7 +118,7 @@ def logprobs_merge_kernel(
         tl.store(rank + at, tl.where(known & (ignored == 0), count, -1))
     for j in range(top_n):
         at = row_id * top_n + j
-        value = tl.load(row + tl.load(top_ids + at)).to(tl.float32)
+        value = logit_of(row, tl.load(top_ids + at), True, allowed, HAS_ALLOWED)
         tl.store(top_logprobs + at, (value - best) * inverse_temperature - log_sum)
 
 
@@ -110,6 +129,7 @@ def token_logprobs(
     temperature: float = 1.0,
     top_n: int = 0,
     ignore_index: int = -100,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, device = logits.shape[:-1], logits.device
     per_row = 1 if ids.dim() < logits.dim() else ids.shape[-1]
@@ -121,9 +141,9 @@ def token_logprobs(
     if logsumexp.numel() == 0:
         return logprob, rank, top_ids, top_logprobs, logsumexp
     with device_of(logits):
-        rows, tokens = row_view(logits), ids.contiguous()
+        rows, tokens, mask = row_view(logits), ids.contiguous(), mask_of(allowed)
         if top_n > 0:
-            top_ids = topk_of_rows(rows, top_n, 1.0, -1)[0].view(top_ids.shape)
+            top_ids = topk_of_rows(rows, top_n, 1.0, -1, mask=mask)[0].view(top_ids.shape)
         scale = softmax_scale(temperature)
         tiles = choose_tiles(rows.count, rows.width, device)
         partials = [
@@ -132,12 +152,14 @@ def token_logprobs(
         ]
         counts = torch.empty((rows.count, tiles.count, per_row), dtype=torch.int32, device=device)
         tile_counts_kernel[(rows.count, tiles.programs)](
-            rows.tensor, rows.stride, rows.width, tokens, scale, *partials, counts,
-            tiles.count, tiles.per_program, per_row, TILE=TILE, num_warps=TILE_WARPS,
+            rows.tensor, rows.stride, rows.width, *mask, tokens, scale, *partials, counts,
+            tiles.count, tiles.per_program, per_row, HAS_ALLOWED=mask.given, TILE=TILE,
+            num_warps=TILE_WARPS,
         )
         logprobs_merge_kernel[(rows.count,)](
-            rows.tensor, rows.stride, rows.width, tokens, ignore_index, scale, 1.0 / temperature,
-            *partials, counts, tiles.count, top_ids, logprob, rank, top_logprobs, logsumexp,
-            per_row, top_n, TILES=next_power_of_2(tiles.count), num_warps=1,
+            rows.tensor, rows.stride, rows.width, *mask, tokens, ignore_index, scale,
+            1.0 / temperature, *partials, counts, tiles.count, top_ids, logprob, rank, top_logprobs,
+            logsumexp, per_row, top_n, HAS_ALLOWED=mask.given,
+            TILES=next_power_of_2(tiles.count), num_warps=1,
         )
     return logprob, rank, top_ids, top_logprobs, logsumexp

@@ -28,7 +28,7 @@ from dmax_kernels.triton.filter_search import (
 from dmax_kernels.triton.launch import Rows, next_power_of_2
 from dmax_kernels.triton.philox import DRAW_TILE, row_key, tile_noise
 from dmax_kernels.triton.stats import LOG2_E, NO_ID
-from dmax_kernels.triton.top1 import order_key, value_of_key
+from dmax_kernels.triton.topk import order_key, value_of_key
 
 LOG2_E_DEVICE = tl.constexpr(LOG2_E)
 

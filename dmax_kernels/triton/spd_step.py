@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dmax_kernels.ops.spd_step import SEMANTICS
 from dmax_kernels.triton.embedding import chunk_of, copy_row, write_hybrid
-from dmax_kernels.triton.launch import device_of, next_power_of_2, row_view
+from dmax_kernels.triton.launch import device_of, mask_of, next_power_of_2, row_view
 from dmax_kernels.triton.promote import passes_threshold, promotable
-from dmax_kernels.triton.top1 import top1_of_rows, topk_of_rows
+from dmax_kernels.triton.top1 import top1_of_rows
+from dmax_kernels.triton.topk import topk_of_rows
 
 # What a position's next input embedding is
 KEEP = tl.constexpr(0)
@@ -131,6 +132,7 @@ def spd_step_(
     temperature: float = 1.0,
     suppress_token: int = -1,
     thresholds: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> None:
     batch, block, vocab = logits.shape
     if batch == 0:
@@ -138,10 +140,11 @@ def spd_step_(
     rows, embedding_rows = row_view(logits), row_view(embedding)
     source = torch.empty((batch, block), dtype=torch.int8, device=logits.device)
     with device_of(logits):
+        mask = mask_of(allowed)
         if top_k == 1:
-            top = top1_of_rows(rows, temperature, suppress_token, converged, block)
+            top = top1_of_rows(rows, temperature, suppress_token, converged, block, mask)
         else:
-            top = topk_of_rows(rows, top_k, temperature, suppress_token, converged, block)
+            top = topk_of_rows(rows, top_k, temperature, suppress_token, converged, block, mask)
         decide_kernel[(batch,)](
             *top, editable, masked, token, confidence, converged, step,
             mask_token_id, float(tau_dec), float(tau_acc),

@@ -10,13 +10,14 @@ from dmax_kernels.triton.launch import (
     TILE_WARPS,
     choose_tiles,
     device_of,
+    mask_of,
     next_power_of_2,
     row_view,
 )
 from dmax_kernels.triton.stats import (
     finite_or_zero,
     load_partials,
-    load_tile,
+    load_visible_tile,
     merge_statistics,
     softmax_scale,
     tile_statistics,
@@ -39,10 +40,12 @@ def log1p(x):
 
 @triton.jit
 def store_tile(
-    row, tile, vocab, suppress_token, scale, out_max, out_sum, out_token, out_rest, out_exponent,
-    out_second, MASKED: tl.constexpr, TILE: tl.constexpr,
+    row, tile, vocab, suppress_token, allowed, scale, out_max, out_sum, out_token, out_rest,
+    out_exponent, out_second, HAS_ALLOWED: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
 ):
-    ids, x = load_tile(row, tile * TILE, vocab, suppress_token, MASKED, TILE)
+    ids, x = load_visible_tile(
+        row, tile * TILE, vocab, suppress_token, allowed, HAS_ALLOWED, MASKED, TILE
+    )
     maximum, sum_exp, token = tile_statistics(x, ids, scale)
     tl.store(out_max + tile, maximum)
     tl.store(out_sum + tile, sum_exp)
@@ -56,14 +59,18 @@ def store_tile(
     tl.store(out_second + tile, tl.max(tl.where(ids == token, float("-inf"), x), axis=0))
 
 
-@triton.jit(do_not_specialize=["suppress_token", "num_tiles", "tiles_per_program"])
+@triton.jit(
+    do_not_specialize=["suppress_token", "mask_stride", "num_tiles", "tiles_per_program"]
+)
 def tile_entropy_kernel(
-    logits, row_stride, vocab, suppress_token, scale,
+    logits, row_stride, vocab, suppress_token, allowed, mask_stride, scale,
     partial_max, partial_sum, partial_token, partial_rest, partial_exponent, partial_second,
-    num_tiles, tiles_per_program, TILE: tl.constexpr,
+    num_tiles, tiles_per_program, HAS_ALLOWED: tl.constexpr, TILE: tl.constexpr,
 ):
     row_id = tl.program_id(0).to(tl.int64)
     row = logits + row_id * row_stride
+    if HAS_ALLOWED:
+        allowed += row_id * mask_stride
     out_max = partial_max + row_id * num_tiles
     out_sum = partial_sum + row_id * num_tiles
     out_token = partial_token + row_id * num_tiles
@@ -74,13 +81,13 @@ def tile_entropy_kernel(
     first, last, full_tiles = tiles_of_program(num_tiles, tiles_per_program, vocab, TILE)
     for tile in range(first, tl.minimum(last, full_tiles)):
         store_tile(
-            row, tile, vocab, suppress_token, scale,
-            out_max, out_sum, out_token, out_rest, out_exponent, out_second, False, TILE,
+            row, tile, vocab, suppress_token, allowed, scale, out_max, out_sum, out_token, out_rest,
+            out_exponent, out_second, HAS_ALLOWED, False, TILE,
         )
     if last > full_tiles:
         store_tile(
-            row, full_tiles, vocab, suppress_token, scale,
-            out_max, out_sum, out_token, out_rest, out_exponent, out_second, True, TILE,
+            row, full_tiles, vocab, suppress_token, allowed, scale, out_max, out_sum, out_token,
+            out_rest, out_exponent, out_second, HAS_ALLOWED, True, TILE,
         )
 
 
@@ -124,7 +131,11 @@ def entropy_merge_tiles_kernel(
 
 
 def row_statistics(
-    logits: Tensor, *, temperature: float = 1.0, suppress_token: int = -1
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, device = logits.shape[:-1], logits.device
     token = torch.empty(shape, dtype=torch.int64, device=device)
@@ -132,7 +143,7 @@ def row_statistics(
     if token.numel() == 0:
         return token, *others
     with device_of(logits):
-        rows = row_view(logits)
+        rows, mask = row_view(logits), mask_of(allowed)
         scale = softmax_scale(temperature)
         tiles = choose_tiles(rows.count, rows.width, device)
         f32, i32 = torch.float32, torch.int32
@@ -141,8 +152,8 @@ def row_statistics(
             for dtype in (f32, f32, i32, f32, f32, f32)
         ]
         tile_entropy_kernel[(rows.count, tiles.programs)](
-            rows.tensor, rows.stride, rows.width, suppress_token, scale, *partials,
-            tiles.count, tiles.per_program, TILE=TILE, num_warps=TILE_WARPS,
+            rows.tensor, rows.stride, rows.width, suppress_token, *mask, scale, *partials,
+            tiles.count, tiles.per_program, HAS_ALLOWED=mask.given, TILE=TILE, num_warps=TILE_WARPS,
         )
         entropy_merge_tiles_kernel[(rows.count,)](
             *partials, tiles.count, scale, 1.0 / temperature, token, *others,

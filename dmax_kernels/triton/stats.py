@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmax_kernels.triton.launch import TILE, TILE_WARPS, Rows, choose_tiles
+from dmax_kernels.triton.launch import NO_MASK, TILE, TILE_WARPS, Mask, Rows, choose_tiles
 
 NO_ID = tl.constexpr(0x7FFFFFFF)
 LOG2_E = 1.4426950408889634
@@ -35,6 +35,27 @@ def load_tile(row, start, vocab, suppress_token, MASKED: tl.constexpr, TILE: tl.
     # Only the one tile that holds it pays for the comparisons
     if (suppress_token >= start) & (suppress_token < start + TILE):
         x = tl.where(ids == suppress_token, float("-inf"), x)
+    return ids, x
+
+
+@triton.jit
+def load_visible_tile(
+    row, start, vocab, suppress_token, allowed, HAS_ALLOWED: tl.constexpr, MASKED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """load_tile() with -inf where the row's mask does not allow the id, too. A tile of which
+    nothing is allowed is not read.
+    """
+    if HAS_ALLOWED:
+        ids = start + tl.arange(0, TILE)
+        words = tl.load(allowed + ids // 32, mask=ids < vocab, other=0)
+        visible = ((words >> (ids % 32)) & 1) != 0
+        x = tl.full([TILE], float("-inf"), tl.float32)
+        if tl.max(visible.to(tl.int32), axis=0) > 0:
+            _, x = load_tile(row, start, vocab, suppress_token, MASKED, TILE)
+            x = tl.where(visible, x, float("-inf"))
+    else:
+        ids, x = load_tile(row, start, vocab, suppress_token, MASKED, TILE)
     return ids, x
 
 
@@ -115,10 +136,12 @@ def tiles_of_program(num_tiles, tiles_per_program, vocab, TILE: tl.constexpr):
 
 @triton.jit
 def store_tile_statistics(
-    row, tile, vocab, suppress_token, scale, out_max, out_sum, out_token, MASKED: tl.constexpr,
-    TILE: tl.constexpr,
+    row, tile, vocab, suppress_token, allowed, scale, out_max, out_sum, out_token,
+    HAS_ALLOWED: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr,
 ):
-    ids, x = load_tile(row, tile * TILE, vocab, suppress_token, MASKED, TILE)
+    ids, x = load_visible_tile(
+        row, tile * TILE, vocab, suppress_token, allowed, HAS_ALLOWED, MASKED, TILE
+    )
     maximum, sum_exp, token = tile_statistics(x, ids, scale)
     tl.store(out_max + tile, maximum)
     tl.store(out_sum + tile, sum_exp)
@@ -126,12 +149,18 @@ def store_tile_statistics(
 
 
 # These change between calls and must not compile the kernel again
-@triton.jit(do_not_specialize=["suppress_token", "num_tiles", "tiles_per_program", "frozen_span"])
+@triton.jit(
+    do_not_specialize=[
+        "suppress_token", "mask_stride", "num_tiles", "tiles_per_program", "frozen_span",
+    ]
+)  # fmt: skip
 def tile_statistics_kernel(
     logits,
     row_stride,
     vocab,
     suppress_token,
+    allowed,  # int32, mask_stride words from a row to the next (HAS_ALLOWED)
+    mask_stride,
     scale,
     frozen,  # bool, one per frozen_span rows: their logits are not read (HAS_FROZEN)
     frozen_span,
@@ -141,6 +170,7 @@ def tile_statistics_kernel(
     num_tiles,
     tiles_per_program,
     HAS_FROZEN: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     row_id = tl.program_id(0).to(tl.int64)  # int32 overflows at row 13,663 of V = 157,184
@@ -148,6 +178,8 @@ def tile_statistics_kernel(
         if tl.load(frozen + row_id // frozen_span):
             return
     row = logits + row_id * row_stride
+    if HAS_ALLOWED:
+        allowed += row_id * mask_stride
     out_max = partial_max + row_id * num_tiles
     out_sum = partial_sum + row_id * num_tiles
     out_token = partial_token + row_id * num_tiles
@@ -155,11 +187,13 @@ def tile_statistics_kernel(
     first, last, full_tiles = tiles_of_program(num_tiles, tiles_per_program, vocab, TILE)
     for tile in range(first, tl.minimum(last, full_tiles)):
         store_tile_statistics(
-            row, tile, vocab, suppress_token, scale, out_max, out_sum, out_token, False, TILE
+            row, tile, vocab, suppress_token, allowed, scale, out_max, out_sum, out_token,
+            HAS_ALLOWED, False, TILE,
         )
     if last > full_tiles:
         store_tile_statistics(
-            row, full_tiles, vocab, suppress_token, scale, out_max, out_sum, out_token, True, TILE
+            row, full_tiles, vocab, suppress_token, allowed, scale, out_max, out_sum, out_token,
+            HAS_ALLOWED, True, TILE,
         )
 
 
@@ -178,6 +212,7 @@ def launch_tile_statistics(
     scale: float,
     frozen: Tensor | None = None,
     frozen_span: int = 1,
+    mask: Mask = NO_MASK,
 ) -> Partials:
     """One read of the logits; rows of a frozen span are skipped, and their partials stay unset."""
     tiles = choose_tiles(rows.count, rows.width, rows.tensor.device)
@@ -190,8 +225,8 @@ def launch_tile_statistics(
         tiles.count,
     )
     tile_statistics_kernel[(rows.count, tiles.programs)](
-        rows.tensor, rows.stride, rows.width, suppress_token, scale,
+        rows.tensor, rows.stride, rows.width, suppress_token, *mask, scale,
         frozen, frozen_span, *partials, tiles.per_program,
-        HAS_FROZEN=frozen is not None, TILE=TILE, num_warps=TILE_WARPS,
+        HAS_FROZEN=frozen is not None, HAS_ALLOWED=mask.given, TILE=TILE, num_warps=TILE_WARPS,
     )
     return partials

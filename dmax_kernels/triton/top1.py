@@ -9,26 +9,23 @@ import triton.language as tl
 from torch import Tensor
 
 from dmax_kernels.triton.launch import (
-    TILE,
-    TILE_WARPS,
+    NO_MASK,
+    Mask,
     Rows,
-    choose_tiles,
     device_of,
+    mask_of,
     next_power_of_2,
     row_view,
 )
 from dmax_kernels.triton.stats import (
     Partials,
-    first_where,
     launch_tile_statistics,
     load_partials,
-    load_tile,
     merge_statistics,
     merge_sums,
     softmax_scale,
-    sum_of_exponentials,
-    tiles_of_program,
 )
+from dmax_kernels.triton.topk import topk_of_rows
 
 
 @triton.jit
@@ -60,6 +57,7 @@ def top1_of_rows(
     suppress_token: int,
     frozen: Tensor | None = None,
     frozen_span: int = 1,
+    mask: Mask = NO_MASK,
 ) -> tuple[Tensor, Tensor]:
     """(token, confidence), [rows] each; those of a frozen span stay unset."""
     device = rows.tensor.device
@@ -68,7 +66,7 @@ def top1_of_rows(
     if rows.count == 0:
         return token, confidence
     scale = softmax_scale(temperature)
-    partials = launch_tile_statistics(rows, suppress_token, scale, frozen, frozen_span)
+    partials = launch_tile_statistics(rows, suppress_token, scale, frozen, frozen_span, mask)
     merge_top1(partials, scale, token, confidence, frozen, frozen_span)
     return token, confidence
 
@@ -88,155 +86,31 @@ def merge_top1(
 
 
 def top1_confidence(
-    logits: Tensor, *, temperature: float = 1.0, suppress_token: int = -1
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     with device_of(logits):
-        token, confidence = top1_of_rows(row_view(logits), temperature, suppress_token)
+        token, confidence = top1_of_rows(
+            row_view(logits), temperature, suppress_token, mask=mask_of(allowed)
+        )
     return token.view(logits.shape[:-1]), confidence.view(logits.shape[:-1])
 
 
-NAN_KEY = tl.constexpr(0x7FFFFFFF)
-NO_KEY = tl.constexpr(-0x80000000)  # below the key of -inf: taken already, or past the end
-
-
-@triton.jit
-def order_key(x):
-    """An int32 that orders as x does, NaN first; -0 and +0 share one key."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(x != x, NAN_KEY, key)
-
-
-@triton.jit
-def value_of_key(key):
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def store_tile_topk(
-    row, tile, vocab, suppress_token, scale, out_max, out_sum, out_key, out_token,
-    MASKED: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
-):
-    ids, x = load_tile(row, tile * TILE, vocab, suppress_token, MASKED, TILE)
-    maximum = tl.max(x, axis=0)
-    tl.store(out_max + tile, maximum)
-    tl.store(out_sum + tile, sum_of_exponentials(x, maximum, scale))
-    key = order_key(x)
-    if MASKED:
-        key = tl.where(ids < vocab, key, NO_KEY)
-    for i in tl.static_range(K):
-        best = tl.max(key, axis=0)
-        token = first_where(key == best, ids)
-        tl.store(out_key + tile * K + i, best)
-        tl.store(out_token + tile * K + i, token)
-        key = tl.where(ids == token, NO_KEY, key)
-
-
-@triton.jit(do_not_specialize=["suppress_token", "num_tiles", "tiles_per_program", "frozen_span"])
-def tile_topk_kernel(
-    logits, row_stride, vocab, suppress_token, scale, frozen, frozen_span,
-    partial_max, partial_sum, partial_key, partial_token, num_tiles, tiles_per_program,
-    HAS_FROZEN: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
-):
-    row_id = tl.program_id(0).to(tl.int64)
-    if HAS_FROZEN:  # noqa: SIM102 (the kernel language has no `and` over a constexpr and a load)
-        if tl.load(frozen + row_id // frozen_span):
-            return
-    row = logits + row_id * row_stride
-    out_max = partial_max + row_id * num_tiles
-    out_sum = partial_sum + row_id * num_tiles
-    out_key = partial_key + row_id * num_tiles * K
-    out_token = partial_token + row_id * num_tiles * K
-
-    first, last, full_tiles = tiles_of_program(num_tiles, tiles_per_program, vocab, TILE)
-    for tile in range(first, tl.minimum(last, full_tiles)):
-        store_tile_topk(
-            row, tile, vocab, suppress_token, scale,
-            out_max, out_sum, out_key, out_token, False, K, TILE,
-        )
-    if last > full_tiles:
-        store_tile_topk(
-            row, full_tiles, vocab, suppress_token, scale,
-            out_max, out_sum, out_key, out_token, True, K, TILE,
-        )
-
-
-@triton.jit(do_not_specialize=["num_tiles", "frozen_span"])
-def topk_merge_tiles_kernel(
-    partial_max, partial_sum, partial_key, partial_token, num_tiles, scale, frozen, frozen_span,
-    tokens, confidences, HAS_FROZEN: tl.constexpr, K: tl.constexpr,
-    TILES: tl.constexpr, CANDIDATES: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    if HAS_FROZEN:  # noqa: SIM102 (the kernel language has no `and` over a constexpr and a load)
-        if tl.load(frozen + row // frozen_span):
-            return
-
-    # The row's normaliser, and whether it has one
-    tiles = tl.arange(0, TILES)
-    valid = tiles < num_tiles
-    maxima = tl.load(partial_max + row * num_tiles + tiles, mask=valid, other=float("-inf"))
-    sums = tl.load(partial_sum + row * num_tiles + tiles, mask=valid, other=0.0)
-    best = tl.max(maxima, axis=0)
-    total = merge_sums(maxima, sums, best, scale)
-    broken = (tl.abs(best) == float("inf")) | (total != total)
-
-    # The best k of all tiles' candidates
-    candidates = tl.arange(0, CANDIDATES)
-    at = row * num_tiles * K + candidates
-    valid = candidates < num_tiles * K
-    key = tl.load(partial_key + at, mask=valid, other=NO_KEY)
-    token = tl.load(partial_token + at, mask=valid, other=0)
-    for i in tl.static_range(K):
-        best_key = tl.max(key, axis=0)
-        winner = first_where(key == best_key, token)
-        confidence = tl.exp2((value_of_key(best_key) - best) * scale) / total
-        tl.store(tokens + row * K + i, winner.to(tl.int64))
-        tl.store(confidences + row * K + i, tl.where(broken, float("nan"), confidence))
-        key = tl.where(token == winner, NO_KEY, key)
-
-
-def topk_of_rows(
-    rows: Rows,
-    k: int,
-    temperature: float,
-    suppress_token: int,
-    frozen: Tensor | None = None,
-    frozen_span: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """(tokens, confidences), [rows, k] each; those of a frozen span stay unset."""
-    device = rows.tensor.device
-    tokens = torch.empty((rows.count, k), dtype=torch.int64, device=device)
-    confidences = torch.empty((rows.count, k), dtype=torch.float32, device=device)
-    if rows.count == 0:
-        return tokens, confidences
-    tiles = choose_tiles(rows.count, rows.width, device)
-    scale = softmax_scale(temperature)
-    statistics = [
-        torch.empty((rows.count, tiles.count), dtype=torch.float32, device=device) for _ in range(2)
-    ]
-    candidates = [
-        torch.empty((rows.count, tiles.count, k), dtype=torch.int32, device=device)
-        for _ in range(2)
-    ]
-    tile_topk_kernel[(rows.count, tiles.programs)](
-        rows.tensor, rows.stride, rows.width, suppress_token, scale, frozen, frozen_span,
-        *statistics, *candidates, tiles.count, tiles.per_program,
-        HAS_FROZEN=frozen is not None, K=k, TILE=TILE, num_warps=TILE_WARPS,
-    )
-    topk_merge_tiles_kernel[(rows.count,)](
-        *statistics, *candidates, tiles.count, scale, frozen, frozen_span, tokens, confidences,
-        HAS_FROZEN=frozen is not None, K=k, TILES=next_power_of_2(tiles.count),
-        CANDIDATES=next_power_of_2(tiles.count * k), num_warps=1,
-    )
-    return tokens, confidences
-
-
 def topk_confidence(
-    logits: Tensor, k: int, *, temperature: float = 1.0, suppress_token: int = -1
+    logits: Tensor,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     with device_of(logits):
-        tokens, confidences = topk_of_rows(row_view(logits), k, temperature, suppress_token)
+        tokens, confidences = topk_of_rows(
+            row_view(logits), k, temperature, suppress_token, mask=mask_of(allowed)
+        )
     shape = (*logits.shape[:-1], k)
     return tokens.view(shape), confidences.view(shape)
 
@@ -257,7 +131,12 @@ def partial_merge_tiles_kernel(
 
 
 def top1_partial(
-    logits_shard: Tensor, vocab_start: int, *, temperature: float = 1.0, suppress_token: int = -1
+    logits_shard: Tensor,
+    vocab_start: int,
+    *,
+    temperature: float = 1.0,
+    suppress_token: int = -1,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, device = logits_shard.shape[:-1], logits_shard.device
     maximum = torch.empty(shape, dtype=torch.float32, device=device)
@@ -268,7 +147,9 @@ def top1_partial(
     with device_of(logits_shard):
         rows = row_view(logits_shard)
         scale = softmax_scale(temperature)
-        partials = launch_tile_statistics(rows, suppress_token - vocab_start, scale)
+        partials = launch_tile_statistics(
+            rows, suppress_token - vocab_start, scale, mask=mask_of(allowed)
+        )
         partial_merge_tiles_kernel[(rows.count,)](
             *partials, scale, vocab_start, maximum, sum_exp, token,
             TILES=next_power_of_2(partials.num_tiles), num_warps=1,
