@@ -5,6 +5,7 @@ import pytest
 import simt_ops
 import torch
 from cases import DTYPES, SMALL_VOCABS, stacked_rows, strided_copies
+from simt_build import load
 from simt_ops import A100, CHOSEN, H200, H200_CLUSTERS, ONE_MULTIPROCESSOR
 from tolerances import (
     CONFIDENCE_RTOL,
@@ -68,15 +69,28 @@ def test_split_rows_fit_the_gpu_at_once():
     gpu = (multiprocessors, *H200[1:])
     logits = random_rows(rows, 25 * 2048, torch.bfloat16)
     seed = torch.tensor([1, 2])
+    a100 = (multiprocessors, *A100[1:])
+    # 25 tiles on eight warps: two blocks take them in two rounds, three would not take fewer
     ops = [
-        (4, lambda: simt_ops.top1_confidence(logits, gpu=gpu)),
-        (3, lambda: simt_ops.row_statistics(logits, gpu=gpu)),
-        (3, lambda: simt_ops.sample_tokens(logits, seed, gpu=gpu)),
-        (2, lambda: simt_ops.sample_tokens(logits, seed, top_k=5, gpu=gpu)),
+        (2, lambda: simt_ops.top1_confidence(logits, gpu=gpu)),
+        (2, lambda: simt_ops.row_statistics(logits, gpu=gpu)),
+        (2, lambda: simt_ops.sample_tokens(logits, seed, gpu=gpu)),
+        (1, lambda: simt_ops.sample_tokens(logits, seed, top_k=5, gpu=a100)),
     ]
-    for blocks_per_multiprocessor, run in ops:
+    for splits, run in ops:
         run()
-        assert CHOSEN[-1].splits == blocks_per_multiprocessor * multiprocessors // rows
+        assert CHOSEN[-1].splits == splits
+
+
+# (rows, blocks that run at once, blocks per row) at 77 tiles: what an H100's times ask for
+@pytest.mark.parametrize(
+    ("rows", "at_once", "splits"),
+    [(1, 528, 10), (32, 528, 10), (64, 528, 5), (128, 528, 4), (256, 528, 2), (384, 528, 1),
+     (768, 528, 5), (1024, 528, 5), (4096, 528, 1), (32, 396, 10), (128, 396, 3), (256, 396, 1),
+     (512, 396, 5), (1024, 396, 5), (4096, 396, 1)],
+)  # fmt: skip
+def test_splits_of_rows(rows, at_once, splits):
+    assert load().splits_of(rows, 77, at_once) == splits
 
 
 # Beyond 3,008 tiles a block's shared memory cannot hold a row's partial results: split even at

@@ -54,6 +54,9 @@ struct DrawInput {
   int64_t allowed_stride;
 };
 
+// Blocks per row (choose_splits of rows.cuh)
+int64_t splits_of(int64_t rows, int64_t tiles, int64_t at_once);
+
 Chosen top1_confidence(Gpu gpu, LogitsInput logits, Address token, Address confidence);
 Chosen top1_partial(Gpu gpu, LogitsInput logits, int64_t vocab_start, Address maximum,
                     Address sum_exp, Address token);

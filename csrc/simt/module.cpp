@@ -54,6 +54,7 @@ PYBIND11_MODULE(dmax_simt, m) {
       .def(py::init<int, Address, Address, int64_t, int64_t, int64_t, int64_t, Address, bool,
                     int64_t, float, float, double>());
 
+  m.def("splits_of", splits_of);
   m.def("top1_confidence", top1_confidence);
   m.def("top1_partial", top1_partial);
   m.def("topk_confidence", topk_confidence);

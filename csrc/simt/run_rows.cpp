@@ -10,6 +10,10 @@
 
 namespace dmax::cuda {
 
+int64_t splits_of(int64_t rows, int64_t tiles, int64_t at_once) {
+  return choose_splits(rows, tiles, at_once);
+}
+
 template <class T, class Finish>
 Chosen run_top1_rows(const Gpu& gpu, const LogitsInput& in, const Finish& finish) {
   const RowWork work = top1_work(in.rows, in.vocab, in.allowed != 0);
