@@ -6,6 +6,9 @@
 // whose weight is negligible in every row takes no part, and its row of the embedding is not read.
 // Most tokens are, once a model is sure of anything.
 //
+// A cut limits a row to its most probable tokens. The others get no weight, and a row's sum is that
+// of the weights which are left.
+//
 // Which product is used, as in linear_logits.h:
 //
 //   1 to 8 rows, or few weights that count    one scaled addition per weight
@@ -17,6 +20,7 @@
 #include <vector>
 
 #include "common/row_view.h"
+#include "cpu/draw_rows.h"
 #include "cpu/linear_logits.h"
 #include "cpu/vocab_scan.h"
 
@@ -35,11 +39,24 @@ constexpr int64_t kNarrowRows = 2;
 // PyTorch's product takes over where more of a block's weights than one in this many count
 constexpr int64_t kSparse = 4;
 
-// Of a block of rows: where they start, their temperatures and what the first pass found
+// The arguments that soft_embedding and its partial form share
+struct SoftArguments {
+  const char* op;
+  const Tensor& logits;
+  const Tensor& embedding;
+  double temperature;
+  const OptionalTensor& temperatures;
+  const OptionalTensor& least;
+  const OptionalTensor& last_id;
+};
+
+// Of a block of rows: where they start, their temperatures, their cuts if there are any, and what
+// the first pass found
 struct SoftRows {
   int64_t first;
   int64_t count;
   std::vector<double> temperature;
+  const Cut* cuts;  // nullptr: all tokens are kept
   std::vector<RowStats> stats;
 };
 
@@ -65,6 +82,32 @@ std::vector<double> temperatures_of(const char* op, int64_t rows, double tempera
   return values;
 }
 
+// The cuts of all rows; empty where none are given
+std::vector<Cut> cuts_of(int64_t rows, const OptionalTensor& least, const OptionalTensor& last_id) {
+  std::vector<Cut> cuts;
+  if (!least) return cuts;
+  const Tensor values = as_contiguous(*least);
+  const Tensor ids = as_contiguous(*last_id);
+  for (int64_t i = 0; i < rows; ++i) {
+    cuts.push_back({values.const_data_ptr<float>()[i], ids.const_data_ptr<int64_t>()[i]});
+  }
+  return cuts;
+}
+
+// A row of which the cut keeps nothing has what one of nothing but -inf has; of any other, the
+// weights are still to be added to the maximum's own, which is 1
+void apply_cuts(SoftRows* rows) {
+  if (!rows->cuts) return;
+  for (int64_t i = 0; i < rows->count; ++i) {
+    RowStats& stats = rows->stats[i];
+    const Cut& cut = rows->cuts[i];
+    const bool nothing =
+        stats.maximum < cut.value || (stats.maximum == cut.value && stats.token > cut.last_id);
+    if (nothing) stats = {};
+    stats.rest = -1;
+  }
+}
+
 template <class T>
 void find_maxima(const RowView& logits, SoftRows* rows) {
   const T* data = static_cast<const T*>(logits.tensor.const_data_ptr());
@@ -79,21 +122,38 @@ void find_maxima(const RowView& logits, SoftRows* rows) {
   }
 }
 
+// The weights of tokens [first, first + n) of a row that the cut keeps; returns their sum
 template <class T>
-void weigh_block(const RowView& logits, const SoftRows& rows, int64_t first, int64_t n,
+double weigh_kept(const VisibleRow<T>& logits, const Cut& cut, const RowStats& stats, float scale,
+                  int64_t first, int64_t n, float* weight) {
+  float kept[kSoftTokens];
+  load_kept(logits, first, n, cut, kept);
+  tile_kernels<float>().weigh(kept, weight, n, stats.maximum, scale);
+  double sum = 0;
+  for (int64_t t = 0; t < n; ++t) sum += weight[t];
+  return sum;
+}
+
+template <class T>
+void weigh_block(const RowView& logits, SoftRows* all_rows, int64_t first, int64_t n,
                  BlockWeights* block) {
+  SoftRows& rows = *all_rows;
   const TileKernels<T>& kernels = tile_kernels<T>();
   const T* data = static_cast<const T*>(logits.tensor.const_data_ptr());
   constexpr int64_t kGrain = 1 << 14;  // exponentials per thread
   parallel_for(rows.count, kGrain / n, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const RowStats& stats = rows.stats[i];
+      RowStats& stats = rows.stats[i];
+      const T* x = data + (rows.first + i) * logits.row_stride;
+      const float scale = softmax_scale(rows.temperature[i]);
       if (!stats.defined()) {
         std::fill_n(block->row(i), n, 0.0f);
-        continue;
+      } else if (!rows.cuts) {
+        kernels.weigh(x + first, block->row(i), n, stats.maximum, scale);
+      } else {
+        stats.rest += weigh_kept(VisibleRow<T>{x, logits.width, -1, nullptr}, rows.cuts[i], stats,
+                                 scale, first, n, block->row(i));
       }
-      kernels.weigh(data + (rows.first + i) * logits.row_stride + first, block->row(i), n,
-                    stats.maximum, softmax_scale(rows.temperature[i]));
     }
   });
   float largest[kSoftTokens] = {};
@@ -190,12 +250,12 @@ void add_block(const SoftRows& rows, const BlockWeights& block, const Columns<E>
 
 // done(row, stats, sum) receives every row once, with its sum of exp((x - maximum) / T) e(token)
 template <class T, class E, class Done>
-void sum_embeddings(const char* op, const Tensor& logits, const Tensor& embedding,
-                    double temperature, const OptionalTensor& temperatures,
-                    const SoftEmbeddingSizes& sizes, const Done& done) {
-  const RowView view = row_view(logits);
-  const RowView table = row_view(embedding);
-  const std::vector<double> all = temperatures_of(op, sizes.rows, temperature, temperatures);
+void sum_embeddings(const SoftArguments& given, const SoftEmbeddingSizes& sizes, const Done& done) {
+  const RowView view = row_view(given.logits);
+  const RowView table = row_view(given.embedding);
+  const std::vector<double> all =
+      temperatures_of(given.op, sizes.rows, given.temperature, given.temperatures);
+  const std::vector<Cut> cuts = cuts_of(sizes.rows, given.least, given.last_id);
   const MatrixView<E> embeddings{static_cast<const E*>(table.tensor.const_data_ptr()),
                                  table.row_stride, 1};
   const int64_t most_rows = std::min(sizes.rows, kSoftRows);
@@ -209,11 +269,16 @@ void sum_embeddings(const char* op, const Tensor& logits, const Tensor& embeddin
   for (int64_t first_row = 0; first_row < sizes.rows; first_row += most_rows) {
     const int64_t count = std::min(most_rows, sizes.rows - first_row);
     const auto temperature_at = all.begin() + first_row;
-    SoftRows rows{first_row, count, {temperature_at, temperature_at + count}, {}};
+    SoftRows rows{first_row,
+                  count,
+                  {temperature_at, temperature_at + count},
+                  cuts.empty() ? nullptr : &cuts[first_row],
+                  {}};
     find_maxima<T>(view, &rows);
+    apply_cuts(&rows);
     std::fill(sum.begin(), sum.end(), 0.0f);
     for (int64_t first = 0; first < sizes.vocab; first += kSoftTokens) {
-      weigh_block<T>(view, rows, first, std::min(kSoftTokens, sizes.vocab - first), &block);
+      weigh_block<T>(view, &rows, first, std::min(kSoftTokens, sizes.vocab - first), &block);
       if (block.tokens.empty()) continue;
       constexpr int64_t kGrain = 1 << 18;  // multiplications per thread
       const int64_t per_chunk = rows.count * static_cast<int64_t>(block.tokens.size()) * columns;
@@ -248,15 +313,16 @@ Sizes embedding_sizes(const Tensor& logits, int64_t dim) {
 }  // namespace
 
 Tensor soft_embedding(Tensor logits, Tensor embedding, double temperature,
-                      OptionalTensor temperatures) {
-  const auto sizes = check_soft_embedding(logits, embedding, temperature, temperatures);
+                      OptionalTensor temperatures, OptionalTensor least, OptionalTensor last_id) {
+  const auto sizes =
+      check_soft_embedding(logits, embedding, temperature, temperatures, least, last_id);
   Tensor out =
       empty_like_device(logits, embedding_sizes(logits, sizes.dim), embedding.scalar_type());
   dispatch_both(logits, embedding, [&](auto logit, auto element) {
     using E = decltype(element);
     E* data = static_cast<E*>(out.mutable_data_ptr());
     sum_embeddings<decltype(logit), E>(
-        "soft_embedding", logits, embedding, temperature, temperatures, sizes,
+        {"soft_embedding", logits, embedding, temperature, temperatures, least, last_id}, sizes,
         [&](int64_t row, const RowStats& stats, const float* sum) {
           const float factor = static_cast<float>(1.0 / stats.sum_exp());  // NaN if undefined
           tile_kernels<E>().store_scaled(data + row * sizes.dim, sum, factor, sizes.dim);
@@ -265,12 +331,11 @@ Tensor soft_embedding(Tensor logits, Tensor embedding, double temperature,
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> soft_embedding_partial(Tensor logits_shard,
-                                                          Tensor embedding_shard,
-                                                          double temperature,
-                                                          OptionalTensor temperatures) {
-  const auto sizes =
-      check_soft_embedding_partial(logits_shard, embedding_shard, temperature, temperatures);
+std::tuple<Tensor, Tensor, Tensor> soft_embedding_partial(
+    Tensor logits_shard, Tensor embedding_shard, double temperature, OptionalTensor temperatures,
+    OptionalTensor least, OptionalTensor last_id) {
+  const auto sizes = check_soft_embedding_partial(logits_shard, embedding_shard, temperature,
+                                                  temperatures, least, last_id);
   Tensor maximum = empty_like_device(logits_shard, leading_sizes(logits_shard), ScalarType::Float);
   Tensor sum_exp = empty_like_device(logits_shard, leading_sizes(logits_shard), ScalarType::Float);
   Tensor weighted =
@@ -280,8 +345,9 @@ std::tuple<Tensor, Tensor, Tensor> soft_embedding_partial(Tensor logits_shard,
   float* products = weighted.mutable_data_ptr<float>();
   dispatch_both(logits_shard, embedding_shard, [&](auto logit, auto element) {
     sum_embeddings<decltype(logit), decltype(element)>(
-        "soft_embedding_partial", logits_shard, embedding_shard, temperature, temperatures, sizes,
-        [&](int64_t row, const RowStats& stats, const float* sum) {
+        {"soft_embedding_partial", logits_shard, embedding_shard, temperature, temperatures, least,
+         last_id},
+        sizes, [&](int64_t row, const RowStats& stats, const float* sum) {
           const bool empty = stats.maximum == -std::numeric_limits<float>::infinity();
           maxima[row] = stats.maximum;
           sums[row] = empty ? 0.0f : static_cast<float>(stats.sum_exp());
@@ -292,9 +358,40 @@ std::tuple<Tensor, Tensor, Tensor> soft_embedding_partial(Tensor logits_shard,
   return {maximum, sum_exp, weighted};
 }
 
+std::tuple<Tensor, Tensor> top_p_cut(Tensor logits, double top_p, double temperature,
+                                     OptionalTensor temperatures) {
+  const int64_t vocab = check_top_p_cut(logits, top_p, temperature, temperatures);
+  const RowView view = row_view(logits);
+  const std::vector<double> all =
+      temperatures_of("top_p_cut", view.rows, temperature, temperatures);
+  Tensor least = empty_like_device(logits, leading_sizes(logits), ScalarType::Float);
+  Tensor last_id = empty_like_device(logits, leading_sizes(logits), ScalarType::Long);
+  float* values = least.mutable_data_ptr<float>();
+  int64_t* ids = last_id.mutable_data_ptr<int64_t>();
+  DrawOptions options;
+  options.top_p = top_p;
+  dispatch_float(logits.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
+    draw_rows<T>(
+        view.rows, vocab,
+        [&](int64_t i) { return VisibleRow<T>{data + i * view.row_stride, vocab, -1, nullptr}; },
+        [&](int64_t i) { return all[i]; },
+        [&](int64_t i, const RowDraw<T>& row, DrawScratch* scratch) {
+          DrawOptions of_row = options;
+          of_row.temperature = row.temperature;
+          const Cut cut = row.defined() ? filter_row(row, of_row, &scratch->filters) : Cut{};
+          values[i] = cut.value;
+          ids[i] = std::min(cut.last_id, vocab - 1);
+        });
+  });
+  return {least, last_id};
+}
+
 }  // namespace dmax::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(dmax, CPU, m) {
   m.impl("soft_embedding", TORCH_BOX(&dmax::cpu::soft_embedding));
   m.impl("soft_embedding_partial", TORCH_BOX(&dmax::cpu::soft_embedding_partial));
+  m.impl("top_p_cut", TORCH_BOX(&dmax::cpu::top_p_cut));
 }

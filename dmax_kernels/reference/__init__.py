@@ -16,7 +16,11 @@ from dmax_kernels.reference.logprobs import TokenLogprobs, token_logprobs
 from dmax_kernels.reference.loss import oput_loss, oput_loss_and_grad_
 from dmax_kernels.reference.promote import prefix_promote
 from dmax_kernels.reference.sample import Sample, sample_merge, sample_partial, sample_tokens
-from dmax_kernels.reference.soft_embedding import soft_embedding, soft_embedding_partial
+from dmax_kernels.reference.soft_embedding import (
+    soft_embedding,
+    soft_embedding_partial,
+    top_p_cut,
+)
 from dmax_kernels.reference.spd_step import spd_step_
 from dmax_kernels.reference.statistics import RowStatistics, row_statistics
 from dmax_kernels.reference.target_logprobs import (
@@ -57,6 +61,7 @@ __all__ = [
     "top1_confidence",
     "top1_merge",
     "top1_partial",
+    "top_p_cut",
     "topk_confidence",
     "transform_logits_",
 ]
