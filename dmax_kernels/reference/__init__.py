@@ -17,6 +17,7 @@ from dmax_kernels.reference.loss import oput_loss, oput_loss_and_grad_
 from dmax_kernels.reference.promote import prefix_promote
 from dmax_kernels.reference.sample import Sample, sample_merge, sample_partial, sample_tokens
 from dmax_kernels.reference.soft_embedding import (
+    TopPCut,
     soft_embedding,
     soft_embedding_partial,
     top_p_cut,
@@ -38,6 +39,7 @@ __all__ = [
     "Sample",
     "TargetLogprobs",
     "TokenLogprobs",
+    "TopPCut",
     "certainty_forcing_loss",
     "edit_step_",
     "hybrid_embedding",
