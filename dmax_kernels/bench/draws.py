@@ -62,9 +62,7 @@ def sorted_and_masked(
     return x
 
 
-def top_p_dropped(
-    x: torch.Tensor, top_p: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def top_p_dropped(x: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The logits in descending order, their ids, and whether each is beyond the share top_p."""
     ordered, order = x.sort(dim=-1, descending=True, stable=True)
     probability = torch.softmax(ordered, dim=-1)

@@ -28,8 +28,8 @@ def soft_embedding(
     With ``top_p`` below 1 the sums of both take the row's most probable tokens alone, those that
     :func:`top_p_cut` keeps.
 
-    float32 inside, rounded once to the embedding's dtype. No probability is written to memory. A
-    token with exp((x_v - max x) / temperature) below exp(-30) may be left out: 262,144 of them
+    float32 inside, rounded once to the embedding's dtype. The probabilities are never in memory as
+    a whole: on a GPU from 33 rows on, those of as many tokens at a time as take 128 MB. A token with exp((x_v - max x) / temperature) below exp(-30) may be left out: 262,144 of them
     weigh less than 3e-8 in all, and their embeddings must be finite.
 
     Args:
@@ -53,9 +53,7 @@ def soft_embedding(
     if top_p == 1:
         return torch.ops.dmax.soft_embedding(logits, embedding, **options)
     least, last_id = torch.ops.dmax.top_p_cut(logits, top_p, **options)
-    return torch.ops.dmax.soft_embedding(
-        logits, embedding, **options, least=least, last_id=last_id
-    )
+    return torch.ops.dmax.soft_embedding(logits, embedding, **options, least=least, last_id=last_id)
 
 
 def soft_embedding_partial(

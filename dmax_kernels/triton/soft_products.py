@@ -1,9 +1,9 @@
 """softmax(logits / temperature) @ embedding of many rows, by the library's products.
 
 With many rows it is faster than one pass over the vocabulary, 14 times on an H100 for 256 rows and
-16 bits. The weights of one chunk of the vocabulary, at most WEIGHT_BYTES, are then written
-to memory: the low parts as further rows below the high ones, so that one product reads the
-embedding once for both.
+16 bits. The weights of one chunk of the vocabulary, at most WEIGHT_BYTES, are written to memory:
+the low parts as further rows below the high ones, so that one product reads the embedding once for
+both.
 """
 
 from typing import NamedTuple
