@@ -29,8 +29,9 @@ def soft_embedding(
     :func:`top_p_cut` keeps.
 
     float32 inside, rounded once to the embedding's dtype. The probabilities are never in memory as
-    a whole: on a GPU from 33 rows on, those of as many tokens at a time as take 128 MB. A token with exp((x_v - max x) / temperature) below exp(-30) may be left out: 262,144 of them
-    weigh less than 3e-8 in all, and their embeddings must be finite.
+    a whole: on a GPU from 33 rows on, those of as many tokens at a time as take 128 MB. A token
+    with exp((x_v - max x) / temperature) below exp(-30) may be left out: 262,144 of them weigh less
+    than 3e-8 in all, and their embeddings must be finite.
 
     Args:
         logits: [..., V], float32, bfloat16 or float16, any strides.
