@@ -63,6 +63,7 @@ OF_ROWS = {
     "token_logprobs": lambda rows: (rows, VOCAB, 20),
     "sample_tokens": lambda rows: (rows, VOCAB),
     **dict.fromkeys(FILTERED, lambda rows: (rows, VOCAB)),
+    "top_p_cut": lambda rows: (rows, VOCAB),
     "draw_with_entropy": lambda rows: (rows, VOCAB),
     "penalties": lambda rows: (rows, VOCAB),
     "transform_logits_": lambda rows: (rows, VOCAB),
@@ -168,6 +169,7 @@ GPU_CASES = [
     Case("sample_tokens", BLOCK_ROWS, predicted_us=9.0, compiled=True),
     Case("sample_tokens", (1024, VOCAB)),
     *(Case(workload, BLOCK_ROWS, values=values) for workload in FILTERED for values in VALUES),
+    *(Case("top_p_cut", BLOCK_ROWS, values=values) for values in VALUES),
     # A shape of vLLM's figures for FlashInfer's samplers (its pull request 40376)
     *(
         Case(workload, (64, 131072), dtype)

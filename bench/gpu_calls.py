@@ -186,7 +186,9 @@ def linear_calls() -> Iterator[tuple[str, torch.dtype, Call]]:
 
             def soft(device, hidden=hidden, weight=weight):
                 logits = (hidden.float() @ weight.float().t()).to(device)
-                return [dmax_kernels.soft_embedding(logits, weight.to(device), temperature=0.7)]
+                weight = weight.to(device)
+                soft = dmax_kernels.soft_embedding(logits, weight, temperature=0.7)
+                return [soft, dmax_kernels.soft_embedding(logits, weight, top_p=0.9)]
 
             yield f"linear_top1_confidence {rows} {dtype}", dtype, top1
             yield f"soft_embedding {rows} {dtype}", dtype, soft

@@ -41,10 +41,12 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       " Tensor confidence, Tensor masked, int mask_token_id)"
       " -> (Tensor grad_embedding, Tensor grad_confidence)");
   def("soft_embedding(Tensor logits, Tensor embedding, *, float temperature=1.0,"
-      " Tensor? temperatures=None) -> Tensor");
+      " Tensor? temperatures=None, Tensor? least=None, Tensor? last_id=None) -> Tensor");
   def("soft_embedding_partial(Tensor logits_shard, Tensor embedding_shard, *,"
-      " float temperature=1.0, Tensor? temperatures=None)"
-      " -> (Tensor maximum, Tensor sum_exp, Tensor weighted)");
+      " float temperature=1.0, Tensor? temperatures=None, Tensor? least=None,"
+      " Tensor? last_id=None) -> (Tensor maximum, Tensor sum_exp, Tensor weighted)");
+  def("top_p_cut(Tensor logits, float top_p, *, float temperature=1.0,"
+      " Tensor? temperatures=None) -> (Tensor least, Tensor last_id)");
   def("spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor(a!) masked,"
       " Tensor(b!) token, Tensor(c!) confidence, Tensor(d!) converged, Tensor(e!) step,"
       " Tensor(f!) inputs_embeds, int mask_token_id, float tau_dec, float tau_acc, *,"

@@ -189,7 +189,11 @@ def check_soft_embedding(ranks: Ranks) -> None:
         logits = torch.cat([edges, 3 * ranks.randn(10, vocab)])
         embedding, temperature = ranks.randn(vocab, 13, dtype=dtype), torch.rand(len(logits)) + 0.5
         dist.broadcast(temperature, 0)
-        for options in ({"temperature": 0.3}, {"temperature": temperature}):
+        for options in (
+            {"temperature": 0.3},
+            {"temperature": temperature},
+            {"temperature": temperature, "top_p": 0.7},
+        ):
             expected = dmax_kernels.soft_embedding(logits, embedding, **options)
             for sizes, vocab_size in ranks.layouts(vocab):
                 actual = distributed.soft_embedding(

@@ -35,6 +35,7 @@ SMALL = {
     "sample_tokens": (3, 64),
     "top1_partial": (3, 64, 4),
     "sample_partial": (3, 256, 4),
+    "top_p_cut": (3, 64),
     "sample_top_k": (3, 64),
     "sample_top_p": (3, 64),
     "sample_filtered": (3, 64),

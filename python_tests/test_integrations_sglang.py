@@ -244,13 +244,12 @@ def test_errors_are_one_sentence(table, monkeypatch):
 
 
 def test_a_batch_is_copied_only_when_its_rows_change():
-    rows = adapter.LowConfidenceRows(
-        torch.arange(3.0).view(3, 1), torch.tensor([True, False, True])
-    )
+    rows = adapter.new_edit_rows(torch.eye(3).bool(), torch.arange(6.0).view(3, 2))
+    rows.finished[1] = True
     places = adapter.places(rows)
     assert adapter.batch_of(places) is rows
-    fewer = adapter.batch_of([places[2], places[0]])
-    assert fewer.threshold.tolist() == [[2], [0]]
-    assert fewer.finished.tolist() == [True, True]
-    assert adapter.batch_of([places[2], places[0]]) is fewer
-    assert adapter.batch_of([places[1]]).threshold.tolist() == [[1]]
+    fewer = adapter.batch_of([places[2], places[1]])
+    assert fewer.thresholds.tolist() == [[4, 5], [2, 3]]
+    assert fewer.finished.tolist() == [False, True]
+    assert adapter.batch_of([places[2], places[1]]) is fewer
+    assert adapter.batch_of([places[1]]).editable.tolist() == [[True, False, True]]

@@ -78,6 +78,7 @@ def samples():
             (logits, randn(50, 6)),
             {"temperatures": confidence[..., 0] + 1},
         ),
+        "top_p_cut": ((logits, 0.9), {"temperature": 0.7}),
         "spd_step_": (spd_arguments(), {"top_k": 2, "allowed": mask[:1]}),
         "edit_step_": (edit_arguments(), {"rule": 2, "allowed": mask[:1]}),
         "sample_tokens": (

@@ -10,6 +10,7 @@ from triton_device import DEVICE, triton_op
 
 import dmax_kernels
 from dmax_kernels import reference
+from dmax_kernels.reference.soft_embedding import kept_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's inf - inf
 
@@ -17,11 +18,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 def triton_like(function):
     """The wrapper's arguments, at Triton's op."""
 
-    def call(logits, embedding, *, temperature=1.0):
+    def call(logits, other, *, temperature=1.0, cut=(None, None), top_p=1.0):
+        options = {"temperature": temperature}
         if isinstance(temperature, torch.Tensor):
-            rows = temperature.expand(logits.shape[:-1])
-            return triton_op(function, logits, embedding, temperatures=rows)
-        return triton_op(function, logits, embedding, temperature=temperature)
+            options = {"temperatures": temperature.expand(logits.shape[:-1])}
+        if top_p != 1:
+            cut = triton_op("top_p_cut", logits, top_p, **options)
+        if function != "top_p_cut":
+            options |= {"least": cut[0], "last_id": cut[1]}
+        return triton_op(function, logits, other, **options)
 
     return call
 
@@ -32,13 +37,13 @@ def by_products(call):
     def run(*args, **options):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("dmax_kernels.triton.soft_embedding.LEAST_PRODUCT_ROWS", 1)
-            patch.setattr("dmax_kernels.triton.soft_embedding.WEIGHT_BYTES", 1)
+            patch.setattr("dmax_kernels.triton.soft_products.WEIGHT_BYTES", 1)
             return call(*args, **options)
 
     return run
 
 
-OPS = ("soft_embedding", "soft_embedding_partial")
+OPS = ("soft_embedding", "soft_embedding_partial", "top_p_cut")
 TRITON = SimpleNamespace(**{op: triton_like(op) for op in OPS})
 PRODUCTS = SimpleNamespace(**{op: by_products(triton_like(op)) for op in OPS})
 BACKENDS = {
@@ -47,6 +52,7 @@ BACKENDS = {
     "triton": TRITON,
     "triton by products": PRODUCTS,
 }
+INTERPRETED = ("triton", "triton by products") if DEVICE.type == "cpu" else ()
 everywhere = pytest.mark.parametrize("backend", BACKENDS)
 # Triton's interpreter multiplies the bits of bfloat16 as integers
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)[: 2 if DEVICE.type == "cpu" else 3]
@@ -141,6 +147,100 @@ def test_undefined_shards(backend):
     assert (weighted[2] == 0).all()
 
 
+# ---- The cut to the most probable tokens
+
+every_cut = pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+
+
+@every_cut
+@pytest.mark.parametrize(
+    ("top_p", "least", "last_id", "mirrored"),
+    [(0.3, 4, 3, 2), (0.5, 2, 1, 0), (0.7, 2, 4, 1), (0.8, 2, 5, 4), (0.95, 1, 0, 5), (1, 0, 5, 5)],
+)
+def test_the_cut_by_hand(backend, top_p, least, last_id, mirrored):
+    """Masses 1, 2, 0, 4, 2, 2: equal ones count by id, and the last one is kept whole."""
+    mass = torch.tensor([1.0, 2, 0, 4, 2, 2])
+    cut = BACKENDS[backend].top_p_cut(torch.stack([mass, mass.flip(0)]).log(), top_p)
+    assert cut[0].tolist() == [torch.tensor(float(least)).log()] * 2
+    assert cut[1].tolist() == [last_id, mirrored]
+
+
+@every_cut
+def test_the_cut_at_temperatures(backend):
+    """Masses 4, 2, 2 become 16, 4, 4 at temperature 1/2."""
+    logits = torch.tensor([2.0, 2, 4]).log().expand(2, 3)
+    temperature = torch.tensor([0.5, 1.0])
+    cut = BACKENDS[backend].top_p_cut(logits, 0.6, temperature=temperature)
+    assert cut[1].tolist() == [2, 0]
+
+
+@every_cut
+def test_a_cut_of_undefined_rows_keeps_all(backend):
+    logits = torch.zeros(4, 70)
+    logits[0, 3], logits[1, 5], logits[2], logits[3, 1:] = torch.nan, torch.inf, -torch.inf, -9e9
+    least, last_id = BACKENDS[backend].top_p_cut(logits, 0.5)
+    assert least.tolist() == [-torch.inf] * 3 + [0]
+    assert last_id.tolist() == [69] * 3 + [0]
+    embedding = table(70, 3)
+    soft = BACKENDS[backend].soft_embedding(logits, embedding, top_p=0.5)
+    assert soft[:3].isnan().all()
+    assert torch.equal(soft[3], embedding[0])
+
+
+def without(logits, cut):
+    """float64 logits whose dropped tokens have none, found by sorting."""
+    kept = kept_logits(logits, cut)
+    return torch.where(kept == -torch.inf, -torch.inf, logits.double())
+
+
+# The interpreter takes seconds a case
+CUT_SHAPES = [(2, 130, 3), (3, 1300, 9), (20, 600, 70)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "rows", "vocab_size", "dim"),
+    [(b, *shape) for b in BACKENDS for shape in CUT_SHAPES[: 1 if b in INTERPRETED else 3]],
+)
+def test_top_p_keeps_the_fewest(backend, rows, vocab_size, dim):
+    """The cut is the shortest prefix in float64, and the sum is that of what it keeps."""
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = (torch.randn(rows, vocab_size, generator=generator) * 3).to(torch.bfloat16)
+    embedding, temperature = table(vocab_size, dim), torch.rand(rows, generator=generator) + 0.3
+    for top_p in (0.8,) if backend in INTERPRETED else (0.05, 0.6, 0.97):
+        options = {"temperature": temperature}
+        cut = BACKENDS[backend].top_p_cut(logits, top_p, **options)
+        p = torch.softmax(logits.double() / temperature.double().unsqueeze(-1), dim=-1)
+        kept = without(logits, cut) > -torch.inf
+        last = p.gather(-1, cut[1].unsqueeze(-1)).squeeze(-1)
+        share = (p * kept).sum(dim=-1)
+        assert (share >= top_p - 1e-6).all()
+        assert (share - last < top_p + 1e-6).all()
+        assert (p * ~kept).amax(dim=-1).le(last).all()  # in descending order
+        soft = BACKENDS[backend].soft_embedding(logits, embedding, top_p=top_p, **options)
+        assert_near(soft, without(logits, cut), embedding, temperature)
+
+
+@everywhere
+def test_shards_of_a_cut_add_up(backend):
+    """With ids counted from each shard's first; the last shard keeps nothing of two rows."""
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(4)).round() * 2
+    logits[:2, 107:] = -30.0
+    embedding = table(300, 9)
+    least, last_id = reference.top_p_cut(logits, 0.7)
+    parts = [
+        BACKENDS[backend].soft_embedding_partial(
+            logits[:, part], embedding[part], cut=(least, last_id - part.start)
+        )
+        for part in (slice(0, 100), slice(100, 107), slice(107, 300))
+    ]
+    maximum, sum_exp, weighted = (torch.stack(each) for each in zip(*parts, strict=True))
+    assert (maximum[2, :2] == -torch.inf).all()
+    assert (sum_exp[2, :2] == 0).all()
+    factor = (maximum - maximum.amax(dim=0)).exp().unsqueeze(-1)
+    merged = (weighted * factor).sum(dim=0) / (sum_exp.unsqueeze(-1) * factor).sum(dim=0)
+    assert_near(merged, without(logits, (least, last_id)), embedding)
+
+
 def test_only_tokens_with_mass_are_read():
     """A sure row gives its token's embedding itself."""
     logits = torch.full((2, 5000), -50.0)
@@ -183,6 +283,10 @@ def test_registrations():
         op = getattr(torch.ops.dmax, op).default
         torch.library.opcheck(op, (logits, embedding), {"temperature": 0.7})
         torch.library.opcheck(op, (logits, embedding), {"temperatures": temperatures})
+        cut = dict(zip(("least", "last_id"), dmax_kernels.top_p_cut(logits, 0.5), strict=True))
+        torch.library.opcheck(op, (logits, embedding), cut)
+    op = torch.ops.dmax.top_p_cut.default
+    torch.library.opcheck(op, (logits, 0.5), {"temperatures": temperatures})
     with pytest.raises(RuntimeError, match="soft_embedding: has no gradient; detach"):
         dmax_kernels.soft_embedding(logits.requires_grad_(), embedding).sum().backward()
 
@@ -211,6 +315,23 @@ def test_messages(change, message):
     assert str(error.value).startswith(f"soft_embedding: {message}")
 
 
+def test_messages_of_the_cut():
+    logits, embedding = torch.zeros(2, 5), torch.zeros(5, 3)
+    for top_p in (0.0, 1.5, float("nan")):
+        with pytest.raises(RuntimeError, match="top_p_cut: top_p must be above 0 and at most 1, g"):
+            dmax_kernels.soft_embedding(logits, embedding, top_p=top_p)
+    with pytest.raises(RuntimeError, match="top_p_cut: has no gradient; detach the logits"):
+        dmax_kernels.top_p_cut(logits.clone().requires_grad_(), 0.5).least.sum().backward()
+    partial, ids = dmax_kernels.soft_embedding_partial, torch.zeros(2).long()
+    for cut, message in (
+        ((torch.zeros(2), None), "least and last_id must be given together, got one of them"),
+        ((torch.zeros(3), ids), r"least must have shape \[2\] \(one per row of logits\), got"),
+        ((torch.zeros(2), ids.int()), "last_id must be int64, got int32"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^soft_embedding_partial: {message}"):
+            partial(logits, embedding, cut=cut)
+
+
 def test_one_temperature_alone():
     with pytest.raises(RuntimeError, match="temperature must be left at 1 where temperatures are"):
         torch.ops.dmax.soft_embedding(
@@ -227,3 +348,6 @@ def test_triton_temperatures_out_of_range_are_nan():
     soft = family.soft_embedding(logits, embedding, temperatures=temperatures)
     assert soft.isnan().all(dim=1).tolist() == [True, False, True, True]
     assert_close(soft[1], embedding.mean(dim=0), 1e-5, 1e-6)
+    least, last_id = family.top_p_cut(logits, 0.5, temperatures=temperatures)
+    assert least.tolist() == [-torch.inf, 0, -torch.inf, -torch.inf]
+    assert last_id.tolist() == [4, 2, 4, 4]

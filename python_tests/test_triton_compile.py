@@ -37,6 +37,7 @@ STREAMING = {
     "draw_tiles_kernel",
     "sample_filtered_kernel",
     "transform_kernel",
+    "top_p_cut_kernel",
     "tile_sums_kernel",
     "grad_kernel",
     "hybrid_embedding_kernel",

@@ -43,6 +43,7 @@ BAD = {
     "hybrid_embedding_backward": ((H.half(), E, T, C, M, 0), {}),
     "soft_embedding": ((X, torch.ones(9, 4)), {"temperatures": torch.ones(2)}),
     "soft_embedding_partial": ((X, torch.ones(9, 4)), {"temperatures": T}),
+    "top_p_cut": ((X, 0.0), {}),
     "spd_step_": (spd_arguments(), {"suppress_token": 6}),
     "edit_step_": (edit_arguments(), {"suppress_token": 6}),
     "sample_tokens": ((X, SEED.int()), {}),

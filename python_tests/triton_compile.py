@@ -207,6 +207,13 @@ def call_soft_embedding() -> None:
     OPS["soft_embedding"](
         torch.empty(256, V, dtype=torch.bfloat16), embedding, temperatures=torch.empty(256)
     )
+    for rows in (32, 256):  # one pass, and by products
+        cut = {"least": torch.empty(rows), "last_id": torch.empty(rows, dtype=torch.int64)}
+        x = torch.empty(rows, V, dtype=torch.bfloat16)
+        OPS["soft_embedding"](x, embedding.bfloat16(), **cut)
+        OPS["soft_embedding"](x, embedding, temperatures=torch.empty(rows), **cut)
+    OPS["top_p_cut"](torch.empty(32, V, dtype=torch.bfloat16), 0.9)
+    OPS["top_p_cut"](torch.empty(32, V), 0.9, temperatures=torch.empty(32))
     OPS["soft_embedding_partial"](torch.empty(32, V), embedding)
 
 
@@ -264,6 +271,7 @@ def call_with_other_values() -> None:
         OPS["soft_embedding"](
             torch.empty(64 - value, V), torch.empty(V, D).bfloat16(), temperature=value + 0.5
         )
+        OPS["top_p_cut"](logits, 1 / (value + 2), temperature=value + 0.5)
         call_linear_loss(128 + value, with_bias=True, **losses)
         call_linear_loss_sum(value + 1, 4000)
         OPS["linear_top1_confidence"](torch.empty(64 + value, 16), torch.empty(4000, 16), **options)

@@ -39,6 +39,7 @@ STABLE_TORCH_LIBRARY_IMPL(dmax, CompositeExplicitAutograd, m) {
   DMAX_CHECK_KERNEL(hybrid_embedding_backward);
   DMAX_CHECK_KERNEL(soft_embedding);
   DMAX_CHECK_KERNEL(soft_embedding_partial);
+  DMAX_CHECK_KERNEL(top_p_cut);
   DMAX_CHECK_KERNEL(spd_step_);
   DMAX_CHECK_KERNEL(edit_step_);
   DMAX_CHECK_KERNEL(sample_tokens);

@@ -37,6 +37,19 @@ inline Cut stricter(const Cut& a, const Cut& b) {
   return a.last_id < b.last_id ? a : b;
 }
 
+// Logits of the tokens begin .. begin + n that are kept, -inf at the others
+template <class T>
+void load_kept(const VisibleRow<T>& row, int64_t begin, int64_t n, const Cut& cut, float* buffer) {
+  row.load(begin, n, buffer);
+  if (cut.keeps_all()) return;
+  race_kernels().drop_below(buffer, n, cut.value);
+  if (cut.last_id >= begin + n) return;
+  for (int64_t i = std::max<int64_t>(cut.last_id + 1 - begin, 0); i < n; ++i) {
+    i += tile_kernels<float>().find(buffer + i, n - i, cut.value);
+    if (i < n) buffer[i] = -std::numeric_limits<float>::infinity();
+  }
+}
+
 struct Drawn {
   float score;    // of the tile
   int64_t token;  // counted from the row's first
@@ -116,18 +129,6 @@ struct RowDraw {
     return tile * kTile + place;
   }
 
-  // Logits of the tokens begin .. begin + n that are kept, -inf at the others
-  void load_kept(int64_t begin, int64_t n, const Cut& cut, float* buffer) const {
-    row.load(begin, n, buffer);
-    if (cut.keeps_all()) return;
-    race_kernels().drop_below(buffer, n, cut.value);
-    if (cut.last_id >= begin + n) return;
-    for (int64_t i = std::max<int64_t>(cut.last_id + 1 - begin, 0); i < n; ++i) {
-      i += tile_kernels<float>().find(buffer + i, n - i, cut.value);
-      if (i < n) buffer[i] = -std::numeric_limits<float>::infinity();
-    }
-  }
-
   // Calls f(begin, n) with the tokens of adjacent draw tiles, kTile at most, whose maxima are not
   // below `threshold`
   template <class F>
@@ -153,7 +154,7 @@ struct RowDraw {
     for_each_run(cut.value, [&](int64_t begin, int64_t n) {
       const int64_t tile = begin / kDrawTile;
       float buffer[kTile], kept[kDrawTilesPerTile];
-      load_kept(begin, n, cut, buffer);
+      load_kept(row, begin, n, cut, buffer);
       draw_kernels<float>().maxima(buffer, n, kept);
       draw_kernels<float>().masses(buffer, n, maxima + tile, scale(), masses + tile);
       for (int64_t i = 0; i < cpu::num_draw_tiles(n); ++i) {  // equal to the cut, with higher ids
@@ -176,7 +177,7 @@ struct RowDraw {
     const int64_t begin = (best.id - first) * kDrawTile;
     const int64_t n = std::min<int64_t>(kDrawTile, row.vocab - begin);
     float logits[kDrawTile];
-    load_kept(begin, n, cut, logits);
+    load_kept(row, begin, n, cut, logits);
     const int64_t token =
         kernels.race(logits, n, first_id + begin, key, t, {-kInfinity, first_id + begin + n}).id -
         first_id;

@@ -16,9 +16,7 @@
 #include <limits>
 #include <vector>
 
-#include "common/row_view.h"
-#include "cpu/linear_logits.h"
-#include "cpu/vocab_scan.h"
+#include "cpu/soft_weights.h"
 
 namespace dmax::cpu {
 
@@ -26,96 +24,21 @@ namespace {
 
 // Rows that share one reading of the embedding
 constexpr int64_t kSoftRows = 256;
-// Tokens per block: the weights of kSoftRows rows take 512 KiB
-constexpr int64_t kSoftTokens = 512;
 // Columns that one thread takes at most: of kMixed tokens, they take 16 KiB in float32
 constexpr int64_t kMostColumns = 512;
 // Rows up to which a token's columns are not widened for all rows but as each one adds them
 constexpr int64_t kNarrowRows = 2;
-// PyTorch's product takes over where more of a block's weights than one in this many count
-constexpr int64_t kSparse = 4;
 
-// Of a block of rows: where they start, their temperatures and what the first pass found
-struct SoftRows {
-  int64_t first;
-  int64_t count;
-  std::vector<double> temperature;
-  std::vector<RowStats> stats;
+// The arguments that soft_embedding and its partial form share
+struct SoftArguments {
+  const char* op;
+  const Tensor& logits;
+  const Tensor& embedding;
+  double temperature;
+  const OptionalTensor& temperatures;
+  const OptionalTensor& least;
+  const OptionalTensor& last_id;
 };
-
-// The weights of one block of tokens that count, and whose they are
-struct BlockWeights {
-  std::vector<float> weight;    // [rows, tokens that count]
-  std::vector<int64_t> tokens;  // ascending
-  bool dense;                   // worth PyTorch's product
-
-  float* row(int64_t i) { return weight.data() + i * kSoftTokens; }
-  const float* row(int64_t i) const { return weight.data() + i * kSoftTokens; }
-};
-
-std::vector<double> temperatures_of(const char* op, int64_t rows, double temperature,
-                                    const OptionalTensor& temperatures) {
-  std::vector<double> values(rows, temperature);
-  if (!temperatures) return values;
-  const Tensor given = as_contiguous(*temperatures);
-  for (int64_t i = 0; i < rows; ++i) {
-    values[i] = given.const_data_ptr<float>()[i];
-    check_temperature(op, values[i]);
-  }
-  return values;
-}
-
-template <class T>
-void find_maxima(const RowView& logits, SoftRows* rows) {
-  const T* data = static_cast<const T*>(logits.tensor.const_data_ptr());
-  rows->stats.resize(rows->count);
-  for (int64_t begin = 0, end; begin < rows->count; begin = end) {
-    end = begin + 1;  // a scan has one temperature
-    while (end < rows->count && rows->temperature[end] == rows->temperature[begin]) ++end;
-    scan_rows<T>(
-        end - begin, VocabScan{logits.width, -1, rows->temperature[begin]},
-        [&](int64_t i) { return data + (rows->first + begin + i) * logits.row_stride; },
-        [&](int64_t i, const RowStats& stats) { rows->stats[begin + i] = stats; });
-  }
-}
-
-template <class T>
-void weigh_block(const RowView& logits, const SoftRows& rows, int64_t first, int64_t n,
-                 BlockWeights* block) {
-  const TileKernels<T>& kernels = tile_kernels<T>();
-  const T* data = static_cast<const T*>(logits.tensor.const_data_ptr());
-  constexpr int64_t kGrain = 1 << 14;  // exponentials per thread
-  parallel_for(rows.count, kGrain / n, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const RowStats& stats = rows.stats[i];
-      if (!stats.defined()) {
-        std::fill_n(block->row(i), n, 0.0f);
-        continue;
-      }
-      kernels.weigh(data + (rows.first + i) * logits.row_stride + first, block->row(i), n,
-                    stats.maximum, softmax_scale(rows.temperature[i]));
-    }
-  });
-  float largest[kSoftTokens] = {};
-  for (int64_t i = 0; i < rows.count; ++i) {
-    const float* weight = block->row(i);
-    for (int64_t t = 0; t < n; ++t) largest[t] = std::max(largest[t], weight[t]);
-  }
-  block->tokens.clear();
-  for (int64_t t = 0; t < n; ++t) {
-    if (largest[t] > 0) block->tokens.push_back(t);
-  }
-  const int64_t used = static_cast<int64_t>(block->tokens.size());
-  int64_t nonzero = 0;
-  for (int64_t i = 0; i < rows.count; ++i) {
-    float* weight = block->row(i);
-    for (int64_t j = 0; j < used; ++j) {
-      weight[j] = weight[block->tokens[j]];
-      nonzero += weight[j] > 0;
-    }
-  }
-  block->dense = rows.count > kFewRows && nonzero * kSparse > rows.count * used;
-}
 
 // Columns [from, from + count) of the embeddings of one block's tokens
 template <class E>
@@ -190,12 +113,12 @@ void add_block(const SoftRows& rows, const BlockWeights& block, const Columns<E>
 
 // done(row, stats, sum) receives every row once, with its sum of exp((x - maximum) / T) e(token)
 template <class T, class E, class Done>
-void sum_embeddings(const char* op, const Tensor& logits, const Tensor& embedding,
-                    double temperature, const OptionalTensor& temperatures,
-                    const SoftEmbeddingSizes& sizes, const Done& done) {
-  const RowView view = row_view(logits);
-  const RowView table = row_view(embedding);
-  const std::vector<double> all = temperatures_of(op, sizes.rows, temperature, temperatures);
+void sum_embeddings(const SoftArguments& given, const SoftEmbeddingSizes& sizes, const Done& done) {
+  const RowView view = row_view(given.logits);
+  const RowView table = row_view(given.embedding);
+  const std::vector<double> all =
+      temperatures_of(given.op, sizes.rows, given.temperature, given.temperatures);
+  const std::vector<Cut> cuts = cuts_of(sizes.rows, given.least, given.last_id);
   const MatrixView<E> embeddings{static_cast<const E*>(table.tensor.const_data_ptr()),
                                  table.row_stride, 1};
   const int64_t most_rows = std::min(sizes.rows, kSoftRows);
@@ -209,11 +132,16 @@ void sum_embeddings(const char* op, const Tensor& logits, const Tensor& embeddin
   for (int64_t first_row = 0; first_row < sizes.rows; first_row += most_rows) {
     const int64_t count = std::min(most_rows, sizes.rows - first_row);
     const auto temperature_at = all.begin() + first_row;
-    SoftRows rows{first_row, count, {temperature_at, temperature_at + count}, {}};
+    SoftRows rows{first_row,
+                  count,
+                  {temperature_at, temperature_at + count},
+                  cuts.empty() ? nullptr : &cuts[first_row],
+                  {}};
     find_maxima<T>(view, &rows);
+    apply_cuts(&rows);
     std::fill(sum.begin(), sum.end(), 0.0f);
     for (int64_t first = 0; first < sizes.vocab; first += kSoftTokens) {
-      weigh_block<T>(view, rows, first, std::min(kSoftTokens, sizes.vocab - first), &block);
+      weigh_block<T>(view, &rows, first, std::min(kSoftTokens, sizes.vocab - first), &block);
       if (block.tokens.empty()) continue;
       constexpr int64_t kGrain = 1 << 18;  // multiplications per thread
       const int64_t per_chunk = rows.count * static_cast<int64_t>(block.tokens.size()) * columns;
@@ -248,15 +176,16 @@ Sizes embedding_sizes(const Tensor& logits, int64_t dim) {
 }  // namespace
 
 Tensor soft_embedding(Tensor logits, Tensor embedding, double temperature,
-                      OptionalTensor temperatures) {
-  const auto sizes = check_soft_embedding(logits, embedding, temperature, temperatures);
+                      OptionalTensor temperatures, OptionalTensor least, OptionalTensor last_id) {
+  const auto sizes =
+      check_soft_embedding(logits, embedding, temperature, temperatures, least, last_id);
   Tensor out =
       empty_like_device(logits, embedding_sizes(logits, sizes.dim), embedding.scalar_type());
   dispatch_both(logits, embedding, [&](auto logit, auto element) {
     using E = decltype(element);
     E* data = static_cast<E*>(out.mutable_data_ptr());
     sum_embeddings<decltype(logit), E>(
-        "soft_embedding", logits, embedding, temperature, temperatures, sizes,
+        {"soft_embedding", logits, embedding, temperature, temperatures, least, last_id}, sizes,
         [&](int64_t row, const RowStats& stats, const float* sum) {
           const float factor = static_cast<float>(1.0 / stats.sum_exp());  // NaN if undefined
           tile_kernels<E>().store_scaled(data + row * sizes.dim, sum, factor, sizes.dim);
@@ -265,12 +194,11 @@ Tensor soft_embedding(Tensor logits, Tensor embedding, double temperature,
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> soft_embedding_partial(Tensor logits_shard,
-                                                          Tensor embedding_shard,
-                                                          double temperature,
-                                                          OptionalTensor temperatures) {
-  const auto sizes =
-      check_soft_embedding_partial(logits_shard, embedding_shard, temperature, temperatures);
+std::tuple<Tensor, Tensor, Tensor> soft_embedding_partial(
+    Tensor logits_shard, Tensor embedding_shard, double temperature, OptionalTensor temperatures,
+    OptionalTensor least, OptionalTensor last_id) {
+  const auto sizes = check_soft_embedding_partial(logits_shard, embedding_shard, temperature,
+                                                  temperatures, least, last_id);
   Tensor maximum = empty_like_device(logits_shard, leading_sizes(logits_shard), ScalarType::Float);
   Tensor sum_exp = empty_like_device(logits_shard, leading_sizes(logits_shard), ScalarType::Float);
   Tensor weighted =
@@ -280,8 +208,9 @@ std::tuple<Tensor, Tensor, Tensor> soft_embedding_partial(Tensor logits_shard,
   float* products = weighted.mutable_data_ptr<float>();
   dispatch_both(logits_shard, embedding_shard, [&](auto logit, auto element) {
     sum_embeddings<decltype(logit), decltype(element)>(
-        "soft_embedding_partial", logits_shard, embedding_shard, temperature, temperatures, sizes,
-        [&](int64_t row, const RowStats& stats, const float* sum) {
+        {"soft_embedding_partial", logits_shard, embedding_shard, temperature, temperatures, least,
+         last_id},
+        sizes, [&](int64_t row, const RowStats& stats, const float* sum) {
           const bool empty = stats.maximum == -std::numeric_limits<float>::infinity();
           maxima[row] = stats.maximum;
           sums[row] = empty ? 0.0f : static_cast<float>(stats.sum_exp());
@@ -292,9 +221,40 @@ std::tuple<Tensor, Tensor, Tensor> soft_embedding_partial(Tensor logits_shard,
   return {maximum, sum_exp, weighted};
 }
 
+std::tuple<Tensor, Tensor> top_p_cut(Tensor logits, double top_p, double temperature,
+                                     OptionalTensor temperatures) {
+  const int64_t vocab = check_top_p_cut(logits, top_p, temperature, temperatures);
+  const RowView view = row_view(logits);
+  const std::vector<double> all =
+      temperatures_of("top_p_cut", view.rows, temperature, temperatures);
+  Tensor least = empty_like_device(logits, leading_sizes(logits), ScalarType::Float);
+  Tensor last_id = empty_like_device(logits, leading_sizes(logits), ScalarType::Long);
+  float* values = least.mutable_data_ptr<float>();
+  int64_t* ids = last_id.mutable_data_ptr<int64_t>();
+  DrawOptions options;
+  options.top_p = top_p;
+  dispatch_float(logits.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
+    draw_rows<T>(
+        view.rows, vocab,
+        [&](int64_t i) { return VisibleRow<T>{data + i * view.row_stride, vocab, -1, nullptr}; },
+        [&](int64_t i) { return all[i]; },
+        [&](int64_t i, const RowDraw<T>& row, DrawScratch* scratch) {
+          DrawOptions of_row = options;
+          of_row.temperature = row.temperature;
+          const Cut cut = row.defined() ? filter_row(row, of_row, &scratch->filters) : Cut{};
+          values[i] = cut.value;
+          ids[i] = std::min(cut.last_id, vocab - 1);
+        });
+  });
+  return {least, last_id};
+}
+
 }  // namespace dmax::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(dmax, CPU, m) {
   m.impl("soft_embedding", TORCH_BOX(&dmax::cpu::soft_embedding));
   m.impl("soft_embedding_partial", TORCH_BOX(&dmax::cpu::soft_embedding_partial));
+  m.impl("top_p_cut", TORCH_BOX(&dmax::cpu::top_p_cut));
 }

@@ -1,4 +1,4 @@
-"""Workloads of drawing a token per row of logits, with and without filters."""
+"""Workloads of drawing a token per row of logits, and of the filters before a draw."""
 
 from __future__ import annotations
 
@@ -54,14 +54,36 @@ def sorted_and_masked(
         least = torch.topk(x, min(top_k, x.shape[-1])).values[..., -1:]
         x = x.masked_fill(x < least, -torch.inf)
     if top_p < 1:
-        ordered, order = x.sort(dim=-1, descending=True)
-        probability = torch.softmax(ordered, dim=-1)
-        dropped = probability.cumsum(dim=-1) - probability >= top_p
+        _, order, dropped = top_p_dropped(x, top_p)
         x = x.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -torch.inf)
     if min_p > 0:
         probability = torch.softmax(x, dim=-1)
         x = x.masked_fill(probability < min_p * probability.amax(-1, keepdim=True), -torch.inf)
     return x
+
+
+def top_p_dropped(x: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The logits in descending order, their ids, and whether each is beyond the share top_p."""
+    ordered, order = x.sort(dim=-1, descending=True, stable=True)
+    probability = torch.softmax(ordered, dim=-1)
+    return ordered, order, probability.cumsum(dim=-1) - probability >= top_p
+
+
+@workload
+def top_p_cut(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
+    """Where nine tenths of the mass end."""
+    logits = inputs.logits(rows, vocab)
+
+    def eager() -> tuple[torch.Tensor, torch.Tensor]:
+        ordered, order, dropped = top_p_dropped(logits.float(), 0.9)
+        last = (~dropped).sum(dim=-1, keepdim=True) - 1
+        return ordered.gather(-1, last).squeeze(-1), order.gather(-1, last).squeeze(-1)
+
+    return Work(
+        {"eager": eager, "fused": lambda: dmax_kernels.top_p_cut(logits, 0.9)},
+        logits.nbytes,
+        given={"logits": logits},
+    )
 
 
 @workload

@@ -56,6 +56,18 @@ def gather(
     ]
 
 
+def gather_logits(op: str, shard: VocabShard, logits: Tensor) -> Tensor:
+    """The logits [..., V] of all ranks, from this rank's columns; those that exist."""
+    if shard.num_ranks > 1:
+        widest = max(shard.sizes)
+        widest += widest % 2  # 16-bit floats travel in pairs
+        padded = torch.nn.functional.pad(logits, (0, widest - logits.shape[-1]))
+        (gathered,) = gather(op, shard, logits.dtype, (padded,))
+        columns = [part[..., :width] for part, width in zip(gathered, shard.sizes, strict=True)]
+        logits = torch.cat(columns, dim=-1)
+    return logits[..., : shard.vocab_size]
+
+
 def check_layout(op: str, shard: VocabShard, like: Tensor) -> None:
     """The check of gather(), before a choice that depends on the ranks' widths: ranks that take
     them to be different would wait for each other.

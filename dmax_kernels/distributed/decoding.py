@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dmax_kernels import ops
-from dmax_kernels.distributed.collectives import check_layout, gather
+from dmax_kernels.distributed.collectives import check_layout, gather, gather_logits
 from dmax_kernels.distributed.layout import (
     VocabShard,
     at_least_one_column,
@@ -126,21 +126,10 @@ class _Draw(NamedTuple):
 
     def whole(self, op: str, logits: Tensor, seed: Tensor, shard: VocabShard) -> Sample:
         """The unsharded op on the logits of all ranks."""
-        if shard.num_ranks > 1:
-            logits = self._gathered(op, logits, shard)
         return ops.sample_tokens(
-            logits[..., : shard.vocab_size], seed, **self.filters,
+            gather_logits(op, shard, logits), seed, **self.filters,
             suppress_token=self.suppress_token, allowed=self.allowed,
         )  # fmt: skip
-
-    @staticmethod
-    def _gathered(op: str, logits: Tensor, shard: VocabShard) -> Tensor:
-        widest = max(shard.sizes)
-        widest += widest % 2  # 16-bit floats travel in pairs
-        padded = torch.nn.functional.pad(logits, (0, widest - logits.shape[-1]))
-        (gathered,) = gather(op, shard, logits.dtype, (padded,))
-        columns = [part[..., :width] for part, width in zip(gathered, shard.sizes, strict=True)]
-        return torch.cat(columns, dim=-1)
 
 
 def _read_draw(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dmax_kernels import ops
-from dmax_kernels.distributed.collectives import gather, sum_over_ranks
+from dmax_kernels.distributed.collectives import gather, gather_logits, sum_over_ranks
 from dmax_kernels.distributed.layout import at_least_one_column, read_shard, visible
 
 
@@ -21,17 +21,19 @@ def soft_embedding(
     shard_sizes: Sequence[int] | None = None,
     vocab_size: int | None = None,
     temperature: float | Tensor = 1.0,
+    top_p: float = 1.0,
 ) -> Tensor:
     """:func:`dmax_kernels.soft_embedding` with the vocabulary of both arguments sharded.
 
     Each rank's :func:`dmax_kernels.soft_embedding_partial`, one all-gather of 4 bytes per row (the
-    maxima) and one all-reduce of D + 1 float32 per row (the sums relative to the largest).
+    maxima) and one all-reduce of D + 1 float32 per row (the sums relative to the largest). With
+    top_p below 1 the ranks also gather the logits, since where the cut lies depends on all of them.
 
     Args:
         logits: this rank's columns [..., V_shard], or a DTensor sharded on its last dimension.
         embedding: this rank's rows [V_shard, D], or a DTensor sharded on dimension 0.
         group, shard_sizes, vocab_size: see :mod:`dmax_kernels.distributed`.
-        temperature: as in the unsharded op, the same on every rank.
+        temperature, top_p: as in the unsharded op, the same on every rank.
 
     Returns:
         [..., D] in the embedding's dtype, the same on every rank, equal to the unsharded op's to a
@@ -50,11 +52,17 @@ def soft_embedding(
         )
     mine, rows = visible(logits, shard, -1), visible(table, shard, 0)
     if shard.num_ranks == 1:
-        return ops.soft_embedding(mine, rows, temperature=temperature)
+        return ops.soft_embedding(mine, rows, temperature=temperature, top_p=top_p)
+    cut = None
+    if top_p != 1:
+        least, last_id = ops.top_p_cut(
+            gather_logits(op, shard, logits), top_p, temperature=temperature
+        )
+        cut = (least, last_id - shard.start)
     if shard.width == 0:
         rows = rows.new_zeros(1, *rows.shape[1:])
     maximum, sum_exp, weighted = ops.soft_embedding_partial(
-        at_least_one_column(mine), rows, temperature=temperature
+        at_least_one_column(mine), rows, temperature=temperature, cut=cut
     )
     (maxima,) = gather(op, shard, table.dtype, (maximum,))
     # A shard of nothing but -inf has no part; a NaN or a +inf has made its sums NaN

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 import dmax_kernels
-from dmax_kernels.decoding.rules import or_best
 from dmax_kernels.decoding.state import BlockState
 from dmax_kernels.integrations import engine_objects, lookup_weight
 from dmax_kernels.integrations._sglang_rows import (
@@ -63,45 +62,38 @@ def plugin() -> None:
 
 
 @dataclass
-class LowConfidenceRows:
-    threshold: Tensor  # float32 [B, 1]
-    finished: Tensor  # bool [B]: no mask was left when the last step began
+class EditRows:
+    """The blocks' state in `edit_step_`, but for the ids, which are SGLang's own."""
+
+    editable: Tensor  # bool [B, K]
+    prediction: Tensor  # int64 [B, K]
+    confidence: Tensor  # float32 [B, K]
+    post_edit_steps: Tensor  # int32 [B]
+    finished: Tensor  # bool [B]
+    thresholds: Tensor  # float32 [B, 2]: to unmask and to edit
 
 
 def low_confidence() -> type:
     """SGLang's `LowConfidence`: unmask what passes `threshold`, or else the most confident."""
-    (base, _) = engine_objects(
-        "SGLang", f"{PACKAGE}.low_confidence", "LowConfidence", "LowConfidence.validate_request"
+    (base, _, _) = engine_objects(
+        "SGLang",
+        f"{PACKAGE}.low_confidence",
+        "LowConfidence",
+        "LowConfidence.validate_request",
+        "LowConfidence._prompt_mask",
     )
-
     options = per_request(threshold=probability)
 
     class DmaxLowConfidence(BatchedRounds, options, base):  # type: ignore[misc, valid-type]
         def init_step_state(self, forward_batch: Any) -> list[Any]:
             threshold = self.request_options(forward_batch)
-            finished = torch.zeros(len(threshold), dtype=torch.bool, device=threshold.device)
-            return places(LowConfidenceRows(threshold, finished))
+            thresholds = threshold.repeat(1, 2)  # the rule does not edit
+            return places(new_edit_rows(self._prompt_mask(forward_batch), thresholds))
 
-        def device_step(self, forward_batch: Any, logits: Tensor, rows: LowConfidenceRows) -> None:
-            ids, logits = block_views(forward_batch, logits, self.block_size)
-            masked = ids == self.mask_id
-            prompt = getattr(forward_batch, "dllm_prompt_mask", None)
-            if prompt is not None:  # the prompt has a mask id of its own
-                masked = masked & ~prompt
-            token, confidence = dmax_kernels.top1_confidence(logits)
-            chosen = unmask(confidence, masked, rows.threshold)
-            rows.finished = ~masked.any(dim=1)
-            ids.copy_(torch.where(chosen, token, ids))
+        def device_step(self, forward_batch: Any, logits: Tensor, rows: EditRows) -> None:
+            edit_blocks_(forward_batch, logits, rows, self, "threshold")
 
     return DmaxLowConfidence
-
-
-@dataclass
-class JointThresholdRows:
-    prompt: Tensor  # bool [B, K]
-    post_edit_steps: Tensor  # int32 [B]: steps taken without a mask
-    finished: Tensor  # bool [B]
-    thresholds: Tensor  # float32 [B, 3]: to unmask, to edit, and the largest post_edit_steps
 
 
 def joint_threshold() -> type:
@@ -117,49 +109,63 @@ def joint_threshold() -> type:
         threshold=probability,
         edit_threshold=probability,
         # SGLang's synchronous loop takes as many steps as the algorithm's own budget allows
-        max_post_edit_steps=lambda value: value >= 0 and value == int(value),
+        max_post_edit_steps=lambda value: value >= 0 and value % 1 == 0,
     )
 
     class DmaxJointThreshold(BatchedRounds, options, base):  # type: ignore[misc, valid-type]
         def init_step_state(self, forward_batch: Any) -> list[Any]:
-            thresholds = self.request_options(forward_batch)
-            thresholds[:, 2].clamp_(max=self.max_post_edit_steps)
-            rows, device = len(thresholds), thresholds.device
-            return places(
-                JointThresholdRows(
-                    prompt=self._prompt_mask(forward_batch),
-                    post_edit_steps=torch.zeros(rows, dtype=torch.int32, device=device),
-                    finished=torch.zeros(rows, dtype=torch.bool, device=device),
-                    thresholds=thresholds,
-                )
-            )
+            given = self.request_options(forward_batch)
+            rows = new_edit_rows(self._prompt_mask(forward_batch), given[:, :2].contiguous())
+            # The op has one budget for all rows: a smaller one is spent in part from the start
+            budget = given[:, 2].clamp(max=self.max_post_edit_steps)
+            rows.post_edit_steps.copy_(self.max_post_edit_steps - budget)
+            return places(rows)
 
-        def device_step(self, forward_batch: Any, logits: Tensor, rows: JointThresholdRows) -> None:
-            ids, logits = block_views(forward_batch, logits, self.block_size)
+        def device_step(self, forward_batch: Any, logits: Tensor, rows: EditRows) -> None:
             if self.penalty_lambda > 0:  # written into the logits, as SGLang does
+                ids, views = block_views(forward_batch, logits, self.block_size)
                 penalty = logits.new_full((), -self.penalty_lambda).expand(ids[:, :-1, None].shape)
-                logits[:, 1:].scatter_add_(2, ids[:, :-1, None], penalty)
-            token, confidence = dmax_kernels.top1_confidence(logits)
-            joint_threshold_step_(ids, token, confidence, rows, self.mask_id)
+                views[:, 1:].scatter_add_(2, ids[:, :-1, None], penalty)
+            edit_blocks_(
+                forward_batch, logits, rows, self, "joint_threshold",
+                max_post_edit_steps=self.max_post_edit_steps,
+            )  # fmt: skip
 
     return DmaxJointThreshold
 
 
-def joint_threshold_step_(
-    ids: Tensor, token: Tensor, confidence: Tensor, rows: JointThresholdRows, mask_id: int
+def new_edit_rows(prompt: Tensor, thresholds: Tensor) -> EditRows:
+    """Blocks at their start, given which of their positions [B, K] the prompt fills."""
+    rows, device = len(prompt), prompt.device
+    return EditRows(
+        editable=~prompt,
+        prediction=torch.zeros(prompt.shape, dtype=torch.int64, device=device),
+        confidence=torch.zeros(prompt.shape, dtype=torch.float32, device=device),
+        post_edit_steps=torch.zeros(rows, dtype=torch.int32, device=device),
+        finished=torch.zeros(rows, dtype=torch.bool, device=device),
+        thresholds=thresholds,
+    )
+
+
+def edit_blocks_(
+    forward_batch: Any, logits: Any, rows: EditRows, algorithm: Any, rule: str, **options: Any
 ) -> None:
-    """One step of the rule on ids [B, K], given every position's top-1 [B, K], in place."""
-    unmask_above, edit_above, budget = rows.thresholds.split(1, dim=1)
-    masked = (ids == mask_id) & ~rows.prompt
-    editing = ~(masked.any(dim=1) | rows.finished)
-    rows.post_edit_steps += editing
-    rows.finished |= editing & (rows.post_edit_steps > budget.squeeze(1))
-    edit = (confidence > edit_above) & (ids != token) & ~(masked | rows.prompt)
-    change = unmask(confidence, masked, unmask_above) | edit
-    change &= ~rows.finished.unsqueeze(1)
-    # A step without a change ends the block: the forward before it saw its final ids
-    rows.finished |= ~change.any(dim=1)
-    ids.copy_(torch.where(change, token, ids))
+    """`edit_step_` on the batch's own ids."""
+    ids, logits = block_views(forward_batch, logits, algorithm.block_size)
+    dmax_kernels.edit_step_(
+        logits,
+        editable=rows.editable,
+        token=ids,
+        prediction=rows.prediction,
+        confidence=rows.confidence,
+        post_edit_steps=rows.post_edit_steps,
+        done=rows.finished,
+        mask_token_id=algorithm.mask_id,
+        threshold=0.0,  # each row has its own
+        rule=rule,
+        thresholds=rows.thresholds,
+        **options,
+    )
 
 
 @dataclass
@@ -267,11 +273,6 @@ def block_views(forward_batch: Any, logits: Any, block_size: int) -> tuple[Tenso
     """ids [B, K] and logits [B, K, V], as views: CUDA graphs read the ids' memory."""
     ids = forward_batch.input_ids.view(-1, block_size)
     return ids, logits.view(*ids.shape, logits.shape[-1])
-
-
-def unmask(confidence: Tensor, masked: Tensor, threshold: Tensor) -> Tensor:
-    """Masked positions above the threshold; where a row has none, its most confident one."""
-    return or_best(masked & (confidence > threshold), confidence, masked)
 
 
 def new_blocks(

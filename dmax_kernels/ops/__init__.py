@@ -7,7 +7,12 @@ from dmax_kernels.ops.logprobs import TokenLogprobs, token_logprobs
 from dmax_kernels.ops.loss import oput_loss, oput_loss_and_grad_
 from dmax_kernels.ops.promote import prefix_promote
 from dmax_kernels.ops.sample import Sample, sample_merge, sample_partial, sample_tokens
-from dmax_kernels.ops.soft_embedding import soft_embedding, soft_embedding_partial
+from dmax_kernels.ops.soft_embedding import (
+    TopPCut,
+    soft_embedding,
+    soft_embedding_partial,
+    top_p_cut,
+)
 from dmax_kernels.ops.spd_step import spd_step_
 from dmax_kernels.ops.statistics import RowStatistics, row_statistics
 from dmax_kernels.ops.target_logprobs import (
@@ -25,6 +30,7 @@ __all__ = [
     "Sample",
     "TargetLogprobs",
     "TokenLogprobs",
+    "TopPCut",
     "certainty_forcing_loss",
     "edit_step_",
     "hybrid_embedding",
@@ -48,6 +54,7 @@ __all__ = [
     "top1_confidence",
     "top1_merge",
     "top1_partial",
+    "top_p_cut",
     "topk_confidence",
     "transform_logits_",
 ]

@@ -16,7 +16,12 @@ from dmax_kernels.reference.logprobs import TokenLogprobs, token_logprobs
 from dmax_kernels.reference.loss import oput_loss, oput_loss_and_grad_
 from dmax_kernels.reference.promote import prefix_promote
 from dmax_kernels.reference.sample import Sample, sample_merge, sample_partial, sample_tokens
-from dmax_kernels.reference.soft_embedding import soft_embedding, soft_embedding_partial
+from dmax_kernels.reference.soft_embedding import (
+    TopPCut,
+    soft_embedding,
+    soft_embedding_partial,
+    top_p_cut,
+)
 from dmax_kernels.reference.spd_step import spd_step_
 from dmax_kernels.reference.statistics import RowStatistics, row_statistics
 from dmax_kernels.reference.target_logprobs import (
@@ -34,6 +39,7 @@ __all__ = [
     "Sample",
     "TargetLogprobs",
     "TokenLogprobs",
+    "TopPCut",
     "certainty_forcing_loss",
     "edit_step_",
     "hybrid_embedding",
@@ -57,6 +63,7 @@ __all__ = [
     "top1_confidence",
     "top1_merge",
     "top1_partial",
+    "top_p_cut",
     "topk_confidence",
     "transform_logits_",
 ]

@@ -1,4 +1,4 @@
-"""What sample_filters.py searches a row for: the cut of a filter, ties by id, tokens to report.
+"""What a filter searches a row for: its cut, ties by id, tokens to report.
 
 Everything here reads only the draw tiles (64 ids) whose maximum says that they matter.
 """
@@ -8,7 +8,7 @@ import triton.language as tl
 
 from dmax_kernels.triton.philox import DRAW_TILE
 from dmax_kernels.triton.stats import NO_ID
-from dmax_kernels.triton.topk import order_key
+from dmax_kernels.triton.topk import order_key, value_of_key
 
 LOWEST_KEY = tl.constexpr(-0x7F800001)  # of -inf
 
@@ -156,6 +156,48 @@ def id_of_tie(
             token = tl.min(tl.where((ties > 0) & (rank == number), ids, NO_ID))
             before += tl.sum(of_tile, axis=0)
     return token
+
+
+@triton.jit
+def row_mass(tile_max, tile_sum, num_tiles, scale, STATS: tl.constexpr):
+    """(maximum, sum of exponentials, whether any logit is NaN or +inf) of a row's draw tiles."""
+    maximum = tl.zeros([], tl.float32) + float("-inf")
+    any_broken = tl.zeros([], tl.int32)
+    for start in range(0, num_tiles, STATS):
+        _, maxima, _, broken = load_stats(tile_max, tile_sum, start, num_tiles, STATS)
+        maximum = tl.maximum(maximum, tl.max(maxima, axis=0))
+        any_broken = tl.maximum(any_broken, tl.max(broken.to(tl.int32), axis=0))
+    total = tl.zeros([], tl.float32)
+    reference = tl.where(maximum == float("-inf"), 0.0, maximum)
+    for start in range(0, num_tiles, STATS):
+        _, maxima, sums, _ = load_stats(tile_max, tile_sum, start, num_tiles, STATS)
+        total += tl.sum(sums * weights(maxima, reference, scale), axis=0)
+    return maximum, total, any_broken
+
+
+@triton.jit
+def kept_mass(
+    row, vocab, suppress_token, allowed, tile_max, tile_sum, num_tiles, maximum, scale, key,
+    last_id, HAS_ALLOWED: tl.constexpr, N: tl.constexpr,
+):
+    """The mass of the tokens down to (key, last_id), added up as the search adds it up."""
+    whole = tl.zeros([], tl.float64)
+    for start in range(0, num_tiles, N):
+        tile, maxima, _, _ = load_stats(tile_max, tile_sum, start, num_tiles, N)
+        active = order_key(maxima) >= key
+        if tl.max(active.to(tl.int32), axis=0) > 0:
+            ids, x = load_visible(row, tile, active, vocab, suppress_token, allowed, HAS_ALLOWED)
+            kept = kept_of(x, ids, key, last_id, maximum, 1.0, float("-inf"))
+            whole += tl.sum(tl.where(kept, weights(x, maximum, scale), 0.0)).to(tl.float64)
+    return whole
+
+
+@triton.jit
+def ties_at(key, above, down_to, target, maximum, scale, by_mass):
+    """(how many of the equal tokens at a cut the target takes, how many there are)."""
+    each = tl.where(by_mass, weights(value_of_key(key), maximum, scale), 1.0)
+    number = tl.ceil((target - above) / each)
+    return number, tl.floor((down_to - above) / each + 0.5)
 
 
 @triton.jit

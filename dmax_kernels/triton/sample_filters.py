@@ -20,9 +20,12 @@ from dmax_kernels.triton.filter_search import (
     broken_token,
     cut_of,
     id_of_tie,
+    kept_mass,
     kept_of,
     load_stats,
     load_visible,
+    row_mass,
+    ties_at,
     weights,
 )
 from dmax_kernels.triton.launch import Rows, next_power_of_2
@@ -130,19 +133,7 @@ def sample_filtered_kernel(
     scale = tl.full([], LOG2_E_DEVICE, tl.float32) / t
     inverse_temperature = 1.0 / t
 
-    # The row's maximum and mass
-    maximum = tl.zeros([], tl.float32) + float("-inf")
-    any_broken = tl.zeros([], tl.int32)
-    for start in range(0, num_tiles, STATS):
-        _, maxima, _, broken = load_stats(tile_max, tile_sum, start, num_tiles, STATS)
-        maximum = tl.maximum(maximum, tl.max(maxima, axis=0))
-        any_broken = tl.maximum(any_broken, tl.max(broken.to(tl.int32), axis=0))
-    total = tl.zeros([], tl.float32)
-    reference = tl.where(maximum == float("-inf"), 0.0, maximum)
-    for start in range(0, num_tiles, STATS):
-        _, maxima, sums, _ = load_stats(tile_max, tile_sum, start, num_tiles, STATS)
-        total += tl.sum(sums * weights(maxima, reference, scale), axis=0)
-
+    maximum, total, any_broken = row_mass(tile_max, tile_sum, num_tiles, scale, STATS)
     token = tl.zeros([], tl.int32)
     value = maximum
     kept_total = total
@@ -163,29 +154,16 @@ def sample_filtered_kernel(
             by_mass = filter == 1
             if tl.where(by_mass, p < 1, (k > 0) & (k < vocab)):
                 target = k.to(tl.float64)
-                if by_mass:  # a part of what top_k keeps, added up as the search adds it up
-                    whole = tl.zeros([], tl.float64)
-                    for start in range(0, num_tiles, N):
-                        tile, maxima, _, _ = load_stats(tile_max, tile_sum, start, num_tiles, N)
-                        active = order_key(maxima) >= key
-                        if tl.max(active.to(tl.int32), axis=0) > 0:
-                            ids, x = load_visible(
-                                row, tile, active, vocab, suppress_token, allowed, HAS_ALLOWED
-                            )
-                            kept = kept_of(
-                                x, ids, key, last_id, maximum, inverse_temperature, float("-inf")
-                            )
-                            part = tl.where(kept, weights(x, maximum, scale), 0.0)
-                            whole += tl.sum(part).to(tl.float64)
-                    target = p.to(tl.float64) * whole
+                if by_mass:  # a part of what top_k keeps
+                    target = p.to(tl.float64) * kept_mass(
+                        row, vocab, suppress_token, allowed, tile_max, tile_sum, num_tiles, maximum,
+                        scale, key, last_id, HAS_ALLOWED, N,
+                    )
                 cut, above, down_to = cut_of(
                     row, vocab, suppress_token, allowed, tile_max, tile_sum, num_tiles, maximum,
                     scale, target, by_mass, HAS_ALLOWED, N, STATS,
                 )
-                # Of equal tokens, as many as the target takes
-                each = tl.where(by_mass, weights(value_of_key(cut), maximum, scale), 1.0)
-                number = tl.ceil((target - above) / each)
-                ties = tl.floor((down_to - above) / each + 0.5)
+                number, ties = ties_at(cut, above, down_to, target, maximum, scale, by_mass)
                 cut_id = tl.zeros([], tl.int32) + NO_ID
                 if (cut > LOWEST_KEY) & (number < ties):
                     cut_id = id_of_tie(
@@ -277,3 +255,61 @@ def sample_filtered(
         maxnreg=128,
     )
     return results
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def top_p_cut_kernel(
+    logits, row_stride, vocab, temperature, top_p, row_options, tile_max, tile_sum, num_tiles,
+    out_least, out_id, HAS_OPTIONS: tl.constexpr, N: tl.constexpr, STATS: tl.constexpr,
+):
+    row_id = tl.program_id(0).to(tl.int64)
+    row = logits + row_id * row_stride
+    tile_max += row_id * num_tiles
+    tile_sum += row_id * num_tiles
+    t, _, p, _, valid = options_of(row_options, row_id, temperature, 0, top_p, 0.0, HAS_OPTIONS)
+    scale = tl.full([], LOG2_E_DEVICE, tl.float32) / tl.where(valid, t, 1.0)
+    maximum, _, any_broken = row_mass(tile_max, tile_sum, num_tiles, scale, STATS)
+    value = tl.zeros([], tl.float32) + float("-inf")
+    token = tl.zeros([], tl.int32) + NO_ID
+    if valid & (t > 0) & (p < 1) & (any_broken == 0) & (maximum > float("-inf")):
+        whole = kept_mass(
+            row, vocab, -1, row, tile_max, tile_sum, num_tiles, maximum, scale, LOWEST_KEY, NO_ID,
+            False, N,
+        )
+        target = p.to(tl.float64) * whole
+        cut, above, down_to = cut_of(
+            row, vocab, -1, row, tile_max, tile_sum, num_tiles, maximum, scale, target, True, False,
+            N, STATS,
+        )
+        if cut > LOWEST_KEY:
+            value = value_of_key(cut)
+            number, ties = ties_at(cut, above, down_to, target, maximum, scale, True)
+            number = tl.maximum(tl.minimum(number, ties), 1.0).to(tl.int32)
+            token = id_of_tie(
+                row, vocab, -1, row, tile_max, tile_sum, num_tiles, cut, number, False, N
+            )
+    tl.store(out_least + row_id, value)
+    tl.store(out_id + row_id, tl.minimum(token, vocab - 1).to(tl.int64))
+
+
+def cut_rows(
+    rows: Rows, top_p: float, temperature: float, temperatures: Tensor | None, least: Tensor,
+    last_id: Tensor,
+) -> None:
+    """Each row's cut at that share of its mass, written to least and last_id; at least one row."""
+    options = None
+    if temperatures is not None:  # temperature, top_k, top_p, min_p
+        off = torch.zeros_like(temperatures)
+        options = torch.stack([temperatures, off, torch.full_like(off, top_p), off], dim=-1)
+    num_tiles = -(-rows.width // DRAW_TILE.value)
+    tile_max, tile_sum = least.new_empty((2, rows.count, num_tiles))
+    draw_tiles_kernel[(rows.count, -(-num_tiles // READ_TILES))](
+        rows.tensor, rows.stride, rows.width, -1, float(temperature), options, last_id, 0, tile_max,
+        tile_sum, num_tiles, HAS_OPTIONS=options is not None, HAS_ALLOWED=False, N=READ_TILES,
+        num_warps=READ_WARPS,
+    )
+    top_p_cut_kernel[(rows.count,)](
+        rows.tensor, rows.stride, rows.width, float(temperature), float(top_p), options, tile_max,
+        tile_sum, num_tiles, least, last_id, HAS_OPTIONS=options is not None, N=READ_TILES,
+        STATS=min(1024, next_power_of_2(num_tiles)), num_warps=ROW_WARPS, maxnreg=128,
+    )

@@ -1,19 +1,17 @@
 """softmax(logits / temperature) @ embedding, without the probabilities of all rows in memory.
 
-Few rows take one pass over the vocabulary, as in flash attention: a program takes BLOCK_M rows, BLOCK_D columns of the embedding and some
-vocabulary tiles of BLOCK_N tokens. It keeps each row's maximum, sum of exponentials and weighted
-sum of embeddings, all relative to the maximum so far, and rescales both sums when it grows. With
-few rows the vocabulary is split over more programs, whose results a second kernel merges in a fixed
-order. No probability is written to memory.
+Few rows take one pass over the vocabulary, as in flash attention: a program takes BLOCK_M rows,
+BLOCK_D columns of the embedding and some vocabulary tiles of BLOCK_N tokens. It keeps each row's
+maximum, sum of exponentials and weighted sum of embeddings, all relative to the maximum so far, and
+rescales both sums when it grows. With few rows the vocabulary is split over more programs, whose
+results a second kernel merges in a fixed order. No probability is written to memory.
 
 The weights are float32. Against a 16-bit embedding they are split into a high and a low part of
 that type, so that the tensor cores take both and the products keep 16 bits and more of a weight;
 rounding the weights once would cost as much precision as rounding the result.
 
-From LEAST_PRODUCT_ROWS rows on the library's product is faster, 14 times on an H100 for 256 rows
-against 16 bits. The weights of one chunk of the vocabulary, at most WEIGHT_BYTES, are then written
-to memory: the low parts as further rows below the high ones, so that one product reads the
-embedding once for both.
+Many rows are in soft_products.py. A cut limits a row to its most probable tokens: the others count
+as -inf.
 """
 
 from typing import NamedTuple
@@ -25,27 +23,25 @@ from torch import Tensor
 
 from dmax_kernels.triton.launch import (
     Rows,
+    device_of,
     next_power_of_2,
     num_multiprocessors,
     row_view,
 )
-from dmax_kernels.triton.linear_chunks import add_product
 from dmax_kernels.triton.linear_loss import plain_products
+from dmax_kernels.triton.sample_filters import cut_rows
+from dmax_kernels.triton.soft_products import RowOptions, above_cut, products_of_rows, row_scale
 from dmax_kernels.triton.stats import finite_or_zero, softmax_scale
 
-__all__ = ["soft_embedding", "soft_embedding_partial"]
+__all__ = ["soft_embedding", "soft_embedding_partial", "top_p_cut"]
 
 # Measured on an H100 with V = 157,184 and D = 2,048 (bench/cases.py): one pass took 243 us for 32
 # rows, where eager took 288, and 3,009 us for 256, where eager took 560
 LEAST_PRODUCT_ROWS = 33
-WEIGHT_BYTES = 128 << 20
-WEIGHT_TILE = 2048  # tokens per program
 
 # Rows per launch at most: the partial results of 2,048 columns stay below 64 MB
 MOST_ROWS = 4096
 MERGE_COLUMNS = 512
-LOG2_E = tl.constexpr(1.4426950408889634)
-LEAST_TEMPERATURE, MOST_TEMPERATURE = tl.constexpr(1e-30), tl.constexpr(1e30)
 
 
 class SoftTiles(NamedTuple):
@@ -69,16 +65,6 @@ def choose_soft_tiles(num_rows: int, dtype: torch.dtype) -> SoftTiles:
 
 
 @triton.jit
-def row_scale(temperatures, row, scale, HAS_TEMPERATURES: tl.constexpr):
-    """log2(e) / temperature of each row; NaN where the temperature is out of range."""
-    if HAS_TEMPERATURES:
-        temperature = tl.load(temperatures + row)
-        valid = (temperature >= LEAST_TEMPERATURE) & (temperature <= MOST_TEMPERATURE)
-        return tl.where(valid, LOG2_E / temperature, float("nan"))
-    return scale + row.to(tl.float32) * 0.0
-
-
-@triton.jit
 def weighted_sum(weight, e, acc):
     """acc + weight @ e; see the head of this file."""
     if e.dtype == tl.float32:
@@ -92,9 +78,9 @@ def weighted_sum(weight, e, acc):
 @triton.jit(do_not_specialize=["num_rows", "num_splits", "tiles_per_split"])
 def soft_embedding_kernel(
     logits, logits_stride, embedding, embedding_stride, temperatures, num_rows, vocab, dim, scale,
-    partial_max, partial_sum, partial_out, num_splits, tiles_per_split,
-    HAS_TEMPERATURES: tl.constexpr, WHOLE_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    least, last_id, partial_max, partial_sum, partial_out, num_splits, tiles_per_split,
+    HAS_TEMPERATURES: tl.constexpr, HAS_CUT: tl.constexpr, WHOLE_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -103,6 +89,10 @@ def soft_embedding_kernel(
     # Clamped columns are loaded one by one: whole blocks of them are not clamped
     safe_column = column if WHOLE_COLUMNS else tl.minimum(column, dim - 1)
     factor = row_scale(temperatures, safe_row, scale, HAS_TEMPERATURES)
+    if HAS_CUT:
+        lowest = tl.load(least + safe_row)
+        # Counted from this shard's first id, it may lie on either side of the shard
+        last = tl.minimum(tl.maximum(tl.load(last_id + safe_row), -1), vocab).to(tl.int32)
 
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_exp = tl.zeros([BLOCK_M], tl.float32)
@@ -117,6 +107,8 @@ def soft_embedding_kernel(
             logits + safe_row[:, None] * logits_stride + ids[None, :],
             mask=(ids < vocab)[None, :], other=float("-inf"),
         ).to(tl.float32)
+        if HAS_CUT:
+            x = above_cut(x, ids[None, :], lowest[:, None], last[:, None])
         e = tl.load(embedding + token[:, None] * embedding_stride + safe_column[None, :])
         largest = tl.maximum(maximum, tl.max(x, axis=1))
         reference = finite_or_zero(largest)
@@ -172,8 +164,8 @@ def soft_embedding_merge_kernel(
 
 
 def sum_of_rows(
-    logits: Rows, table: Rows, temperature: float, temperatures: Tensor | None, out: Tensor,
-    out_max: Tensor | None, out_sum: Tensor | None,
+    logits: Rows, table: Rows, options: RowOptions, out: Tensor, out_max: Tensor | None,
+    out_sum: Tensor | None,
 ) -> None:
     """At most MOST_ROWS rows; out is [rows, D]."""
     rows, vocab, dim, device = logits.count, logits.width, table.width, logits.tensor.device
@@ -187,11 +179,13 @@ def sum_of_rows(
         torch.empty((rows, splits, width), dtype=torch.float32, device=device)
         for width in (1, 1, dim)
     )
-    given, scale = temperatures is not None, softmax_scale(temperature)
+    temperatures, scale = options.temperatures, softmax_scale(options.temperature)
+    given = temperatures is not None
     soft_embedding_kernel[(row_blocks, column_blocks, splits)](
         logits.tensor, logits.stride, table.tensor, table.stride, temperatures, rows, vocab, dim,
-        scale, partial_max, partial_sum, partial_out, splits, tiles_per_split,
-        HAS_TEMPERATURES=given, WHOLE_COLUMNS=dim % tiles.block_d == 0, BLOCK_M=tiles.block_m,
+        scale, options.least, options.last_id, partial_max, partial_sum, partial_out, splits,
+        tiles_per_split, HAS_TEMPERATURES=given, HAS_CUT=options.least is not None,
+        WHOLE_COLUMNS=dim % tiles.block_d == 0, BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n, BLOCK_D=tiles.block_d, num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
@@ -203,95 +197,22 @@ def sum_of_rows(
     )
 
 
-@triton.jit(do_not_specialize=["first", "count", "num_rows", "num_tiles"])
-def soft_weights_kernel(
-    logits, logits_stride, temperatures, maxima, first, count, scale, weights, weights_stride,
-    num_rows, partial_sums, num_tiles, HAS_TEMPERATURES: tl.constexpr, SPLIT: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """exp((x - maximum) / temperature) of tokens first, ..., first + count - 1; first is a multiple
-    of TILE."""
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    whole = (tl.program_id(1) + 1) * TILE <= count  # a mask would rule out 16-byte accesses
-    at = logits + row * logits_stride + first + place
-    if whole:
-        x = tl.load(at).to(tl.float32)
-    else:
-        x = tl.load(at, mask=place < count, other=float("-inf")).to(tl.float32)
-    factor = row_scale(temperatures, row, scale, HAS_TEMPERATURES)
-    reference = finite_or_zero(tl.load(maxima + row).to(tl.float32))
-    weight = tl.exp2((x - reference) * factor)
-    tile = first // TILE + tl.program_id(1)
-    tl.store(partial_sums + row * num_tiles + tile, tl.sum(weight, axis=0))
-    out = weights + row * weights_stride + place
-    high = weight.to(weights.dtype.element_ty)
-    low = (weight - high.to(tl.float32)).to(weights.dtype.element_ty)
-    if whole:
-        tl.store(out, high)
-        if SPLIT:
-            tl.store(weights + (row + num_rows) * weights_stride + place, low)
-    else:
-        tl.store(out, high, mask=place < count)
-        if SPLIT:
-            tl.store(weights + (row + num_rows) * weights_stride + place, low, mask=place < count)
-
-
-def products_of_rows(
-    logits: Rows, table: Rows, temperature: float, temperatures: Tensor | None, out: Tensor,
-    out_max: Tensor | None, out_sum: Tensor | None,
-) -> None:
-    """sum_of_rows by the library's products of chunks of the vocabulary."""
-    rows, vocab, dim, dtype = logits.count, logits.width, table.width, table.tensor.dtype
-    flat = logits.tensor.as_strided((rows, vocab), (logits.stride, 1))
-    embedding = table.tensor.as_strided((vocab, dim), (table.stride, 1))
-    parts = 1 if dtype == torch.float32 else 2  # high and low
-    tiles = -(-vocab // WEIGHT_TILE)
-    at_once = max(1, WEIGHT_BYTES // (rows * parts * dtype.itemsize * WEIGHT_TILE))
-    chunk = min(tiles, at_once) * WEIGHT_TILE
-    maxima = flat.amax(dim=1)
-    sums = maxima.new_empty((rows, tiles), dtype=torch.float32)
-    weights = flat.new_empty((parts * rows, chunk), dtype=dtype)
-    total = flat.new_zeros((parts * rows, dim), dtype=torch.float32)
-    for first in range(0, vocab, chunk):
-        count = min(chunk, vocab - first)
-        soft_weights_kernel[(rows, -(-count // WEIGHT_TILE))](
-            logits.tensor, logits.stride, temperatures, maxima, first, count,
-            softmax_scale(temperature), weights, chunk, rows, sums, tiles,
-            HAS_TEMPERATURES=temperatures is not None, SPLIT=parts == 2, TILE=WEIGHT_TILE,
-            num_warps=4,
-        )
-        add_product(total, weights[:, :count], embedding[first : first + count])
-    weighted = total[:rows] + total[rows:] if parts == 2 else total
-    sum_exp = sums.sum(dim=1)
-    sum_exp = sum_exp.where(sum_exp < torch.inf, torch.nan)  # of a row with a NaN or a +inf
-    if out_max is None:
-        torch.div(weighted, sum_exp[:, None], out=weighted)
-    else:
-        weighted = weighted.where(sum_exp[:, None] == sum_exp[:, None], torch.nan)
-        out_max.copy_(maxima)
-        out_sum.copy_(sum_exp)
-    out.copy_(weighted)
-
-
 def sum_of_all_rows(
-    logits: Tensor, embedding: Tensor, temperature: float, temperatures: Tensor | None, out: Tensor,
+    logits: Tensor, embedding: Tensor, options: RowOptions, out: Tensor,
     out_max: Tensor | None = None, out_sum: Tensor | None = None,
 ) -> None:
     if out.numel() == 0:
         return
     rows, table = row_view(logits), row_view(embedding)
     flat = rows.tensor.as_strided((rows.count, rows.width), (rows.stride, 1))
-    if temperatures is not None:
-        temperatures = temperatures.reshape(-1).contiguous()
+    options = options.in_rows()
     with plain_products(logits):
         for first in range(0, rows.count, MOST_ROWS):
             span = slice(first, min(first + MOST_ROWS, rows.count))
             part = Rows(flat[span], span.stop - first, rows.width, rows.stride)
             sum_rows = products_of_rows if part.count >= LEAST_PRODUCT_ROWS else sum_of_rows
             sum_rows(
-                part, table, temperature, None if temperatures is None else temperatures[span],
-                out.view(-1, table.width)[span],
+                part, table, options.span(span), out.view(-1, table.width)[span],
                 None if out_max is None else out_max.view(-1)[span],
                 None if out_sum is None else out_sum.view(-1)[span],
             )
@@ -299,21 +220,33 @@ def sum_of_all_rows(
 
 def soft_embedding(
     logits: Tensor, embedding: Tensor, *, temperature: float = 1.0,
-    temperatures: Tensor | None = None,
+    temperatures: Tensor | None = None, least: Tensor | None = None, last_id: Tensor | None = None,
 ) -> Tensor:
     out = embedding.new_empty((*logits.shape[:-1], embedding.shape[1]))
-    sum_of_all_rows(logits, embedding, temperature, temperatures, out)
+    options = RowOptions(temperature, temperatures, least, last_id)
+    sum_of_all_rows(logits, embedding, options, out)
     return out
 
 
 def soft_embedding_partial(
     logits_shard: Tensor, embedding_shard: Tensor, *, temperature: float = 1.0,
-    temperatures: Tensor | None = None,
+    temperatures: Tensor | None = None, least: Tensor | None = None, last_id: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, device = logits_shard.shape[:-1], logits_shard.device
     maximum, sum_exp = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
     weighted = torch.empty((*shape, embedding_shard.shape[1]), dtype=torch.float32, device=device)
-    sum_of_all_rows(
-        logits_shard, embedding_shard, temperature, temperatures, weighted, maximum, sum_exp
-    )
+    options = RowOptions(temperature, temperatures, least, last_id)
+    sum_of_all_rows(logits_shard, embedding_shard, options, weighted, maximum, sum_exp)
     return maximum, sum_exp, weighted
+
+
+def top_p_cut(
+    logits: Tensor, top_p: float, *, temperature: float = 1.0, temperatures: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    shape, device = logits.shape[:-1], logits.device
+    least = torch.empty(shape, dtype=torch.float32, device=device)
+    last_id = torch.empty(shape, dtype=torch.int64, device=device)
+    if least.numel() > 0:
+        with device_of(logits):
+            cut_rows(row_view(logits), top_p, temperature, temperatures, least, last_id)
+    return least, last_id

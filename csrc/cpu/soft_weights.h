@@ -1,0 +1,150 @@
+// The weights exp((x - maximum) / temperature) of a block of tokens in a block of rows.
+//
+// A cut limits a row to its most probable tokens. The others get no weight, and a row's sum is that
+// of the weights which are left.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "common/row_view.h"
+#include "cpu/draw_rows.h"
+#include "cpu/linear_logits.h"
+#include "cpu/vocab_scan.h"
+
+namespace dmax::cpu {
+
+// Tokens per block: the weights of kSoftRows rows take 512 KiB
+constexpr int64_t kSoftTokens = 512;
+// PyTorch's product takes over where more of a block's weights than one in this many count
+constexpr int64_t kSparse = 4;
+
+// Of a block of rows: where they start, their temperatures, their cuts if there are any, and what
+// the first pass found
+struct SoftRows {
+  int64_t first;
+  int64_t count;
+  std::vector<double> temperature;
+  const Cut* cuts;  // nullptr: all tokens are kept
+  std::vector<RowStats> stats;
+};
+
+// The weights of one block of tokens that count, and whose they are
+struct BlockWeights {
+  std::vector<float> weight;    // [rows, tokens that count]
+  std::vector<int64_t> tokens;  // ascending
+  bool dense;                   // worth PyTorch's product
+
+  float* row(int64_t i) { return weight.data() + i * kSoftTokens; }
+  const float* row(int64_t i) const { return weight.data() + i * kSoftTokens; }
+};
+
+inline std::vector<double> temperatures_of(const char* op, int64_t rows, double temperature,
+                                           const OptionalTensor& temperatures) {
+  std::vector<double> values(rows, temperature);
+  if (!temperatures) return values;
+  const Tensor given = as_contiguous(*temperatures);
+  for (int64_t i = 0; i < rows; ++i) {
+    values[i] = given.const_data_ptr<float>()[i];
+    check_temperature(op, values[i]);
+  }
+  return values;
+}
+
+// The cuts of all rows; empty where none are given
+inline std::vector<Cut> cuts_of(int64_t rows, const OptionalTensor& least,
+                                const OptionalTensor& last_id) {
+  std::vector<Cut> cuts;
+  if (!least) return cuts;
+  const Tensor values = as_contiguous(*least);
+  const Tensor ids = as_contiguous(*last_id);
+  for (int64_t i = 0; i < rows; ++i) {
+    cuts.push_back({values.const_data_ptr<float>()[i], ids.const_data_ptr<int64_t>()[i]});
+  }
+  return cuts;
+}
+
+// A row of which the cut keeps nothing has what one of nothing but -inf has; of any other, the
+// weights are still to be added to the maximum's own, which is 1
+inline void apply_cuts(SoftRows* rows) {
+  if (!rows->cuts) return;
+  for (int64_t i = 0; i < rows->count; ++i) {
+    RowStats& stats = rows->stats[i];
+    const Cut& cut = rows->cuts[i];
+    const bool nothing =
+        stats.maximum < cut.value || (stats.maximum == cut.value && stats.token > cut.last_id);
+    if (nothing) stats = {};
+    stats.rest = -1;
+  }
+}
+
+template <class T>
+void find_maxima(const RowView& logits, SoftRows* rows) {
+  const T* data = static_cast<const T*>(logits.tensor.const_data_ptr());
+  rows->stats.resize(rows->count);
+  for (int64_t begin = 0, end; begin < rows->count; begin = end) {
+    end = begin + 1;  // a scan has one temperature
+    while (end < rows->count && rows->temperature[end] == rows->temperature[begin]) ++end;
+    scan_rows<T>(
+        end - begin, VocabScan{logits.width, -1, rows->temperature[begin]},
+        [&](int64_t i) { return data + (rows->first + begin + i) * logits.row_stride; },
+        [&](int64_t i, const RowStats& stats) { rows->stats[begin + i] = stats; });
+  }
+}
+
+// The weights of tokens [first, first + n) of a row that the cut keeps; returns their sum
+template <class T>
+double weigh_kept(const VisibleRow<T>& logits, const Cut& cut, const RowStats& stats, float scale,
+                  int64_t first, int64_t n, float* weight) {
+  float kept[kSoftTokens];
+  load_kept(logits, first, n, cut, kept);
+  tile_kernels<float>().weigh(kept, weight, n, stats.maximum, scale);
+  double sum = 0;
+  for (int64_t t = 0; t < n; ++t) sum += weight[t];
+  return sum;
+}
+
+template <class T>
+void weigh_block(const RowView& logits, SoftRows* all_rows, int64_t first, int64_t n,
+                 BlockWeights* block) {
+  SoftRows& rows = *all_rows;
+  const TileKernels<T>& kernels = tile_kernels<T>();
+  const T* data = static_cast<const T*>(logits.tensor.const_data_ptr());
+  constexpr int64_t kGrain = 1 << 14;  // exponentials per thread
+  parallel_for(rows.count, kGrain / n, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      RowStats& stats = rows.stats[i];
+      const T* x = data + (rows.first + i) * logits.row_stride;
+      const float scale = softmax_scale(rows.temperature[i]);
+      if (!stats.defined()) {
+        std::fill_n(block->row(i), n, 0.0f);
+      } else if (!rows.cuts) {
+        kernels.weigh(x + first, block->row(i), n, stats.maximum, scale);
+      } else {
+        stats.rest += weigh_kept(VisibleRow<T>{x, logits.width, -1, nullptr}, rows.cuts[i], stats,
+                                 scale, first, n, block->row(i));
+      }
+    }
+  });
+  float largest[kSoftTokens] = {};
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const float* weight = block->row(i);
+    for (int64_t t = 0; t < n; ++t) largest[t] = std::max(largest[t], weight[t]);
+  }
+  block->tokens.clear();
+  for (int64_t t = 0; t < n; ++t) {
+    if (largest[t] > 0) block->tokens.push_back(t);
+  }
+  const int64_t used = static_cast<int64_t>(block->tokens.size());
+  int64_t nonzero = 0;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    float* weight = block->row(i);
+    for (int64_t j = 0; j < used; ++j) {
+      weight[j] = weight[block->tokens[j]];
+      nonzero += weight[j] > 0;
+    }
+  }
+  block->dense = rows.count > kFewRows && nonzero * kSparse > rows.count * used;
+}
+
+}  // namespace dmax::cpu
