@@ -163,7 +163,7 @@ def test_either_pass_may_be_absent():
 
 @pytest.mark.parametrize("op", [reference, dmax_kernels], ids=["reference", "cpu"])
 def test_temperature_divides_the_logits(op):
-    """Powers of two divide without rounding: one loss both ways, and the gradient is 1 / T of it."""
+    """Powers of two divide without rounding: one loss both ways, and 1 / T of the gradient."""
     (logits, _), target = random_case(torch.float32)
     for temperature in (0.25, 4.0):
         leaves = [logits.clone().requires_grad_(), (logits / temperature).requires_grad_()]

@@ -52,8 +52,9 @@ def oput_loss(
     Returns:
         reduction "none": (loss_masked, loss_predicted), float32 [...], None for an absent pass.
         Else one float32 scalar; with ``by_pass`` (scalar, float32 [2] without a gradient: the
-        addends of the masked and of the predicted pass, 0 for an absent one). Differentiable once in both logits; the gradient is computed from
-        the logits and lse, with one rounding to the logits' dtype.
+        addends of the masked and of the predicted pass, 0 for an absent one). Differentiable once
+        in both logits; the gradient is computed from the logits and lse, with one rounding to the
+        logits' dtype.
 
     Raises:
         ValueError: an unknown reduction, a token_weight of a different shape, by_pass without a
