@@ -6,8 +6,9 @@ import argparse
 import importlib
 import sys
 
-# name: one line for --help; each is dmax_kernels/cli/<name>.py with add_arguments and run,
-# imported only when asked for, so that `info` needs nothing but torch
+# name: one line for --help; each is dmax_kernels/cli/<name>.py with add_arguments and run, and with
+# CONFIG if it takes a file of options; imported only when asked for, so that `info` needs nothing
+# but torch
 COMMANDS = {
     "info": "versions, build, and which backend serves each op on each device",
     "generate": "answer prompts with a model by name or folder, several tokens per forward pass",
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
                 module = importlib.import_module(f"dmax_kernels.cli.{name}")
                 module.add_arguments(command)
                 command.set_defaults(run=module.run)
+                if hasattr(module, "CONFIG"):
+                    arguments = [name, *module.CONFIG.expand(arguments[1:], module.add_arguments)]
         options = parser.parse_args(arguments)
         return options.run(options) or 0
     except ModuleNotFoundError as error:

@@ -38,9 +38,12 @@ def check_reduction(
     token_weight: Tensor | None,
     reduction: str,
     num_tokens: Tensor | float | None,
+    by_pass: bool = False,
 ) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if by_pass and reduction == "none":
+        raise ValueError(f"{op}: by_pass is for the reductions 'sum' and 'mean', got 'none'")
     if token_weight is not None and token_weight.shape != target.shape:
         raise ValueError(
             f"{op}: token_weight must have target's shape {list(target.shape)}, "
@@ -99,6 +102,7 @@ def reduce_loss(
     pass_weights: tuple[float, float],
     reduction: str,
     num_tokens: Tensor | float | None,
+    by_pass: bool = False,
 ) -> Tensor | tuple[Tensor | None, Tensor | None]:
     """Weigh and reduce: ``loss = sum_pass w_pass sum_i w_i loss_pass[i] / n``.
 
@@ -106,9 +110,10 @@ def reduce_loss(
     ``"sum"`` one scalar with n = 1, ``"mean"`` one scalar with n = ``num_tokens``: by default the
     number of targets that are not ``ignore_index``; pass the global count, as a tensor or number,
     to average over data-parallel ranks. The mean of a batch without any is 0, and so are its
-    gradients.
+    gradients. With ``by_pass`` a scalar comes with float32 [2], without a gradient: the addends of
+    the masked and of the predicted pass, 0 for an absent one.
     """
-    check_reduction(op, target, token_weight, reduction, num_tokens)
+    check_reduction(op, target, token_weight, reduction, num_tokens, by_pass)
 
     def weigh(loss: Tensor | None, pass_weight: float) -> Tensor | None:
         if loss is None:
@@ -122,9 +127,17 @@ def reduce_loss(
         return masked, predicted
     present = [loss for loss in (masked, predicted) if loss is not None]
     total = sum(present[1:], present[0]).sum()
-    if reduction == "sum":
-        return total
-    if num_tokens is None and token_weight is None:  # without targets, every loss is 0 already
-        return total / (target != ignore_index).sum().clamp(min=1)
-    divisor, empty = _divisor(target, ignore_index, num_tokens)
-    return (total / divisor).masked_fill(empty, 0.0)
+
+    def averaged(total: Tensor) -> Tensor:
+        if reduction == "sum":
+            return total
+        if num_tokens is None and token_weight is None:  # without targets, every loss is 0 already
+            return total / (target != ignore_index).sum().clamp(min=1)
+        divisor, empty = _divisor(target, ignore_index, num_tokens)
+        return (total / divisor).masked_fill(empty, 0.0)
+
+    if not by_pass:
+        return averaged(total)
+    zero = torch.zeros_like(total.detach())
+    addends = [zero if loss is None else loss.detach().sum() for loss in (masked, predicted)]
+    return averaged(total), averaged(torch.stack(addends))

@@ -1,5 +1,7 @@
 """Inputs of linear_oput_loss, what they should give in float64, and the op on both backends."""
 
+import contextlib
+
 import float64
 import torch
 from triton_device import DEVICE, triton_op
@@ -49,6 +51,21 @@ def in_float64(hidden, weight, bias, target, grads, options):
         total = total + (loss * grad.double()).sum()
     total.backward()
     return losses, [None if leaf is None else leaf.grad for leaf in leaves]
+
+
+@contextlib.contextmanager
+def dmax_calls():
+    """Gives the list of the names of torch.ops.dmax's ops that run in the block."""
+    names = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if function.namespace == "dmax":
+                names.append(function._schema.name.removeprefix("dmax::"))
+            return function(*arguments, **(options or {}))
+
+    with Record():
+        yield names
 
 
 def cpu(name, *arguments, **options):

@@ -206,6 +206,32 @@ def test_a_mistake_is_one_line(data, tmp_path, capsys):
     assert own.read_text() == "mine\n"
 
 
+def test_a_configuration_file_is_the_options_that_are_not_typed(data, tmp_path, capsys):
+    typed, output, config = (tmp_path / name for name in ("typed.jsonl", "file.jsonl", "c.json"))
+    more = ("--raw", "--tau-dec", "0.3", "--prompt-suffix", "-w2")
+    argv = arguments(data, typed, *more[:3], f"{more[3]}={more[4]}")
+    assert main(argv) == 0
+    values = {
+        **{"model": "oput", "data": [str(data)], "max_new_tokens": BUDGET, "batch_size": 5},
+        **{"device": "cpu", "raw": True, "tau_dec": 0.3, "prompt_suffix": "-w2", "threads": None},
+    }
+    config.write_text(json.dumps(values))
+    assert main(["distill", "--config", str(config), "--output", str(output)]) == 0
+    assert output.read_text() == typed.read_text()
+    overridden = ["distill", "--output", str(tmp_path / "o.jsonl"), f"--config={config}"]
+    assert main([*overridden, "--batch-size", "0"]) == 1
+    assert "--batch-size must be at least 1, got 0" in one_line(capsys)
+    for text, message in (
+        ('{"models": "oput"}', f"--config {config}: unrecognized arguments: --models=oput"),
+        ('{"batch_size": "a"}', "argument --batch-size: invalid int value: 'a'"),
+    ):
+        config.write_text(text)
+        assert main(["distill", "--config", str(config)]) == 1
+        assert message in one_line(capsys)
+    assert main(["distill", "--config", str(tmp_path / "none")]) == 1
+    assert "--config must be a JSON file, got no file" in one_line(capsys)
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

@@ -86,6 +86,27 @@ def test_the_rows_are_the_demos_cells(walks):
     assert {row["problems"] for row in report["rows"]} == {count, FIRST}
 
 
+def test_a_configuration_file_is_the_options_that_are_not_typed(tmp_path):
+    """Models and rules are lists there, which a typed one replaces."""
+    config, whole, typed = (tmp_path / f"{name}.json" for name in ("config", "whole", "typed"))
+    values = {
+        **{"model": ["base", "own=oput"], "rule": ["spd:0.5", "threshold:0.9"], "problems": 2},
+        **{"data": "ring_walk", "device": "cpu", "max_new_tokens": 16, "raw": False},
+    }
+    config.write_text(json.dumps(values))
+
+    def rows(output, *more):
+        argv = ["evaluate", "--config", str(config), "--json", str(output), *more]
+        assert main(argv) == 0
+        report = json.loads(output.read_text())
+        assert report["options"]["max_new_tokens"] == 16
+        return [(row["model"], row["rule"], row["problems"]) for row in report["rows"]]
+
+    rules = ("spd", "threshold")
+    assert rows(whole) == [(model, rule, 2) for model in ("base", "own") for rule in rules]
+    assert rows(typed, "--model", "oput", "--problems=1") == [("oput", rule, 1) for rule in rules]
+
+
 def test_the_figures_follow_from_the_problems(walks):
     _, report, _, _ = walks
     rows = report["rows"]

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from linear_losses import BACKENDS, NARROW, OPTIONS, case, in_float64
+from linear_losses import BACKENDS, NARROW, OPTIONS, case, dmax_calls, in_float64
 from tolerances import ROUNDING, assert_close
 from triton_device import DEVICE
 
@@ -93,27 +93,13 @@ def split(results):
     return results[:4], results[4:]
 
 
-def calls():
-    """Names of the ops of this family that run from now on."""
-    names = []
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), options=None):
-            if function.namespace == "dmax":
-                names.append(function._schema.name.removeprefix("dmax::"))
-            return function(*arguments, **(options or {}))
-
-    return Record(), names
-
-
 def test_when_there_are_three_products():
     """Reductions make the gradients at once, where no one needs a gradient of a single loss."""
     hidden, weight, _, target = case(6, 90, 12)
 
     def ops_of(*, backward=True, dtype=torch.float32, needs=True, **options):
         leaves = [t.to(dtype).requires_grad_(needs) for t in (*hidden, weight)]
-        record, names = calls()
-        with record:
+        with dmax_calls() as names:
             loss = dmax_kernels.linear_oput_loss(*leaves, target, **options)
             if backward:
                 loss.backward()
@@ -129,6 +115,29 @@ def test_when_there_are_three_products():
         assert ops_of(reduction=reduction, dtype=torch.float16) == later
         assert ops_of(reduction=reduction, needs=False, backward=False) == later[:1]
     assert ops_of(backward=False) == later[:1]
+
+
+@pytest.mark.parametrize("needs", [True, False], ids=["three products", "single losses"])
+def test_what_each_pass_adds(needs):
+    hidden, weight, bias, target = case(6, 90, 12)
+    hidden = [h.requires_grad_(needs) for h in hidden]
+    options = {"bias": bias, "reduction": "mean", "pass_weights": (0.25, 2.0)}
+
+    def loss(*passes, **more):
+        return dmax_kernels.linear_oput_loss(*passes, weight, target, **options, **more)
+
+    total, by_pass = loss(*hidden, by_pass=True)
+    assert total.requires_grad == needs
+    assert not by_pass.requires_grad
+    expected = torch.stack([loss(hidden[0], None), loss(None, hidden[1])]).detach()
+    assert_close(by_pass, expected, 1e-6)
+    assert_close(total.detach(), expected.sum(), 1e-6)
+    nothing = torch.full_like(target, -100)
+    total, by_pass = dmax_kernels.linear_oput_loss(
+        *hidden, weight, nothing, reduction="mean", by_pass=True
+    )
+    assert total == 0
+    assert by_pass.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -163,7 +163,7 @@ def test_either_pass_may_be_absent():
 
 @pytest.mark.parametrize("op", [reference, dmax_kernels], ids=["reference", "cpu"])
 def test_temperature_divides_the_logits(op):
-    """Powers of two divide without rounding: one loss both ways, and the gradient is 1 / T of it."""
+    """Powers of two divide without rounding: one loss both ways, and 1 / T of the gradient."""
     (logits, _), target = random_case(torch.float32)
     for temperature in (0.25, 4.0):
         leaves = [logits.clone().requires_grad_(), (logits / temperature).requires_grad_()]
@@ -225,6 +225,24 @@ def test_reductions(op):
     plain = op.oput_loss(masked, predicted, target)
     for weighted, loss in zip(losses, plain, strict=True):
         assert torch.equal(weighted, loss * weight)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("op", [reference, dmax_kernels], ids=["reference", "cpu"])
+def test_what_each_pass_adds_to_a_reduced_loss(op, reduction):
+    logits, target = random_case(torch.float32)
+    leaves = [x.clone().requires_grad_() for x in logits]
+    options = {"reduction": reduction, "pass_weights": (0.25, 2.0)}
+    for passes in (leaves, (leaves[0], None), (None, leaves[1])):
+        total, by_pass = op.oput_loss(*passes, target, **options, by_pass=True)
+        assert torch.equal(total, op.oput_loss(*passes, target, **options))
+        assert not by_pass.requires_grad
+        alone = [(x, None) if i == 0 else (None, x) for i, x in enumerate(passes)]
+        expected = [0.0 if x is None else op.oput_loss(*one, target, **options).item()
+                    for x, one in zip(passes, alone, strict=True)]  # fmt: skip
+        assert_close(by_pass, torch.tensor(expected), 1e-6)
+    with pytest.raises(ValueError, match="by_pass is for the reductions 'sum' and 'mean', got 'n"):
+        op.oput_loss(*logits, target, by_pass=True)
 
 
 @pytest.mark.parametrize("op", [reference, dmax_kernels], ids=["reference", "cpu"])

@@ -1,11 +1,14 @@
 """What is corrupted, what sees what, and the losses of every objective."""
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
+from linear_losses import dmax_calls
 from training_models import BLOCK, MASK, generator, random_llama, random_model
 
+import dmax_kernels
 from dmax_kernels import reference
 from dmax_kernels.training.baselines import Certainty, Mdlm, Uniform
 from dmax_kernels.training.config import TrainConfig
@@ -62,7 +65,15 @@ OBJECTIVES = {
 
 
 def losses_of(objective, corrupted, rows=range(4)):
-    return objective(corrupted.rows(list(rows), CPU))
+    """By name; and as they were added up, which is what has a gradient."""
+    total, parts = objective(corrupted.rows(list(rows), CPU))
+    torch.testing.assert_close(total.detach(), sum(parts.values()))
+    assert not any(part.requires_grad for part in parts.values())
+    return parts
+
+
+def total_of(objective, corrupted, rows=range(4)):
+    return objective(corrupted.rows(list(rows), CPU)).total
 
 
 # Corruption
@@ -237,7 +248,7 @@ def test_sequences_average_the_means_of_sequences():
     for row in range(4):
         alone = plain.corrupt(batch, seed=3, step=0).rows([row], CPU)
         counted = sum((each & alone.batch.learnt).sum() for each in alone.masks)
-        means.append(plain(alone)["loss_masked"] / counted)
+        means.append(losses_of(plain, alone, [0])["loss_masked"] / counted)
     torch.testing.assert_close(loss, torch.stack(means).mean(), rtol=1e-5, atol=0)
 
 
@@ -380,8 +391,7 @@ def test_micro_batches_change_nothing(name, average):
     for split in ([[0, 1, 2, 3]], [[3], [1, 0], [2]]):
         model.zero_grad()
         for rows in split:
-            losses = losses_of(objective, corrupted, rows)
-            sum(losses.values()).backward()
+            total_of(objective, corrupted, rows).backward()
         values.append([p.grad for p in model.parameters()])
     for whole, parts in zip(*values, strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
@@ -417,6 +427,39 @@ def test_a_step_without_a_mask_has_nothing_to_roll_out():
     torch.testing.assert_close(masked, predicted)
 
 
+@pytest.mark.parametrize("average", ["tokens", "sequences"])
+@pytest.mark.parametrize("name", ["oput", "uniform", "mdlm"])
+def test_a_step_takes_three_products_with_the_head(name, average):
+    """Losses and gradients are those of four products: one for single losses, three backward."""
+    _, batch = random_batch()
+    values, calls = [], []
+    for four in (False, True):
+        model = random_model()
+        objective = build(OBJECTIVES[name], model, dmax_kernels, loss_average=average)
+        if four:
+            objective.summed_losses = functools.partial(sums_of_single_losses, objective)
+        corrupted = objective.corrupt(batch, seed=0, step=3).rows([0, 1, 2, 3], CPU)
+        with dmax_calls() as names:
+            total, parts = objective(corrupted)
+            total.backward()
+        calls.append([each for each in names if each.startswith("linear_oput")])
+        values.append([*parts.values(), *(p.grad for p in model.parameters())])
+    assert calls[0][0] == "linear_oput_loss_sum"
+    assert set(calls[0][1:]) == {"linear_oput_loss_scale_"}  # no product
+    assert calls[1] == ["linear_oput_loss", "linear_oput_loss_backward"]
+    for three, four in zip(*values, strict=True):
+        torch.testing.assert_close(three, four, rtol=1e-5, atol=1e-6)
+
+
+def sums_of_single_losses(objective, masked, second, target, token_weight=None):
+    weight, bias = objective.net.head()
+    losses = dmax_kernels.linear_oput_loss(
+        masked, second, weight, target, bias=bias, token_weight=token_weight
+    )
+    sums = [target.new_zeros(()) if loss is None else loss.sum() for loss in losses]
+    return sums[0] + sums[1], torch.stack([each.detach() for each in sums])
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_fused_and_reference_ops_give_the_same_losses_and_gradients(name):
     values = {}
@@ -424,8 +467,7 @@ def test_fused_and_reference_ops_give_the_same_losses_and_gradients(name):
     for ops in ("reference", "fused"):
         model = random_model()
         objective = build_objective(model, numbers(objective=name, ops=ops), CPU)
-        losses = losses_of(objective, objective.corrupt(batch, seed=0, step=3))
-        sum(losses.values()).backward()
+        total_of(objective, objective.corrupt(batch, seed=0, step=3)).backward()
         values[ops] = [p.grad for p in model.parameters()]
     for fused, expected in zip(values["fused"], values["reference"], strict=True):
         torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-5)

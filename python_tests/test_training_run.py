@@ -374,8 +374,10 @@ def test_a_configuration_file_is_overridden_by_the_command_line(folder, tmp_path
     assert settings["block_length"] == 4  # the model's own
 
     for text, message in (
-        ('{"stepps": 3}', "unrecognized arguments: --stepps 3"),
+        ('{"stepps": 3}', "unrecognized arguments: --stepps=3"),
         ('{"steps": "many"}', "argument --steps: invalid int value: 'many'"),
+        ('{"config": "ring_walk"}', "config is no option of a file"),
+        ('{"steps": {"most": 3}}', "steps must be text, a number, true, false, null or a list of"),
         ("[]", "must hold an object, got list"),
         ("{", "must be JSON"),
         ("[" * 99999, "must be JSON that is not nested so deeply"),

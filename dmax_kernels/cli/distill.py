@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dmax_kernels.cli.config_file import ConfigFile
 from dmax_kernels.cli.model_options import (
     add_decode_options,
     add_machine_options,
@@ -45,6 +46,7 @@ Several processes, each with a model of its own:
 # What changes no token
 FREE = ("ops", "cuda_graph", "poll_lag")
 DEFAULTS: dict[str, Any] = {"max_new_tokens": 2048, "rule": "threshold", "tau_dec": 0.95}
+CONFIG = ConfigFile()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s --model NAME --data JSONL --output JSONL [options]"
     parser.description = DESCRIPTION
     add = parser.add_argument
+    CONFIG.add_option(parser)
     add("--model", required=True, help="a name or a folder, as `generate` takes it")
     add("--data", required=True, nargs="+", type=Path, metavar="JSONL", help="prompts")
     add("--output", required=True, type=Path, metavar="JSONL", help="training data")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmax_kernels.cli.config_file import ConfigFile
 from dmax_kernels.cli.model_options import (
     add_decode_options,
     add_machine_options,
@@ -53,12 +54,14 @@ their step cap, is stopped there.
 RING_WALK = "ring_walk"
 RING_WALK_GRADE = "dmax_kernels.ring_walk.task:grade_response"
 DEFAULTS: dict[str, Any] = {"max_new_tokens": 2048}
+CONFIG = ConfigFile(repeated=("model", "rule"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.usage = "%(prog)s --model NAME [--model ...] --data JSONL [--rule ...] [options]"
     parser.description = DESCRIPTION
+    CONFIG.add_option(parser)
     add = parser.add_argument
     add(
         "--model",

@@ -31,7 +31,8 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """--raw and --pad-prompts."""
     parser.add_argument(
         "--raw",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="use the prompt without a chat template (default: the tokenizer's)",
     )
     parser.add_argument(

@@ -9,8 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from dmax_kernels.cli.config_file import ConfigFile
 from dmax_kernels.cli.options import add_option
-from dmax_kernels.files import read_json
 from dmax_kernels.training.config import PRESETS, TrainConfig
 
 EPILOG = """
@@ -75,6 +75,7 @@ SECTIONS = {
     "checkpoints": ("save_every", "keep"),
 }
 RECIPE = "ring_walk"
+CONFIG = ConfigFile({RECIPE: "the shipped recipe, which takes --output, --ops and --threads"})
 RECIPE_OPTIONS = ("config", "output", "ops", "threads")
 OUTPUT = "dmax_training"
 RECIPE_OUTPUT = "ring_walk_checkpoints"
@@ -87,12 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s --model NAME_OR_FOLDER --data JSONL --output FOLDER [options]"
     parser.epilog = EPILOG
     data = parser.add_argument_group("model and data")
-    data.add_argument(
-        "--config",
-        metavar="FILE",
-        help="a JSON file of these options ('_' for '-'), which options on the command line "
-        f"override; or {RECIPE}, the shipped recipe, which takes --output, --ops and --threads",
-    )
+    CONFIG.add_option(data)
     data.add_argument(
         "--preset",
         choices=tuple(PRESETS),
@@ -158,8 +154,6 @@ def run(args: argparse.Namespace) -> int:
     """Returns the exit status. ValueError, RuntimeError and OSError are faults a user can fix."""
     options = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
     recipe = options.get("config") == RECIPE
-    if "config" in options and not recipe:
-        options = {**read_config(Path(options["config"])), **options}
     output = options.get("output", Path(RECIPE_OUTPUT if recipe else OUTPUT))
     threads = options.get("threads", 1 if recipe else None)
     if threads is not None and threads < 1:
@@ -199,31 +193,3 @@ def run_recipe(options: dict[str, Any], output: Path, threads: int) -> int:
     recipe.run_recipe(output, ops=ops, command=command)
     print(f"wrote {output}/base, oput, control and training_log.json")
     return 0
-
-
-class ConfigParser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ValueError(message)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The options in a configuration file, checked like those on the command line."""
-    if not path.exists():
-        raise ValueError(f"--config must be {RECIPE} or a JSON file, got no file {path}")
-    values = read_json(path, "--config")
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {path} must hold an object, got {type(values).__name__}")
-    arguments = []
-    for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(flag if value else f"--no-{flag[2:]}")
-        elif value is not None:
-            words = value if isinstance(value, list) else [value]
-            arguments += [flag, *map(str, words)]
-    parser = ConfigParser(add_help=False, allow_abbrev=False)
-    add_arguments(parser)
-    try:
-        return vars(parser.parse_args(arguments))
-    except ValueError as error:
-        raise ValueError(f"--config {path}: {error}") from None

@@ -77,7 +77,9 @@ class ShardedLinearLoss(torch.autograd.Function):
 
 
 class ShardedLinearLossSum(torch.autograd.Function):
-    """sum_i factors_i loss_i: only one factor is unknown when the gradients are made."""
+    """sum_i factors_i loss_i, and the part of each pass [passes], without a gradient: only one
+    factor is unknown when the gradients are made.
+    """
 
     @staticmethod
     def forward(
@@ -88,11 +90,13 @@ class ShardedLinearLossSum(torch.autograd.Function):
         ctx.grads = gradients(head, hidden, targets, parts, factors, logsumexp, nll, kept)
         ctx.shard, ctx.targets, ctx.parts = shard, targets, parts
         ctx.save_for_backward(hidden, weight, bias, factors, logsumexp, nll)
-        return (loss * factors).sum()
+        addends = (loss * factors).view(targets.shape[0], -1).sum(1)
+        ctx.mark_non_differentiable(addends)
+        return addends.sum(), addends
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         grads, ctx.grads = ctx.grads, None
         if grads is None:  # a second backward pass
             hidden, weight, bias, factors, logsumexp, nll = ctx.saved_tensors

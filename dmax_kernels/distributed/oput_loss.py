@@ -35,6 +35,7 @@ def oput_loss(
     pass_weights: tuple[float, float] = (1.0, 1.0),
     reduction: str = "none",
     num_tokens: Tensor | float | None = None,
+    by_pass: bool = False,
 ) -> Tensor | tuple[Tensor | None, Tensor | None]:
     """:func:`dmax_kernels.oput_loss` of the whole vocabulary (Eqs. 5-6).
 
@@ -53,7 +54,7 @@ def oput_loss(
         target: int64 or int32 [...], ids of the whole vocabulary, the same on every rank.
         group, shard_sizes, vocab_size: see :mod:`dmax_kernels.distributed`.
         ignore_index, label_smoothing, z_loss, temperature: as in the unsharded op.
-        token_weight, pass_weights, reduction, num_tokens: as in the unsharded op.
+        token_weight, pass_weights, reduction, num_tokens, by_pass: as in the unsharded op.
 
     Returns:
         As the unsharded op, the same on every rank.
@@ -81,8 +82,9 @@ def oput_loss(
         targets = Targets.of(op, target, ignore_index, shard.vocab_size)
         losses = _ShardedLoss.apply(*passes, targets, parts)
     return reduce_loss(
-        op, losses, target, ignore_index, token_weight, pass_weights, reduction, num_tokens
-    )
+        op, losses, target, ignore_index, token_weight, pass_weights, reduction, num_tokens,
+        by_pass,
+    )  # fmt: skip
 
 
 def _read_passes(
@@ -166,6 +168,7 @@ def linear_oput_loss(
     pass_weights: tuple[float, float] = (1.0, 1.0),
     reduction: str = "none",
     num_tokens: Tensor | float | None = None,
+    by_pass: bool = False,
 ) -> Tensor | tuple[Tensor | None, Tensor | None]:
     """:func:`dmax_kernels.linear_oput_loss` with the LM head's rows sharded (Eqs. 5-6).
 
@@ -182,8 +185,8 @@ def linear_oput_loss(
         weight: this rank's rows [V_shard, D], or a DTensor sharded on dimension 0.
         bias: this rank's [V_shard], or None.
         target, group, shard_sizes, vocab_size, ignore_index: as in :func:`oput_loss`.
-        label_smoothing, z_loss, temperature, token_weight, pass_weights, reduction, num_tokens: as
-            in :func:`oput_loss`.
+        label_smoothing, z_loss, temperature, token_weight, pass_weights, reduction, num_tokens,
+            by_pass: as in :func:`oput_loss`.
 
     Returns:
         As :func:`oput_loss`; differentiable in both hidden states, weight and bias. Gradients are
@@ -225,6 +228,7 @@ def linear_oput_loss(
             pass_weights=pass_weights,
             reduction=reduction,
             num_tokens=num_tokens,
+            by_pass=by_pass,
         )
     parts = LossParts(op, head.shard, **options)
     # Both passes are rows of one batch, so that each block of the weight is read once for both
@@ -236,7 +240,7 @@ def linear_oput_loss(
     if gradients_come_with_the_loss(
         (hidden_masked, hidden_predicted, weight, bias), token_weight, reduction, num_tokens
     ):
-        check_reduction(op, target, token_weight, reduction, num_tokens)
+        check_reduction(op, target, token_weight, reduction, num_tokens, by_pass)
         factors, empty = token_factors(
             target, ignore_index, token_weight, pass_weights, reduction, num_tokens
         )
@@ -246,10 +250,16 @@ def linear_oput_loss(
             for factor, x in zip(factors, (hidden_masked, hidden_predicted), strict=True)
             if x is not None
         ]
-        total = ShardedLinearLossSum.apply(
+        total, addends = ShardedLinearLossSum.apply(
             *operands, torch.stack(given).view(-1), head.shard, targets, parts
         )
-        return total if empty is None else total.masked_fill(empty, 0.0)
+        if hidden_masked is None:
+            addends = torch.cat([addends.new_zeros(1), addends])
+        elif hidden_predicted is None:
+            addends = torch.cat([addends, addends.new_zeros(1)])
+        if empty is not None:
+            total, addends = (each.masked_fill(empty, 0.0) for each in (total, addends))
+        return (total, addends) if by_pass else total
     by_pass = ShardedLinearLoss.apply(*operands, head.shard, targets, parts)
     losses = iter(by_pass.view(len(hiddens), *target.shape))
     return reduce_loss(
@@ -261,4 +271,5 @@ def linear_oput_loss(
         pass_weights,
         reduction,
         num_tokens,
+        by_pass,
     )

@@ -155,6 +155,7 @@ def linear_oput_loss(
     pass_weights: tuple[float, float] = (1.0, 1.0),
     reduction: str = "none",
     num_tokens: Tensor | float | None = None,
+    by_pass: bool = False,
 ) -> Tensor | tuple[Tensor | None, Tensor | None]:
     """:func:`dmax_kernels.oput_loss` of ``hidden @ weight.T + bias`` of both passes (Eq. 6).
 
@@ -192,7 +193,7 @@ def linear_oput_loss(
             gradient 0. Another id outside [0, V) is an error on the CPU; on the GPU it makes that
             row's loss and gradients NaN.
         bias: [V] in hidden's dtype, or None.
-        temperature, token_weight, pass_weights, reduction, num_tokens: as in
+        temperature, token_weight, pass_weights, reduction, num_tokens, by_pass: as in
             :func:`dmax_kernels.oput_loss`.
 
     Under autocast, hidden states, weight and bias are cast to autocast's dtype, as ``nn.Linear``
@@ -203,7 +204,8 @@ def linear_oput_loss(
 
     Raises:
         ValueError: an unknown reduction, a token_weight of a different shape, a num_tokens that is
-            no count or that comes with a reduction other than the mean.
+            no count or that comes with a reduction other than the mean, by_pass without a
+            reduction.
         RuntimeError: wrong dtypes, shapes, devices, options or (CPU) targets.
     """
     hidden_masked, hidden_predicted, weight, bias = autocast_operands(
@@ -217,7 +219,7 @@ def linear_oput_loss(
         "temperature": temperature,
     }
     if gradients_come_with_the_loss(operands, token_weight, reduction, num_tokens):
-        check_reduction("linear_oput_loss", target, token_weight, reduction, num_tokens)
+        check_reduction("linear_oput_loss", target, token_weight, reduction, num_tokens, by_pass)
         factors, empty = token_factors(
             target, ignore_index, token_weight, pass_weights, reduction, num_tokens
         )
@@ -226,10 +228,12 @@ def linear_oput_loss(
             name: t is not None and t.requires_grad
             for name, t in zip(needed, operands, strict=True)
         }
-        total, *_ = torch.ops.dmax.linear_oput_loss_sum(
+        total, addends, *_ = torch.ops.dmax.linear_oput_loss_sum(
             hidden_masked, hidden_predicted, weight, target, bias, *factors, **options, **needs
         )
-        return total if empty is None else total.masked_fill(empty, 0.0)
+        if empty is not None:
+            total, addends = (each.masked_fill(empty, 0.0) for each in (total, addends))
+        return (total, addends) if by_pass else total
     loss_masked, loss_predicted, _, _ = torch.ops.dmax.linear_oput_loss(
         hidden_masked, hidden_predicted, weight, target, bias, **options
     )
@@ -239,7 +243,7 @@ def linear_oput_loss(
     )
     return reduce_loss(
         "linear_oput_loss", losses, target, ignore_index, token_weight, pass_weights, reduction,
-        num_tokens,
+        num_tokens, by_pass,
     )  # fmt: skip
 
 

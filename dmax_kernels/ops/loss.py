@@ -25,6 +25,7 @@ def oput_loss(
     pass_weights: tuple[float, float] = (1.0, 1.0),
     reduction: str = "none",
     num_tokens: Tensor | float | None = None,
+    by_pass: bool = False,
 ) -> Tensor | tuple[Tensor | None, Tensor | None]:
     """Cross-entropy of the masked and of the predicted pass against the clean tokens (Eqs. 5-6).
 
@@ -46,14 +47,18 @@ def oput_loss(
         reduction: "none", "sum" or "mean" over both passes; mean divides by ``num_tokens``, by
             default the number of targets that are not ignored (a tensor or number gives the count
             over all data-parallel ranks). With a count of 0 the mean and its gradients are 0.
+        by_pass: with a reduction, also return what each pass adds to the loss, for the log.
 
     Returns:
         reduction "none": (loss_masked, loss_predicted), float32 [...], None for an absent pass.
-        Else one float32 scalar. Differentiable once in both logits; the gradient is computed from
-        the logits and lse, with one rounding to the logits' dtype.
+        Else one float32 scalar; with ``by_pass`` (scalar, float32 [2] without a gradient: the
+        addends of the masked and of the predicted pass, 0 for an absent one). Differentiable once
+        in both logits; the gradient is computed from the logits and lse, with one rounding to the
+        logits' dtype.
 
     Raises:
-        ValueError: an unknown reduction, a token_weight of a different shape.
+        ValueError: an unknown reduction, a token_weight of a different shape, by_pass without a
+            reduction.
         RuntimeError: wrong dtypes, shapes, devices, options or (CPU) targets.
     """
     loss_masked, loss_predicted, _, _ = torch.ops.dmax.oput_loss(
@@ -70,8 +75,9 @@ def oput_loss(
         None if logits_predicted is None else loss_predicted,
     )
     return reduce_loss(
-        "oput_loss", losses, target, ignore_index, token_weight, pass_weights, reduction, num_tokens
-    )
+        "oput_loss", losses, target, ignore_index, token_weight, pass_weights, reduction,
+        num_tokens, by_pass,
+    )  # fmt: skip
 
 
 def oput_loss_and_grad_(

@@ -55,6 +55,7 @@ def linear_oput_loss(
     pass_weights: tuple[float, float] = (1.0, 1.0),
     reduction: str = "none",
     num_tokens: Tensor | float | None = None,
+    by_pass: bool = False,
 ) -> Tensor | tuple[Tensor | None, Tensor | None]:
     hidden_masked, hidden_predicted, weight, bias = autocast_operands(
         hidden_masked, hidden_predicted, weight, bias
@@ -71,5 +72,5 @@ def linear_oput_loss(
 
     return reduce_loss(
         "linear_oput_loss", (pass_loss(hidden_masked), pass_loss(hidden_predicted)), target,
-        ignore_index, token_weight, pass_weights, reduction, num_tokens,
+        ignore_index, token_weight, pass_weights, reduction, num_tokens, by_pass,
     )  # fmt: skip

@@ -48,6 +48,7 @@ def oput_loss(
     pass_weights: tuple[float, float] = (1.0, 1.0),
     reduction: str = "none",
     num_tokens: Tensor | float | None = None,
+    by_pass: bool = False,
 ) -> Tensor | tuple[Tensor | None, Tensor | None]:
     def pass_loss(logits: Tensor | None) -> Tensor | None:
         if logits is None:
@@ -56,7 +57,7 @@ def oput_loss(
 
     return reduce_loss(
         "oput_loss", (pass_loss(logits_masked), pass_loss(logits_predicted)), target,
-        ignore_index, token_weight, pass_weights, reduction, num_tokens,
+        ignore_index, token_weight, pass_weights, reduction, num_tokens, by_pass,
     )  # fmt: skip
 
 

@@ -83,9 +83,8 @@ class Mdlm(Objective):
         return states.flatten(0, -2)[at], target.expand_as(chosen)[chosen].to(at.device), weight
 
     def masked_losses(self, states: Tensor, target: Tensor, weight: Tensor | None) -> Losses:
-        loss, _ = self.summed_losses(states, None, target, weight)
-        assert loss is not None
-        return {"loss_masked": loss}
+        total, _ = self.summed_losses(states, None, target, weight)
+        return Losses(total, {"loss_masked": total.detach()})
 
 
 class Certainty(Mdlm):
@@ -103,7 +102,9 @@ class Certainty(Mdlm):
         certainty = self.recipe.certainty_beta * torch.where(found.correct, found.entropy, 0.0)
         if weight is not None:
             cross_entropy, certainty = cross_entropy * weight, certainty * weight
-        return {"loss_masked": cross_entropy.sum(), "loss_certainty": certainty.sum()}
+        sums = {"loss_masked": cross_entropy.sum(), "loss_certainty": certainty.sum()}
+        parts = {name: each.detach() for name, each in sums.items()}
+        return Losses(sums["loss_masked"] + sums["loss_certainty"], parts)
 
     def statistics(self, states: Tensor, target: Tensor) -> tuple[Tensor, TargetLogprobs]:
         """-log p(target) at temperature 1, and what is asked at the entropy's temperature: [N]."""

@@ -120,11 +120,10 @@ class Trainer:
         sums: dict[str, Any] = {}
         for rows in micro_batches(batch, size)[group.rank :: group.count]:
             losses = self.objective(corrupted.rows(rows, group.device))
-            total = sum(losses.values())
-            (total / divisor * group.count).backward()  # FSDP averages over the processes
+            (losses.total / divisor * group.count).backward()  # FSDP averages over the processes
             self.weights.take_gradients()
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, 0.0) + loss.detach()
+            for name, loss in losses.parts.items():
+                sums[name] = sums.get(name, 0.0) + loss
         summed = group.sum([float(sums.get(name, 0.0)) for name in names])
         return {
             name: value / divisor if name in sums else None

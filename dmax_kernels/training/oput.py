@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,12 @@ from dmax_kernels.training.corrupt import (
 )
 from dmax_kernels.training.layout import Layout
 
-Losses = dict[str, Tensor]  # summed over the rows' positions, of the passes that have run
+
+class Losses(NamedTuple):
+    """What an objective returns for some rows, summed over their positions."""
+
+    total: Tensor  # differentiable
+    parts: dict[str, Tensor]  # what has been added up to it, by name, without gradients
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Objective(nn.Module):
         ops: `dmax_kernels`, or `dmax_kernels.reference` for the same functions in plain PyTorch.
     """
 
-    loss_names: tuple[str, ...]  # of what `forward` returns
+    loss_names: tuple[str, ...]  # of the parts of what `forward` returns
 
     def __init__(self, net: Any, ops: ModuleType, recipe: Recipe | None = None) -> None:
         super().__init__()
@@ -111,22 +116,22 @@ class Objective(nn.Module):
         second_pass: Tensor | None,
         target: Tensor,
         token_weight: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The cross-entropy of each pass from states or logits [N, ...], summed over the N rows."""
+    ) -> tuple[Tensor, Tensor]:
+        """The cross-entropy of both passes from states or logits [N, ...], summed over the N rows.
+
+        Returns:
+            the sum over both passes, which takes three products with the head where single losses
+            take four; and what each pass adds to it, [2] without a gradient.
+        """
         weight, bias = self.net.head()
-        options: dict[str, Any] = {"token_weight": token_weight}
-        alone = masked_pass is None or second_pass is None
-        if alone:  # the sum takes three products with the head where single losses take four
-            options["reduction"] = "sum"
+        options: dict[str, Any] = {
+            "token_weight": token_weight, "reduction": "sum", "by_pass": True
+        }  # fmt: skip
         if weight is None:
-            losses = self.ops.oput_loss(masked_pass, second_pass, target, **options)
-        else:
-            losses = self.ops.linear_oput_loss(
-                masked_pass, second_pass, weight, target, bias=bias, **options
-            )
-        if alone:
-            return (losses, None) if second_pass is None else (None, losses)
-        return tuple(loss.sum() for loss in losses)
+            return self.ops.oput_loss(masked_pass, second_pass, target, **options)
+        return self.ops.linear_oput_loss(
+            masked_pass, second_pass, weight, target, bias=bias, **options
+        )
 
 
 class TwoPasses(Objective):
@@ -162,14 +167,14 @@ class TwoPasses(Objective):
         at = flat_index(learnt, batch.tokens.device)
         states = [part.flatten(0, -2)[at] for part in self.states(batch, noisy_parts)]
         weights = corrupted.weights
-        losses = self.summed_losses(
+        total, by_pass = self.summed_losses(
             states[0] if masked_pass_runs else None,
             states[-1] if second_pass_runs else None,
             target[learnt].to(at.device),
             None if weights is None else weights[0][:, batch.start :][learnt].to(at.device),
         )
-        named = zip(self.loss_names, losses, strict=True)
-        return {name: loss for name, loss in named if loss is not None}
+        named = zip(self.loss_names, by_pass, corrupted.passes, strict=True)
+        return Losses(total, {name: loss for name, loss, runs in named if runs})
 
     def fill(self, corrupted: CorruptedBatch, noisy_masked: Tensor) -> Tensor:
         """The second pass's sequence, int64 [B, W], which equals x^(m) where that is no mask."""
