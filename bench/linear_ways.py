@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from dmax_kernels.bench.workload import Work
 
 FUSED, CHUNKED = "one kernel", "products of chunks"
@@ -19,6 +21,8 @@ def add_linear_ways(work: Work, workload: str) -> None:
     from dmax_kernels.triton import IMPLEMENTATIONS, linear_rows
 
     op, arguments = IMPLEMENTATIONS[workload], list(work.given.values())
+    if workload == "linear_sample_tokens":
+        arguments.append(torch.tensor([1, 2], device=arguments[0].device))  # the seed
     table = {
         "linear_top1_confidence": linear_rows.LEAST_CHUNKED_ROWS,
         "linear_sample_tokens": linear_rows.LEAST_CHUNKED_ROWS_SAMPLING,

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from bench.cases import SERIES, Case, cases_of, is_quick, key_cases  # noqa: E402
 from bench.cpu_peers import add_cpu_peers  # noqa: E402
 from bench.fake_gpu import FakeGpu, small  # noqa: E402
-from bench.linear_ways import WORKLOADS as LINEAR_WAYS
+from bench.linear_ways import WORKLOADS as LINEAR_WAYS  # noqa: E402
 from bench.linear_ways import add_linear_ways, least_chunked_rows  # noqa: E402
 from bench.machine import machine_facts  # noqa: E402
 from bench.peers import add_peers  # noqa: E402

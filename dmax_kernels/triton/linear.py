@@ -10,14 +10,14 @@ from torch import Tensor
 
 from dmax_kernels.triton.draw import Results, greedy_results, store_sample
 from dmax_kernels.triton.launch import Rows, device_of, mask_of, next_power_of_2, row_view
-from dmax_kernels.triton.linear_chunks import float32_product
+from dmax_kernels.triton.linear_chunks import draw_of_chunks, float32_product, top1_of_chunks
 from dmax_kernels.triton.linear_gradients import (
     linear_oput_loss_backward,
     linear_oput_loss_scale_,
     linear_oput_loss_sum,
 )
-from dmax_kernels.triton.linear_loss import linear_oput_loss
-from dmax_kernels.triton.linear_rows import linear_statistics
+from dmax_kernels.triton.linear_loss import linear_oput_loss, plain_products
+from dmax_kernels.triton.linear_rows import linear_statistics, takes_chunks
 from dmax_kernels.triton.sample import merge_samples
 from dmax_kernels.triton.sample_filters import DrawOptions, sample_filtered
 from dmax_kernels.triton.stats import NO_ID, Partials, softmax_scale
@@ -48,11 +48,14 @@ def linear_top1_confidence(
     if token.numel() == 0:
         return token, confidence
     bias = None if bias is None else bias.contiguous()
+    head = (row_view(hidden), row_view(weight), bias)
+    # A mask's bits would not fit into the fused kernel's registers beside its accumulators
+    if allowed is not None or takes_chunks(token.numel(), hidden.dtype, sampling=False):
+        with plain_products(hidden):
+            results = top1_of_chunks(*head, temperature, suppress_token, mask_of(allowed))
+        return results[0].view(shape), results[1].view(shape)
     with device_of(hidden):
-        for span, partials in linear_statistics(
-            row_view(hidden), row_view(weight), bias, temperature, suppress_token,
-            mask=mask_of(allowed),
-        ):
+        for span, partials in linear_statistics(*head, temperature, suppress_token):
             merge_top1(
                 Partials(*partials[:3], partials.num_groups), softmax_scale(temperature),
                 token.view(-1)[span], confidence.view(-1)[span],
@@ -135,15 +138,15 @@ def linear_sample_tokens(
         return results.in_shape(shape)
     bias = None if bias is None else bias.contiguous()
     seed = seed.reshape(-1, 2).contiguous() if seed.dim() != 1 else seed.contiguous()
-    with device_of(hidden):
+    head = (row_view(hidden), row_view(weight), bias)
+    with plain_products(hidden):
         if filters:
-            draw_from_logits(
-                row_view(hidden), row_view(weight), bias, seed, options, suppress_token, results
-            )
+            draw_from_logits(*head, seed, options, suppress_token, results)
             return results.in_shape(shape)
-        for span, partials in linear_statistics(
-            row_view(hidden), row_view(weight), bias, temperature, suppress_token, seed
-        ):
+        if takes_chunks(shape.numel(), hidden.dtype, sampling=True):
+            drawn = draw_of_chunks(*head, seed, temperature, suppress_token)
+            return Results(*drawn).in_shape(shape)
+        for span, partials in linear_statistics(*head, temperature, suppress_token, seed):
             linear_sample_merge_kernel[(span.stop - span.start,)](
                 *partials, softmax_scale(temperature), *results.span(span),
                 GROUPS=next_power_of_2(partials.num_groups), num_warps=4,

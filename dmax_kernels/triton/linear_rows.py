@@ -17,13 +17,10 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from dmax_kernels.triton.launch import (
-    NO_MASK,
-    Mask,
     Rows,
     next_power_of_2,
     num_multiprocessors,
 )
-from dmax_kernels.triton.linear_chunks import CHUNK_TILE, chunk_buffer, chunk_statistics
 from dmax_kernels.triton.philox import DRAW_TILE, id_noise, tile_noise
 from dmax_kernels.triton.stats import NO_ID, finite_or_zero, softmax_scale
 
@@ -35,12 +32,12 @@ MOST_TOKENS = 2048
 
 # From so many rows on linear_chunks.py's products replace the fused kernel; None stands for never.
 # Measured on an H100 with V = 157,184 and D = 2,048 (bench/gpu_session.py times both ways):
-#  - float32 has no tensor cores at full precision, and tl.dot's share of the FMA rate is a third of
-#    cuBLAS's: the fused kernel took 3.7 times as long for one row and 3.9 times for 1,024.
+#  - float32 has no tensor cores at full precision, and tl.dot reaches a third of cuBLAS's rate: the
+#    fused kernel took 3.7 times as long for one row, and 3.9 times for 1,024.
 #  - 16-bit top1_confidence: the fused kernel was faster than the whole product and top1_confidence
 #    after it up to 256 rows, and 6 % slower at 4,096.
-#  - a 16-bit draw takes the tiles of 64 tokens that are drawn together, which are too narrow for the
-#    tensor cores: level with the whole product at 64 rows, 1.7 times its time from 256 rows on.
+#  - a 16-bit draw takes the tiles of 64 tokens that are drawn together, too narrow for the tensor
+#    cores: level with the whole product at 64 rows, 1.7 times its time from 256 rows on.
 LEAST_CHUNKED_ROWS: dict[torch.dtype, int | None] = {
     torch.float32: 1,
     torch.bfloat16: None,
@@ -285,13 +282,11 @@ def fused_statistics(
 
 def linear_statistics(
     hidden: Rows, weight: Rows, bias: Tensor | None, temperature: float, suppress_token: int,
-    seed: Tensor | None = None, mask: Mask = NO_MASK,
+    seed: Tensor | None = None,
 ) -> Iterator[tuple[slice, LinearPartials]]:
     """Yields (rows, their partial results); ``seed``, [2] or [rows, 2], asks for samples."""
     device, dtype = hidden.tensor.device, hidden.tensor.dtype
     sampling, seed_per_row = seed is not None, seed is not None and seed.dim() == 2
-    # Bits per row and token would not fit into the fused kernel's registers beside its accumulators
-    chunked = mask.given or takes_chunks(hidden.count, dtype, sampling)
     flat = hidden.tensor.as_strided((hidden.count, hidden.width), (hidden.stride, 1))
     plans = []
     for first in range(0, hidden.count, MOST_ROWS):
@@ -299,26 +294,19 @@ def linear_statistics(
         tiles = choose_linear_tiles(
             count, weight.count, dtype, device, sampling=sampling
         )
-        group_tokens = CHUNK_TILE if chunked else tiles.block_n * tiles.tiles_per_program
+        group_tokens = tiles.block_n * tiles.tiles_per_program
         plans.append((first, count, tiles, -(-weight.count // group_tokens)))
     # One set of buffers for all slices of rows: the stream runs a slice's kernels in order
     most = max((count * num_groups for _, count, _, num_groups in plans), default=0)
     kinds = [torch.float32, torch.float32, torch.int32] + [torch.float32] * 2 * sampling
     buffers = [torch.empty(most, dtype=kind, device=device) for kind in kinds]
-    logits = None
-    if chunked and plans:
-        logits = chunk_buffer(hidden.tensor, plans[0][1], weight.count)
     for first, count, tiles, num_groups in plans:
         span = slice(first, first + count)
         rows = Rows(flat[span], count, hidden.width, hidden.stride)
         partials = [each[: count * num_groups].view(count, num_groups) for each in buffers]
         partials += [None] * (5 - len(partials))
-        arguments = (
+        fused_statistics(
             rows, weight, bias, temperature, suppress_token, seed[span] if seed_per_row else seed,
-            first,
+            first, tiles, partials, num_groups,
         )
-        if chunked:
-            chunk_statistics(*arguments, mask.span(span), partials, logits[:count])
-        else:
-            fused_statistics(*arguments, tiles, partials, num_groups)
         yield span, LinearPartials(*partials, num_groups)

@@ -7,8 +7,8 @@ rescales both sums when it grows. With few rows the vocabulary is split over mor
 results a second kernel merges in a fixed order. No probability is written to memory.
 
 The weights are float32. Against a 16-bit embedding they are split into a high and a low part of
-that type, so that the tensor cores take both and the products keep 16 bits and more of a weight;
-rounding the weights once would cost as much precision as rounding the result.
+that type: the tensor cores take both, and the products keep 16 bits and more of a weight. That
+costs few rows nothing, since they are bound by reading the embedding.
 
 Many rows are in soft_products.py. A cut limits a row to its most probable tokens: the others count
 as -inf.
@@ -30,7 +30,13 @@ from dmax_kernels.triton.launch import (
 )
 from dmax_kernels.triton.linear_loss import plain_products
 from dmax_kernels.triton.sample_filters import cut_rows
-from dmax_kernels.triton.soft_products import RowOptions, above_cut, products_of_rows, row_scale
+from dmax_kernels.triton.soft_products import (
+    FLOAT16_UNIT,
+    RowOptions,
+    above_cut,
+    products_of_rows,
+    row_scale,
+)
 from dmax_kernels.triton.stats import finite_or_zero, softmax_scale
 
 __all__ = ["soft_embedding", "soft_embedding_partial", "top_p_cut"]
@@ -66,9 +72,11 @@ def choose_soft_tiles(num_rows: int, dtype: torch.dtype) -> SoftTiles:
 
 @triton.jit
 def weighted_sum(weight, e, acc):
-    """acc + weight @ e; see the head of this file."""
+    """acc + weight @ e, in FLOAT16_UNIT if e is float16; see the head of this file."""
     if e.dtype == tl.float32:
         return tl.dot(weight, e, acc, input_precision="ieee")
+    if e.dtype == tl.float16:
+        weight *= FLOAT16_UNIT
     high = weight.to(e.dtype)
     low = (weight - high.to(tl.float32)).to(e.dtype)
     acc = tl.dot(high, e, acc)
@@ -117,6 +125,8 @@ def soft_embedding_kernel(
         sum_exp = sum_exp * decay + tl.sum(weight, axis=1)
         acc = weighted_sum(weight, e, acc * decay[:, None])
         maximum = largest
+    if embedding.dtype.element_ty == tl.float16:
+        acc *= 1.0 / FLOAT16_UNIT
 
     at = safe_row * num_splits + split
     valid = row < num_rows

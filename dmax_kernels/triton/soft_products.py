@@ -1,9 +1,11 @@
 """softmax(logits / temperature) @ embedding of many rows, by the library's products.
 
-With many rows it is faster than one pass over the vocabulary, 14 times on an H100 for 256 rows and
-16 bits. The weights of one chunk of the vocabulary, at most WEIGHT_BYTES, are written to memory:
-the low parts as further rows below the high ones, so that one product reads the embedding once for
-both.
+With many rows it is faster than one pass over the vocabulary. The weights of one chunk of the
+vocabulary, at most WEIGHT_BYTES, are written to memory, in the embedding's dtype. Weights of 16
+bits are rounded once, and the result is divided by the sum of the rounded ones: it is an exact mean
+of the embeddings under probabilities that are off by one rounding each, as eager PyTorch's are.
+Splitting them into a high and a low part, as one pass over the vocabulary does, doubles the
+product: on an H100, 4,096 rows took 9.8 ms where eager took 7.9, and 256 rows 645 us for 562.
 """
 
 from typing import NamedTuple
@@ -18,6 +20,8 @@ from dmax_kernels.triton.linear_chunks import add_product
 from dmax_kernels.triton.stats import finite_or_zero, softmax_scale
 
 WEIGHT_BYTES = 128 << 20
+# float16 has no numbers below 2^-24: weights in this unit reach down to exp(-26)
+FLOAT16_UNIT = tl.constexpr(2.0**14)
 WEIGHT_TILE = 2048  # tokens per program
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST_TEMPERATURE, MOST_TEMPERATURE = tl.constexpr(1e-30), tl.constexpr(1e30)
@@ -58,14 +62,14 @@ def above_cut(x, ids, least, last_id):
     return tl.where((x < least) | ((x == least) & (ids > last_id)), float("-inf"), x)
 
 
-@triton.jit(do_not_specialize=["first", "count", "num_rows", "num_tiles"])
+@triton.jit(do_not_specialize=["first", "count", "num_tiles"])
 def soft_weights_kernel(
     logits, logits_stride, temperatures, least, last_id, maxima, first, count, scale, weights,
-    weights_stride, num_rows, partial_sums, num_tiles, HAS_TEMPERATURES: tl.constexpr,
-    HAS_CUT: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
+    weights_stride, partial_sums, num_tiles, HAS_TEMPERATURES: tl.constexpr,
+    HAS_CUT: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr,
 ):
-    """exp((x - maximum) / temperature) of tokens first, ..., first + count - 1; first is a multiple
-    of TILE."""
+    """UNIT exp((x - maximum) / temperature) of tokens first, ..., first + count - 1, and the sum of
+    a tile's, rounded; first is a multiple of TILE."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * TILE + tl.arange(0, TILE)
     whole = (tl.program_id(1) + 1) * TILE <= count  # a mask would rule out 16-byte accesses
@@ -78,20 +82,14 @@ def soft_weights_kernel(
         x = above_cut(x, first + place, tl.load(least + row), tl.load(last_id + row))
     factor = row_scale(temperatures, row, scale, HAS_TEMPERATURES)
     reference = finite_or_zero(tl.load(maxima + row).to(tl.float32))
-    weight = tl.exp2((x - reference) * factor)
+    weight = (UNIT * tl.exp2((x - reference) * factor)).to(weights.dtype.element_ty)
     tile = first // TILE + tl.program_id(1)
-    tl.store(partial_sums + row * num_tiles + tile, tl.sum(weight, axis=0))
+    tl.store(partial_sums + row * num_tiles + tile, tl.sum(weight.to(tl.float32), axis=0))
     out = weights + row * weights_stride + place
-    high = weight.to(weights.dtype.element_ty)
-    low = (weight - high.to(tl.float32)).to(weights.dtype.element_ty)
     if whole:
-        tl.store(out, high)
-        if SPLIT:
-            tl.store(weights + (row + num_rows) * weights_stride + place, low)
+        tl.store(out, weight)
     else:
-        tl.store(out, high, mask=place < count)
-        if SPLIT:
-            tl.store(weights + (row + num_rows) * weights_stride + place, low, mask=place < count)
+        tl.store(out, weight, mask=place < count)
 
 
 def products_of_rows(
@@ -102,30 +100,30 @@ def products_of_rows(
     rows, vocab, dim, dtype = logits.count, logits.width, table.width, table.tensor.dtype
     flat = logits.tensor.as_strided((rows, vocab), (logits.stride, 1))
     embedding = table.tensor.as_strided((vocab, dim), (table.stride, 1))
-    parts = 1 if dtype == torch.float32 else 2  # high and low
+    unit = FLOAT16_UNIT.value if dtype == torch.float16 else 1.0
     tiles = -(-vocab // WEIGHT_TILE)
-    at_once = max(1, WEIGHT_BYTES // (rows * parts * dtype.itemsize * WEIGHT_TILE))
+    at_once = max(1, WEIGHT_BYTES // (rows * dtype.itemsize * WEIGHT_TILE))
     chunk = min(tiles, at_once) * WEIGHT_TILE
     maxima = flat.amax(dim=1)
     sums = maxima.new_empty((rows, tiles), dtype=torch.float32)
-    weights = flat.new_empty((parts * rows, chunk), dtype=dtype)
-    total = flat.new_zeros((parts * rows, dim), dtype=torch.float32)
+    weights = flat.new_empty((rows, chunk), dtype=dtype)
+    weighted = flat.new_zeros((rows, dim), dtype=torch.float32)
     for first in range(0, vocab, chunk):
         count = min(chunk, vocab - first)
         soft_weights_kernel[(rows, -(-count // WEIGHT_TILE))](
             logits.tensor, logits.stride, options.temperatures, options.least, options.last_id,
-            maxima, first, count, softmax_scale(options.temperature), weights, chunk, rows, sums,
-            tiles, HAS_TEMPERATURES=options.temperatures is not None,
-            HAS_CUT=options.least is not None, SPLIT=parts == 2, TILE=WEIGHT_TILE, num_warps=4,
+            maxima, first, count, softmax_scale(options.temperature), weights, chunk, sums, tiles,
+            HAS_TEMPERATURES=options.temperatures is not None, HAS_CUT=options.least is not None,
+            UNIT=unit, TILE=WEIGHT_TILE, num_warps=4,
         )
-        add_product(total, weights[:, :count], embedding[first : first + count])
-    weighted = total[:rows] + total[rows:] if parts == 2 else total
+        add_product(weighted, weights[:, :count], embedding[first : first + count])
     sum_exp = sums.sum(dim=1)
     sum_exp = sum_exp.where(sum_exp < torch.inf, torch.nan)  # of a row with a NaN or a +inf
     if out_max is None:
         torch.div(weighted, sum_exp[:, None], out=weighted)
     else:
-        weighted = weighted.where(sum_exp[:, None] == sum_exp[:, None], torch.nan)
+        weighted = weighted.where(sum_exp[:, None] == sum_exp[:, None], torch.nan) / unit
+        sum_exp = sum_exp / unit
         out_max.copy_(maxima)
         out_max.masked_fill_(sum_exp == 0, -torch.inf)  # of a row whose cut leaves nothing here
         out_sum.copy_(sum_exp)
