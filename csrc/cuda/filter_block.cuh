@@ -17,22 +17,29 @@ constexpr int kListed = 2048;
 
 struct Sums {
   uint64_t count, mass;
+  uint64_t outside;  // mass of elements that are not among those counted
 };
 
-// Where a running count or mass reaches its target: at entry `place`, of `count` tokens
+// The entry at which a running count or mass reaches its target
 struct Found {
-  int place;
-  unsigned count;
+  int place;       // a bin, or a place of the sorted list
+  unsigned count;  // of the tokens in that bin
+  Rank cut;        // the token at that place
   uint64_t count_before, mass_before, mass_through;
   double target;
+};
+
+struct alignas(16) Exchanged {
+  uint32_t words[8];
 };
 
 struct FilteredShared {
   unsigned count[kBins], mass_low[kBins], mass_high[kBins];
   Rank list[kListed];
   unsigned listed;
-  uint64_t of_warps[kRowWarps];
-  Sums of_blocks[2][kMostClusterBlocks];  // exchanges take turns: blocks may still read the last one
+  Exchanged of_warps[kRowWarps];
+  // Of all blocks. Exchanges take turns: a block may still read the last one
+  Exchanged of_blocks[2][kMostClusterBlocks];
   Found found;
 };
 
@@ -41,24 +48,38 @@ __device__ __forceinline__ FilteredShared& filtered_shared() {
   return shared;
 }
 
-// combine() is associative and commutative; the result is the same on every thread
+template <class Value>
+__device__ __forceinline__ Exchanged as_words(const Value& value) {
+  static_assert(sizeof(Value) <= sizeof(Exchanged) && sizeof(Value) % 4 == 0, "whole words");
+  Exchanged words{};
+  memcpy(&words, &value, sizeof(Value));
+  return words;
+}
+template <class Value>
+__device__ __forceinline__ Value from_words(const Exchanged& words) {
+  Value value;
+  memcpy(&value, &words, sizeof(Value));
+  return value;
+}
+
+// combine() is associative up to rounding; the result is the same on every thread
 template <class Value, class Combine>
 __device__ __forceinline__ Value block_reduce(Value mine, const Combine& combine) {
-  static_assert(sizeof(Value) <= sizeof(uint64_t), "a shuffle");
   FilteredShared& shared = filtered_shared();
 #pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2)
-    mine = combine(mine, __shfl_xor_sync(kFullMask, mine, lanes));
-  if (lane_id() == 0) memcpy(&shared.of_warps[warp_id()], &mine, sizeof(Value));
-  __syncthreads();
-  Value all;
-  memcpy(&all, &shared.of_warps[0], sizeof(Value));
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    Exchanged other = as_words(mine);
 #pragma unroll
-  for (int warp = 1; warp < kRowWarps; ++warp) {
-    Value other;
-    memcpy(&other, &shared.of_warps[warp], sizeof(Value));
-    all = combine(all, other);
+    for (int i = 0; i < static_cast<int>(sizeof(Value) / 4); ++i)
+      other.words[i] = __shfl_xor_sync(kFullMask, other.words[i], lanes);
+    mine = combine(mine, from_words<Value>(other));
   }
+  if (lane_id() == 0) shared.of_warps[warp_id()] = as_words(mine);
+  __syncthreads();
+  Value all = from_words<Value>(shared.of_warps[0]);
+#pragma unroll
+  for (int warp = 1; warp < kRowWarps; ++warp)
+    all = combine(all, from_words<Value>(shared.of_warps[warp]));
   __syncthreads();
   return all;
 }
@@ -70,6 +91,10 @@ __device__ __forceinline__ int block_min(int mine) {
 template <bool kCluster>
 class Team {
  public:
+  int size;
+
+  __device__ __forceinline__ explicit Team(int blocks) : size(kCluster ? blocks : 1) {}
+
   // Blocks of a cluster wait for each other to have begun before they first exchange anything
   __device__ __forceinline__ void begin() {
     if constexpr (kCluster) start_.wait();
@@ -89,67 +114,48 @@ class Team {
     }
   }
 
-  // The shared memory of another of the team's blocks
+  // The shared memory of one of the team's blocks
   __device__ __forceinline__ FilteredShared& shared_of(int block) const {
     FilteredShared* shared = &filtered_shared();
     if constexpr (kCluster) shared = in_cluster_rank(shared, static_cast<unsigned>(block));
     return *shared;
   }
 
-  // As block_reduce(); the blocks' values are combined in order
-  template <class Value, class Combine>
-  __device__ __forceinline__ Value reduce(Value mine, const Combine& combine) {
-    const Value of_block = block_reduce(mine, combine);
-    if constexpr (!kCluster) return of_block;
-    Sums bits{0, 0};
-    memcpy(&bits.count, &of_block, sizeof(Value));
-    const Sums* const blocks = exchange(bits);
-    Value all;
-    memcpy(&all, &blocks[0].count, sizeof(Value));
-    for (int i = 1; i < size; ++i) {
-      Value other;
-      memcpy(&other, &blocks[i].count, sizeof(Value));
-      all = combine(all, other);
-    }
-    return all;
-  }
-  __device__ __forceinline__ float max(float mine) {
-    return reduce(mine, [](float a, float b) { return fmaxf(a, b); });
-  }
-  __device__ __forceinline__ float min(float mine) {
-    return reduce(mine, [](float a, float b) { return fminf(a, b); });
-  }
-  __device__ __forceinline__ int min(int mine) {
-    return reduce(mine, [](int a, int b) { return a < b ? a : b; });
-  }
-  __device__ __forceinline__ uint64_t max(uint64_t mine) {
-    return reduce(mine, [](uint64_t a, uint64_t b) { return a > b ? a : b; });
-  }
+  // What each block's first warp gives, on all of its lanes: every block gets all, in order
   template <class Value>
-  __device__ __forceinline__ Value sum(Value mine) {
-    return reduce(mine, [](Value a, Value b) { return a + b; });
-  }
-
-  // The sums of all blocks, in order, from those that thread 0 of each gives
-  __device__ __forceinline__ const Sums* exchange(const Sums& mine) {
+  __device__ __forceinline__ const Exchanged* exchange(const Value& mine) {
     const int turn = turn_;
     turn_ ^= 1;
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < size; ++i) shared_of(i).of_blocks[turn][rank()] = mine;
-    }
+    const auto block = static_cast<int>(threadIdx.x);
+    if (block < size) shared_of(block).of_blocks[turn][rank()] = as_words(mine);
     sync();
     return filtered_shared().of_blocks[turn];
   }
 
-  int size;
+  // As block_reduce(); the blocks' values are combined in order
+  template <class Value, class Combine>
+  __device__ __forceinline__ Value reduce(const Value& mine, const Combine& combine) {
+    const Value of_block = block_reduce(mine, combine);
+    if constexpr (!kCluster) return of_block;
+    const Exchanged* const blocks = exchange(of_block);
+    Value all = from_words<Value>(blocks[0]);
+    for (int i = 1; i < size; ++i) all = combine(all, from_words<Value>(blocks[i]));
+    return all;
+  }
+
+  // Leaves `found` with every block, by one thread of the team; then all wait for it
+  __device__ __forceinline__ void tell(const Found& found) const {
+    for (int i = 0; i < size; ++i) shared_of(i).found = found;
+  }
+  __device__ __forceinline__ Found told() const {
+    sync();
+    return filtered_shared().found;
+  }
 
  private:
   int turn_ = 0;
   struct Nothing {};
   std::conditional_t<kCluster, ClusterStart, Nothing> start_;
-
- public:
-  __device__ __forceinline__ explicit Team(int blocks) : size(kCluster ? blocks : 1) {}
 };
 
 // ---- Bins ----
@@ -178,12 +184,21 @@ __device__ __forceinline__ void share_bins(const Team<kCluster>& team) {
     const int each = kBins / team.size;
     const int first = team.rank() * each;
     for (int i = first + static_cast<int>(threadIdx.x); i < first + each; i += kRowThreads) {
+      unsigned counts[kMostClusterBlocks], low[kMostClusterBlocks], high[kMostClusterBlocks];
+#pragma unroll
+      for (int block = 0; block < kMostClusterBlocks; ++block) {  // all loads before the first use
+        const bool there = block < team.size;
+        const FilteredShared& other = team.shared_of(there ? block : 0);
+        counts[block] = there ? other.count[i] : 0u;
+        low[block] = there ? other.mass_low[i] : 0u;
+        high[block] = there ? other.mass_high[i] : 0u;
+      }
       unsigned count = 0;
       uint64_t mass = 0;
-      for (int block = 0; block < team.size; ++block) {
-        const FilteredShared& other = team.shared_of(block);
-        count += other.count[i];
-        mass += static_cast<uint64_t>(other.mass_high[i]) << 32 | other.mass_low[i];
+#pragma unroll
+      for (int block = 0; block < kMostClusterBlocks; ++block) {
+        count += counts[block];
+        mass += static_cast<uint64_t>(high[block]) << 32 | low[block];
       }
       // No other block reads this share
       shared.count[i] = count;
@@ -217,29 +232,31 @@ __device__ __forceinline__ bool list_is_full() {
   return __shfl_sync(kFullMask, listed, 0) > kListed;
 }
 
-// Brings the blocks' lists together in block 0, whose list they fit or not: how many there are
+// Brings the blocks' lists together in block 0, if they fit into its list. Returns how many there
+// are, and sums up `outside`
 template <bool kCluster>
-__device__ __forceinline__ uint64_t gather_lists(Team<kCluster>* team) {
+__device__ __forceinline__ Sums gather_lists(Team<kCluster>* team, uint64_t outside) {
   FilteredShared& shared = filtered_shared();
-  __syncthreads();
+  outside = block_reduce(outside, [](uint64_t a, uint64_t b) { return a + b; });
   const uint64_t mine = shared.listed;
-  if constexpr (!kCluster) return mine;
-  const Sums* const blocks = team->exchange({mine, 0});
+  if constexpr (!kCluster) return {mine, 0, outside};
+  const Exchanged* const blocks = team->exchange(Sums{mine, 0, outside});
   uint64_t before = 0;
-  uint64_t all = 0;
+  Sums all{0, 0, 0};
   for (int i = 0; i < team->size; ++i) {
-    if (i < team->rank()) before += blocks[i].count;
-    all += blocks[i].count;
+    const Sums of_block = from_words<Sums>(blocks[i]);
+    if (i == team->rank()) before = all.count;
+    all.count += of_block.count;
+    all.outside += of_block.outside;
   }
-  if (all > kListed) return all;
+  if (all.count > kListed) return all;
   if (team->rank() > 0) {
     Rank* const list = team->shared_of(0).list + before;
     for (auto i = static_cast<unsigned>(threadIdx.x); i < mine; i += kRowThreads)
       list[i] = shared.list[i];
   }
   team->sync();
-  if (threadIdx.x == 0) shared.listed = team->rank() == 0 ? static_cast<unsigned>(all) : 0u;
-  __syncthreads();
+  if (threadIdx.x == 0) shared.listed = static_cast<unsigned>(all.count);
   return all;
 }
 

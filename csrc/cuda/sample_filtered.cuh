@@ -5,8 +5,8 @@
 // ones by id): by the blocks together if they are a cluster, which also hold the row's logits in
 // shared memory, else by the last block to finish, which reads them again. Every filter keeps a
 // prefix of that order. The draw tiles' maxima bound the cut from below, and only tiles that reach
-// above the bound are looked at again: few on a peaked row, up to all of them on a flat one. What is
-// left after the cut is drawn as always.
+// above the bound are looked at again: few on a peaked row, up to all of them on a flat one. What
+// is left after the cut is drawn as always.
 #pragma once
 
 #include "cuda/filter_search.cuh"
@@ -27,6 +27,26 @@ struct FilteredDraw {
   }
 };
 
+// What the draw tiles say of a row
+struct RowFacts {
+  float max;
+  float sum;       // of exp((x - max) / temperature); NaN with a NaN or +inf
+  float lowest;    // of the draw tiles' maxima
+  int first_best;  // the first draw tile with the maximum
+
+  static __device__ __forceinline__ RowFacts combine(const RowFacts& a, const RowFacts& b,
+                                                     float scale) {
+    const float max = fmaxf(a.max, b.max);
+    const float reference = finite_reference(max);
+    const float sum = a.sum * exp2_approx((a.max - reference) * scale) +
+                      b.sum * exp2_approx((b.max - reference) * scale);
+    const int first = a.max == b.max  ? min(a.first_best, b.first_best)
+                      : a.max > b.max ? a.first_best
+                                      : b.first_best;
+    return {max, sum, fminf(a.lowest, b.lowest), first};
+  }
+};
+
 template <class T, bool kCluster>
 __global__ void __launch_bounds__(kRowThreads, kFilteredResident)
     sample_filtered_kernel(const __grid_constant__ LogitsView<T> logits,
@@ -43,18 +63,19 @@ __global__ void __launch_bounds__(kRowThreads, kFilteredResident)
   const uint32_t* allowed =
       draw.allowed == nullptr ? nullptr : draw.allowed + range.row * draw.allowed_stride;
   FilteredRow<T, kCluster> row{
-      {logits.row(range.row), logits.suppress, reinterpret_cast<const uint8_t*>(allowed), tiles,
-       split.tiles},
-      Team<kCluster>(split.splits),
-      range.begin,
-      range.end,
-      dynamic_shared,
-      reinterpret_cast<DrawTile*>(dynamic_shared +
-                                  (range.end - range.begin) * kVectors * kWarpSize),
-      static_cast<float>(kLog2EDouble / temperature),
-      static_cast<float>(1.0 / temperature),
-      -INFINITY,
-      0.0f,
+      {{logits.row(range.row), logits.suppress, reinterpret_cast<const uint8_t*>(allowed), tiles,
+        split.tiles},
+       Team<kCluster>(split.splits),
+       range.begin,
+       range.end,
+       dynamic_shared,
+       reinterpret_cast<DrawTile*>(dynamic_shared +
+                                   (range.end - range.begin) * kVectors * kWarpSize),
+       static_cast<float>(kLog2EDouble / temperature),
+       static_cast<float>(1.0 / temperature),
+       -INFINITY,
+       -INFINITY,
+       0.0f},
       0.0f};
   Team<kCluster>& team = row.team;
 
@@ -81,34 +102,32 @@ __global__ void __launch_bounds__(kRowThreads, kFilteredResident)
   }
 
   // The row's maximum and mass, in an order that depends on the vocabulary alone
-  float max = -INFINITY;
-  bool broken = false;
-  row.for_draw_tiles([&](int, const DrawTile& tile) {
-    max = fmaxf(max, tile.max);
-    broken |= tile.sum != tile.sum;
+  const float scale = row.scale;
+  const auto combine = [scale](const RowFacts& a, const RowFacts& b) {
+    return RowFacts::combine(a, b, scale);
+  };
+  RowFacts facts{-INFINITY, 0.0f, INFINITY, kNoId};
+  row.for_draw_tiles([&](int i, const DrawTile& tile) {
+    facts = combine(facts, {tile.max, tile.sum, tile.max, i});
   });
-  row.max = team.max(max);
-  if (team.min(broken ? 0 : 1) == 0) {
+  facts = team.reduce(facts, combine);
+  if (facts.sum != facts.sum) {  // a NaN or +inf
     if (!leads) return;
     int id = row.first_id(0, row.row.vocab, [](float x) { return x != x; });
     if (id == kNoId) id = row.first_id(0, row.row.vocab, [](float x) { return x == INFINITY; });
     if (writes) results.store_undefined(range.row, id);
     return;
   }
+  row.max = facts.max;
+  row.lowest = facts.lowest;
+  row.total = facts.sum;
   if (row.max == -INFINITY) {
     if (writes) results.store_undefined(range.row, 0);
     return;
   }
-  float total = 0.0f;
-  int first_best = kNoId;
-  row.for_draw_tiles([&](int i, const DrawTile& tile) {
-    total = fmaf(tile.sum, exp2_approx((tile.max - row.max) * row.scale), total);
-    if (tile.max == row.max) first_best = min(first_best, i);
-  });
-  row.total = team.sum(total);
   const float top1 = 1.0f / row.total;
   if (greedy) {
-    const int begin = team.min(first_best) * kDrawTile;
+    const int begin = facts.first_best * kDrawTile;
     if (!leads) return;
     const int id = row.first_id(begin, begin + kDrawTile, [&](float x) { return x == row.max; });
     if (writes) results.store(range.row, id, top1, top1, top1);
@@ -118,11 +137,10 @@ __global__ void __launch_bounds__(kRowThreads, kFilteredResident)
   // The best draw tile of what is kept, and its mass in all
   const NoiseStream noise = key.noise(range.row);
   Scored best{-INFINITY, kNoId};
-  float kept_total = row.total;
+  float mass = 0.0f;
   Kept kept{0, row.max, row.inverse_temperature, -INFINITY};
   if (options.filters(row.row.vocab)) {
     kept = row.keep(options);
-    float mass = 0.0f;
     row.for_units([&](float tile_max) { return kept.in_tile(tile_max); }, [] { return false; },
                   [&](uint4 raw, int unit) {
                     row.hide(raw, [&](int e, float x) { return !kept(row.id_of(unit, e), x); });
@@ -134,14 +152,20 @@ __global__ void __launch_bounds__(kRowThreads, kFilteredResident)
                                           key.first_id),
                                index);
                   });
-    kept_total = team.sum(mass);
   } else {
     row.for_draw_tiles([&](int i, const DrawTile& tile) {
       best.offer(tile_score(log_mass(tile, row.inverse_temperature), i, noise, key.first_id), i);
     });
   }
-  const float score = team.max(best.score);
-  const int winner = team.min(best.score == score ? best.place : kNoId);
+  struct Won {
+    Scored best;
+    float mass;
+  };
+  const Won won = team.reduce(Won{best, mass}, [](const Won& a, const Won& b) {
+    return Won{better(a.best, b.best), a.mass + b.mass};
+  });
+  const float kept_total = options.filters(row.row.vocab) ? won.mass : row.total;
+  const int winner = won.best.place;
   if (!leads || warp_id() != 0) return;
   const Drawn drawn =
       draw_in_tile(row.row, winner, noise, key.first_id, row.inverse_temperature,
@@ -168,8 +192,8 @@ RowLaunch choose_filtered_launch(const RowWork& work, const Device& device) {
   unsigned blocks = 1;
   while (blocks < kMostClusterBlocks && static_cast<int>(blocks) * kRowWarps < tiles) blocks *= 2;
   const size_t of_block = (tiles + blocks - 1) / blocks;
-  const size_t held = of_block * (kVectors * kWarpSize * sizeof(uint4) +
-                                  kDrawTiles<T> * sizeof(DrawTile));
+  const size_t held =
+      of_block * (kVectors * kWarpSize * sizeof(uint4) + kDrawTiles<T> * sizeof(DrawTile));
   if (blocks > 1 && device.major >= 9 &&
       held + sizeof(FilteredShared) + 1024 <= static_cast<size_t>(device.max_shared_per_block)) {
     RowLaunch launch{};
@@ -186,9 +210,8 @@ RowLaunch choose_filtered_launch(const RowWork& work, const Device& device) {
 }
 
 template <class T>
-auto launch_sample_filtered(const RowLaunch& run, const LogitsView<T>& logits,
-                            const SampleKey& key, const FilteredDraw& draw,
-                            const SampleResults& results, Stream stream) {
+auto launch_sample_filtered(const RowLaunch& run, const LogitsView<T>& logits, const SampleKey& key,
+                            const FilteredDraw& draw, const SampleResults& results, Stream stream) {
   const auto kernel =
       run.cluster() ? sample_filtered_kernel<T, true> : sample_filtered_kernel<T, false>;
   return launch(run.shape, stream, kernel, logits, run.split, key, draw, results);
