@@ -304,10 +304,12 @@ def check_linear_loss(ranks: Ranks) -> None:
             )
             for a, e in zip(actual, expected, strict=True):
                 assert_close(a.detach(), e.detach(), 2e-6, 1e-6)
-            total = distributed.linear_oput_loss(
+            total, by_pass = distributed.linear_oput_loss(
                 *mine[:3], target, bias=mine[3], token_weight=row_weight, reduction="sum",
-                **layout, **options,
+                by_pass=True, **layout, **options,
             )  # fmt: skip
+            for part, each in zip(by_pass, actual, strict=True):
+                assert_close(part, (row_weight * each.detach()).sum(), 1e-5, 1e-5)
             # The gradients that come with the sum, then those that are computed again
             at_once, again = (torch.autograd.grad(total, mine, retain_graph=True) for _ in "12")
             grads = gradients(actual, mine, row_weight)
@@ -323,6 +325,78 @@ def check_linear_loss(ranks: Ranks) -> None:
                 # the gradient of the logits is rounded to the dtype before the products
                 close = 2 * ROUNDING[dtype] + 1e-5
                 assert_close(g, e, close, close * e.abs().amax().item() if e.numel() else 0)
+
+
+def check_target_logprobs(ranks: Ranks) -> None:
+    vocab, rows = 301, 20
+    logits = 3 * ranks.randn(rows, vocab)
+    logits[2] = -torch.inf
+    logits[3, : vocab // 2] = -torch.inf  # shards without mass
+    logits[4, vocab - 1] = torch.nan
+    logits[5, 7] = torch.inf
+    logits[6] += 3000.0
+    logits[7] = 0.0  # ties on every shard
+    target = torch.randint(0, vocab, (rows,), generator=ranks.generator)
+    target[3] = vocab - 1
+    target[9] = -100
+    weight = ranks.randn(2, rows)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, options = logits.to(dtype).requires_grad_(), {"temperature": 0.7}
+        expected = dmax_kernels.target_logprobs(x, target, **options)
+        for sizes, vocab_size in ranks.layouts(vocab):
+            layout = {"shard_sizes": sizes, "vocab_size": vocab_size}
+            mine = ranks.cut(x.detach(), sizes, 1).requires_grad_()
+            actual = distributed.target_logprobs(mine, target, **layout, **options)
+            assert_close(actual.logprob.detach(), expected.logprob.detach(), 2e-6, 4e-7)
+            assert_close(actual.entropy.detach(), expected.entropy.detach(), 4e-6, 1e-6)
+            assert torch.equal(actual.token, expected.token)
+            assert torch.equal(actual.correct, expected.correct)
+            for used in (1, 2):  # of the two that have a gradient
+                total, whole = (
+                    sum((w * v).sum() for w, v in zip(weight[:used], found[:used], strict=True))
+                    for found in (actual, expected)
+                )
+                (grad,) = torch.autograd.grad(total, mine, retain_graph=True)
+                (all_of_it,) = torch.autograd.grad(whole, x, retain_graph=True)
+                padding = all_of_it.new_zeros(rows, sum(sizes) - vocab)
+                share = ranks.cut(torch.cat([all_of_it, padding], 1), sizes, 1)
+                assert_close(grad, share, 2 * ROUNDING[dtype], 3e-6)
+
+
+def check_linear_target_logprobs(ranks: Ranks) -> None:
+    vocab, dim, rows = 9001, 12, 6  # several blocks of columns, in numbers that differ by rank
+    target = torch.randint(0, vocab, (2, rows // 2), generator=ranks.generator)
+    target[0, 1] = -100
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden = ranks.randn(2, rows // 2, dim, dtype=dtype)
+        hidden[0, 1] = torch.nan  # ignored
+        head = ranks.randn(vocab, dim, dtype=dtype), ranks.randn(vocab, dtype=dtype)
+        leaves = [x.clone().requires_grad_() for x in (hidden, *head)]
+        options = {"temperature": 1.7}
+        expected = dmax_kernels.linear_target_logprobs(
+            *leaves[:2], target, bias=leaves[2], **options
+        )
+        total = (expected.logprob - 0.3 * expected.entropy).sum()
+        expected_grads = torch.autograd.grad(total, leaves)
+        for sizes, vocab_size in ranks.layouts(vocab):
+            layout = {"shard_sizes": sizes, "vocab_size": vocab_size}
+            mine = [hidden.clone(), *(ranks.cut(x, sizes, 0) for x in head)]
+            mine = [x.requires_grad_() for x in mine]
+            actual = distributed.linear_target_logprobs(
+                *mine[:2], target, bias=mine[2], **layout, **options
+            )
+            for a, e in zip(actual[:2], expected[:2], strict=True):
+                assert_close(a.detach(), e.detach(), 4e-6, 2e-6)
+            assert torch.equal(actual.token, expected.token)
+            grads = torch.autograd.grad((actual.logprob - 0.3 * actual.entropy).sum(), mine)
+            missing = sum(sizes) - vocab
+            shares = [expected_grads[0]] + [
+                ranks.cut(torch.cat([e, e.new_zeros(missing, *e.shape[1:])]), sizes, 0)
+                for e in expected_grads[1:]
+            ]
+            for g, e in zip(grads, shares, strict=True):
+                scale = e.float().abs().amax().item() if e.numel() else 0.0
+                assert_close(g, e, 2 * ROUNDING[dtype] + 1e-5, (ROUNDING[dtype] + 1e-6) * scale)
 
 
 def check_dtensor(ranks: Ranks) -> None:
@@ -395,6 +469,14 @@ def check_errors(ranks: Ranks) -> None:
             f"suppress_token must be -1 (none) or a token id below {4 * count}",
         ),
         (lambda: distributed.oput_loss(even, None, target), f"got {4 * count} at position 1"),
+        (
+            lambda: distributed.target_logprobs(even, target),
+            f"target_logprobs: target must be -100 (ignore_index) or a token id in [0, {4 * count}",
+        ),
+        (
+            lambda: distributed.target_logprobs(even, target[:1]),
+            "target_logprobs: target must have shape [2]",
+        ),
         (lambda: distributed.oput_loss(None, None, target), "got neither"),
         (lambda: distributed.oput_loss(even, None, target[:1]), "target must have shape [2]"),
         (
@@ -449,6 +531,8 @@ CHECKS = (
     check_soft_embedding,
     check_loss,
     check_linear_loss,
+    check_target_logprobs,
+    check_linear_target_logprobs,
     check_dtensor,
     check_errors,
     check_page,

@@ -292,7 +292,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, whole, tmp_path, capsys
         if broken.step != 2 or broken.done:
             return losses
         broken.done = True
-        return {**losses, "loss_masked": losses["loss_masked"] * torch.nan}
+        parts = {**losses.parts, "loss_masked": losses.parts["loss_masked"] * torch.nan}
+        return losses._replace(total=losses.total * torch.nan, parts=parts)
 
     def step(self, number, examples):
         broken.step, broken.trainer = number, self

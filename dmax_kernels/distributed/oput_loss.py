@@ -260,8 +260,8 @@ def linear_oput_loss(
         if empty is not None:
             total, addends = (each.masked_fill(empty, 0.0) for each in (total, addends))
         return (total, addends) if by_pass else total
-    by_pass = ShardedLinearLoss.apply(*operands, head.shard, targets, parts)
-    losses = iter(by_pass.view(len(hiddens), *target.shape))
+    stacked = ShardedLinearLoss.apply(*operands, head.shard, targets, parts)
+    losses = iter(stacked.view(len(hiddens), *target.shape))
     return reduce_loss(
         op,
         tuple(None if x is None else next(losses) for x in (hidden_masked, hidden_predicted)),

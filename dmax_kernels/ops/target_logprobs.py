@@ -55,8 +55,8 @@ def target_logprobs(
         ValueError: logits, target or temperature of a wrong dtype, shape or range.
     """
     op = "target_logprobs"
-    _check(op, "logits", logits, target, temperature)
-    _check_target(op, target, ignore_index, logits.shape[-1])
+    _check_rows(op, "logits", logits)
+    check_target(op, "logits", logits, target, temperature, ignore_index, logits.shape[-1])
     return TargetLogprobs(*FromLogits.apply(logits, target, float(temperature), ignore_index))
 
 
@@ -91,7 +91,7 @@ def linear_target_logprobs(
     """
     op = "linear_target_logprobs"
     hidden, weight, bias = autocast_operands(hidden, weight, bias)
-    _check(op, "hidden", hidden, target, temperature)
+    _check_rows(op, "hidden", hidden)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or len(weight) == 0:
         raise ValueError(
             f"{op}: weight must be [V, D] with D = {hidden.shape[-1]} as in hidden, "
@@ -102,7 +102,7 @@ def linear_target_logprobs(
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype != hidden.dtype:
             raise ValueError(f"{op}: {name} must be {hidden.dtype} as hidden, got {t.dtype}")
-    _check_target(op, target, ignore_index, len(weight))
+    check_target(op, "hidden", hidden, target, temperature, ignore_index, len(weight))
     results = FromHidden.apply(hidden, weight, bias, target, float(temperature), ignore_index)
     return TargetLogprobs(*results)
 
@@ -203,11 +203,18 @@ def _certainty(
     return each
 
 
-def _check(op: str, name: str, values: Tensor, target: Tensor, temperature: float) -> None:
+def _check_rows(op: str, name: str, values: Tensor) -> None:
     if values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{op}: {name} must be float32, bfloat16 or float16, got {values.dtype}")
     if values.dim() < 1 or values.shape[-1] < 1:
         raise ValueError(f"{op}: {name} must have a last dimension, got {list(values.shape)}")
+
+
+def check_target(
+    op: str, name: str, values: Tensor, target: Tensor, temperature: float, ignore_index: int,
+    vocab: int,
+) -> None:  # fmt: skip
+    """The target of the rows `values`, over `vocab` tokens, and the temperature."""
     if target.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{op}: target must be int64 or int32, got {target.dtype}")
     if target.shape != values.shape[:-1]:
@@ -217,9 +224,6 @@ def _check(op: str, name: str, values: Tensor, target: Tensor, temperature: floa
         )
     if not 1e-30 <= temperature <= 1e30:
         raise ValueError(f"{op}: temperature must be 1e-30 to 1e30, got {temperature:g}")
-
-
-def _check_target(op: str, target: Tensor, ignore_index: int, vocab: int) -> None:
     if target.device.type != "cpu":
         return
     outside = (target != ignore_index) & ((target < 0) | (target >= vocab))
