@@ -143,6 +143,11 @@ class Team {
     return all;
   }
 
+  template <class Value>
+  __device__ __forceinline__ Value sum(const Value& mine) {
+    return reduce(mine, [](const Value& a, const Value& b) { return a + b; });
+  }
+
   // Leaves `found` with every block, by one thread of the team; then all wait for it
   __device__ __forceinline__ void tell(const Found& found) const {
     for (int i = 0; i < size; ++i) shared_of(i).found = found;

@@ -213,9 +213,7 @@ struct FilteredRow : TeamRow<T, kCluster> {
 
     uint64_t outside = 0;  // the mass of those that do not
     for_draw_tiles([&](int, const DrawTile& tile) {
-      if (bin_of(tile.max) > deepest)
-        outside +=
-            static_cast<uint64_t>(tile.sum * exp2_approx((tile.max - max) * scale) * mass_unit());
+      if (bin_of(tile.max) > deepest) outside += mass_of(tile);
     });
 
     uint64_t count_before = 0;

@@ -30,20 +30,15 @@ struct FilteredDraw {
 // What the draw tiles say of a row
 struct RowFacts {
   float max;
-  float sum;       // of exp((x - max) / temperature); NaN with a NaN or +inf
   float lowest;    // of the draw tiles' maxima
   int first_best;  // the first draw tile with the maximum
+  int broken;      // 1 with a NaN or +inf
 
-  static __device__ __forceinline__ RowFacts combine(const RowFacts& a, const RowFacts& b,
-                                                     float scale) {
-    const float max = fmaxf(a.max, b.max);
-    const float reference = finite_reference(max);
-    const float sum = a.sum * exp2_approx((a.max - reference) * scale) +
-                      b.sum * exp2_approx((b.max - reference) * scale);
+  static __device__ __forceinline__ RowFacts combine(const RowFacts& a, const RowFacts& b) {
     const int first = a.max == b.max  ? min(a.first_best, b.first_best)
                       : a.max > b.max ? a.first_best
                                       : b.first_best;
-    return {max, sum, fminf(a.lowest, b.lowest), first};
+    return {fmaxf(a.max, b.max), fminf(a.lowest, b.lowest), first, a.broken | b.broken};
   }
 };
 
@@ -101,17 +96,14 @@ __global__ void __launch_bounds__(kRowThreads, kFilteredResident)
     return;
   }
 
-  // The row's maximum and mass, in an order that depends on the vocabulary alone
-  const float scale = row.scale;
-  const auto combine = [scale](const RowFacts& a, const RowFacts& b) {
-    return RowFacts::combine(a, b, scale);
-  };
-  RowFacts facts{-INFINITY, 0.0f, INFINITY, kNoId};
+  // The row's maximum, and its mass in fixed point, which no order of additions shows in: the
+  // number of blocks may depend on the number of rows
+  RowFacts facts{-INFINITY, INFINITY, kNoId, 0};
   row.for_draw_tiles([&](int i, const DrawTile& tile) {
-    facts = combine(facts, {tile.max, tile.sum, tile.max, i});
+    facts = RowFacts::combine(facts, {tile.max, tile.max, i, tile.sum != tile.sum ? 1 : 0});
   });
-  facts = team.reduce(facts, combine);
-  if (facts.sum != facts.sum) {  // a NaN or +inf
+  facts = team.reduce(facts, RowFacts::combine);
+  if (facts.broken != 0) {
     if (!leads) return;
     int id = row.first_id(0, row.row.vocab, [](float x) { return x != x; });
     if (id == kNoId) id = row.first_id(0, row.row.vocab, [](float x) { return x == INFINITY; });
@@ -120,11 +112,13 @@ __global__ void __launch_bounds__(kRowThreads, kFilteredResident)
   }
   row.max = facts.max;
   row.lowest = facts.lowest;
-  row.total = facts.sum;
   if (row.max == -INFINITY) {
     if (writes) results.store_undefined(range.row, 0);
     return;
   }
+  uint64_t total = 0;
+  row.for_draw_tiles([&](int, const DrawTile& tile) { total += row.mass_of(tile); });
+  row.total = row.to_sum(team.sum(total));
   const float top1 = 1.0f / row.total;
   if (greedy) {
     const int begin = facts.first_best * kDrawTile;
@@ -137,7 +131,7 @@ __global__ void __launch_bounds__(kRowThreads, kFilteredResident)
   // The best draw tile of what is kept, and its mass in all
   const NoiseStream noise = key.noise(range.row);
   Scored best{-INFINITY, kNoId};
-  float mass = 0.0f;
+  uint64_t mass = 0;
   Kept kept{0, row.max, row.inverse_temperature, -INFINITY};
   if (options.filters(row.row.vocab)) {
     kept = row.keep(options);
@@ -146,7 +140,7 @@ __global__ void __launch_bounds__(kRowThreads, kFilteredResident)
                     row.hide(raw, [&](int e, float x) { return !kept(row.id_of(unit, e), x); });
                     const DrawTile mine = row.reduce_unit(raw);
                     if (lane_id() % kDrawTileLanes<T> != 0 || !(mine.max > -INFINITY)) return;
-                    mass = fmaf(mine.sum, exp2_approx((mine.max - row.max) * row.scale), mass);
+                    mass += row.mass_of(mine);
                     const int index = row.draw_tile_of(unit);
                     best.offer(tile_score(log_mass(mine, row.inverse_temperature), index, noise,
                                           key.first_id),
@@ -159,12 +153,12 @@ __global__ void __launch_bounds__(kRowThreads, kFilteredResident)
   }
   struct Won {
     Scored best;
-    float mass;
+    uint64_t mass;
   };
   const Won won = team.reduce(Won{best, mass}, [](const Won& a, const Won& b) {
     return Won{better(a.best, b.best), a.mass + b.mass};
   });
-  const float kept_total = options.filters(row.row.vocab) ? won.mass : row.total;
+  const float kept_total = options.filters(row.row.vocab) ? row.to_sum(won.mass) : row.total;
   const int winner = won.best.place;
   if (!leads || warp_id() != 0) return;
   const Drawn drawn =
@@ -183,26 +177,38 @@ inline bool needs_filtered_kernel(const DrawOptions& options, int64_t vocab, boo
   return has_row_options || has_allowed || (!options.greedy() && options.filters(vocab));
 }
 
-// From sm_90 on a cluster takes every row whose tiles its blocks can hold, however many rows there
-// are: how the row is summed up depends on the vocabulary alone. Without a cluster,
+// From sm_90 on a cluster takes every row whose tiles its blocks can hold. Without a cluster,
 // FilteredDraw::tiles takes the partial_bytes, always in global memory.
+//
+// A row spends about as long in exchanges as eight blocks spend on its elements, and four blocks
+// spend twice that. Of clusters of eight, about one in sixteen finds no place, because a cluster
+// lies within one group of multiprocessors.
 template <class T>
 RowLaunch choose_filtered_launch(const RowWork& work, const Device& device) {
   const auto tiles = static_cast<int>((work.vocab + kTileSize<T> - 1) / kTileSize<T>);
-  unsigned blocks = 1;
-  while (blocks < kMostClusterBlocks && static_cast<int>(blocks) * kRowWarps < tiles) blocks *= 2;
-  const size_t of_block = (tiles + blocks - 1) / blocks;
-  const size_t held =
-      of_block * (kVectors * kWarpSize * sizeof(uint4) + kDrawTiles<T> * sizeof(DrawTile));
-  if (blocks > 1 && device.major >= 9 &&
-      held + sizeof(FilteredShared) + 1024 <= static_cast<size_t>(device.max_shared_per_block)) {
-    RowLaunch launch{};
-    launch.shape = {static_cast<unsigned>(work.rows) * blocks, kRowThreads, held, blocks,
-                    sizeof(FilteredShared)};
-    launch.split = make_row_split(tiles, static_cast<int>(blocks));
-    return launch;
+  int most = 1;
+  while (most < kMostClusterBlocks && most * kRowWarps < tiles) most *= 2;
+  RowLaunch launch{};
+  int64_t least_cost = 0;
+  for (int blocks = most; device.major >= 9 && blocks > 1 && blocks * 2 >= most; blocks /= 2) {
+    const int of_block = (tiles + blocks - 1) / blocks;
+    const size_t held =
+        of_block * (kVectors * kWarpSize * sizeof(uint4) + kDrawTiles<T> * sizeof(DrawTile));
+    const auto room =
+        static_cast<int64_t>(device.max_shared_per_block / (held + sizeof(FilteredShared) + 1024));
+    const int64_t resident = room < kFilteredResident ? room : kFilteredResident;
+    if (resident == 0) continue;
+    const int64_t at_once = resident * device.multiprocessors * 15 / 16 / blocks;
+    const int64_t waves = at_once > 0 ? (work.rows + at_once - 1) / at_once : work.rows;
+    const int64_t cost = waves * (1 + most / blocks);
+    if (least_cost > 0 && cost >= least_cost) continue;
+    least_cost = cost;
+    launch.shape = {static_cast<unsigned>(work.rows * blocks), kRowThreads, held,
+                    static_cast<unsigned>(blocks), sizeof(FilteredShared)};
+    launch.split = make_row_split(tiles, blocks);
   }
-  RowLaunch launch = choose_row_launch<T, SamplePartial>(work, device);
+  if (least_cost > 0) return launch;
+  launch = choose_row_launch<T, SamplePartial>(work, device);
   launch.shape.shared_bytes = 0;
   launch.partial_bytes =
       static_cast<size_t>(work.rows) * launch.split.tiles * kDrawTiles<T> * sizeof(DrawTile);

@@ -136,6 +136,13 @@ struct TeamRow : VisibleRow<T> {
     for (int ids = row.vocab; ids > 0; ids /= 2) --bits;
     return __uint_as_float(static_cast<uint32_t>(127 + bits) << 23);
   }
+  // Of all elements of a draw tile
+  __device__ __forceinline__ uint64_t mass_of(const DrawTile& tile) const {
+    return static_cast<uint64_t>(tile.sum * exp2_approx((tile.max - max) * scale) * mass_unit());
+  }
+  __device__ __forceinline__ float to_sum(uint64_t mass) const {
+    return static_cast<float>(mass) / mass_unit();
+  }
   __device__ __forceinline__ uint64_t mass_of(float x) const {
     return static_cast<uint64_t>(exp2_approx((x - max) * scale) * mass_unit());
   }
