@@ -185,8 +185,8 @@ def linear_oput_loss(
         weight: this rank's rows [V_shard, D], or a DTensor sharded on dimension 0.
         bias: this rank's [V_shard], or None.
         target, group, shard_sizes, vocab_size, ignore_index: as in :func:`oput_loss`.
-        label_smoothing, z_loss, temperature, token_weight, pass_weights, reduction, num_tokens,
-            by_pass: as in :func:`oput_loss`.
+        label_smoothing, z_loss, temperature, token_weight: as in :func:`oput_loss`.
+        pass_weights, reduction, num_tokens, by_pass: as in :func:`oput_loss`.
 
     Returns:
         As :func:`oput_loss`; differentiable in both hidden states, weight and bias. Gradients are
