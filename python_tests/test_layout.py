@@ -31,7 +31,7 @@ HELPERS = {
     # Shared by families; the two halves of linear, and its way by chunks of the vocabulary
     "dmax_kernels/triton": {"launch", "philox", "stats", "linear_rows", "linear_loss"}
     | {"linear_gradients", "linear_chunks", "draw", "sample_filters", "filter_search"}
-    | {"soft_products"},
+    | {"soft_products", "topk"},
     "csrc/cuda": {"host"},
 }
 # Ops that are tested and measured together with the op that makes their input
