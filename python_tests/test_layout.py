@@ -25,8 +25,8 @@ CUDA_DOORS = ("csrc/cuda/{}.cu", "csrc/cuda/{}.cuh")
 PRODUCTS = ("linear", "soft_embedding")
 HELPERS = {
     # target_logprobs is a composition of ops, and no op itself
-    "dmax_kernels/ops": {"_register", "_linear_loss_autograd", "target_logprobs"}
-    | {"_logprob_blocks"},
+    "dmax_kernels/ops": {"_register", "_linear_loss_autograd", "_linear_logprobs_autograd"}
+    | {"_logprob_blocks", "target_logprobs"},
     "dmax_kernels/reference": {"target_logprobs"},
     # Shared by families; the two halves of linear, and its way by chunks of the vocabulary
     "dmax_kernels/triton": {"launch", "philox", "stats", "linear_rows", "linear_loss"}
