@@ -50,7 +50,9 @@ class Case:
 FLOATS = ("float32", "bfloat16")
 ROWS = (32, 1, 256)
 BLOCK_ROWS = (32, VOCAB)
-LINEAR = ("linear_top1_confidence", "linear_sample_tokens", "soft_embedding")  # with a product
+# With a product
+LINEAR = ("linear_top1_confidence", "linear_sample_tokens", "linear_token_logprobs")
+LINEAR += ("soft_embedding",)
 # Draws with filters: top_k = 50, top_p = 0.9, and these with min_p = 0.05
 FILTERED = ("sample_top_k", "sample_top_p", "sample_filtered")
 
@@ -78,6 +80,7 @@ OF_ROWS = {
     "soft_embedding": lambda rows: (rows, DIM, VOCAB),
     "linear_top1_confidence": lambda rows: (rows, DIM, VOCAB),
     "linear_sample_tokens": lambda rows: (rows, DIM, VOCAB),
+    "linear_token_logprobs": lambda rows: (rows, DIM, VOCAB),
 }
 WITHOUT_LOGITS = ("hybrid_embedding", "hybrid_embedding_backward", *LINEAR)  # no logits to peak
 
@@ -143,6 +146,7 @@ GPU_CASES = [
     # TFLOP/s, and 4 ms of statistics, rounding and adding
     Case("linear_oput_loss", (4096, DIM, VOCAB), target_us=24000.0, predicted_us=31000.0),
     *(Case("linear_sample_tokens", (n, DIM, VOCAB)) for n in (1, 32, 64, 256, 1024, 4096)),
+    Case("linear_token_logprobs", (64, DIM, VOCAB)),
     # Every row count of the dispatch: the fused op must not be slower than the product at any of
     # them
     *(

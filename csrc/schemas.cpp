@@ -114,4 +114,7 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       " float temperature=1.0, int top_k=0, float top_p=1.0, float min_p=0.0,"
       " Tensor? row_options=None, int suppress_token=-1, Tensor? allowed=None) -> (Tensor token,"
       " Tensor probability, Tensor top1_probability, Tensor relative_confidence)");
+  def("linear_token_logprobs(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias=None, *,"
+      " float temperature=1.0, int top_n=0, int ignore_index=-100, Tensor? allowed=None)"
+      " -> (Tensor logprob, Tensor rank, Tensor top_ids, Tensor top_logprobs, Tensor logsumexp)");
 }

@@ -24,6 +24,7 @@ SMALL = {
     "edit_step_": (2, 4, 64),
     "linear_top1_confidence": (3, 16, 100),
     "linear_sample_tokens": (3, 16, 100),
+    "linear_token_logprobs": (3, 16, 100, 4),
     "linear_oput_loss": (3, 16, 100),
     "oput_loss": (3, 64),
     "oput_loss_and_grad_": (3, 64),

@@ -132,6 +132,10 @@ def samples():
             {"label_smoothing": 0.1, "needs_predicted": False},
         ),
         "linear_oput_loss_scale_": ((randn(50, 6), torch.tensor(0.3)), {}),
+        "linear_token_logprobs": (
+            (randn(3, 4, 6, grad=True), randn(50, 6, grad=True), target, randn(50, grad=True)),
+            {"temperature": 0.5, "top_n": 2, "allowed": mask},
+        ),
         "linear_sample_tokens": (
             (randn(3, 4, 6), randn(50, 6), seed),
             {"top_k": 9, "allowed": mask},

@@ -191,6 +191,7 @@ def call_linear_ops() -> None:
     OPS["linear_top1_confidence"](hidden, weight, allowed=torch.empty(64, 125, dtype=torch.int32))
     OPS["linear_sample_tokens"](hidden, weight, seed, weight[:, 0])
     OPS["linear_sample_tokens"](hidden, weight, seed, top_p=0.5)
+    OPS["linear_token_logprobs"](hidden, weight, torch.zeros(64, dtype=torch.int64), top_n=2)
     # Few rows, and the many that a training step has
     call_linear_loss(16, with_bias=False)
     call_linear_loss(128, with_bias=False)

@@ -57,4 +57,5 @@ STABLE_TORCH_LIBRARY_IMPL(dmax, CompositeExplicitAutograd, m) {
   DMAX_CHECK_KERNEL(linear_oput_loss_sum);
   DMAX_CHECK_KERNEL(linear_oput_loss_scale_);
   DMAX_CHECK_KERNEL(linear_sample_tokens);
+  DMAX_CHECK_KERNEL(linear_token_logprobs);
 }

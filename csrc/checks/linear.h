@@ -42,6 +42,18 @@ inline LinearSizes check_linear_top1_confidence(const Tensor& hidden, const Tens
   return sizes;
 }
 
+inline LogprobSizes check_linear_token_logprobs(const Tensor& hidden, const Tensor& weight,
+                                                const Tensor& ids, const OptionalTensor& bias,
+                                                double temperature, int64_t top_n,
+                                                int64_t /*ignore_index*/,
+                                                const OptionalTensor& allowed) {
+  constexpr const char* op = "linear_token_logprobs";
+  const LinearSizes sizes = check_linear(op, hidden, weight, bias);
+  check_temperature(op, temperature);
+  if (allowed) check_allowed(op, *allowed, sizes.vocab, "hidden", hidden);
+  return check_logprob_ids(op, ids, "hidden", hidden, sizes.vocab, top_n);
+}
+
 inline LinearSizes check_linear_sample_tokens(const Tensor& hidden, const Tensor& weight,
                                               const Tensor& seed, const OptionalTensor& bias,
                                               double temperature, int64_t top_k, double top_p,

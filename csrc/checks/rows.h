@@ -47,24 +47,31 @@ struct LogprobSizes {
   int64_t ids_per_row;
 };
 
-inline LogprobSizes check_token_logprobs(const Tensor& logits, const Tensor& ids,
-                                         double temperature, int64_t top_n,
-                                         int64_t /*ignore_index*/, const OptionalTensor& allowed) {
-  constexpr const char* op = "token_logprobs";
-  const int64_t vocab = check_rows(op, logits, temperature, -1, allowed);
+// `rows` is [..., V] or, from hidden states, [..., D]
+inline LogprobSizes check_logprob_ids(const char* op, const Tensor& ids, const char* rows_name,
+                                      const Tensor& rows, int64_t vocab, int64_t top_n) {
   check_integer(op, "ids", ids);
-  check_same_device(op, "ids", ids, "logits", logits);
-  const bool one_per_row = ids.dim() == logits.dim() - 1;
+  check_same_device(op, "ids", ids, rows_name, rows);
+  const bool one_per_row = ids.dim() == rows.dim() - 1;
   const int64_t per_row = one_per_row || ids.dim() == 0 ? 1 : ids.size(ids.dim() - 1);
-  Sizes need = leading_sizes(logits);
+  Sizes need = leading_sizes(rows);
   if (!one_per_row) need.push_back(per_row);
-  check_shape(op, "ids", ids, need, "one token per row of logits, or n of them");
+  const std::string meaning = std::string("one token per row of ") + rows_name + ", or n of them";
+  check_shape(op, "ids", ids, need, meaning.c_str());
   DMAX_CHECK(per_row >= 1, op, ": ids must hold at least one token per row, got ",
              shape_text(ids.sizes()));
   const int64_t most = vocab < kMaxTopLogprobs ? vocab : kMaxTopLogprobs;
   DMAX_CHECK(top_n >= 0 && top_n <= most, op, ": top_n must be in 0..", most, " (at most ",
              kMaxTopLogprobs, " and at most V), got ", top_n);
   return {vocab, per_row};
+}
+
+inline LogprobSizes check_token_logprobs(const Tensor& logits, const Tensor& ids,
+                                         double temperature, int64_t top_n,
+                                         int64_t /*ignore_index*/, const OptionalTensor& allowed) {
+  constexpr const char* op = "token_logprobs";
+  const int64_t vocab = check_rows(op, logits, temperature, -1, allowed);
+  return check_logprob_ids(op, ids, "logits", logits, vocab, top_n);
 }
 
 inline int64_t check_sample_tokens(const Tensor& logits, const Tensor& seed, double temperature,

@@ -1,5 +1,8 @@
-// linear_top1_confidence and linear_sample_tokens: one token per row, from the hidden states.
+// linear_top1_confidence, linear_sample_tokens and linear_token_logprobs: what logits say of their
+// rows, from the hidden states.
+#include "cpu/cross_entropy.h"
 #include "cpu/linear_stream.h"
+#include "cpu/logprob_rows.h"
 #include "cpu/row_stats.h"
 #include "cpu/sample_results.h"
 
@@ -84,7 +87,8 @@ struct StreamedDraw {
   }
 };
 
-// Draws from logits that are stored, for as many rows at a time as fit into this memory
+// Where a row is read more than once, its logits are stored: of as many rows at a time as fit into
+// this memory
 constexpr int64_t kStoredLogits = int64_t{64} << 20;  // bytes
 
 struct NoState {};
@@ -95,9 +99,10 @@ void hide_tokens(const uint32_t* words, int64_t first_id, float* x, int64_t n) {
   if (words) draw_kernels<float>().widen_allowed(x, x, n, words + first_id / 32);
 }
 
-void sample_stored(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
-                   int64_t suppress_token, const DrawArguments& arguments,
-                   const SampleResults& results) {
+// Calls f(first, count, logits) for spans of rows with their logits [count, V]
+template <class F>
+void for_stored_rows(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
+                     int64_t suppress_token, const F& f) {
   const int64_t vocab = weight.size(0);
   const Tensor all = torch::stable::reshape(hidden, {-1, hidden.size(hidden.dim() - 1)});
   const int64_t most_rows = std::min<int64_t>(
@@ -106,15 +111,13 @@ void sample_stored(const Tensor& hidden, const Tensor& weight, const OptionalTen
   const std::unique_ptr<float[]> logits(new float[most_rows * vocab]);
   for (int64_t first = 0; first < all.size(0); first += most_rows) {
     const int64_t count = std::min(most_rows, all.size(0) - first);
-    Tensor rows = all;
+    Tensor rows = all;  // narrow() takes one that it may write
     reduce_linear_rows<NoState>(
         torch::stable::narrow(rows, 0, first, count), weight, bias, suppress_token,
         [&](int64_t row, NoState&, const TileKernels<float>&, const float* x, int64_t n,
             int64_t first_id) { std::copy_n(x, n, logits.get() + row * vocab + first_id); },
         [](NoState&, const NoState&) {}, [](int64_t, const NoState&) {});
-    sample_rows<float>(count, arguments, results, first, vocab, [&](int64_t i) {
-      return VisibleRow<float>{logits.get() + i * vocab, vocab, -1, arguments.allowed(first + i)};
-    });
+    f(first, count, static_cast<const float*>(logits.get()));
   }
 }
 
@@ -159,7 +162,13 @@ SampleTensors linear_sample_tokens(Tensor hidden, Tensor weight, Tensor seed, Op
   const DrawArguments arguments(seed, {temperature, static_cast<double>(top_k), top_p, min_p},
                                 row_options, allowed, vocab);
   if (arguments.any_filters(num_rows, vocab)) {
-    sample_stored(hidden, weight, bias, suppress_token, arguments, results);
+    for_stored_rows(hidden, weight, bias, suppress_token,
+                    [&](int64_t first, int64_t count, const float* logits) {
+                      sample_rows<float>(count, arguments, results, first, vocab, [&](int64_t i) {
+                        return VisibleRow<float>{logits + i * vocab, vocab, -1,
+                                                 arguments.allowed(first + i)};
+                      });
+                    });
     return results.tensors();
   }
   reduce_linear_rows<StreamedDraw>(
@@ -180,9 +189,28 @@ SampleTensors linear_sample_tokens(Tensor hidden, Tensor weight, Tensor seed, Op
   return results.tensors();
 }
 
+LogprobTensors linear_token_logprobs(Tensor hidden, Tensor weight, Tensor ids, OptionalTensor bias,
+                                     double temperature, int64_t top_n, int64_t ignore_index,
+                                     OptionalTensor allowed) {
+  const auto [vocab, per_row] = check_linear_token_logprobs(hidden, weight, ids, bias, temperature,
+                                                            top_n, ignore_index, allowed);
+  const Tensor tokens = checked_targets("linear_token_logprobs", ids, vocab, ignore_index, "ids");
+  const LogprobRows rows(hidden, ids, tokens, per_row, {vocab, -1, temperature}, top_n,
+                         ignore_index);
+  const AllowedMask mask(allowed, vocab);
+  const auto report = [&, vocab = vocab](int64_t first, int64_t count, const float* logits) {
+    rows.report<float>(first, count, [&](int64_t i) {
+      return ScannedRow<float>(logits + i * vocab, mask.row(first + i));
+    });
+  };
+  if (hidden.numel() > 0) for_stored_rows(hidden, weight, bias, -1, report);
+  return rows.tensors();
+}
+
 }  // namespace dmax::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(dmax, CPU, m) {
   m.impl("linear_top1_confidence", TORCH_BOX(&dmax::cpu::linear_top1_confidence));
   m.impl("linear_sample_tokens", TORCH_BOX(&dmax::cpu::linear_sample_tokens));
+  m.impl("linear_token_logprobs", TORCH_BOX(&dmax::cpu::linear_token_logprobs));
 }

@@ -7,9 +7,29 @@
 // others must not wait for a mask.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/tile.cuh"
 
 namespace dmax::cuda {
+
+// In place of an element type T, for logits with a mask: LogitsView<Masked<T>>, and the kernels
+// that take one
+template <class T>
+struct Masked {};
+
+template <class In>
+struct RowElement {
+  using type = In;
+};
+template <class T>
+struct RowElement<Masked<T>> {
+  using type = T;
+};
+template <class In>
+using ElementOf = typename RowElement<In>::type;
+template <class In>
+constexpr bool kIsMasked = !std::is_same_v<In, ElementOf<In>>;
 
 // The hidden ids of one row
 struct MaskedIds {

@@ -8,8 +8,6 @@
 // the tiles l, l + 32, ... in order, then a butterfly joins the lanes.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/mask.cuh"
 
 namespace dmax::cuda {
@@ -191,24 +189,6 @@ struct alignas(16) Top1Partial {
              __shfl_xor_sync(kFullMask, stats.id, lanes)}};
   }
 };
-
-// In place of an element type T, for logits with a mask: LogitsView<Masked<T>>, and the kernels
-// that take one
-template <class T>
-struct Masked {};
-
-template <class In>
-struct RowElement {
-  using type = In;
-};
-template <class T>
-struct RowElement<Masked<T>> {
-  using type = T;
-};
-template <class In>
-using ElementOf = typename RowElement<In>::type;
-template <class In>
-constexpr bool kIsMasked = !std::is_same_v<In, ElementOf<In>>;
 
 // Logits [rows, vocab] in memory; the stride is in elements
 template <class T>

@@ -68,21 +68,21 @@ def row_statistics(inputs: Inputs, rows: int = 32, vocab: int = VOCAB) -> Work:
     )
 
 
+def eager_logprobs(logits: torch.Tensor, ids: torch.Tensor, top_n: int) -> tuple[torch.Tensor, ...]:
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    logprob = logprobs.gather(-1, ids.unsqueeze(-1))
+    rank = (logprobs > logprob).sum(dim=-1)
+    top_logprobs, top_ids = logprobs.topk(top_n, dim=-1)
+    return logprob.squeeze(-1), rank, top_ids, top_logprobs
+
+
 @workload
 def token_logprobs(inputs: Inputs, rows: int = 32, vocab: int = VOCAB, top_n: int = 20) -> Work:
     """Log-softmax in float32, a token's value and rank in it, and topk: engines' ``logprobs=n``."""
     logits, ids = inputs.logits(rows, vocab), inputs.ids(rows, below=vocab)
-
-    def eager():
-        logprobs = torch.log_softmax(logits.float(), dim=-1)
-        logprob = logprobs.gather(-1, ids.unsqueeze(-1))
-        rank = (logprobs > logprob).sum(dim=-1)
-        top_logprobs, top_ids = logprobs.topk(top_n, dim=-1)
-        return logprob.squeeze(-1), rank, top_ids, top_logprobs
-
     return Work(
         {
-            "eager": eager,
+            "eager": lambda: eager_logprobs(logits, ids, top_n),
             "fused": lambda: dmax_kernels.token_logprobs(logits, ids, top_n=top_n),
             "top1_confidence": lambda: dmax_kernels.top1_confidence(logits),
         },
@@ -264,6 +264,28 @@ def linear_sample_tokens(
                 hidden @ weight.t(), seed
             ),
             "fused": lambda: dmax_kernels.linear_sample_tokens(hidden, weight, seed),
+        },
+        hidden.nbytes + weight.nbytes,
+        2 * rows * dim * vocab,
+        inputs.dtype,
+        given={"hidden": hidden, "weight": weight},
+    )
+
+
+@workload
+def linear_token_logprobs(
+    inputs: Inputs, rows: int = 64, dim: int = DIM, vocab: int = VOCAB, top_n: int = 20
+) -> Work:
+    """The head's product, then what token_logprobs reports."""
+    hidden, weight = inputs.normal(rows, dim), inputs.normal(vocab, dim, scale=dim**-0.5)
+    ids = inputs.ids(rows, below=vocab)
+    return Work(
+        {
+            "eager": lambda: eager_logprobs(hidden @ weight.t(), ids, top_n),
+            "product, then token_logprobs": lambda: dmax_kernels.token_logprobs(
+                hidden @ weight.t(), ids, top_n=top_n
+            ),
+            "fused": lambda: dmax_kernels.linear_token_logprobs(hidden, weight, ids, top_n=top_n),
         },
         hidden.nbytes + weight.nbytes,
         2 * rows * dim * vocab,

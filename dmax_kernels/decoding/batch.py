@@ -13,6 +13,7 @@ from torch import Tensor
 from dmax_kernels.decoding.config import RunConfig
 from dmax_kernels.decoding.forward import BlockForward
 from dmax_kernels.decoding.graph import StepRunner
+from dmax_kernels.decoding.masks import BlockMasks
 from dmax_kernels.decoding.state import LiveBlocks
 from dmax_kernels.decoding.step import Rule
 from dmax_kernels.decoding.trace import Trace
@@ -88,10 +89,11 @@ class Batch:
         config: RunConfig,
         runner: StepRunner,
         trace: Trace | None,
+        masks: BlockMasks | None = None,
     ) -> None:
         self.forward, self.state, self.rule, self.config = forward, state, rule, config
         self.requests = list(requests)  # by row of the batch
-        self.runner, self.trace = runner, trace
+        self.runner, self.trace, self.masks = runner, trace, masks
         self.promotions = PromotionLog(state, requests)
         self.refresh = False  # a row's last block is committed, but not in the cache yet
         self.forwards = self.refreshing_forwards = 0
@@ -159,6 +161,9 @@ class Batch:
         begin = to_device([each.row in rows for each in self.requests], torch.bool, device)
         start = to_device([each.start for each in self.requests], torch.int64, device)
         self.state.begin_(begin, start, self.config.mask_token_id, embedding)
+        if self.masks is not None:
+            begun = [(i, each) for i, each in enumerate(self.requests) if each.row in rows]
+            self.masks.begin_(self.state, begun)
         self.rule.begin_(self.state, begin, embedding, self.config)
         self.promotions.begin(rows, self.config.block_length)
 

@@ -47,9 +47,7 @@ class Credit(ComposedRule):
         }
 
     def see_(self, logits: Tensor, state: LiveBlocks, config: RunConfig) -> Seen:
-        y, p, *_, logsumexp = config.functions.row_statistics(
-            logits, suppress_token=config.suppress_token
-        )
+        y, p, *_, logsumexp = config.functions.row_statistics(logits, **state.visible(config))
         ids, credit = state.memory["credit_token"], state.memory["credit"]
         active = ~state.converged.unsqueeze(-1)
         earns = state.masked & active & ~p.isnan()
@@ -131,7 +129,7 @@ class Edit(Rule):
             rule="joint_threshold",
             tokens_per_step=self.tokens_per_step,
             max_post_edit_steps=self.max_post_edit_steps,
-            suppress_token=config.suppress_token,
+            **state.visible(config),
             thresholds=F.pad(state.tau_dec, (0, 1), value=self.edit_threshold),
         )
         active = ~state.converged.unsqueeze(-1)

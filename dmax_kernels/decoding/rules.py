@@ -58,7 +58,7 @@ class SoftParallel(Rule):
             tau_acc=config.tau_acc,
             semantics=config.semantics,
             top_k=config.top_k,
-            suppress_token=config.suppress_token,
+            **state.visible(config),
             thresholds=state.thresholds,
         )
 

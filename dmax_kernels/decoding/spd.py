@@ -19,6 +19,7 @@ from dmax_kernels.decoding.config import DecodeConfig, RunConfig
 from dmax_kernels.decoding.embedding import embedding_table
 from dmax_kernels.decoding.forward import BlockForward
 from dmax_kernels.decoding.graph import make_runner
+from dmax_kernels.decoding.masks import BlockMasks, NextBlock
 from dmax_kernels.decoding.output import GenerationOutput, Statistics, assemble
 from dmax_kernels.decoding.prompts import (
     Prompts,
@@ -43,6 +44,7 @@ def spd_generate(
     *,
     attention_mask: Rows | None = None,
     thresholds: Tensor | Sequence[Sequence[float]] | None = None,
+    allowed: Callable[[NextBlock], Tensor | None] | None = None,
     on_block: Callable[[CommittedBlock], None] | None = None,
     trace: bool = False,
     logprobs: bool = False,
@@ -77,6 +79,10 @@ def spd_generate(
         attention_mask: [B, T], 0 where a prompt is padded, on either side; or one for each prompt
             of a list.
         thresholds: [B, 2], (tau_dec, tau_acc) of each row in place of the two numbers.
+        allowed: called with each `NextBlock` before it begins; returns the tokens that its
+            positions may take, int32 [ceil(V / 32)], or [length, ceil(V / 32)] with a mask for each
+            position (token v has bit v % 32 of word v // 32, as in xgrammar and llguidance), or
+            None for all. They hold for the top-1, for samples and for soft embeddings.
         on_block: called with each `CommittedBlock` when it is committed (streaming).
         trace: record every step in the output's `trace`.
         logprobs: return the output's `logprobs` and `step_map` too.
@@ -104,11 +110,14 @@ def spd_generate(
 
     started = time.perf_counter()
     forward = prefill(model, embedding, prompts, settings)
-    requests, state = first_blocks(forward, prompts, table, sampling, logprobs, rule, settings)
+    masks = None if allowed is None else BlockMasks(allowed, len(embedding))
+    requests, state = first_blocks(
+        forward, prompts, table, sampling, logprobs, rule, settings, masks
+    )
     if embedding.is_cuda:
         torch.cuda.synchronize(embedding.device)  # once per call, to time the prefill by itself
     prefilled = time.perf_counter()
-    batch = Batch(forward, state, requests, rule, settings, runner, recorder)
+    batch = Batch(forward, state, requests, rule, settings, runner, recorder, masks)
     with Progress(requests, settings, progress) as bar:
         for block in batch.run():
             bar.update(block)
@@ -170,6 +179,7 @@ def first_blocks(
     logprobs: bool,
     rule: Rule,
     config: RunConfig,
+    masks: BlockMasks | None = None,
 ) -> tuple[list[Request], LiveBlocks]:
     """Each row's request, and its first block: masks after the prompt's tail that falls in it."""
     device, block = forward.tokens.device, config.block_length
@@ -195,7 +205,10 @@ def first_blocks(
         memory=rule.memory(len(requests), config, device),
         sampling=sampling,
         record=record,
+        masks={} if masks is None else masks.buffers(len(requests), block, device),
     )
+    if masks is not None:
+        masks.begin_(state, enumerate(requests))
     begin = torch.ones(len(requests), dtype=torch.bool, device=device)
     rule.begin_(state, begin, forward.embedding, config)
     return requests, state

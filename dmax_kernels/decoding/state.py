@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from dmax_kernels.decoding.config import RunConfig
 
 State = TypeVar("State", bound="BlockState")
 
@@ -78,6 +81,12 @@ class LiveBlocks(BlockState):
     sampling: dict[str, Tensor] = field(default_factory=dict)
     # [B, K] each: step_map int32, probability and logprob float32; none unless asked for
     record: dict[str, Tensor] = field(default_factory=dict)
+    # allowed int32 [B, K, words]: the tokens that count at each position; none unless asked for
+    masks: dict[str, Tensor] = field(default_factory=dict)
+
+    def visible(self, config: RunConfig) -> dict[str, Any]:
+        """Which tokens count, as the keyword arguments of the ops that read logits."""
+        return {"suppress_token": config.suppress_token, "allowed": self.masks.get("allowed")}
 
     @property
     def tau_dec(self) -> Tensor:

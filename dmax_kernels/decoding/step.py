@@ -61,13 +61,13 @@ class Rule(ABC):
     ) -> None:
         """One step, in place: logits [B, K, V] of the live blocks, embedding [V, D].
 
-        Reads all of `state` and `config` (`mask_token_id`, `suppress_token`, `functions`: the fused
-        or the reference functions, ...). Writes `masked`, `token`, `confidence`, `converged`,
-        `inputs_embeds` (what the next pass reads: e(mask), a token's or a hybrid embedding) and the
-        rule's `memory`, and adds 1 to `step`, for the rows that are not converged. A row that is
-        converged on entry stays as it is, to the last bit. `editable`, `row`, `start` and
-        `thresholds` are read only. Each step should decide at least one masked position, or the
-        step cap ends the block.
+        Reads all of `state` and `config` (`mask_token_id`, `functions`: the fused or the reference
+        functions, ...); `state.visible(config)` says which tokens count. Writes `masked`, `token`,
+        `confidence`, `converged`, `inputs_embeds` (what the next pass reads: e(mask), a token's or
+        a hybrid embedding) and the rule's `memory`, and adds 1 to `step`, for the rows that are not
+        converged. A row that is converged on entry stays as it is, to the last bit. `editable`,
+        `row`, `start` and `thresholds` are read only. Each step should decide at least one masked
+        position, or the step cap ends the block.
         """
 
 
@@ -113,7 +113,7 @@ def draw(
         top_k=rows["sample_top_k"],
         top_p=rows["top_p"],
         min_p=rows["min_p"],
-        suppress_token=config.suppress_token,
+        **state.visible(config),
     )
     x, largest = logits.gather(-1, torch.stack([sample.token, top1], dim=-1)).float().unbind(-1)
     confidence = confidence * (x - largest).exp()
@@ -174,7 +174,7 @@ class ComposedRule(Rule):
     def see_(self, logits: Tensor, state: LiveBlocks, config: RunConfig) -> Seen:
         """The statistics that `promote` reads; a rule with a memory brings it up to date here."""
         functions = config.functions
-        statistics = getattr(functions, self.reads)(logits, suppress_token=config.suppress_token)
+        statistics = getattr(functions, self.reads)(logits, **state.visible(config))
         y, c = statistics[:2]
         probability = UNREAD
         if state.sampling:
@@ -228,9 +228,7 @@ class ComposedRule(Rule):
         if self.soft:
             top = (y, c)
             if config.top_k > 1:
-                top = functions.topk_confidence(
-                    logits, config.top_k, suppress_token=config.suppress_token
-                )
+                top = functions.topk_confidence(logits, config.top_k, **state.visible(config))
             hybrid = functions.hybrid_embedding(embedding, *top, masked, config.mask_token_id)
             embeds = torch.where(state.editable.unsqueeze(-1), hybrid, embeds)
 

@@ -2,7 +2,12 @@
 
 from dmax_kernels.ops.edit_step import edit_step_
 from dmax_kernels.ops.embedding import hybrid_embedding
-from dmax_kernels.ops.linear import linear_oput_loss, linear_sample_tokens, linear_top1_confidence
+from dmax_kernels.ops.linear import (
+    linear_oput_loss,
+    linear_sample_tokens,
+    linear_token_logprobs,
+    linear_top1_confidence,
+)
 from dmax_kernels.ops.logprobs import TokenLogprobs, token_logprobs
 from dmax_kernels.ops.loss import oput_loss, oput_loss_and_grad_
 from dmax_kernels.ops.promote import prefix_promote
@@ -38,6 +43,7 @@ __all__ = [
     "linear_oput_loss",
     "linear_sample_tokens",
     "linear_target_logprobs",
+    "linear_token_logprobs",
     "linear_top1_confidence",
     "oput_loss",
     "oput_loss_and_grad_",

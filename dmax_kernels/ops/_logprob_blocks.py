@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dmax_kernels.vocabulary import allowed_tokens, shard_mask
+
 # Float32 logits that exist at a time, unless LEAST_COLUMNS of all rows take more
 BLOCK_BYTES = 32 << 20
 LEAST_COLUMNS = 4096
@@ -206,15 +208,21 @@ def rows_of_head(blocks: Blocks, target: Tensor, start: int, temperature: float)
 def gradients_of_head(
     blocks: Blocks, flat: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, target: Tensor,
     grad_logprob: Tensor | None, grad_entropy: Tensor | None, start: int,
-    options: tuple[float, int], needs: tuple[bool, bool, bool],
+    options: tuple[float, int], needs: tuple[bool, bool, bool], allowed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Of the hidden states (in float32), the weight and the bias; None for what is not needed."""
+    """Of the hidden states (in float32), the weight and the bias; None for what is not needed.
+
+    ``allowed``, [rows or 1, words], masks the tokens whose logits were -inf in the forward pass.
+    """
     grad_hidden = torch.zeros_like(flat, dtype=torch.float32) if needs[0] else None
     grad_weight = torch.zeros_like(weight) if needs[1] else None
     grad_bias = torch.zeros_like(bias) if needs[2] and bias is not None else None
     upstream = part_of(grad_logprob), part_of(grad_entropy)
     for span, logits in blocks:
         grad = grad_block(logits, rows, target, *upstream, start + span.start, *options)
+        if allowed is not None:
+            mask = shard_mask(allowed, span.start, logits.shape[1])
+            grad.masked_fill_(~allowed_tokens(mask, logits.shape[1]), 0.0)
         if grad_bias is not None:
             grad_bias[span] = grad.sum(dim=0)
         grad = grad.to(flat.dtype)  # as a 16-bit head would receive it

@@ -1,4 +1,4 @@
-"""Tokens and losses from the hidden states and the LM head: the logits are never stored."""
+"""Tokens and losses from hidden states and the LM head: the logits are never stored as a whole."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dmax_kernels.ops import _linear_loss_autograd
+from dmax_kernels.ops import _linear_logprobs_autograd, _linear_loss_autograd
 from dmax_kernels.ops._register import (
     empty_per_row,
+    register_autograd,
     register_fake,
     register_not_differentiable,
 )
+from dmax_kernels.ops.logprobs import TokenLogprobs, empty_logprobs
 from dmax_kernels.ops.sample import Sample, empty_sample, row_options
 from dmax_kernels.reduction import (
     autocast_operands,
@@ -138,6 +140,65 @@ def _(hidden, weight, seed, bias=None, **options):
 
 
 register_not_differentiable("linear_sample_tokens", "detach the hidden states and the weight")
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    top_n: int = 0,
+    ignore_index: int = -100,
+    suppress_tokens: Sequence[int] = (),
+    allowed: Tensor | None = None,
+    vocab_limit: int | None = None,
+) -> TokenLogprobs:
+    """:func:`dmax_kernels.token_logprobs` of ``hidden @ weight.T + bias``.
+
+    Logits are float32, as in :func:`dmax_kernels.linear_top1_confidence`. Those of some rows at a
+    time are stored: on the CPU in 64 MB, on a GPU those of 64 rows. Training that needs neither
+    ranks nor a mask takes :func:`dmax_kernels.linear_target_logprobs`.
+
+    Args:
+        hidden: [..., D], float32, bfloat16 or float16.
+        weight: [V, D], the LM head, in hidden's dtype.
+        ids: int64 or int32, one per row of hidden, [...], or several, [..., n].
+        bias: [V] in hidden's dtype, or None.
+        temperature, top_n, ignore_index, suppress_tokens, allowed, vocab_limit: as in
+            :func:`dmax_kernels.token_logprobs`.
+
+    Returns:
+        logprob, rank, top_ids and top_logprobs, as :func:`dmax_kernels.token_logprobs`. With one id
+        per row, ``logprob`` is differentiable once in hidden, weight and bias: the backward pass
+        computes the logits again, a block of columns at a time, and sums in float32.
+
+    Raises:
+        RuntimeError: as :func:`dmax_kernels.token_logprobs`, or shapes that do not fit.
+        ValueError: suppress_tokens or a vocab_limit out of range.
+    """
+    weight, bias, _, allowed = visible_head(
+        "linear_token_logprobs", weight, bias, -1, suppress_tokens, allowed, vocab_limit,
+        as_mask=True,
+    )  # fmt: skip
+    results = torch.ops.dmax.linear_token_logprobs(
+        hidden, weight, ids, bias, temperature=temperature, top_n=top_n,
+        ignore_index=ignore_index, allowed=allowed,
+    )  # fmt: skip
+    return TokenLogprobs(*results[:4])
+
+
+@register_fake("linear_token_logprobs")
+def _(hidden, weight, ids, bias=None, *, temperature=1.0, top_n=0, ignore_index=-100, allowed=None):
+    return empty_logprobs(hidden, ids, top_n)
+
+
+register_autograd(
+    "linear_token_logprobs",
+    _linear_logprobs_autograd.backward,
+    _linear_logprobs_autograd.setup_context,
+)
 
 
 def linear_oput_loss(

@@ -82,16 +82,21 @@ def token_logprobs(
     return TokenLogprobs(logprob, rank, top_ids, top_logprobs)
 
 
+def empty_logprobs(rows: Tensor, ids: Tensor, top_n: int) -> tuple[Tensor, ...]:
+    """The op's results for rows [..., V or D]."""
+    lists = (*rows.shape[:-1], top_n)
+    return (
+        rows.new_empty(ids.shape, dtype=torch.float32),
+        rows.new_empty(ids.shape, dtype=torch.int64),
+        rows.new_empty(lists, dtype=torch.int64),
+        rows.new_empty(lists, dtype=torch.float32),
+        rows.new_empty(rows.shape[:-1], dtype=torch.float32),
+    )
+
+
 @register_fake("token_logprobs")
 def _(logits, ids, *, temperature=1.0, top_n=0, ignore_index=-100, allowed=None):
-    rows, lists = logits.shape[:-1], (*logits.shape[:-1], top_n)
-    return (
-        logits.new_empty(ids.shape, dtype=torch.float32),
-        logits.new_empty(ids.shape, dtype=torch.int64),
-        logits.new_empty(lists, dtype=torch.int64),
-        logits.new_empty(lists, dtype=torch.float32),
-        logits.new_empty(rows, dtype=torch.float32),
-    )
+    return empty_logprobs(logits, ids, top_n)
 
 
 def _setup_context(ctx, inputs, options, output):

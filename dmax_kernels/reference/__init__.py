@@ -10,6 +10,7 @@ from dmax_kernels.reference.embedding import hybrid_embedding
 from dmax_kernels.reference.linear import (
     linear_oput_loss,
     linear_sample_tokens,
+    linear_token_logprobs,
     linear_top1_confidence,
 )
 from dmax_kernels.reference.logprobs import TokenLogprobs, token_logprobs
@@ -47,6 +48,7 @@ __all__ = [
     "linear_oput_loss",
     "linear_sample_tokens",
     "linear_target_logprobs",
+    "linear_token_logprobs",
     "linear_top1_confidence",
     "oput_loss",
     "oput_loss_and_grad_",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dmax_kernels.reduction import autocast_operands, reduce_loss
+from dmax_kernels.reference.logprobs import TokenLogprobs, token_logprobs
 from dmax_kernels.reference.loss import token_loss
 from dmax_kernels.reference.sample import Sample, sample_tokens
 from dmax_kernels.reference.top1 import top1_confidence
@@ -38,6 +39,16 @@ def linear_sample_tokens(
     **options: Any,
 ) -> Sample:
     return sample_tokens(linear_logits(hidden, weight, bias), seed, **options)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> TokenLogprobs:
+    return token_logprobs(linear_logits(hidden, weight, bias), ids, **options)
 
 
 def linear_oput_loss(

@@ -12,6 +12,9 @@ from torch import Tensor
 # one way, and tiles are always merged in one order, however programs share them.
 TILE = 4096
 TILE_WARPS = 4
+# With a mask a thread also holds a word for each of its logits, for which four warps' registers
+# would not do
+MASKED_TILE_WARPS = 8
 
 
 class Rows(NamedTuple):
@@ -59,11 +62,9 @@ class Mask(NamedTuple):
     def given(self) -> bool:
         return self.words is not None
 
-    def span(self, rows: slice) -> "Mask":
-        """That of some rows."""
-        if self.words is None or self.stride == 0:
-            return self
-        return self._replace(words=self.words[rows])
+    @property
+    def tile_warps(self) -> int:
+        return TILE_WARPS if self.words is None else MASKED_TILE_WARPS
 
 
 NO_MASK = Mask(None, 0)

@@ -1,13 +1,17 @@
-"""The ops fused with the LM head: top1_confidence and sample_tokens of hidden @ weight^T + bias.
+"""The ops fused with the LM head: top1_confidence, sample_tokens and token_logprobs of
+hidden @ weight^T + bias.
 
 The loss is in linear_loss.py: of all this it shares only the product of one tile.
 """
+
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dmax_kernels.ops.logprobs import empty_logprobs
 from dmax_kernels.triton.draw import Results, greedy_results, store_sample
 from dmax_kernels.triton.launch import Rows, device_of, mask_of, next_power_of_2, row_view
 from dmax_kernels.triton.linear_chunks import draw_of_chunks, float32_product, top1_of_chunks
@@ -29,6 +33,7 @@ __all__ = [
     "linear_oput_loss_scale_",
     "linear_oput_loss_sum",
     "linear_sample_tokens",
+    "linear_token_logprobs",
     "linear_top1_confidence",
 ]
 
@@ -89,25 +94,34 @@ def linear_sample_merge_kernel(
 LOGIT_ROWS = 64
 
 
-def draw_from_logits(
-    hidden: Rows, weight: Rows, bias: Tensor | None, seed: Tensor, options: DrawOptions,
-    suppress_token: int, results: Results,
-) -> None:
-    """Exact draws with filters: logits by the library's product, LOGIT_ROWS rows at a time."""
+def stored_logits(
+    hidden: Rows, weight: Rows, bias: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their logits) by the library's product, LOGIT_ROWS rows at a time in one buffer."""
     flat = hidden.tensor.as_strided((hidden.count, hidden.width), (hidden.stride, 1))
     table = weight.tensor.as_strided((weight.count, weight.width), (weight.stride, 1))
     most = min(LOGIT_ROWS, hidden.count)
     buffer = flat.new_empty((most, weight.count), dtype=torch.float32)
-    options = options.in_rows()
     for first in range(0, hidden.count, LOGIT_ROWS):
         span = slice(first, min(first + LOGIT_ROWS, hidden.count))
         logits = buffer[: span.stop - first]
         float32_product(flat[span], table.t(), out=logits)
         if bias is not None:
             logits += bias
+        yield span, logits
+
+
+def draw_from_logits(
+    hidden: Rows, weight: Rows, bias: Tensor | None, seed: Tensor, options: DrawOptions,
+    suppress_token: int, results: Results,
+) -> None:
+    """Exact draws with filters."""
+    options = options.in_rows()
+    for span, logits in stored_logits(hidden, weight, bias):
         drawn = sample_filtered(
             Rows(logits, len(logits), weight.count, weight.count),
-            seed if seed.dim() == 1 else seed[span], options.span(span), suppress_token, first,
+            seed if seed.dim() == 1 else seed[span], options.span(span), suppress_token,
+            span.start,
         )
         for result, part in zip(results, drawn, strict=True):
             result[span] = part
@@ -152,3 +166,35 @@ def linear_sample_tokens(
                 GROUPS=next_power_of_2(partials.num_groups), num_warps=4,
             )
     return results.in_shape(shape)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    top_n: int = 0,
+    ignore_index: int = -100,
+    allowed: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    results = empty_logprobs(hidden, ids, top_n)
+    count = hidden.shape[:-1].numel()
+    if count == 0:
+        return results
+    per_row = ids.reshape(count) if ids.dim() < hidden.dim() else ids.reshape(count, -1)
+    if allowed is not None:
+        allowed = allowed.reshape(-1, allowed.shape[-1])
+    flat = [each.view(count, *each.shape[hidden.dim() - 1 :]) for each in results]
+    head = (row_view(hidden), row_view(weight), None if bias is None else bias.contiguous())
+    with plain_products(hidden):
+        for span, logits in stored_logits(*head):
+            mask = allowed if allowed is None or len(allowed) == 1 else allowed[span]
+            part = torch.ops.dmax.token_logprobs(
+                logits, per_row[span], temperature=temperature, top_n=top_n,
+                ignore_index=ignore_index, allowed=mask,
+            )
+            for result, mine in zip(flat, part, strict=True):
+                result[span] = mine
+    return results

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dmax_kernels.triton.launch import (
     TILE,
-    TILE_WARPS,
     choose_tiles,
     device_of,
     mask_of,
@@ -154,7 +153,7 @@ def token_logprobs(
         tile_counts_kernel[(rows.count, tiles.programs)](
             rows.tensor, rows.stride, rows.width, *mask, tokens, scale, *partials, counts,
             tiles.count, tiles.per_program, per_row, HAS_ALLOWED=mask.given, TILE=TILE,
-            num_warps=TILE_WARPS,
+            num_warps=mask.tile_warps,
         )
         logprobs_merge_kernel[(rows.count,)](
             rows.tensor, rows.stride, rows.width, *mask, tokens, ignore_index, scale,

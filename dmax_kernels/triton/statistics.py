@@ -7,7 +7,6 @@ from torch import Tensor
 
 from dmax_kernels.triton.launch import (
     TILE,
-    TILE_WARPS,
     choose_tiles,
     device_of,
     mask_of,
@@ -153,7 +152,8 @@ def row_statistics(
         ]
         tile_entropy_kernel[(rows.count, tiles.programs)](
             rows.tensor, rows.stride, rows.width, suppress_token, *mask, scale, *partials,
-            tiles.count, tiles.per_program, HAS_ALLOWED=mask.given, TILE=TILE, num_warps=TILE_WARPS,
+            tiles.count, tiles.per_program, HAS_ALLOWED=mask.given, TILE=TILE,
+            num_warps=mask.tile_warps,
         )
         entropy_merge_tiles_kernel[(rows.count,)](
             *partials, tiles.count, scale, 1.0 / temperature, token, *others,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dmax_kernels.triton.launch import NO_MASK, TILE, TILE_WARPS, Mask, Rows, choose_tiles
+from dmax_kernels.triton.launch import NO_MASK, TILE, Mask, Rows, choose_tiles
 
 NO_ID = tl.constexpr(0x7FFFFFFF)
 LOG2_E = 1.4426950408889634
@@ -227,6 +227,6 @@ def launch_tile_statistics(
     tile_statistics_kernel[(rows.count, tiles.programs)](
         rows.tensor, rows.stride, rows.width, suppress_token, *mask, scale,
         frozen, frozen_span, *partials, tiles.per_program,
-        HAS_FROZEN=frozen is not None, HAS_ALLOWED=mask.given, TILE=TILE, num_warps=TILE_WARPS,
+        HAS_FROZEN=frozen is not None, HAS_ALLOWED=mask.given, TILE=TILE, num_warps=mask.tile_warps,
     )
     return partials

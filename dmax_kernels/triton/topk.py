@@ -8,7 +8,6 @@ from torch import Tensor
 from dmax_kernels.triton.launch import (
     NO_MASK,
     TILE,
-    TILE_WARPS,
     Mask,
     Rows,
     choose_tiles,
@@ -159,7 +158,8 @@ def topk_of_rows(
     tile_topk_kernel[(rows.count, tiles.programs)](
         rows.tensor, rows.stride, rows.width, suppress_token, *mask, scale, frozen, frozen_span,
         *statistics, *candidates, tiles.count, tiles.per_program,
-        HAS_FROZEN=frozen is not None, HAS_ALLOWED=mask.given, K=k, TILE=TILE, num_warps=TILE_WARPS,
+        HAS_FROZEN=frozen is not None, HAS_ALLOWED=mask.given, K=k, TILE=TILE,
+        num_warps=mask.tile_warps,
     )
     topk_merge_tiles_kernel[(rows.count,)](
         *statistics, *candidates, tiles.count, scale, frozen, frozen_span, tokens, confidences,
