@@ -181,9 +181,11 @@ def sample_tokens(
     Without filters this takes one all-gather of 24 bytes per row. With a number up to 1,024 as
     top_k, every rank sends its k first tokens, 12 bytes each, whatever the other filters are.
     Otherwise top_k and top_p are found by adding up counts and masses: for each of the two, 2 KB
-    per row for every eight bits of the logits' dtype, in as many all-reduces. All of this holds if every shard begins at a multiple of 64 ids
-    (greedy: wherever it begins). Otherwise the ranks gather the logits, and each runs the unsharded
-    op. On the CPU, comparing the widths first is one more, small all-gather.
+    per row for every eight bits of the logits' dtype, in as many all-reduces.
+
+    All of this holds if every shard begins at a multiple of 64 ids (greedy: wherever it begins).
+    Otherwise the ranks gather the logits, and each runs the unsharded op. On the CPU, comparing the
+    widths first is one more, small all-gather.
 
     The masses are added in fixed point, so a cut of top_p is the same however the vocabulary is
     cut. It may lie one token from the unsharded op's where a share equals top_p to rounding, and a
