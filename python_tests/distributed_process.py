@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import DTYPES, stacked_rows
-from ranks import Ranks
+from distributed_draws import check_draws, check_filters
+from ranks import SEED, Ranks, assert_same
 from test_docs import ROOT, python_blocks
 from tolerances import (
-    CONFIDENCE_RTOL,
     LOSS_ATOL,
     LOSS_RTOL,
     ROUNDING,
@@ -23,15 +23,6 @@ from tolerances import (
 
 import dmax_kernels
 from dmax_kernels import distributed, reference
-
-SEED = torch.tensor([1234567890123456789, 42])
-
-
-def assert_same(actual, expected, rtol=2 * CONFIDENCE_RTOL):
-    """Ids must be equal, probabilities equal to rounding (float32 flushes tiny ones)."""
-    assert torch.equal(actual[0], expected[0]), (actual[0] - expected[0]).nonzero()
-    for each, wanted in zip(actual[1:], expected[1:], strict=True):
-        assert_close(each, wanted, rtol, atol=1e-37)
 
 
 def check_decoding(ranks: Ranks) -> None:
@@ -54,37 +45,6 @@ def check_decoding(ranks: Ranks) -> None:
                     )
             greedy = distributed.sample_tokens(mine, SEED, **layout, temperature=0)
             assert_same(greedy[:2], dmax_kernels.top1_confidence(logits))
-
-
-def check_draws(ranks: Ranks) -> None:
-    """Shards of whole tiles, and others; filters, masks, and options per row, one at a time."""
-    vocab, rows = 1000, 30
-    logits = 3 * ranks.randn(rows, vocab)
-    logits[3] = -torch.inf
-    logits[4, 700] = torch.nan
-    mask = torch.randint(-(2**31), 2**31, (rows, 32), generator=ranks.generator).int()
-    mask[5] = 0
-    per_row = torch.rand(rows, generator=ranks.generator)
-    even = -(-vocab // (64 * ranks.num_ranks)) * 64
-    for sizes in (
-        [even] * ranks.num_ranks,
-        [100, *[900 // (ranks.num_ranks - 1)] * (ranks.num_ranks - 1)],
-    ):
-        mine = ranks.cut(logits, sizes, 1)
-        layout = {"shard_sizes": sizes, "vocab_size": vocab}
-        for options in (
-            {},
-            {"allowed": mask},
-            {"allowed": mask[:1], "suppress_tokens": (5, 999), "temperature": 0.7},
-            {"allowed": mask, "temperature": 0},
-            {"top_k": 7},
-            {"top_p": per_row, "suppress_token": 9, "min_p": 0.01, "allowed": mask},
-            {"temperature": per_row.round(decimals=1)},
-        ):
-            assert_same(
-                distributed.sample_tokens(mine, SEED, **layout, **options),
-                dmax_kernels.sample_tokens(logits, SEED, **options),
-            )
 
 
 def check_masks(ranks: Ranks) -> None:
@@ -525,6 +485,7 @@ CHECKS = (
     check_decoding,
     check_draws,
     check_masks,
+    check_filters,
     check_ties,
     check_linear,
     check_hybrid_embedding,

@@ -1,9 +1,19 @@
-"""What the ranks of the distributed tests share: a generator, and the ways to cut a vocabulary."""
+"""What the ranks of the distributed tests share: a generator, ways to cut a vocabulary, a check."""
 
 import itertools
 import random
 
 import torch
+from tolerances import CONFIDENCE_RTOL, assert_close
+
+SEED = torch.tensor([1234567890123456789, 42])
+
+
+def assert_same(actual, expected, rtol=2 * CONFIDENCE_RTOL):
+    """Ids must be equal, probabilities equal to rounding (float32 flushes tiny ones)."""
+    assert torch.equal(actual[0], expected[0]), (actual[0] - expected[0]).nonzero()
+    for each, wanted in zip(actual[1:], expected[1:], strict=True):
+        assert_close(each, wanted, rtol, atol=1e-37)
 
 
 class Ranks:

@@ -82,6 +82,27 @@ def test_the_output_is_what_the_model_answers(data, tmp_path, problems, capsys):
     assert f"{sum(map(len, answers))} tokens in" in printed
 
 
+def test_samples_depend_on_the_prompt_and_its_seed_alone(data, tmp_path):
+    """Whatever the batch is; equal prompts are answered differently."""
+    records = read(data)
+    write(data, [records[1]] * 5 + records[2:5])
+
+    def responses(name, *more):
+        options = ("--temperature", "2.0", "--sample-top-k", "40", "--max-new-tokens", "96", *more)
+        output = tmp_path / name
+        assert main(arguments(data, output, *options)) == 0
+        log = output.with_name(name + ".parts")
+        return [answer.response for answer in distill.AnswerLog(log, read_settings(log)).answers()]
+
+    def read_settings(log):
+        return json.loads((log / "run.json").read_text())
+
+    sampled = responses("a.jsonl", "--seed", "7")
+    assert len(set(sampled[:5])) > 1
+    assert responses("b.jsonl", "--seed", "7", "--batch-size", "2") == sampled
+    assert responses("c.jsonl", "--seed", "100") != sampled
+
+
 def test_the_output_is_what_train_reads(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Metrics, "draw", lambda self: None)
     output = tmp_path / "train.jsonl"

@@ -107,6 +107,30 @@ def test_a_configuration_file_is_the_options_that_are_not_typed(tmp_path):
     assert rows(typed, "--model", "oput", "--problems=1") == [("oput", rule, 1) for rule in rules]
 
 
+def test_samples_depend_on_the_problem_and_its_seed_alone(tmp_path):
+    """Whatever the batch is; another seed samples other answers, and problem n has seed N + n."""
+
+    def responses(name, *more):
+        status = run(
+            *("--model", "oput", "--problems", 5, "--rule", "spd:0.5", "--rule", "threshold:0.9"),
+            *("--responses", tmp_path / name, "--temperature", 1.5, "--top-p", 0.98, *more),
+        )
+        assert status == 0
+        lines = (tmp_path / name).read_text().splitlines()
+        return [json.loads(line)["response"] for line in lines]
+
+    sampled = responses("together", "--sample-seed", 3)
+    assert responses("two", "--sample-seed", 3, "--batch-size", 2) == sampled
+    assert responses("other", "--sample-seed", 1000) != sampled
+    loaded = load_pretrained("oput")
+    third = task.encode_prompt(task.evaluation_problems(3)[2], 32)
+    output = spd_generate(
+        loaded.model, [third], max_new_tokens=evaluate.MAX_NEW_TOKENS, tau_dec=0.5,
+        temperature=1.5, top_p=0.98, seed=3 + 2,
+    )  # fmt: skip
+    assert sampled[2] == loaded.tokenizer.decode(output.answers[0], skip_special_tokens=True)
+
+
 def test_the_figures_follow_from_the_problems(walks):
     _, report, _, _ = walks
     rows = report["rows"]

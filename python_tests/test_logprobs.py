@@ -224,10 +224,35 @@ def test_gradient(name, dtype, temperature):
     assert_close(actual, expected, 2 * ROUNDING[dtype], 8e-6 / temperature)
 
 
-def test_gradient_of_several_ids_is_refused():
-    logits = torch.randn(2, 9, requires_grad=True)
-    with pytest.raises(RuntimeError, match="token_logprobs: has a gradient for one id per row"):
-        dmax_kernels.token_logprobs(logits, torch.zeros(2, 3).long()).logprob.sum().backward()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_several_ids(dtype):
+    """Some equal, some ignored, a row without any, the first token, int32; opposite upstreams."""
+    generator = torch.manual_seed(7)
+    logits = (3 * torch.randn(5, 300, generator=generator)).to(dtype)
+    logits[1, 9] = 50.0
+    ids = torch.tensor(
+        [[5, 0, 5, 7], [9, 9, 9, -100], [-100] * 4, [-100, 299, -100, 1], [3, 4, 5, 6]]
+    )
+    upstream = torch.randn(5, 4, generator=generator)
+    upstream[4] = torch.tensor([1.0, -1.0, 2.0, -2.0])  # their sum is 0
+    upstream[2, 0] = torch.nan  # of an ignored place
+    for temperature in (1.0, 0.7):
+        leaf = logits.clone().requires_grad_()
+        results = dmax_kernels.token_logprobs(leaf, ids.int(), temperature=temperature)
+        (actual,) = torch.autograd.grad(results.logprob, leaf, upstream)
+        assert actual.dtype == dtype
+        expected = sum(
+            gradient(logits, ids[:, i], upstream[:, i].nan_to_num(0.0), temperature)
+            for i in range(4)
+        )
+        assert_close(actual, expected, 2 * ROUNDING[dtype], 2e-5 / temperature)
+        one = logits.clone().requires_grad_()
+        single = dmax_kernels.token_logprobs(one, ids[:, 1], temperature=temperature).logprob
+        leaf = logits.clone().requires_grad_()
+        column = dmax_kernels.token_logprobs(leaf, ids[:, 1:2], temperature=temperature).logprob
+        single.backward(upstream[:, 1])
+        column.backward(upstream[:, 1:2])
+        assert_close(leaf.grad, one.grad, ROUNDING[dtype], 8e-6 / temperature)
 
 
 @pytest.mark.parametrize(

@@ -130,20 +130,25 @@ struct RowDraw {
   }
 
   // Calls f(begin, n) with the tokens of adjacent draw tiles, kTile at most, whose maxima are not
-  // below `threshold`
+  // below `threshold`. Few are on most rows, and finding the next one takes a loop over vectors.
   template <class F>
   void for_each_run(float threshold, const F& f) const {
+    const TileKernels<float>& kernels = tile_kernels<float>();
     const int64_t tiles = num_draw_tiles();
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      if (tile % kDrawTilesPerTile == 0 && !(of_tiles[tile / kDrawTilesPerTile] >= threshold)) {
-        tile += kDrawTilesPerTile - 1;
-        continue;
+    const float below = std::nextafter(threshold, -std::numeric_limits<float>::infinity());
+    for (int64_t first = 0; first < tiles; first += kDrawTilesPerTile) {
+      if (!(of_tiles[first / kDrawTilesPerTile] >= threshold)) continue;
+      const int64_t last = std::min(tiles, first + kDrawTilesPerTile);
+      int64_t tile = first;
+      while (true) {
+        // Nothing is above -inf, and all of it is to be found
+        if (below < threshold) tile += kernels.find_above(maxima + tile, last - tile, below);
+        if (tile >= last) break;
+        int64_t end = tile + 1;
+        while (end < last && maxima[end] >= threshold) ++end;
+        f(tile * kDrawTile, std::min(end * kDrawTile, row.vocab) - tile * kDrawTile);
+        tile = end;
       }
-      int64_t end = tile;
-      while (end < tiles && end - tile < kDrawTilesPerTile && maxima[end] >= threshold) ++end;
-      if (end == tile) continue;
-      f(tile * kDrawTile, std::min(end * kDrawTile, row.vocab) - tile * kDrawTile);
-      tile = end - 1;
     }
   }
 

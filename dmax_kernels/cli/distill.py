@@ -17,7 +17,6 @@ from dmax_kernels.cli.model_options import (
     given_options,
     machine,
 )
-from dmax_kernels.decoding.config import SAMPLING
 from dmax_kernels.files import check_input
 
 DESCRIPTION = """\
@@ -35,7 +34,9 @@ is what `train --data` reads. The other fields of a record stay.
 
 Each batch is appended to OUTPUT.parts. The same command continues after an interruption, and writes
 OUTPUT at the end. It may continue with another --batch-size, --ops, --device or number of
-processes, and with nothing else.
+processes, and with nothing else. With --temperature the answers are samples; prompt n is sampled
+with the seed --seed + n, whatever its batch and process are. A prompt that is there several times
+then gets several answers.
 
 Several processes, each with a model of its own:
 
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt-suffix", default="", metavar="TEXT", help="is put after every prompt")
     add_prompt_options(parser)
     group = parser.add_argument_group("decoding (a known model has its own special tokens)")
-    add_decode_options(group, defaults=DEFAULTS, without=SAMPLING)
+    add_decode_options(group, defaults=DEFAULTS)
     group = parser.add_argument_group("where it runs")
     add_machine_options(group, spread=False)
     group.add_argument(

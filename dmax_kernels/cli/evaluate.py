@@ -16,7 +16,6 @@ from dmax_kernels.cli.model_options import (
     given_options,
     machine,
 )
-from dmax_kernels.decoding.config import SAMPLING
 from dmax_kernels.files import check_input, check_output, save_json, write_text
 
 if TYPE_CHECKING:
@@ -94,7 +93,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grade", metavar="MODULE:FUNCTION", help="says which responses are right, see above")
     add_prompt_options(parser)
     group = parser.add_argument_group("decoding, the same for all rows")
-    add_decode_options(group, defaults=DEFAULTS, without=("rule", "tau_dec", *SAMPLING))
+    add_decode_options(group, defaults=DEFAULTS, without=("rule", "tau_dec", "seed"))
+    group.add_argument(
+        "--sample-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the samples: problem n is sampled with the seed N + n (default: 0)",
+    )
     group = parser.add_argument_group("where it runs")
     add_machine_options(group)
     add = group.add_argument
@@ -234,7 +240,9 @@ def make_evaluation(args: argparse.Namespace) -> Evaluation:
         from dmax_kernels.ring_walk.evaluate import MAX_NEW_TOKENS
 
         defaults["max_new_tokens"] = MAX_NEW_TOKENS
-    options = {"ops": "fused", **defaults, **given_options(args, without=SAMPLING)}
+    options = {"ops": "fused", **defaults, **given_options(args, without=["seed"])}
+    if args.sample_seed:
+        options["seed"] = args.sample_seed
     options.pop("rule", None)  # this command's has another form, see `read_cells`
     return Evaluation(
         prompts,

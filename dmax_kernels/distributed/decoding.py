@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from dmax_kernels import ops
 from dmax_kernels.distributed.collectives import check_layout, gather, gather_logits
+from dmax_kernels.distributed.filters import sample_filtered
 from dmax_kernels.distributed.layout import (
     VocabShard,
     at_least_one_column,
@@ -20,7 +21,7 @@ from dmax_kernels.distributed.layout import (
 )
 from dmax_kernels.distributed.linear import Columns, ShardedHead, read_head
 from dmax_kernels.distributed.visible_tokens import read_visible
-from dmax_kernels.ops.sample import DRAW_TILE, Sample
+from dmax_kernels.ops.sample import DRAW_TILE, Sample, row_options
 from dmax_kernels.vocabulary import allowed_tokens, visible_tokens
 
 
@@ -71,8 +72,8 @@ class _Draw(NamedTuple):
 
     @property
     def has_filters(self) -> bool:
-        """Whether a rank needs to know the other shards. Options per row count as filters: the
-        partial op has one temperature."""
+        """Whether a rank needs to know the other shards before it draws. Options per row count as
+        filters: the partial op has one temperature."""
         if self.greedy:
             return False
         numbers = not any(isinstance(option, Tensor) for option in self.filters.values())
@@ -80,11 +81,25 @@ class _Draw(NamedTuple):
         return not numbers or any(self.filters[name] != value for name, value in off.items())
 
     def is_partial(self, op: str, shard: VocabShard, sharded: Tensor) -> bool:
-        """Whether every rank draws from its shard: without filters, from tiles that are whole."""
+        """Whether every rank draws from its shard: where all tiles are whole, or none is needed."""
         check_layout(op, shard, sharded)
         starts = (sum(shard.sizes[:rank]) for rank in range(shard.num_ranks))
-        whole_tiles = all(start % DRAW_TILE == 0 for start in starts)
-        return self.greedy or (whole_tiles and not self.has_filters)
+        return self.greedy or all(start % DRAW_TILE == 0 for start in starts)
+
+    def filtered(self, op: str, logits: Tensor, seed: Tensor, shard: VocabShard) -> Sample:
+        """A draw with filters, or with options per row, from every rank's columns."""
+        # The unsharded op's checks, of logits that take no memory
+        whole = logits.new_zeros(()).expand(*logits.shape[:-1], shard.vocab_size)
+        torch.ops.dmax._check_sample_tokens(
+            whole, seed, **row_options(op, "logits", logits, **self.filters),
+            suppress_token=self.suppress_token, allowed=self.allowed,
+        )  # fmt: skip
+        mine = self.visible(at_least_one_column(logits), shard.start)
+        place = self.suppress_token - shard.start
+        if self.suppress_token >= 0 and 0 <= place < mine.shape[-1]:
+            suppressed = torch.arange(mine.shape[-1], device=mine.device) == place
+            mine = mine.masked_fill(suppressed, -torch.inf)
+        return sample_filtered(op, shard, mine, seed, **self.filters)
 
     def visible(self, logits: Tensor, start: int) -> Tensor:
         """The logits of ids from ``start`` on, -inf where the mask does not allow them."""
@@ -163,11 +178,18 @@ def sample_tokens(
     The noise depends on the tile and the id in the whole vocabulary. The sampled ids are therefore
     exactly those of the unsharded op at the same seed, however the vocabulary is cut.
 
-    Without filters this takes one all-gather of 24 bytes per row, if every shard begins at a
-    multiple of 64 ids (greedy: wherever it begins). Otherwise, and where a filter is on or an
-    option is a tensor, the ranks gather the logits, and each runs the unsharded op: V numbers per
-    row, in the logits' dtype, are sent and stored. On the CPU, comparing the widths first is one
-    more, small all-gather.
+    Without filters this takes one all-gather of 24 bytes per row. With a number up to 1,024 as
+    top_k, every rank sends its k first tokens, 12 bytes each, whatever the other filters are.
+    Otherwise top_k and top_p are found by adding up counts and masses: for each of the two, 2 KB
+    per row for every eight bits of the logits' dtype, in as many all-reduces.
+
+    All of this holds if every shard begins at a multiple of 64 ids (greedy: wherever it begins).
+    Otherwise the ranks gather the logits, and each runs the unsharded op. On the CPU, comparing the
+    widths first is one more, small all-gather.
+
+    The masses are added in fixed point, so a cut of top_p is the same however the vocabulary is
+    cut. It may lie one token from the unsharded op's where a share equals top_p to rounding, and a
+    draw at temperatures per row may differ from it where two tiles' scores lie within 1e-5.
 
     Args:
         logits: this rank's columns [..., V_shard], or a DTensor sharded on its last dimension.
@@ -192,6 +214,8 @@ def sample_tokens(
     mine = visible(logits, shard, -1)
     if shard.num_ranks == 1 or not draw.is_partial(op, shard, logits):
         return draw.whole(op, logits, seed, shard)
+    if draw.has_filters:
+        return draw.filtered(op, mine, seed, shard)
     fields = draw.partial(mine, seed, shard.start)
     return draw.merge(*gather(op, shard, logits.dtype, fields))
 
@@ -278,8 +302,9 @@ def linear_sample_tokens(
     """:func:`dmax_kernels.linear_sample_tokens` with the LM head's rows sharded.
 
     It draws the noise of :func:`sample_tokens` and makes the logits as
-    :func:`linear_top1_confidence` does. Where :func:`sample_tokens` gathers the logits, this does
-    so too, in float32: all rows' logits of the whole vocabulary then exist on every rank.
+    :func:`linear_top1_confidence` does. With filters or options per row, all rows' logits of the
+    rank's shard exist at a time, in float32; where :func:`sample_tokens` gathers the logits, those
+    of the whole vocabulary.
 
     Args:
         hidden, weight, bias, group, shard_sizes, vocab_size: as in :func:`linear_top1_confidence`.
@@ -304,12 +329,16 @@ def linear_sample_tokens(
             hidden, head.weight, seed, head.bias, **draw.filters,
             suppress_token=draw.suppress_token, allowed=draw.allowed,
         )  # fmt: skip
-    if draw.is_partial(op, shard, head.weight):
+    partial = draw.is_partial(op, shard, head.weight)
+    if partial and not draw.has_filters:
         fields = _gather_blocks(
             op, head, hidden, lambda logits, start: draw.partial(logits, seed, start)
         )
         return draw.merge(*fields)
     rows = hidden.reshape(-1, hidden.shape[-1])
     mine = head.logits(rows, Columns(0, shard.width))
+    if partial:
+        mine = mine.view(*hidden.shape[:-1], shard.width)
+        return draw.filtered(op, mine, seed, shard)
     mine = torch.nn.functional.pad(mine, (0, shard.sizes[shard.rank] - shard.width))
     return draw.whole(op, mine.view(*hidden.shape[:-1], -1), seed, shard)

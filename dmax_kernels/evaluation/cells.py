@@ -28,10 +28,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt's token ids, and the record that says what is right."""
+    """A prompt's token ids, the record that says what is right, and the problem's number."""
 
     ids: Sequence[int]
     record: dict[str, Any]
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,15 @@ class Outcome:
         return sum(self.tokens) / max(self.seconds, 1e-9)
 
 
+def with_seeds(options: dict[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
+    """Options of `spd_generate` for the prompts of these numbers: prompt n has the seed `seed` + n,
+    so that neither batches nor processes show in what is sampled."""
+    if not options.get("temperature"):
+        return options
+    seed = options.get("seed", 0)
+    return {**options, "seed": [(seed + n) % (1 << 63) for n in numbers]}
+
+
 def decode(
     model: Any, problems: Sequence[Problem], cell: Cell, options: dict[str, Any]
 ) -> GenerationOutput:
@@ -111,7 +121,7 @@ def decode(
         rule=cell.rule,
         convergence=cell.convergence,
         trace=cell.trace,
-        **options,
+        **with_seeds(options, [problem.number for problem in problems]),
     )
 
 

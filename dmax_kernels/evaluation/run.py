@@ -32,7 +32,8 @@ class Evaluation:
         loaded = models.get(cell.model)
         encoded = encode_prompts(loaded, self.prompts, raw=self.raw, pad=self.pad)
         problems = [
-            Problem(ids, prompt.record) for ids, prompt in zip(encoded, self.prompts, strict=True)
+            Problem(ids, prompt.record, number)
+            for number, (ids, prompt) in enumerate(zip(encoded, self.prompts, strict=True))
         ]
         options = loaded.decode_options(self.options)
         for name in ("rule", "tau_dec", "convergence"):  # which a cell has

@@ -62,14 +62,14 @@ def token_logprobs(
     Returns:
         A named tuple :class:`TokenLogprobs`: logprob float32 and rank int64 of ids' shape, top_ids
         int64 and top_logprobs float32 [..., top_n]. ``logprob`` is differentiable once in the
-        logits, ``grad (onehot(id) - softmax(x)) / temperature``, if there is one id per row; the
+        logits, ``sum_i grad_i (onehot(ids[i]) - softmax(x)) / temperature`` over a row's ids; the
         others are not.
         A row with a NaN, with +inf or with nothing but -inf has no softmax: all of its
         log-probabilities are NaN. Its ranks and top_ids are defined: NaN comes before all numbers.
 
     Raises:
-        RuntimeError: wrong dtypes, shapes or devices, options out of range, (CPU) an id out of
-            range, or a backward pass through several ids per row.
+        RuntimeError: wrong dtypes, shapes or devices, options out of range, or (CPU) an id out of
+            range.
         ValueError: suppress_tokens or a vocab_limit out of range.
     """
     logits, _, allowed = visible_rows(
@@ -111,15 +111,44 @@ def _setup_context(ctx, inputs, options, output):
 def _backward(ctx, grad_logprob, *_):
     logits, ids, logsumexp = ctx.saved_tensors
     if ids.dim() == logits.dim():
-        raise RuntimeError(
-            "token_logprobs: has a gradient for one id per row only, got ids of shape "
-            f"{list(ids.shape)} for logits of shape {list(logits.shape)}"
+        grad = _gradient_of_several(grad_logprob, logits, ids, logsumexp, **ctx.options)
+    else:  # the loss of a token is minus its log-probability
+        grad = torch.ops.dmax.oput_loss_backward(
+            -grad_logprob, logits, ids, logsumexp, **ctx.options
         )
-    # The loss of a token is minus its log-probability
-    grad = torch.ops.dmax.oput_loss_backward(-grad_logprob, logits, ids, logsumexp, **ctx.options)
     if ctx.allowed is not None:
         grad = grad.masked_fill(~allowed_tokens(ctx.allowed, logits.shape[-1]), 0.0)
     return grad, None
+
+
+def _gradient_of_several(
+    grad: Tensor, logits: Tensor, ids: Tensor, logsumexp: Tensor, ignore_index: int,
+    temperature: float,
+) -> Tensor:  # fmt: skip
+    """All of a row but its ids is the gradient of one of them at the sum of all gradients; what
+    that is at the ids, some of which may be equal, replaces it and is also rounded once."""
+    ids = ids.long()
+    used = ids != ignore_index
+    grad = torch.where(used, grad, 0.0)
+    total = grad.sum(dim=-1)
+    outside = used & ((ids < 0) | (ids >= logits.shape[-1]))  # on a GPU: it makes the row NaN
+    one = ids.gather(-1, (used.int() + outside.int()).argmax(dim=-1, keepdim=True))
+    result = torch.ops.dmax.oput_loss_backward(
+        -total, logits, one.squeeze(-1), logsumexp,
+        ignore_index=ignore_index, temperature=temperature,
+    )  # fmt: skip
+    places = torch.where(
+        used & ~outside, ids, 0
+    )  # 0 gets its own value, whether it is an id or not
+    of_place = torch.zeros_like(grad)
+    for i in range(ids.shape[-1]):
+        of_place += torch.where(places == ids[..., i : i + 1], grad[..., i : i + 1], 0.0)
+    x = logits.gather(-1, places).float() / temperature
+    weight = torch.exp(x - logsumexp.unsqueeze(-1)) * total.unsqueeze(-1)
+    value = (of_place - weight) / temperature
+    ignored = ~used.any(dim=-1, keepdim=True)
+    value = torch.where(ignored, 0.0, value).masked_fill(outside.any(-1, True), torch.nan)
+    return result.scatter_(-1, places, value.to(result.dtype))
 
 
 register_autograd("token_logprobs", _backward, _setup_context)

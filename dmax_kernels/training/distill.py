@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dmax_kernels.decoding import spd_generate
-from dmax_kernels.evaluation.cells import in_batches
+from dmax_kernels.evaluation.cells import in_batches, with_seeds
 from dmax_kernels.files import save_json, write_atomically
 from dmax_kernels.models.prompt_file import Prompt, encode_prompts
 from dmax_kernels.models.workers import Models
@@ -181,7 +181,7 @@ def decode_batch(
 ) -> list[Answer]:
     """The answers to prompts of token ids; `read` makes of a response's ids what is kept of it."""
     started = time.perf_counter()
-    output = spd_generate(model, encoded, **options)
+    output = spd_generate(model, encoded, **with_seeds(options, indexes))
     seconds = (time.perf_counter() - started) / len(indexes)
     forwards = output.num_forwards.tolist()
     return [
