@@ -20,9 +20,10 @@ class EarlyExit(FixedCount):
     """The `tokens_per_step` most confident positions, until the block is sure: then all at once.
 
     With E editable positions a block takes T = ceil(E / tokens_per_step) steps. In its t-th step it
-    is sure when the mean of the gaps over the rule's region is at least bar(t / T). The gap is the top-1's logit minus the runner-up's, which is the logarithm of
-    the ratio of their probabilities; one above 87 counts as about 87, the most that float32's
-    probabilities can tell. It reads no tau_dec.
+    is sure when the mean of the gaps over the rule's region is at least bar(t / T). The gap is the
+    top-1's logit minus the runner-up's, which is the logarithm of the ratio of their probabilities;
+    one above 87 counts as about 87, the most that float32's probabilities can tell. It reads no
+    tau_dec.
     """
 
     reads = "row_statistics"
