@@ -45,11 +45,11 @@ build/oldest/installed build/newest/installed: build/%/installed: pyproject.toml
 	build/$*/bin/python -m pip install -q --group $*
 	@touch $@
 
-# The code of the engines as they were released, each in a folder of its own. Of SGLang the wheel is
-# unpacked and no more: what it requires needs a GPU. 5.11 is the first transformers that has
-# DiffusionGemma
+# The code of the engines as they were released, each in a folder of its own. Of SGLang and vLLM the
+# wheel is unpacked and no more: what they require needs a GPU. 5.11 is the first transformers that
+# has DiffusionGemma
 test-engines: build-cpu build/engines/installed ## Test the adapters beside the engines' releases.
-	$(PYTHON) -m pytest python_tests/test_engine_sglang.py
+	$(PYTHON) -m pytest python_tests/test_engine_sglang.py python_tests/test_engine_recipes.py
 	PYTHONPATH=build/engines/transformers-oldest $(PYTHON) -m pytest $(TRANSFORMERS_TESTS)
 	PYTHONPATH=build/engines/transformers-newest $(PYTHON) -m pytest $(TRANSFORMERS_TESTS)
 TRANSFORMERS_TESTS := python_tests/test_integrations_transformers.py
@@ -59,6 +59,11 @@ build/engines/installed: Makefile
 	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --python-version 3.11 \
 	  --platform manylinux_2_34_x86_64 -d build/engines sglang==0.5.23
 	$(PYTHON) -m zipfile -e build/engines/sglang-*.whl build/engines/sglang
+	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --python-version 3.11 \
+	  --platform manylinux_2_28_x86_64 -d build/engines vllm==0.33.0
+	$(PYTHON) -c "import glob, zipfile; wheel = zipfile.ZipFile(*glob.glob('build/engines/vllm-*'));\
+	  wheel.extractall('build/engines/vllm', [n for n in wheel.namelist() if 'diffusion' in n])"
+	rm build/engines/*.whl
 	$(PYTHON) -m pip install -q --target build/engines/transformers-oldest transformers==5.11.0
 	$(PYTHON) -m pip install -q --target build/engines/transformers-newest transformers
 	@touch $@

@@ -173,6 +173,18 @@ def test_sched_by_hand():
         assert exit_of(rule, [bar - 0.01] * 4, "x.xx", 0) == [2]
 
 
+def test_sched_reads_the_masked_positions_alone():
+    rule = SchED(schedule="linear", high=6, low=2)
+    assert exit_of(rule, [5.1, 0, 5.1, 5.1], "x.xx", 0) == [0, 2, 3]
+    assert exit_of(rule, [4.9, 99, 4.9, 4.9], "x.xx", 0) == [2]
+
+
+def test_defaults_are_those_of_the_methods_own_code():
+    assert Prophet() == Prophet(1, 7.5, 5.0, 2.5)
+    assert SchED() == SchED(1, "cosine", 7.5, 2.5, 4.0)
+    assert LocalLeap() == LocalLeap(0.75, 4)
+
+
 def test_a_vanishing_runner_up_is_a_gap_of_87():
     """Its probability underflows: the mean must not become infinite."""
     runner_up = f32(0, 0.3, 0.3, 0.3)

@@ -167,8 +167,8 @@ FIRST = [
     (Prophet(early=4.2), 0, [1, 2, 3, 4]),
     (Prophet(early=4.3, middle=0), 0, [4]),
     (Prophet(2, middle=4.2), 0, [1, 2, 3, 4]),  # the first of two steps
-    (SchED(high=5, low=1.6), 0, [1, 2, 3, 4]),  # 5 - 3.4 / 4 = 4.15
-    (SchED(high=5, low=2), 0, [4]),  # 4.25
+    (SchED(schedule="linear", high=5, low=1.6), 0, [1, 2, 3, 4]),  # 5 - 3.4 / 4 = 4.15
+    (SchED(schedule="linear", high=5, low=2), 0, [4]),  # 4.25
     (Credit(), 0.69, [1, 3, 4]),
     (Credit(), 0.71, [1, 4]),
     (Credit(alpha=0), 0.61, [1, 4]),

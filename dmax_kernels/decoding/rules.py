@@ -270,7 +270,8 @@ class LocalLeap(ComposedRule):
 
     Within `radius` positions of an anchor, c > relaxed_threshold is enough. Where there is no
     anchor, the most confident one. What a sure token determines lies close to it, and decays with
-    the distance (the idea of LocalLeap, arXiv 2510.07081; the defaults are this package's).
+    the distance (LocalLeap, arXiv 2510.07081). The defaults are those of its `generate.py` for
+    LLaDA-8B, which takes them with a threshold of 0.9, here tau_dec.
     """
 
     relaxed_threshold: float = 0.75
