@@ -117,7 +117,7 @@ def train(settings: Settings, chosen: Task, folder: Path) -> TinyDlmForCausalLM:
         clip_norm=None,
         seed=chosen.seed,
         ops=settings.ops,
-        save_every=200,
+        save_every=500,
         keep=1,
     )
     examples = data.training_examples(chosen.arm, settings.examples, chosen.seed)
