@@ -1,4 +1,8 @@
-"""Other papers' ideas, built on the loop: NAP's canvas, and how left-to-right a decoding was."""
+"""Other papers' ideas, built on the loop.
+
+NAP's canvas, its measures of how left-to-right a decoding and how sequential a text is, and
+decoding with drafts.
+"""
 
 from dmax_kernels.decoding.extra.arness import (
     arness,
@@ -8,6 +12,7 @@ from dmax_kernels.decoding.extra.arness import (
     global_arness,
     local_arness,
 )
+from dmax_kernels.decoding.extra.draft import draft_generate
 from dmax_kernels.decoding.extra.nap import Canvas, nap_generate
 from dmax_kernels.decoding.extra.order_picture import write_order_picture
 from dmax_kernels.decoding.extra.seq_dep import SeqDep, seq_dep
@@ -18,6 +23,7 @@ __all__ = [
     "arness",
     "commit_order",
     "commit_steps",
+    "draft_generate",
     "fair_arness",
     "global_arness",
     "local_arness",
