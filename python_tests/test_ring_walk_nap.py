@@ -9,7 +9,7 @@ import torch
 
 from dmax_kernels.decoding.extra import commit_steps, nap_generate
 from dmax_kernels.ring_walk import task
-from dmax_kernels.ring_walk.nap import arms, data, report, scorer
+from dmax_kernels.ring_walk.nap import arms, claims, data, report, scorer
 
 PROBLEMS = task.evaluation_problems(40, data.NUM_MOVES)
 
@@ -171,7 +171,7 @@ SCORED = {
     "steps": 1,
     "problems": 4,
     **{
-        kind: {"per_token": [value, 0.01], "seq_dep": [value, 0.1]}
+        kind: {name: [value, 0.01] for name in ("per_token", "seq_dep", "first_gain", "last_gain")}
         for kind, value in (("chain", 0.4), ("parallel", 0.1))
     },
 }
@@ -187,12 +187,12 @@ def test_tables_and_verdicts_say_what_the_outcomes_say():
     assert cells["nap_3", "parallel", 4]["by_seed"] == [0.8, 0.8]
     assert cells["base", "ao", 1]["problems"] == 200
     assert cells["base", "ao", 1]["fair_arness"] == 0.3
-    verdicts = {(c["table"], c["claim"].split(" ")[0]): c["verdict"] for c in found["claims"]}
+    verdicts = {(c["where"], c["claim"].split(" ")[0]): c["verdict"] for c in found["claims"]}
     assert verdicts == {
         ("Table 3", "NAP"): "holds",
-        ("Table 3", "what"): "open",  # the same gain at every budget
+        ("Table 3", "what"): "undecided",  # the same gain at every budget
         ("Table 4", "without"): "holds",
-        ("Table 4", "with"): "open",  # equal
+        ("Table 4", "with"): "undecided",  # equal
         ("Table 5", "three"): "fails",
         ("Figure 2", "a"): "holds",
         ("Table 1", "AO"): "holds",
@@ -200,9 +200,14 @@ def test_tables_and_verdicts_say_what_the_outcomes_say():
         ("Figure 1", "NAP"): "holds",
         ("Figures 3 and 7", "paths"): "holds",
     }
-    text = report.tables(found)
-    line = next(line for line in text.splitlines() if line.startswith("NAP, 3 paths  parallel"))
-    assert line.split()[-8:] == ["80.0"] * 6 + ["0.10", "(0.05)"]
+    for table in found["tables"]:
+        assert {len(row) for row in table["rows"]} == {len(table["columns"])}
+    accuracy = {row[0]: row[1:] for row in found["tables"][0]["rows"]}
+    assert accuracy["NAP, 3 paths, parallel-forced"] == ["80.0 [75.8, 83.6]"] * 6
+    assert accuracy["base, random"] == ["10.0 [6.6, 14.9]", *[""] * 5]
+    order = {tuple(row[:2]): row[2:] for row in found["tables"][1]["rows"]}
+    assert order["NAP, 3 paths, parallel-forced", "4"] == ["0.10", "0.05"]
+    text = report.as_text(found)
     assert "[fails] Table 5: three paths are more accurate than one" in text
     assert "-10.0 points (-1" in text
     assert json.loads(json.dumps(found)) == found
@@ -214,7 +219,7 @@ def test_a_growing_gain_is_found():
     for cell in next(o for o in outcomes if o["arm"] == "long_chain")["cells"]:
         if cell["tokens_per_step"] == 4:
             cell["right"] = [i < 20 for i in range(200)]
-    gap = report.gap_claim(report.gather(outcomes))
+    gap = claims.gap_claim(claims.gather(outcomes))
     assert (gap["verdict"], gap["comparisons"][0]["points"]) == ("holds", 50.0)
 
 

@@ -88,14 +88,13 @@ def main() -> int:
     done = dict(run_tasks(setup, [base, *arms, SCORER], workers=args.workers))
     scored = done.pop(SCORER)
     outcomes = list(done.values())
+    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     found = {
-        "command": " ".join(sys.orig_argv[1:]),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "command": "python -m dmax_kernels.ring_walk.nap " + " ".join(sys.argv[1:]),
+        "made_with": f"{device}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}: the base {args.base_steps} steps after the demo's base, each "
+        f"arm {args.steps} steps after that, {args.batch_size} sequences a step, {args.examples} "
+        f"training problems; {args.seeds} training seeds, {args.problems} held-out problems.",
         "settings": {**asdict(settings), "seeds": args.seeds},
         **report.report(outcomes, scored),
     }
@@ -109,7 +108,7 @@ def main() -> int:
         for name, steps in orders.items()
     }
     write_order_picture(traces, args.output / "order.png")
-    print(report.tables(found))
+    print(report.as_text(found))
     return 0
 
 
