@@ -1,15 +1,18 @@
 """NAP in miniature: its texts, one tiny run of an arm, and what the tables and verdicts say."""
 
 import json
+import pickle
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from dmax_kernels.decoding.extra import commit_steps, nap_generate
+from dmax_kernels.files import save_json
 from dmax_kernels.ring_walk import task
-from dmax_kernels.ring_walk.nap import arms, claims, data, report, scorer
+from dmax_kernels.ring_walk.nap import arms, claims, command, data, report, scorer
 
 PROBLEMS = task.evaluation_problems(40, data.NUM_MOVES)
 
@@ -239,3 +242,13 @@ def test_the_scorer_measures_both_kinds(monkeypatch):
     found = scorer.measure(2, "cpu")
     for kind in scorer.KINDS:
         assert all(len(found[kind][name]) == 2 for name in ("seq_dep", "per_token", "last_gain"))
+
+
+def test_other_processes_can_receive_the_work(tmp_path):
+    """What a process runs must not come from __main__, which it cannot import."""
+    settings = arms.Settings(1, 1, 1, 1, 1, "cpu")
+    setup = pickle.loads(pickle.dumps(partial(command.work, settings, tmp_path, 1)))
+    save_json(tmp_path / "kept.json", {"steps": 1, "kept": True})
+    (tmp_path / "outcomes").mkdir()
+    (tmp_path / "kept.json").rename(tmp_path / "outcomes" / "scorer.json")
+    assert setup(0)(command.SCORER)["kept"]

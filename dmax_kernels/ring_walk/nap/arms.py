@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dmax_kernels.decoding import Autoregressive, GenerationOutput, Random, TopN, spd_generate
 from dmax_kernels.decoding.extra import fair_arness, global_arness, nap_generate
-from dmax_kernels.files import save_json
+from dmax_kernels.files import save_json, write_atomically
 from dmax_kernels.models.checkpoint import load_checkpoint
 from dmax_kernels.ring_walk import task
 from dmax_kernels.ring_walk.model import TinyDlmConfig, TinyDlmForCausalLM
@@ -45,6 +46,15 @@ class Settings:
     problems: int
     device: str
     ops: str = "reference"
+
+    def of_outcome(self) -> dict[str, Any]:
+        """All but the device, which changes the figures by rounding alone."""
+        return {name: value for name, value in asdict(self).items() if name != "device"}
+
+    def of_training(self, is_base: bool) -> dict[str, Any]:
+        """What the weights depend on."""
+        unread = {"problems"} | ({"steps"} if is_base else set())
+        return {name: value for name, value in self.of_outcome().items() if name not in unread}
 
 
 @dataclass(frozen=True)
@@ -99,9 +109,19 @@ def new_model() -> TinyDlmForCausalLM:
 
 
 def train(settings: Settings, chosen: Task, folder: Path) -> TinyDlmForCausalLM:
-    """Plain masked diffusion; each arm starts from the base, and the base from the shipped one."""
+    """Plain masked diffusion; each arm starts from the base, and the base from the shipped one.
+
+    What FOLDER has of the arm under the same settings is loaded or continued.
+    """
     is_base = chosen.arm == "base"
-    model = new_model()
+    model, path = new_model(), folder / f"{chosen.name}.safetensors"
+    made = settings.of_training(is_base)
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            saved = json.loads((file.metadata() or {}).get("settings", "{}"))
+        check_same_run(saved, made, path)
+        model.load_state_dict(load_file(path))
+        return model.to(settings.device)
     if not is_base:
         model.load_state_dict(load_file(folder / "base.safetensors"))
     config = TrainConfig(
@@ -132,13 +152,16 @@ def train(settings: Settings, chosen: Task, folder: Path) -> TinyDlmForCausalLM:
         group=Processes(0, 1, torch.device(settings.device)),
         title=chosen.name,
     )
-    save_weights(folder / f"{chosen.name}.safetensors", model.state_dict())
+    save_weights(path, model.state_dict(), {"settings": json.dumps(made)})
     return model.eval()
 
 
-def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
+def save_weights(
+    path: Path, weights: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path)
+    kept = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    write_atomically(path, lambda file: save_file(kept, file, metadata))
 
 
 def run_task(settings: Settings, folder: Path, chosen: Task) -> dict[str, Any]:
@@ -146,7 +169,7 @@ def run_task(settings: Settings, folder: Path, chosen: Task) -> dict[str, Any]:
     path = folder / "outcomes" / f"{chosen.name}.json"
     if path.exists():
         outcome = json.loads(path.read_text("utf-8"))
-        check_same_run(outcome["settings"], asdict(settings), path)
+        check_same_run(outcome["settings"], settings.of_outcome(), path)
         return outcome
     model = train(settings, chosen, folder)
     problems = task.evaluation_problems(settings.problems, data.NUM_MOVES)

@@ -151,7 +151,8 @@ def gap_claim(rows: dict[Key, Row]) -> dict[str, Any]:
         )
     ]
     mean = sum(values) / len(values)
-    half = 1.96 * (sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)) ** 0.5
+    variance = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
+    half = 1.96 * (variance / len(values)) ** 0.5
     low, high = 100 * (mean - half), 100 * (mean + half)
     return {
         "where": "Table 3",
