@@ -184,7 +184,7 @@ def test_tables_and_verdicts_say_what_the_outcomes_say():
     outcomes = [outcome_of("base", 0, SHARES)]
     outcomes += [outcome_of(arm, seed, SHARES) for seed in (1, 0) for arm in data.ARMS[1:]]
     found = report.report(outcomes, SCORED)
-    cells = {(c["arm"], c["order"], c["tokens_per_step"]): c for c in found["cells"]}
+    cells = {(c["arm"], c["order"], c["tokens_per_step"]): c for c in found["measured"]}
     assert cells["nap_3", "parallel", 4]["answer"] == 0.8
     assert cells["nap_3", "parallel", 4]["problems"] == 400  # two seeds
     assert cells["nap_3", "parallel", 4]["by_seed"] == [0.8, 0.8]

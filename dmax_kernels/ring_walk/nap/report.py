@@ -19,10 +19,10 @@ ORDERS = {"ao": "AO", "parallel": "parallel-forced", "random": "random", "ar": "
 
 def report(outcomes: Sequence[dict[str, Any]], scored: dict[str, Any]) -> dict[str, Any]:
     rows = gather(outcomes)
-    cells = []
+    measured = []
     for (arm, order, tokens_per_step), row in rows.items():
         low, high = share_interval(sum(row.right), len(row.right))
-        cells.append(
+        measured.append(
             {
                 "arm": arm,
                 "order": order,
@@ -40,7 +40,7 @@ def report(outcomes: Sequence[dict[str, Any]], scored: dict[str, Any]) -> dict[s
         "title": "NAP on ring walks",
         "tables": [accuracy_table(rows), order_table(rows), seq_dep_table(scored)],
         "claims": verdicts(rows, scored),
-        "cells": cells,
+        "measured": measured,
         "seq_dep": scored,
     }
 
