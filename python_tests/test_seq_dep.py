@@ -1,6 +1,7 @@
 """Sequential Dependence: Eq. 4 against its definition, and what it says of two kinds of text."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,34 +64,35 @@ def test_seq_dep_is_eq_4(make, batch_size):
     assert max(map(abs, gains)) > 0.1
 
 
-def test_copies_depend_on_what_is_before_and_independent_draws_do_not():
-    """A small model learns texts whose second half repeats the first, and texts of independent
-    draws; its SeqDep tells them apart by about the information that was repeated.
-    """
-    model = llama().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    generator = torch.Generator().manual_seed(0)
+class Copying(torch.nn.Module):
+    """Expects a text to repeat itself after `period` tokens, with probability p each."""
 
-    def texts(rows):
-        half = torch.randint(4, 12, (rows, 4), generator=generator)
-        other = torch.randint(4, 12, (rows, 4), generator=generator)
-        kind = torch.arange(rows).view(-1, 1) % 2  # the prompt says which
-        return torch.cat([kind, half, torch.where(kind == 0, half, other)], dim=1)
+    def __init__(self, period, p):
+        super().__init__()
+        self.words, self.config = torch.nn.Embedding(V, 2), SimpleNamespace()
+        self.period, self.p = period, p
 
-    for _ in range(150):
-        ids = texts(48)
-        logits = model(input_ids=ids).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.eval()
-    values = {0: [], 1: []}
-    for row in texts(40).tolist():
-        values[row[0]].append(seq_dep(model, row[:1], [row[1:5], row[5:]]).value)
-    copied, independent = (sum(values[kind]) / 20 for kind in (0, 1))
-    assert copied == pytest.approx(4 * math.log(8), rel=0.15)
-    assert abs(independent) < 0.5
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, input_ids, attention_mask):
+        logits = torch.zeros(*input_ids.shape, V)
+        known = input_ids[:, 1 : 1 - self.period]  # after the prompt's one token
+        value = torch.full(known.shape, math.log(self.p * (V - 1) / (1 - self.p))).unsqueeze(-1)
+        logits[:, self.period :].scatter_(-1, known.unsqueeze(-1), value)
+        return SimpleNamespace(logits=logits)
+
+
+def test_copies_depend_on_what_is_before_and_other_texts_do_not():
+    """log p of a copied token is log 0.9 after the original, and -log V without it."""
+    model, (first, other) = Copying(4, 0.9), draw(2, 4, 4)
+    copied = seq_dep(model, [3], [first, first])
+    assert copied.value == pytest.approx(4 * (math.log(0.9) + math.log(V)), rel=1e-5)
+    different = [(token + 1) % V for token in first]
+    missed = seq_dep(model, [3], [first, different])
+    assert missed.value == pytest.approx(4 * (math.log(0.1 / (V - 1)) + math.log(V)), rel=1e-5)
+    # A scorer that looks too far back to see anything finds them independent
+    assert seq_dep(Copying(9, 0.9), [3], [first, other]).value == 0
 
 
 def test_values_are_the_means_of_the_gains():
