@@ -134,6 +134,9 @@ def test_thresholds_per_row_are_those_of_single_runs(prompts):
         assert together.promotions == [each.promotions[0] for each in alone]
         assert together.answers == [each.answers[0] for each in alone]
     assert together.promotions != decode(model, prompts, rule=rule).promotions
+    table = torch.tensor(taus)
+    decode(model, prompts, thresholds=table)  # rows leave, and others take their places
+    assert torch.equal(table, torch.tensor(taus))
 
 
 @pytest.mark.parametrize("lag", [1, 3])

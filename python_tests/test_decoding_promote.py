@@ -24,7 +24,8 @@ from dmax_kernels.decoding import (
 )
 from dmax_kernels.decoding.extra import Canvas
 from dmax_kernels.decoding.extra.nap import CanvasRule, summary_last
-from dmax_kernels.decoding.rules import ABLATIONS, best_of_groups, rank_within
+from dmax_kernels.decoding.rule_parts import best_in_turns, rank_within
+from dmax_kernels.decoding.rules import ABLATIONS
 
 NAN = math.nan
 THRESHOLD = ABLATIONS["threshold"]
@@ -202,18 +203,39 @@ def test_uniform_by_hand():
 
 def test_parallel_forced_by_hand():
     c = f32(1, 0.2, 0.9, 1, 0.1, 0.5, 0.3, 0.99, 0.98)
-    # Two equal slots of 4 and 5 positions
-    assert positions(promote(ParallelForced(num_slots=2), c, mask_of("xxxxxxxxx"))) == [0, 7]
-    forced = promote(ParallelForced(2, num_slots=2), c, mask_of(".xx.xxx.x"))
-    assert positions(forced) == [1, 2, 5, 8]
-    # A slot without a number still advances: its leftmost position
+
+    def forced(n, c, masked, editable="xxxxxxxxx", slots=2):
+        rule = ParallelForced(n, slots)
+        return positions(promote(rule, c, mask_of(masked), editable=mask_of(editable)))
+
+    # Two equal slots of 4 and 5 positions, in turns
+    assert [forced(n, c, "xxxxxxxxx") for n in (1, 2, 3)] == [[0], [0, 7], [0, 3, 7]]
+    # The first slot has had two turns: two go to the second, and then they alternate
+    assert forced(1, c, ".xx.xxxxx") == [7]
+    assert forced(3, c, ".xx.xxxxx") == [2, 7, 8]
+    assert forced(5, c, ".xx.xxxxx") == [1, 2, 5, 7, 8]
+    # A slot that is full leaves its turns to the other one; a prompt's tail had none
+    assert forced(3, c, "....xx.xx") == [5, 7, 8]
+    assert forced(1, c, "..xxxxxxx", editable="..xxxxxxx") == [3]
+    # A NaN waits for all numbers
     torn = f32(NAN, NAN, 0.2, 0.1, 0.1, NAN)
-    assert positions(promote(ParallelForced(3, num_slots=3), torn, mask_of("xxxxxx"))) == [
-        0,
-        2,
-        3,
-        4,
-    ]
+    editable = "xxxxxx"
+    assert forced(9, torn, "xxxxxx", editable, slots=3) == [2, 3, 4]
+    assert forced(9, torn, "xx...x", editable, slots=3) == [0]
+
+
+def test_a_budget_is_carried_over_between_slots():
+    """Two tokens per step for three slots of 4: 1 and 2, then 3 and 1, then 2 and 3, and so on."""
+    masked, editable = mask_of("xxxxxxxxxxxx"), mask_of("xxxxxxxxxxxx")
+    generator = torch.Generator().manual_seed(0)
+    slots = []
+    for _ in range(6):
+        c = torch.rand(12, generator=generator)  # new at each step, as predictions are
+        promoted = promote(ParallelForced(2, 3), c, masked, editable=editable)
+        slots += sorted(j // 4 for j in positions(promoted))
+        masked = masked & ~promoted
+    assert slots == [0, 1, 0, 2, 1, 2] * 2
+    assert not masked.any()
 
 
 def test_a_canvas_by_hand():
@@ -222,16 +244,23 @@ def test_a_canvas_by_hand():
     c = f32(1, 0.2, 0.9, 1, 0.1, 0.5, 0.3, 0.99, 0.98)
     reasoning = mask_of(".xx.xxxxx")
 
-    def forced(c, masked, tokens_per_step):
-        rule = CanvasRule(canvas=canvas, tokens_per_step=tokens_per_step)
-        return positions(promote(rule, c[None], masked[None], editable=reasoning[None])[0])
+    def forced(c, masked, tokens_per_step, row=1):
+        # Two prompts: the other one's canvas has one path, of 8 positions
+        other = Canvas.build([[]], [8], [], 1)
+        rule = CanvasRule.lay_out([other, canvas], [0, 0], 9, tokens_per_step, masked.device)
+        seen = {"editable": reasoning[None], "row": torch.tensor([row])}
+        return positions(promote(rule, c[None], masked[None], **seen)[0])
 
-    assert forced(c, reasoning, 1) == [2, 5]
-    assert forced(c, reasoning, 2) == [1, 2, 5, 6]
-    assert forced(c, mask_of("....x..xx"), 1) == [4]
+    assert [forced(c, reasoning, n) for n in (1, 2, 3)] == [[2], [2, 5], [1, 2, 5]]
+    assert forced(c, reasoning, 4) == [1, 2, 5, 6]
+    assert forced(c, reasoning, 9) == [1, 2, 4, 5, 6]  # and not the summary
+    assert forced(c, mask_of("....x..xx"), 2) == [4]
     assert forced(c, mask_of(".......xx"), 1) == [7]
+    assert forced(c, mask_of(".......xx"), 2) == [7, 8]
+    assert forced(c, reasoning, 2, row=0) == [2, 7]
     torn = f32(1, NAN, NAN, 1, 0.1, NAN, 0.3, 1, 1)
-    assert forced(torn, reasoning, 3) == [1, 4, 6]
+    assert forced(torn, reasoning, 3) == [4, 6]
+    assert forced(torn, mask_of(".xx..x.xx"), 3) == [1]
 
 
 def draw(c, masked, n, seed=0, step=0, token=None):
@@ -283,8 +312,8 @@ def call(name, statistics, masked, option):
     tau, n = (0.0, 0.3, 0.8)[option], option + 1
     if name == "canvas":
         slots = torch.arange(masked.shape[-1], device=masked.device) * n // masked.shape[-1]
-        candidates = summary_last(masked, slots, option)
-        return best_of_groups(statistics["confidence"], candidates, n, slots)
+        candidates = summary_last(masked, slots == option)
+        return best_in_turns(statistics["confidence"], candidates, n, slots)
     rule = {
         "threshold": THRESHOLD,
         "prefix": ABLATIONS["spd"],
@@ -355,7 +384,7 @@ def test_promises_all_rules_share(name, rows, option):
         forced = positions(promoted[i] & unknown[i])
         if name in ("autoregressive", "prefix"):
             assert forced in ([], positions(masked[i])[:1])
-        elif name not in ("parallel_forced", "canvas"):
+        elif name != "canvas":
             known = masked[i] & ~unknown[i]
             assert forced == ([] if known.any() else positions(masked[i])[:1])
         # The same row alone, and among others in a different order

@@ -95,8 +95,8 @@ def test_a_trace_shows_the_rules_promises(rule):
 
 # (rule, steps of a block of 8 that is all masks)
 COUNTS = [(TopN(), 8), (TopN(3), 3), (Autoregressive(), 8), (Autoregressive(5), 2)]
-COUNTS += [(Random(), 8), (Random(8), 1), (ParallelForced(), 3), (ParallelForced(2), 2)]
-COUNTS += [(ParallelForced(num_slots=8), 1), (ParallelForced(num_slots=1), 8)]
+COUNTS += [(Random(), 8), (Random(8), 1), (ParallelForced(), 3), (ParallelForced(1), 8)]
+COUNTS += [(ParallelForced(8, num_slots=8), 1), (ParallelForced(2, num_slots=1), 4)]
 
 
 @pytest.mark.parametrize(("rule", "steps"), COUNTS, ids=str)
@@ -158,8 +158,8 @@ FIRST = [
     (EntropyBound(0.3), 0, [4]),
     (EntropyBound(0.36), 0, [1, 4]),
     (TopN(2), 0, [1, 4]),
-    (ParallelForced(num_slots=5), 0, [1, 2, 3, 4]),
-    (ParallelForced(num_slots=2), 0, [1, 4]),  # positions 0-2 and 3-4
+    (ParallelForced(4, num_slots=5), 0, [1, 2, 3, 4]),
+    (ParallelForced(2, num_slots=2), 0, [1, 4]),  # positions 0-2 and 3-4
     (Autoregressive(2), 0, [1, 2]),
     (Uniform(), 0, [1, 2, 3, 4]),
     (LocalLeap(0.5, 2), 0.92, [3, 4]),

@@ -11,6 +11,7 @@ hold what comes back. `extra` has two other papers' ideas on the same loop.
 from dmax_kernels.decoding.batch import CommittedBlock
 from dmax_kernels.decoding.config import DecodeConfig, RunConfig
 from dmax_kernels.decoding.masks import NextBlock
+from dmax_kernels.decoding.memory_rules import AdaBlock
 from dmax_kernels.decoding.output import GenerationOutput, Statistics
 from dmax_kernels.decoding.rules import (
     RULES,
@@ -36,6 +37,7 @@ from dmax_kernels.decoding.trace import Trace
 
 __all__ = [
     "RULES",
+    "AdaBlock",
     "Autoregressive",
     "BlockState",
     "CommittedBlock",

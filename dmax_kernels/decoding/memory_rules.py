@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmax_kernels.decoding.config import RunConfig
-from dmax_kernels.decoding.rule_parts import above_threshold, keep_integer, keep_number
+from dmax_kernels.decoding.config import RunConfig, read_ids
+from dmax_kernels.decoding.rule_parts import (
+    above_threshold,
+    keep_integer,
+    keep_number,
+    rank_within,
+)
 from dmax_kernels.decoding.state import LiveBlocks
 from dmax_kernels.decoding.step import ComposedRule, Rule, Seen
 
@@ -75,6 +80,56 @@ class Credit(ComposedRule):
             torch.where(earns, confidence, p),
             tau_dec=state.tau_dec,
         )
+
+    def promote(self, seen: Seen) -> Tensor:
+        return above_threshold(seen)
+
+
+@dataclass(frozen=True)
+class AdaBlock(ComposedRule):
+    """`threshold` inside a part of the block that ends after a delimiter, one part after another.
+
+    A part begins at the leftmost mask. Where it ends is read from the pass that begins it: of the
+    next `window` positions, the one that predicts a delimiter with the highest confidence is the
+    last, if that confidence is at least `delimiter_threshold`; otherwise the part has
+    `default_length` positions. The next part begins when no mask is left in this one. This is
+    AdaBlock-dLLM (arXiv 2509.26432), which divides a whole answer: for a fully bidirectional model
+    take a `block_length` that holds prompt and answer, and for its `window` a quarter of the
+    answer. A block-diffusion model's own blocks stay where they are, and the parts lie in them.
+
+    delimiters: token ids, such as that of the newline.
+    """
+
+    delimiters: tuple[int, ...]
+    delimiter_threshold: float = 0.3
+    default_length: int = 16
+    window: int = 64
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "delimiters", read_ids("delimiters of AdaBlock", self.delimiters))
+        keep_number(self, "delimiter_threshold", "in [0, 1]", lambda value: 0 <= value <= 1)
+        keep_integer(self, "default_length", "a positive integer")
+        keep_integer(self, "window", "a positive integer")
+
+    def memory(self, rows: int, config: RunConfig, device: torch.device) -> dict[str, Tensor]:
+        return {"part_end": torch.zeros(rows, 1, dtype=torch.int64, device=device)}
+
+    def see_(self, logits: Tensor, state: LiveBlocks, config: RunConfig) -> Seen:
+        seen, end = super().see_(logits, state, config), state.memory["part_end"]
+        position = torch.arange(seen.masked.shape[-1], device=end.device)
+        inside = (seen.masked & (position < end)).any(dim=-1, keepdim=True)
+        start = (seen.masked.cumsum(dim=-1) == 0).sum(dim=-1, keepdim=True)
+        delimits = torch.zeros_like(seen.masked)
+        for token in self.delimiters:  # a tensor of them could not be made inside a CUDA graph
+            delimits |= seen.token == token
+        delimits &= seen.masked & (position < start + self.window)
+        surest = delimits & (rank_within(seen.confidence, delimits) == 0)
+        surest &= seen.confidence >= self.delimiter_threshold
+        last = torch.where(surest, position + 1, 0).amax(dim=-1, keepdim=True)
+        fresh = torch.where(last > 0, last, start + self.default_length)
+        keeps = inside | state.converged.unsqueeze(-1)
+        end.copy_(torch.where(keeps, end, fresh))
+        return seen._replace(masked=seen.masked & (position < end))
 
     def promote(self, seen: Seen) -> Tensor:
         return above_threshold(seen)

@@ -120,7 +120,8 @@ def row_thresholds(
     if thresholds is None:
         pair = torch.tensor([[config.tau_dec, config.tau_acc]], dtype=torch.float32)
         return pair.repeat(rows, 1)
-    table = torch.as_tensor(thresholds, dtype=torch.float32).cpu()
+    # A copy: rows of the batch change places in it
+    table = torch.as_tensor(thresholds, dtype=torch.float32).cpu().clone()
     need = f"[{rows}, 2]: (tau_dec, tau_acc) of each row"
     argument = "spd_generate: thresholds"
     require(table.shape == (rows, 2), argument, need, list(table.shape))

@@ -48,6 +48,21 @@ def best_of_groups(
     return masked & (((rank < count) & ~score.isnan()) | (rank == 0))
 
 
+def best_in_turns(score: Tensor, masked: Tensor, count: int, group: Tensor) -> Tensor:
+    """The `count` masked positions that are due when the groups of positions take turns.
+
+    In each turn every group decodes one position, its best; within a turn the groups go from left
+    to right. How many positions of a group are decoded says which turn it is at. A step therefore
+    goes on exactly where the one before it stopped, however `count` divides the groups, and a group
+    that is full leaves its share to the others.
+
+    A NaN is taken only where nothing else is masked: the leftmost.
+    """
+    first = score.masked_fill(~masked, torch.inf)  # what is decoded had the turns before
+    turn = rank_within(first, torch.ones_like(masked), group)
+    return best_of_groups((-turn).float().masked_fill(score.isnan(), torch.nan), masked, count)
+
+
 def rank_within(score: Tensor, masked: Tensor, group: Tensor | None = None) -> Tensor:
     """Rank of every masked position by descending score, 0 for the best; in its group if given.
 

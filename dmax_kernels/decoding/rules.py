@@ -29,6 +29,7 @@ from dmax_kernels.decoding.memory_rules import Credit, Edit
 from dmax_kernels.decoding.rule_parts import (
     FixedCount,
     above_threshold,
+    best_in_turns,
     best_of_groups,
     keep_integer,
     keep_number,
@@ -244,14 +245,15 @@ class Uniform(ComposedRule):
 
 @dataclass(frozen=True)
 class ParallelForced(FixedCount):
-    """The `tokens_per_step` most confident masked positions of every slot: no slot waits.
+    """`tokens_per_step` masked positions, spread over slots that take turns: no slot waits.
 
-    NAP's macro-parallel, micro-confidence updates (arXiv 2602.23225, section 5.3): the budget is
-    spread over all slots at every step, and inside a slot confidence decides. Here the slots are
-    equal parts of each block; `extra.nap_generate` decodes the paper's canvas, with headers and a
-    summary.
+    NAP's macro-parallel, micro-confidence updates (arXiv 2602.23225, section 5.3): the budget of a
+    step is spread over all slots (`best_in_turns`), and inside a slot confidence decides. Here the
+    slots are equal parts of each block; `extra.nap_generate` decodes the paper's canvas, with
+    headers and a summary.
     """
 
+    tokens_per_step: int = 3  # in all: one of each slot
     num_slots: int = 3
 
     def __post_init__(self) -> None:
@@ -261,7 +263,8 @@ class ParallelForced(FixedCount):
     def promote(self, seen: Seen) -> Tensor:
         length = seen.masked.shape[-1]
         slots = torch.arange(length, device=seen.masked.device) * self.num_slots // length
-        return best_of_groups(seen.confidence, seen.masked, self.tokens_per_step, slots)
+        slots = torch.where(seen.editable, slots, -1)  # a prompt's tail had no turns
+        return best_in_turns(seen.confidence, seen.masked, self.tokens_per_step, slots)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ class Seen(NamedTuple):
     editable: Tensor = UNREAD  # bool [..., K]: False at the prompt's tail
     functions: ModuleType = reference  # or dmax_kernels
     probability: Tensor = UNREAD  # float32 [..., K]: of the sample, with its filters
+    row: Tensor = UNREAD  # int64 [...]: which of the caller's prompts this is
 
 
 def draw(
@@ -191,6 +192,7 @@ class ComposedRule(Rule):
             editable=state.editable,
             functions=functions,
             probability=probability,
+            row=state.row,
         )
 
     def update_(

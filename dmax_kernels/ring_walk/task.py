@@ -143,12 +143,12 @@ def render_response(problem: Problem, rng: random.Random) -> list[str]:
     places = problem.places
     for i, move in enumerate(problem.moves):
         words.append(f"s{i + 1}")
-        words += _draw_phrase(CONNECTIVES, rng)
+        words += draw_phrase(CONNECTIVES, rng)
         words += [str(places[i]), move]
-        words += _draw_phrase(VERBS, rng)
+        words += draw_phrase(VERBS, rng)
         words.append(str(places[i + 1]))
-        words += _draw_phrase(SEPARATORS, rng)
-    words += _draw_phrase(FINALS, rng)
+        words += draw_phrase(SEPARATORS, rng)
+    words += draw_phrase(FINALS, rng)
     return [*words, str(places[-1]), EOS]
 
 
@@ -221,7 +221,7 @@ def _is_derivation(problem: Problem, words: list[str]) -> bool:
     return take_phrase(FINALS, str(places[-1])) and at == len(words)
 
 
-def _draw_phrase(table: tuple[tuple[str, float], ...], rng: random.Random) -> list[str]:
+def draw_phrase(table: tuple[tuple[str, float], ...], rng: random.Random) -> list[str]:
     draw = rng.random()
     for phrase, probability in table:
         draw -= probability

@@ -8,34 +8,34 @@ The paths are independent because no slot reads the finished tokens of another o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmax_kernels._checks import read_integer
+from dmax_kernels._checks import read_integer, require
 from dmax_kernels.decoding.config import RunConfig
 from dmax_kernels.decoding.embedding import check_model, embedding_device
 from dmax_kernels.decoding.output import GenerationOutput
 from dmax_kernels.decoding.prompts import Prompts, Rows, read_prompts, unwrap
-from dmax_kernels.decoding.rules import FixedCount, best_of_groups
+from dmax_kernels.decoding.rule_parts import FixedCount, best_in_turns
 from dmax_kernels.decoding.spd import spd_generate
 from dmax_kernels.decoding.state import LiveBlocks
 from dmax_kernels.decoding.step import Seen
 
-HEADER = -1
+TAG = -1
+OUTSIDE = -2
 
 
 @dataclass(frozen=True, eq=False)
 class Canvas:
-    """Fixed headers and slots to decode, laid out in one row of L positions (Eq. 5)."""
+    """Fixed tags and slots to decode, laid out in one row of L positions (Eq. 5)."""
 
-    token: Tensor  # int64 [L]: the headers' tokens; not read inside the slots
-    slot: Tensor  # int64 [L]: 0 ... m - 1 in the reasoning slots, m in the summary, -1 in headers
+    token: Tensor  # int64 [L]: the tags' tokens; not read inside the slots
+    slot: Tensor  # int64 [L]: 0 ... m - 1 in the reasoning slots, m in the summary, -1 in tags
     num_slots: int  # m
-    offset: int  # length of the first header: where the first slot begins
 
     @classmethod
     def build(
@@ -44,69 +44,102 @@ class Canvas:
         slot_lengths: Sequence[int],
         summary_header: Sequence[int],
         summary_length: int,
+        *,
+        closings: Sequence[Sequence[int]] | None = None,
+        summary_closing: Sequence[int] = (),
     ) -> Canvas:
-        """Lay out one header and one slot per reasoning path, then the summary's.
+        """Lay out each reasoning path between its tags, then the summary between its own.
 
         Args:
-            headers: token ids of each path's header, which may be empty.
+            headers: token ids of each path's header ("<think 1>"), which may be empty.
             slot_lengths: how many tokens each path has.
             summary_header: token ids of the summary's header.
             summary_length: how many tokens the summary has.
+            closings: token ids of each path's closing tag ("</think 1>" in the paper's Figure 5).
+                Default: none, as in Eq. 5.
+            summary_closing: token ids of the summary's closing tag.
 
         Raises:
-            ValueError: no path, a length below 1, or different numbers of lengths and headers.
+            ValueError: no path, a length below 1, or different numbers of lengths, headers and
+                closing tags.
         """
-        if len(headers) == 0 or len(headers) != len(slot_lengths):
-            raise ValueError(
-                "Canvas: slot_lengths must be one length for each of at least 1 header, got "
-                f"{len(slot_lengths)} for {len(headers)}"
-            )
+        closings = [()] * len(headers) if closings is None else closings
+        for what, several in (("slot_lengths", slot_lengths), ("closings", closings)):
+            need = "one for each of at least 1 header"
+            fits = len(headers) == len(several) > 0
+            require(fits, f"Canvas: {what}", need, f"{len(several)} for {len(headers)}")
         token: list[int] = []
         slot: list[int] = []
-        parts = [*zip(headers, slot_lengths, strict=True), (summary_header, summary_length)]
-        for number, (header, slot_length) in enumerate(parts):
+        parts = [*zip(headers, slot_lengths, closings, strict=True)]
+        parts.append((summary_header, summary_length, summary_closing))
+        for number, (header, slot_length, closing) in enumerate(parts):
             what = "Canvas: the length of a slot"
             length = read_integer(what, slot_length, "a positive integer")
-            token += [*header, *[0] * length]
-            slot += [HEADER] * len(header) + [number] * length
+            token += [*header, *[0] * length, *closing]
+            slot += [TAG] * len(header) + [number] * length + [TAG] * len(closing)
         return cls(
             torch.tensor(token, dtype=torch.int64),
             torch.tensor(slot, dtype=torch.int64),
             len(headers),
-            len(headers[0]),
         )
 
     @property
     def length(self) -> int:
         return len(self.slot)
 
-    def to(self, device: torch.device) -> Canvas:
-        return replace(self, token=self.token.to(device), slot=self.slot.to(device))
-
-    def read(self, sequences: Tensor) -> list[list[list[int]]]:
-        """The token ids of each slot, the summary's last, for each row of sequences [B, T + L]."""
-        slot = self.slot.to(sequences.device)
-        return [
-            [row[slot == number].tolist() for number in range(self.num_slots + 1)]
-            for row in sequences[:, -self.length :]
-        ]
+    def read(self, answer: Sequence[int] | Tensor) -> list[list[int]]:
+        """The token ids of each slot, the summary's last, of one of the output's `answers`."""
+        tokens = torch.as_tensor(answer)[: self.length].cpu()
+        require(
+            len(tokens) == self.length,
+            "Canvas.read: answer",
+            f"at least as long as the canvas, {self.length} tokens",
+            len(tokens),
+        )
+        return [tokens[self.slot == number].tolist() for number in range(self.num_slots + 1)]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CanvasRule(FixedCount):
-    """Every reasoning slot advances at every step; the summary follows when they are done.
+    """The reasoning slots of a row take turns at decoding; its summary follows when all are full.
 
-    tokens_per_step: of each slot.
+    tokens_per_step: of a row, in all of its slots.
+    slot, token: int64 [R, K], by the caller's prompts: where the canvas of each lies in its block.
+        A slot is a number as in `Canvas`, or OUTSIDE before and after the canvas.
+    summary: int64 [R, 1]: the number of each canvas's summary.
     """
 
-    canvas: Canvas
+    slot: Tensor
+    token: Tensor
+    summary: Tensor
+
+    @classmethod
+    def lay_out(
+        cls,
+        canvases: Sequence[Canvas],
+        tails: Sequence[int],
+        block_length: int,
+        tokens_per_step: int,
+        device: torch.device,
+    ) -> CanvasRule:
+        """Each canvas after its prompt's tail in a block of `block_length` positions."""
+        shape = (len(canvases), block_length)
+        slot, token = torch.full(shape, OUTSIDE), torch.zeros(shape, dtype=torch.int64)
+        for row, (canvas, tail) in enumerate(zip(canvases, tails, strict=True)):
+            places = slice(tail, tail + canvas.length)
+            slot[row, places], token[row, places] = canvas.slot, canvas.token
+        return cls(
+            slot=slot.to(device),
+            token=token.to(device),
+            summary=torch.tensor([[canvas.num_slots] for canvas in canvases], device=device),
+            tokens_per_step=tokens_per_step,
+        )
 
     def begin_(self, state: LiveBlocks, rows: Tensor, embedding: Tensor, config: RunConfig) -> None:
-        """Write the headers after the prompt's tail, and padding after the canvas."""
-        index, inside = self._on_canvas(state.editable, 0)
-        slot = torch.where(inside, self.canvas.slot[index], HEADER)
-        fixed = torch.where(inside, self.canvas.token[index], config.pad_token_id)
-        begins = rows.unsqueeze(-1) & state.editable & (slot == HEADER)
+        """Write the tags, and padding after the canvas."""
+        slot, token = self.slot[state.row], self.token[state.row]
+        fixed = token.masked_fill(slot == OUTSIDE, config.pad_token_id)
+        begins = rows.unsqueeze(-1) & state.editable & (slot < 0)
         state.editable.logical_and_(~begins)
         state.masked.logical_and_(~begins)
         state.token.copy_(torch.where(begins, fixed, state.token))
@@ -115,26 +148,13 @@ class CanvasRule(FixedCount):
         state.inputs_embeds.copy_(torch.where(begins.unsqueeze(-1), embeds, state.inputs_embeds))
 
     def promote(self, seen: Seen) -> Tensor:
-        index, _ = self._on_canvas(seen.editable, self.canvas.offset)
-        slot = self.canvas.slot[index]
-        candidates = summary_last(seen.masked, slot, self.canvas.num_slots)
-        return best_of_groups(seen.confidence, candidates, self.tokens_per_step, slot)
-
-    def _on_canvas(self, editable: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-        """Canvas index of each position of a block [B, K], and whether it lies on the canvas.
-
-        The canvas begins `offset` positions before the first editable one; a prompt's tail differs
-        in length from row to row, and a rule keeps nothing per row itself.
-        """
-        begin = (editable.cumsum(dim=-1) == 0).sum(dim=-1, keepdim=True) - offset
-        index = torch.arange(editable.shape[-1], device=editable.device) - begin
-        inside = (index >= 0) & (index < self.canvas.length)
-        return index.clamp(0, self.canvas.length - 1), inside
+        slot = self.slot[seen.row]
+        candidates = summary_last(seen.masked, slot == self.summary[seen.row])
+        return best_in_turns(seen.confidence, candidates, self.tokens_per_step, slot)
 
 
-def summary_last(masked: Tensor, slot: Tensor, summary: int) -> Tensor:
-    """masked [..., K], without the positions of the slot `summary` while another slot has one."""
-    is_summary = slot == summary
+def summary_last(masked: Tensor, is_summary: Tensor) -> Tensor:
+    """masked [..., K], without the summary while another slot has a masked position."""
     reasoning = (masked & ~is_summary).any(dim=-1, keepdim=True)
     return masked & ~(is_summary & reasoning)
 
@@ -142,7 +162,7 @@ def summary_last(masked: Tensor, slot: Tensor, summary: int) -> Tensor:
 def nap_generate(
     model: Any,
     input_ids: Prompts,
-    canvas: Canvas,
+    canvas: Canvas | Sequence[Canvas],
     *,
     tokens_per_step: int = 1,
     block_length: int | None = None,
@@ -152,43 +172,58 @@ def nap_generate(
 ) -> GenerationOutput:
     """Decode a canvas after each prompt, all of its reasoning slots at once.
 
-    At every step each reasoning slot that has masks left commits its `tokens_per_step` most
-    confident positions, as NAP's macro-parallel, micro-confidence schedule asks; the summary begins
-    when the last of them is full. A committed token stays. The smallest budget of a step is one
-    token per slot, unlike the paper's table, whose smallest is one token in all.
+    At every step a row commits `tokens_per_step` tokens. Its reasoning slots take turns, and in its
+    turn a slot commits its most confident position: NAP's macro-parallel, micro-confidence
+    schedule. A budget that the number of slots does not divide is carried over: with 3 slots, 2
+    tokens per step go to slots 1 and 2, then 3 and 1, then 2 and 3. A slot that is full leaves its
+    turns to the others, so that R reasoning tokens take ceil(R / tokens_per_step) steps; the
+    summary then takes its own. A committed token stays.
 
     Args:
         model: as for `spd_generate`.
-        input_ids: as for `spd_generate`, prompts of one length.
-        canvas: see `Canvas.build`.
-        tokens_per_step: of each slot.
+        input_ids: as for `spd_generate`.
+        canvas: what follows every prompt, or one canvas for each; see `Canvas.build`.
+        tokens_per_step: of a row, in all of its slots: the Tok/Step of the paper's Table 3.
         block_length: the positions that see each other. Default: prompt and canvas are one block,
-            as in the fully bidirectional models of the paper. For a block-diffusion model the
-            length it was trained with; the canvas then has to fit after the prompt's tail.
+            as in the fully bidirectional models of the paper; prompts must then have one length,
+            and so must canvases. For a block-diffusion model the length it was trained with. The
+            canvas then has to fit after the prompt's tail; padding fills the rest of the block.
         attention_mask: as for `spd_generate`.
         use_cache: keep keys and values of the prompt's whole blocks.
         options: passed on to `spd_generate` (ops, trace, mask_token_id, ...).
 
     Returns:
-        As `spd_generate`, with max_new_tokens the canvas's length; `canvas.read` takes the slots
-        out of its `sequences`. An end-of-sequence token inside a slot ends nothing.
+        As `spd_generate`, with max_new_tokens the longest canvas's length, to which shorter ones
+        are padded; `canvas.read` takes the slots out of one of its `answers`. An end-of-sequence
+        token inside a slot ends nothing.
 
     Raises:
-        ValueError: a canvas that does not fit into a block, and whatever `spd_generate` rejects.
+        ValueError: not one canvas for each prompt, a canvas that does not fit into a block, prompts
+            or canvases of several lengths without a block length, and whatever `spd_generate`
+            rejects.
     """
     prompts = read_prompts(*unwrap(input_ids, attention_mask))
-    lengths = sorted({len(prompt) for prompt in prompts})
-    if len(lengths) > 1:
-        raise ValueError(f"nap_generate: input_ids must be prompts of one length, got {lengths}")
+    canvases = [canvas] * len(prompts) if isinstance(canvas, Canvas) else list(canvas)
+    require(
+        len(canvases) == len(prompts) and all(isinstance(each, Canvas) for each in canvases),
+        "nap_generate: canvas",
+        f"a Canvas, or one for each of {len(prompts)} prompts",
+        f"{len(canvases)} of them",
+    )
     if block_length is None:
-        block_length = lengths[0] + canvas.length
+        for what, rows in (("input_ids", prompts), ("canvas", [c.slot for c in canvases])):
+            lengths = sorted({len(row) for row in rows})
+            need = "of one length where block_length is None"
+            require(len(lengths) == 1, f"nap_generate: {what}", need, f"lengths {lengths}")
+        block_length = len(prompts[0]) + canvases[0].length
     need = "a positive integer or None"
     block_length = read_integer("nap_generate: block_length", block_length, need)
-    tail = lengths[0] % block_length
-    if tail + canvas.length > block_length:
+    tails = [len(prompt) % block_length for prompt in prompts]
+    longest = max(each.length for each in canvases)
+    if max(tails) + longest > block_length:
         raise ValueError(
-            f"nap_generate: canvas must fit into a block of {block_length} after {tail} tokens of "
-            f"the prompt, got {canvas.length} positions"
+            f"nap_generate: canvas must fit into a block of {block_length} after {max(tails)} "
+            f"tokens of the prompt, got {longest} positions"
         )
     check_model(model)
     device = embedding_device(model)
@@ -197,8 +232,8 @@ def nap_generate(
         input_ids,
         attention_mask=attention_mask,
         block_length=block_length,
-        max_new_tokens=canvas.length,
-        rule=CanvasRule(canvas=canvas.to(device), tokens_per_step=tokens_per_step),
+        max_new_tokens=longest,
+        rule=CanvasRule.lay_out(canvases, tails, block_length, tokens_per_step, device),
         eos_token_id=(),
         use_cache=use_cache,
         **options,
