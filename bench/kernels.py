@@ -2,8 +2,8 @@
 
 For every kernel over vocabulary rows: instructions per 16 bytes of logits, registers, shared
 memory, blocks per multiprocessor, and the time of the instructions beside that of the bytes on an
-H100 and an H200. Then every GPU target of the design beside the time that follows. Nothing here is
-measured: it needs the library that nvcc made, and no GPU.
+H100 and an H200. Then every GPU target of the design beside the time that follows. Only the
+column "measured" is: the rest needs the library that nvcc made, and no GPU.
 
     --json PATH   writes all of it as JSON
     --keep        renews bench/kernel_counts.json, to which the tests hold the counts, and
@@ -32,6 +32,7 @@ from bench.cases import DIM, GPU_CASES, VOCAB  # noqa: E402
 LIBRARY = ROOT / "dmax_kernels" / "lib" / "libdmax_cuda.so"
 COUNTS = ROOT / "bench" / "kernel_counts.json"
 PREDICTED = ROOT / "bench" / "results" / "gpu-predicted.md"
+MEASURED = ROOT / "bench" / "results" / "gpu-h100.json"
 ARCHITECTURE = "sm_90a"
 TILE_BYTES = 4096  # that a warp loads at once
 
@@ -252,8 +253,18 @@ def target_rows(kernels: Iterable[Kernel]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"case": f"{target.workload} {shape}", "target": target.target()}
         for gpu in GPUS:
             row[f"{gpu.name} us"] = round(target.predicted_us(gpu, by_name), 1)
+        row["measured, H100 us"] = measured_us(row["case"])
         rows.append(row | {"in the way": target.in_the_way})
     return rows
+
+
+def measured_us(case: str) -> float | str:
+    """The time of the kept record of an H100, if it has the case with bfloat16 and flat rows."""
+    for row in json.loads(MEASURED.read_text())["results"]:
+        name = row["case"].removesuffix(" flat").removesuffix(" bfloat16")
+        if "candidates" in row and (name == case or name.startswith(f"{case} x")):
+            return row["candidates"]["fused"]["us"]
+    return ""
 
 
 def kernel_rows(kernels: Iterable[Kernel]) -> list[dict[str, Any]]:
@@ -296,7 +307,7 @@ def page(kernels: list[Kernel], compiler: str) -> str:
         for gpu in GPUS
     )
     lines = [
-        "# Predicted from instruction counts, not yet measured",
+        "# Predicted from instruction counts, and measured",
         "",
         "`python bench/kernels.py --keep` writes this page from the machine code that "
         f"{compiler} makes for {ARCHITECTURE}.",
@@ -305,7 +316,8 @@ def page(kernels: list[Kernel], compiler: str) -> str:
         f"{LAUNCH:g} us a launch, {LATENCY:g} us for each load from memory that the next step "
         f"waits for, {ARRIVAL:g} us where a row's last block waits for the others, and "
         f"{BARRIER:g} us for a cluster's barrier. The bandwidths and latencies are assumptions. "
-        "Targets are those of an H200.",
+        "Targets are those of an H200. The measured times are those of "
+        "[gpu-h100.json](gpu-h100.json).",
         "",
         *markdown(target_rows(kernels)),
         "",

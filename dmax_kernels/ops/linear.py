@@ -42,7 +42,7 @@ def linear_top1_confidence(
     ``confidence = softmax(x / temperature)[token]``. The products of the inputs' dtype are summed
     in float32 and the logits stay float32: a 16-bit LM head rounds them, so its ids may differ
     where two logits round to the same number. Memory beside the results, whatever V: on the GPU
-    below 8 MB with 16-bit inputs and 75 MB with float32 or a mask; on the CPU at D = 2,048 below
+    below 8 MB with 16-bit inputs and 100 MB with float32 or a mask; on the CPU at D = 2,048 below
     5 MB, and 1 MB per thread.
 
     Args:
