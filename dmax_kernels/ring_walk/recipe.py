@@ -115,19 +115,23 @@ def run_stage(
     *,
     ops: str,
     stop_after: int | None = None,
+    device: torch.device | None = None,
+    save_every: int | None = None,
+    draw: bool = True,
 ) -> list[dict[str, Any]]:
-    """Runs the training loop in one process on the CPU."""
+    """Runs the training loop in one process, by default on the CPU."""
     return fit(
         model,
-        replace(stage.config, ops=ops),
+        replace(stage.config, ops=ops, save_every=save_every or stage.config.save_every),
         stage_stream(stage, examples),
         output,
         data=f"{stage.data} of {stage.num_moves} moves after {stage.start_from}",
         eos_token_id=task.EOS_ID,
         save_model=lambda model, weights, path: write_checkpoint(model, path, weights),
-        group=Processes(0, 1, torch.device("cpu")),
+        group=Processes(0, 1, device or torch.device("cpu")),
         stop_after=stop_after,
         title=stage.name,
+        draw=draw,
     )
 
 
