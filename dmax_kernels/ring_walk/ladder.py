@@ -68,7 +68,9 @@ def all_arms() -> list[Arm]:
     arms += [Arm(method, steps) for steps in (400, 100) for method in methods]
     arms += [Arm("oput_drawn", 200, seed) for seed in SEEDS] + [Arm("oput_drawn", 600)]
     others = methods[1:]
-    arms += [Arm(method, steps, seed) for steps in (200, 600) for method in others for seed in SEEDS[1:]]
+    arms += [
+        Arm(method, steps, seed) for steps in (200, 600) for method in others for seed in SEEDS[1:]
+    ]
     return arms
 
 
@@ -155,4 +157,3 @@ def ladder_examples(output: Path, ops: str) -> list[Example]:
     base, _ = load_checkpoint("base")
     answers = distill(DISTILLATION, base, output / "distillation", ops=ops)
     return distilled_examples(DISTILLATION, answers, BASE.config.block_length)
-
