@@ -12,13 +12,12 @@ import torch
 from dmax_kernels.decoding import GenerationOutput
 from dmax_kernels.evaluation import cells as measured
 from dmax_kernels.evaluation.cells import Cell, Outcome, run_cell
-from dmax_kernels.models.checkpoint import SHIPPED
 from dmax_kernels.models.workers import Models, run_tasks, with_models
 from dmax_kernels.ring_walk import task
 from dmax_kernels.ring_walk.export import build_tokenizer
 
 FIRST_PROBLEMS = measured.FIRST_PROBLEMS
-MODELS = SHIPPED
+MODELS = ("base", "oput", "control")  # which `demo --rules` decodes
 TAUS = (0.95, 0.5, 0.0)  # the paper's Table 3
 POINTS = (0.95, 0.8, 0.5, 0.0)  # the thresholds over which a method's AUP is taken
 MAX_NEW_TOKENS = 96  # three blocks of 32: the longest right derivation of 6 moves has 73 tokens
@@ -48,8 +47,8 @@ CRITERIA = ("consistency", "confidence", "both")  # the paper's Table 4
 class Result:
     """Means over `problems` problems; the first two are shares in [0, 1].
 
-    tokens_per_forward: the mean of the problems' ratios; `_sum` is all tokens over all passes. Both
-        without the end-of-sequence token, as the paper's authors count.
+    tokens_per_forward: the mean of the problems' ratios; `_sum` is all tokens over all passes, and
+        `_authors` the mean without the end-of-sequence token, as the paper's authors count.
     arness: Global-ARness@1 of the tokens up to the end of sequence, if the cell asks for it.
     """
 
@@ -57,6 +56,7 @@ class Result:
     strict: float
     tokens_per_forward: float
     tokens_per_forward_sum: float
+    tokens_per_forward_authors: float
     tokens_per_second: float
     forwards_per_block: float
     problems: int
@@ -69,8 +69,9 @@ class Result:
         return cls(
             answer=outcome.share("answer"),
             strict=outcome.share("strict"),
-            tokens_per_forward=outcome.tokens_per_forward(count_eos=False),
-            tokens_per_forward_sum=outcome.tokens_per_forward("sum", count_eos=False),
+            tokens_per_forward=outcome.tokens_per_forward(),
+            tokens_per_forward_sum=outcome.tokens_per_forward("sum"),
+            tokens_per_forward_authors=outcome.tokens_per_forward(count_eos=False),
             tokens_per_second=outcome.tokens_per_second,
             forwards_per_block=outcome.forwards_per_block,
             problems=outcome.problems,

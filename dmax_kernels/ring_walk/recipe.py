@@ -21,7 +21,7 @@ from dmax_kernels.files import save_json
 from dmax_kernels.ring_walk import task
 from dmax_kernels.ring_walk.data import stage_stream
 from dmax_kernels.ring_walk.distill import distill, distilled_examples
-from dmax_kernels.ring_walk.evaluate import Cell, evaluate_cell
+from dmax_kernels.ring_walk.evaluate import Cell, Result, evaluate_cell
 from dmax_kernels.ring_walk.export import build_model, save_checkpoint, write_checkpoint
 from dmax_kernels.ring_walk.stages import (
     BASE,
@@ -139,7 +139,7 @@ def evaluations(name: str, model: nn.Module, ops: str) -> list[dict[str, Any]]:
     problems = task.evaluation_problems(EVALUATION_PROBLEMS, seed=EVALUATION_SEED)
     rows = []
     for rule, tau_dec in EVALUATIONS[name]:
-        result = evaluate_cell(model, problems, Cell(name, rule, tau_dec), ops)
+        result = Result.of(evaluate_cell(model, problems, Cell(name, rule, tau_dec), ops))
         figures = {field: getattr(result, field) for field in LOGGED}
         rows.append({"rule": rule, "tau_dec": tau_dec, **figures})
         print(

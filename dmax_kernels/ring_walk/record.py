@@ -17,7 +17,7 @@ from dmax_kernels.evaluation.metrics import share_interval
 from dmax_kernels.evaluation.rows import Rows
 from dmax_kernels.files import read_json, save_json
 from dmax_kernels.models.checkpoint import SHIPPED_DIR
-from dmax_kernels.ring_walk import claims, task
+from dmax_kernels.ring_walk import claims, judging, task
 from dmax_kernels.ring_walk.evaluate import (
     MEASURES,
     METHODS,
@@ -106,7 +106,7 @@ def record(
         if set(cells) < {cell for method in METHODS for cell in method_cells(method)}:
             continue
         for measure in MEASURES:
-            areas = claims.drawn_areas(cells, measure)
+            areas = judging.drawn_areas(cells, measure)
             judged.append(
                 {
                     "steps": rung,
