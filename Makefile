@@ -13,7 +13,7 @@ export PATH := $(abspath $(dir $(PYTHON))):$(PATH)
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 
 .PHONY: help demo test test-oldest test-newest test-engines browser lint format bench docs fuzz \
-  build build-cpu configure train gpu gpu-peers kernels-report lock wheels clean
+  reproduction build build-cpu configure train gpu gpu-peers kernels-report lock wheels clean
 
 help: ## Print this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,6 +90,9 @@ kernels-report: build ## Print what nvcc made of the kernels, and the times that
 
 docs: build-cpu ## Render the pages and the docstrings as HTML into build/docs.
 	$(PYTHON) -m sphinx -q -W --keep-going docs build/docs
+
+reproduction: build-cpu ## Write docs/reproduction.md from the recorded figures.
+	$(PYTHON) docs/reproduction/page.py
 
 # This downloads nothing: GPU_PYTHON is the Python that has this machine's CUDA build of PyTorch.
 # GPU="smoke key test --seconds 540" runs some of the stages within nine minutes. Libraries built

@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Arm:
 
     def stage(self) -> Stage:
         changes = {"steps": self.steps, "seed": self.seed, **METHODS[self.method]}
-        config = replace(stage_config(**ON_DISTILLED), **changes)
+        config = stage_config(**{**ON_DISTILLED, **changes})
         return Stage(self.name, "base", "distilled", BASE.num_moves, config)
 
 
@@ -131,7 +131,14 @@ def train_ladder(
     ops: str = "reference",
     workers: int = 1,
 ) -> Iterator[Arm]:
-    """Trains those arms that OUTPUT lacks, and yields each when it is there."""
+    """Trains those arms that OUTPUT lacks, and yields each when it is there.
+
+    Args:
+        device: "cpu", or "cuda" for one GPU that all workers share: a step of a model as small as
+            this one is a matter of starting kernels.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device must be cpu where torch finds no GPU, got {device}")
     (output / "stages").mkdir(parents=True, exist_ok=True)
     done = [arm for arm in arms if is_trained(output, arm)]
     yield from done
