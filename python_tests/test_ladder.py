@@ -137,6 +137,25 @@ def test_the_command_trains_and_records(tmp_path, monkeypatch, capsys, trained):
         assert "--device must be cpu where torch finds no GPU" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "base", "--workers", "2"], "--workers must go with --config ring_walk_ladder"),
+        (["--config", "ring_walk_ladder", "--workers", "0"], "--workers must be at least 1, got 0"),
+        (
+            ["--config", "ring_walk_ladder", "--seed", "3"],
+            "takes --output, --ops, --threads, --device and --workers, got --seed",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, tmp_path, capsys):
+    assert main(["train", *arguments, "--output", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_float16_weights_decide_as_float32_ones():
     """The recipe's OPUT model, with its weights rounded as the ladder's are."""
     problems = task.evaluation_problems(60, seed=7)

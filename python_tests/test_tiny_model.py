@@ -229,9 +229,7 @@ def test_a_shipped_model_written_anew_brings_its_code(tmp_path):
 
 
 def test_an_unknown_checkpoint_is_one_clear_line(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"one of base, oput, control, oput-200, .* got 'best'"
-    ):
+    with pytest.raises(ValueError, match=r"one of base, oput, control, oput-200, .* got 'best'"):
         load_checkpoint("best")
     with pytest.raises(ValueError, match=r"a folder with a config\.json"):
         load_checkpoint(tmp_path)
