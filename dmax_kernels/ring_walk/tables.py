@@ -56,7 +56,7 @@ DECODERS = {
 
 
 def heading(first: str, more: str = "") -> str:
-    shares = " | ".join(f"{measure:>6}  {'less reference':<19}" for measure in MEASURES)
+    shares = " | ".join(f"{measure:>6}  {'less reference':<20}" for measure in MEASURES)
     line = f"{first:<{LABEL}} |   t/f   f/b | {shares}{more}"
     return f"{line}\n{'-' * len(line)}"
 
@@ -68,11 +68,11 @@ def row(label: str, outcome: Outcome, reference: Outcome) -> str:
     for measure in MEASURES:
         text = f"{100 * outcome.share(measure):6.1f}{mark} "
         if outcome is reference:
-            shares.append(text + f"{'reference':<19}")
+            shares.append(text + f"{'reference':<20}")
             continue
         change = paired(outcome.right[measure], reference.right[measure])
         value, low, high = (100 * v for v in (change.difference, change.low, change.high))
-        shares.append(text + f"{f'{value:+.1f} [{low:+.1f}, {high:+.1f}]':<19}")
+        shares.append(text + f"{f'{value:+.1f} [{low:+.1f}, {high:+.1f}]':<20}")
     rate = f"{outcome.tokens_per_forward(count_eos=False):5.2f} {outcome.forwards_per_block:5.2f}"
     return f"{label:<{LABEL}} | {rate} | " + " | ".join(shares)
 
@@ -142,17 +142,14 @@ def findings(outcomes: Outcomes) -> str:
     for number, pair in enumerate(zip(*judged, strict=True), 1):
         claim = pair[0][0]
         lines.append(f"{number:>2}. {claim.where}: {claim.text}.")
-        for measure, (_, verdict, tests) in zip(MEASURES, pair, strict=True):
+        by_measure = list(zip(MEASURES, pair, strict=True))
+        if pair[0] == pair[1]:  # tokens per forward pass are not a matter of the measure
+            by_measure = [("both", pair[0])]
+        for measure, (_, verdict, tests) in by_measure:
             figures = "; ".join(map(str, tests))
             word = verdict.upper() if verdict == judging.FAILS else verdict
-            lines.append(
-                textwrap.fill(
-                    f"{measure} {word}: {figures}",
-                    100,
-                    initial_indent="      ",
-                    subsequent_indent="        ",
-                )
-            )
+            line = f"      {measure} {word}: {figures}"
+            lines.append(textwrap.fill(line, 100, subsequent_indent="        "))
     return "\n".join(lines)
 
 
