@@ -202,12 +202,11 @@ def judge_all(outcomes: Outcomes, measure: str) -> list[tuple[Claim, str, list[J
 
 
 def as_json(outcomes: Outcomes, measure: str) -> list[dict[str, Any]]:
+    """The verdicts in the order of `CLAIMS`."""
     return [
         {
-            "where": claim.where,
-            "claim": claim.text,
             "verdict": verdict,
             "tests": [vars(each) for each in judged],
         }
-        for claim, verdict, judged in judge_all(outcomes, measure)
+        for _, verdict, judged in judge_all(outcomes, measure)
     ]

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dmax_kernels.files import write_atomically
+from dmax_kernels.ring_walk.claims import CLAIMS
 from dmax_kernels.ring_walk.evaluate import MEASURES
 
 # A line of the upper panels: its label, and the claim whose first figure it shows
@@ -66,10 +67,7 @@ def write_ladder(record: dict[str, Any], path: Path) -> None:
 def draw_effects(axes: Any, judged: list[dict[str, Any]]) -> None:
     axes.axhline(0, color="black", lw=0.8)
     for number, (label, claim) in enumerate(EFFECTS.items()):
-        points = [
-            (each["steps"], next(c for c in each["claims"] if c["claim"] == claim)["tests"][0])
-            for each in judged
-        ]
+        points = [(each["steps"], each["claims"][number_of(claim)]["tests"][0]) for each in judged]
         x = [steps * (1 + SPREAD * (number - 2)) for steps, _ in points]
         y = [test["value"] for _, test in points]
         errors = [
@@ -87,6 +85,10 @@ def draw_areas(axes: Any, judged: list[dict[str, Any]]) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), "o", ms=4, color=f"C{number}", label=label)
             axes.plot(*zip(*means(points), strict=True), color=f"C{number}", lw=1.2)
+
+
+def number_of(claim: str) -> int:
+    return next(i for i, each in enumerate(CLAIMS) if each.text == claim)
 
 
 def means(points: Any) -> Iterator[tuple[float, float]]:

@@ -6,16 +6,17 @@ their weights. Finished rows are kept in OUTPUT/rows, from which the same call g
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from dmax_kernels.evaluation.cells import Cell, Outcome
 from dmax_kernels.evaluation.metrics import share_interval
 from dmax_kernels.evaluation.rows import Rows
-from dmax_kernels.files import read_json, save_json
+from dmax_kernels.files import read_json, write_text
 from dmax_kernels.models.checkpoint import SHIPPED_DIR
 from dmax_kernels.ring_walk import claims, judging, task
 from dmax_kernels.ring_walk.evaluate import (
@@ -130,6 +131,7 @@ def record(
         "problems": problems,
         "problem_seed": PROBLEM_SEED,
         "arms": {arm.name: {**asdict(arm), **logs[arm.name]} for arm in arms},
+        "claims": [f"{claim.where}: {claim.text}" for claim in claims.CLAIMS],
         "rows": rows,
         "judged": judged,
     }
@@ -177,8 +179,22 @@ def write_record(
     outcomes = dict(decode_arms(output, arms, ops=ops, workers=workers, problems=problems))
     ordered = {cell: outcomes[cell] for cell in arm_cells(arms)}
     content = record(ordered, arms, {arm.name: log_of(output, arm) for arm in arms}, problems)
-    save_json(output / "ladder.json", content)
+    write_text(output / "ladder.json", as_lines(content))
     return content
+
+
+def as_lines(content: dict[str, Any]) -> str:
+    """JSON with an entry of each list or object on a line, so that a change can be read."""
+
+    def lines(value: Any) -> str:
+        pack = partial(json.dumps, separators=(",", ":"))
+        if isinstance(value, dict):
+            return "{\n" + ",\n".join(f"{pack(k)}:{pack(v)}" for k, v in value.items()) + "}"
+        return (
+            "[\n" + ",\n".join(map(pack, value)) + "]" if isinstance(value, list) else pack(value)
+        )
+
+    return "{\n" + ",\n".join(f"{json.dumps(k)}: {lines(v)}" for k, v in content.items()) + "}\n"
 
 
 @cache
