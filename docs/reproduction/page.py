@@ -233,13 +233,16 @@ def of_cells(found: dict[str, Any]) -> dict[str, Any]:
         low, high = cell["interval"]
         return f"{100 * cell['answer']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
+    def order_text(cell: dict[str, Any]) -> str:
+        return f"{cell['arness']:.2f} ({cell['fair_arness']:.2f})"
+
     table = {
         "title": "Answers right, %, by the tokens that a step commits (Tables 1 to 5 in miniature)",
         "columns": ["model", "order", *(f"{n:g}" for n in budgets), "ARness (ties fair)"],
         "rows": [
             [
                 *(arm, order, *(share(by_budget.get(n)) for n in budgets)),
-                f"{(first := by_budget[min(by_budget)])['arness']:.2f} ({first['fair_arness']:.2f})",
+                order_text(by_budget[min(by_budget)]),
             ]
             for (arm, order), by_budget in rows.items()
         ],
