@@ -83,13 +83,10 @@ train: build-cpu ## Train the demo's base, oput and control from nothing.
 
 # Hours of a CPU core; LADDER="--device cuda --workers 16" takes minutes of a GPU. It goes on where it
 # was, and at the end puts what ships into the package
-WEIGHTS = dmax_kernels/ring_walk/weights
 ladder: build-cpu ## Train every method at several lengths, decode, judge, and renew what ships.
 	$(PYTHON) -m dmax_kernels train --config ring_walk_ladder --output build/ladder $(LADDER)
-	for name in oput control uniform certainty; do mkdir -p $(WEIGHTS)/$$name-200 && \
-	  cp build/ladder/$$name-200/*.json build/ladder/$$name-200/*.safetensors \
-	    $(WEIGHTS)/$$name-200 || exit 1; done
-	cp build/ladder/ladder.json $(WEIGHTS)
+	$(PYTHON) -c "from pathlib import Path; from dmax_kernels.ring_walk import record; \
+	  record.ship(Path('build/ladder'))"
 
 # This takes about 15 minutes. BENCH=--quick takes one: a shape an op, without torch.compile.
 bench: build-cpu ## Time every op beside its best peer; print a table, write JSON and pictures.

@@ -118,6 +118,22 @@ def test_the_record_resumes_and_judges(trained, monkeypatch):
         record.write_record(output, arms, problems=4)
 
 
+def test_what_ships_is_loaded_without_the_models_code(trained, tmp_path, monkeypatch):
+    output, arms = trained
+    monkeypatch.setattr(record, "SHIPPED", ("base", *(arm.name for arm in arms[:2])))
+    copy = tmp_path / "ladder"
+    shutil.copytree(output, copy, ignore=shutil.ignore_patterns("rows"))
+    (copy / "ladder.json").write_text("{}")
+    record.ship(copy, tmp_path / "weights")
+    names = {path.name for path in (tmp_path / "weights").iterdir()}
+    assert names == {"ladder.json", *(arm.name for arm in arms[:2])}
+    folder = tmp_path / "weights" / arms[0].name
+    assert not list(folder.glob("*.py"))
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+    model, _ = load_checkpoint(folder)
+    assert model.config.block_length == 32
+
+
 def test_the_command_trains_and_records(tmp_path, monkeypatch, capsys, trained):
     """All of it, on arms that are there; and a GPU that is not."""
     output, arms = trained

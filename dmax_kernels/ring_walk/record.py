@@ -7,6 +7,7 @@ their weights. Finished rows are kept in OUTPUT/rows, from which the same call g
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -17,7 +18,7 @@ from dmax_kernels.evaluation.cells import Cell, Outcome
 from dmax_kernels.evaluation.metrics import share_interval
 from dmax_kernels.evaluation.rows import Rows
 from dmax_kernels.files import read_json, write_text
-from dmax_kernels.models.checkpoint import SHIPPED_DIR
+from dmax_kernels.models.checkpoint import SHIPPED, SHIPPED_DIR
 from dmax_kernels.ring_walk import claims, judging, task
 from dmax_kernels.ring_walk.evaluate import (
     MEASURES,
@@ -195,6 +196,24 @@ def as_lines(content: dict[str, Any]) -> str:
         )
 
     return "{\n" + ",\n".join(f"{json.dumps(k)}: {lines(v)}" for k, v in content.items()) + "}\n"
+
+
+def ship(output: Path, weights: Path = SHIPPED_DIR) -> None:
+    """Copies the record, and the trainings that the demo decodes, to where the package has them.
+
+    The model's code stays out, and so does the config's pointer to it: the package has it once.
+    """
+    for name in SHIPPED:
+        if not (output / name).is_dir():
+            continue
+        folder = weights / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(output / name / file, folder / file)
+        config = read_json(output / name / "config.json", "ship")
+        config.pop("auto_map", None)
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    shutil.copyfile(output / "ladder.json", weights / "ladder.json")
 
 
 @cache
