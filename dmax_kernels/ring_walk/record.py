@@ -101,7 +101,7 @@ def record(
     logs: dict[str, Any],
     problems: int = PROBLEMS,
 ) -> dict[str, Any]:
-    """The file's content."""
+    """The file's content. The seconds are left out: they are of whatever machine decoded."""
     judged = []
     for rung, seed, oput in views(arms):
         cells = view(outcomes, arms, rung, seed, oput)
@@ -123,7 +123,7 @@ def record(
         {
             "arm": cell.model,
             **fields_of(cell),
-            **rounded(asdict(Result.of(outcome))),
+            **rounded({**asdict(Result.of(outcome)), "tokens_per_second": None}),
             **bounds(outcome),
         }
         for cell, outcome in outcomes.items()
@@ -153,6 +153,7 @@ def bounds(outcome: Outcome) -> dict[str, list[float]]:
 
 
 def rounded(value: Any) -> Any:
+    """To four digits; entries that are None are left out."""
     if isinstance(value, float):
         return round(value, 4)
     if isinstance(value, dict):
