@@ -85,7 +85,7 @@ def test_the_record_resumes_and_judges(trained, monkeypatch):
     output, arms = trained
     monkeypatch.setattr(record, "RUNGS", (2,))
     monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 32)
-    few = {"problems": 3}
+    few = {"problems": 2}
     content = record.write_record(output, arms, **few)
     assert json.loads((output / "ladder.json").read_text()) == content
     assert {row["arm"] for row in content["rows"]} == {"base", *(arm.name for arm in arms)}
@@ -109,7 +109,7 @@ def test_the_record_resumes_and_judges(trained, monkeypatch):
     again = record.write_record(output, arms, **few)
     assert len(decoded) == 1
     assert again == content
-    with pytest.raises(ValueError, match="problems = 4, got 3"):
+    with pytest.raises(ValueError, match="problems = 4, got 2"):
         record.write_record(output, arms, problems=4)
 
 

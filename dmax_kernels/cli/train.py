@@ -232,5 +232,5 @@ def run_ladder(options: dict[str, Any], output: Path, threads: int) -> int:
     for arm in ladder.train_ladder(output, arms, device=device, ops=ops, workers=workers):
         print(f"{arm.name} is trained", flush=True)
     record.write_record(output, arms, workers=workers)
-    print(f"wrote {output}/ladder.json, and a checkpoint of each of {len(arms)} trainings beside it")
+    print(f"wrote {output}/ladder.json, and {len(arms)} checkpoints beside it")
     return 0
