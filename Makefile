@@ -99,7 +99,7 @@ docs: build-cpu ## Render the pages and the docstrings as HTML into build/docs.
 	$(PYTHON) -m sphinx -q -W --keep-going docs build/docs
 
 reproduction: build-cpu ## Write docs/reproduction.md from the recorded figures.
-	$(PYTHON) docs/reproduction/page.py
+	PYTHONPATH=. $(PYTHON) docs/reproduction/page.py
 
 # This downloads nothing: GPU_PYTHON is the Python that has this machine's CUDA build of PyTorch.
 # GPU="smoke key test --seconds 540" runs some of the stages within nine minutes. Libraries built
