@@ -53,7 +53,8 @@ were written down before the figures. The models: {models}.
 
 A column is one training of OPUT (a, b, c: three seeds{drawn}). The other methods have the same
 number of steps. In a cell: *answer* / *strict*, + holds, - fails, . undecided. Intervals are not
-corrected for the number of claims: of 20 claims without any effect one would hold or fail by chance.
+corrected for the number of claims: of 20 claims without any effect one would hold or fail by
+chance.
 """
 # (where, claim, why it was not run): what no figure here speaks about
 DMAX_NOT_RUN = (
