@@ -188,8 +188,8 @@ def run(args: argparse.Namespace) -> int:
 LADDER = (
     "The same claims after 100 to 600 steps, by answer / strict (+ holds, - fails, . undecided); "
     "a, b, c are three seeds, of a greedy rollout (with d: of a drawn one, as in the paper). From "
-    "a record of {} problems that `train --config ring_walk_ladder` made. One task, one model of 0.2 "
-    "million parameters; intervals are not corrected for the number of claims."
+    "a record of {} problems that `train --config ring_walk_ladder` made. One task, one model of "
+    "0.2 million parameters; intervals are not corrected for the number of claims."
 )
 
 
