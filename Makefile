@@ -13,12 +13,12 @@ export PATH := $(abspath $(dir $(PYTHON))):$(PATH)
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 
 .PHONY: help demo test test-oldest test-newest test-engines browser lint format bench docs fuzz \
-  build build-cpu configure train gpu gpu-peers kernels-report lock wheels clean
+  ladder reproduction build build-cpu configure train gpu gpu-peers kernels-report lock wheels clean
 
 help: ## Print this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: build-cpu ## Decode with the small models that ship here and write dmax_demo.html and .png.
+demo: build-cpu ## Print the paper's tables and claims on a small task; write a page, two pictures.
 	$(PYTHON) -m dmax_kernels demo
 
 test: build browser ## Build the package and run the tests, which need no GPU.
@@ -78,8 +78,15 @@ browser:
 fuzz: build-cpu ## Test every op on random inputs and for growing memory, for some minutes.
 	DMAX_FUZZ_EXAMPLES=1000 $(PYTHON) -m pytest python_tests/test_fuzz.py -m "slow or not slow"
 
-train: build-cpu ## Train the demo's three checkpoints from nothing.
+train: build-cpu ## Train the demo's base, oput and control from nothing.
 	$(PYTHON) -m dmax_kernels train --config ring_walk
+
+# Hours of a CPU core; LADDER="--device cuda --workers 16" takes minutes of a GPU. It goes on where it
+# was, and at the end puts what ships into the package
+ladder: build-cpu ## Train every method at several lengths, decode, judge, and renew what ships.
+	$(PYTHON) -m dmax_kernels train --config ring_walk_ladder --output build/ladder $(LADDER)
+	$(PYTHON) -c "from pathlib import Path; from dmax_kernels.ring_walk import record; \
+	  record.ship(Path('build/ladder'))"
 
 # This takes about 15 minutes. BENCH=--quick takes one: a shape an op, without torch.compile.
 bench: build-cpu ## Time every op beside its best peer; print a table, write JSON and pictures.
@@ -90,6 +97,9 @@ kernels-report: build ## Print what nvcc made of the kernels, and the times that
 
 docs: build-cpu ## Render the pages and the docstrings as HTML into build/docs.
 	$(PYTHON) -m sphinx -q -W --keep-going docs build/docs
+
+reproduction: build-cpu ## Write docs/reproduction.md from the recorded figures.
+	PYTHONPATH=. $(PYTHON) docs/reproduction/page.py
 
 # This downloads nothing: GPU_PYTHON is the Python that has this machine's CUDA build of PyTorch.
 # GPU="smoke key test --seconds 540" runs some of the stages within nine minutes. Libraries built

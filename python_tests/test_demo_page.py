@@ -12,7 +12,6 @@ import torch
 from dmax_kernels.decoding import spd_generate
 from dmax_kernels.models.checkpoint import load_checkpoint
 from dmax_kernels.ring_walk import page, task
-from dmax_kernels.ring_walk.evaluate import MODELS
 from dmax_kernels.ring_walk.page import trace_runs, write_trace_page
 
 CHROMIUM = next(
@@ -39,7 +38,8 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
-    models = {name: load_checkpoint(name)[0] for name in MODELS}
+    names = {"oput": "oput", "base": "base", "control": "control", "uniform": "uniform-200"}
+    models = {label: load_checkpoint(name)[0] for label, name in names.items()}
     problem = task.evaluation_problems(1)[0]
     path = tmp_path_factory.mktemp("page") / "dmax_demo.html"
     page.write_page(models, problem, "fused", path)

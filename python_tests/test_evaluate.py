@@ -76,11 +76,15 @@ def test_the_rows_are_the_demos_cells(walks):
     problems = task.evaluation_problems(count)
     demo = dict(evaluate.evaluate_cells(expected, names, problems, "fused", workers=1))
     assert len(report["rows"]) == len(expected)
-    renamed = {"tokens_per_forward": "tokens_per_forward_mean"}
-    for row, (cell, result) in zip(report["rows"], demo.items(), strict=True):
+    renamed = {
+        "tokens_per_forward": "tokens_per_forward_mean",
+        "tokens_per_forward_authors": "tokens_per_forward_mean_without_eos",
+    }
+    for row, (cell, outcome) in zip(report["rows"], demo.items(), strict=True):
         assert (row["model"], row["rule"], row["tau_dec"]) == (cell.model, cell.rule, cell.tau_dec)
-        for name, value in vars(result).items():
-            if name != "arness":
+        assert row["per_problem"]["right"] == outcome.right
+        for name, value in vars(evaluate.Result.of(outcome)).items():
+            if name not in ("arness", "tokens_per_second"):
                 assert row[renamed.get(name, name)] == value, (cell, name)
     assert [row["collapsed"] for row in report["rows"]] == [True, *[False] * 5]
     assert {row["problems"] for row in report["rows"]} == {count, FIRST}

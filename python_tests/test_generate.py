@@ -18,7 +18,7 @@ from transformers import modeling_rope_utils
 from dmax_kernels.__main__ import main
 from dmax_kernels.cli.generate import read_prompts
 from dmax_kernels.decoding import DecodeConfig, spd_generate
-from dmax_kernels.models.checkpoint import checkpoint_folder, load_checkpoint
+from dmax_kernels.models.checkpoint import SHIPPED, checkpoint_folder, load_checkpoint
 from dmax_kernels.models.pretrained import KNOWN, load_pretrained, model_defaults
 from dmax_kernels.models.remote_code import repair_loaded_model, unscaled_rotary_frequencies
 from dmax_kernels.ops.spd_step import SEMANTICS
@@ -334,7 +334,7 @@ def test_a_users_mistake_reads_as_one_line(folder, mistake, capsys):
 def test_places_that_are_not_there(folder, tmp_path, capsys):
     status, _, err = generate(capsys, "--model", tmp_path, "--prompt", "w1")
     assert status == 1
-    need = "load_checkpoint: name must be one of base, oput, control, a folder with a config.json"
+    need = f"load_checkpoint: name must be one of {', '.join(SHIPPED)}, a folder with a config.json"
     assert err.startswith(f"dmax_kernels generate: {need}, or OWNER/NAME on the Hugging Face hub")
     assert err.endswith(f", got {str(tmp_path)!r}\n")
     status, _, err = generate(capsys, "--model", folder, "--prompt-file", tmp_path / "none.txt")

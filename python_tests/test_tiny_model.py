@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, DynamicCache
 
 from dmax_kernels.models.checkpoint import SHIPPED, SHIPPED_DIR, load_checkpoint, write_like
@@ -204,6 +205,12 @@ def test_shipped_checkpoints(name):
     assert isinstance(model, TinyDlmForCausalLM)
     assert model.config.block_length == 32
     assert tokenizer.get_vocab() == task.ID_OF
+    weights = load_file(folder / "model.safetensors")
+    if name in json.loads((SHIPPED_DIR / "ladder.json").read_text())["arms"]:
+        # float16 in the file, and computed with in float32
+        assert {value.dtype for value in weights.values()} == {torch.float16}
+        assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+        return
     log = json.loads((SHIPPED_DIR / "training_log.json").read_text())
     assert log["command"].startswith("python -m dmax_kernels train")
     assert name in log["stages"]
@@ -222,7 +229,7 @@ def test_a_shipped_model_written_anew_brings_its_code(tmp_path):
 
 
 def test_an_unknown_checkpoint_is_one_clear_line(tmp_path):
-    with pytest.raises(ValueError, match=r"one of base, oput, control, a folder .* got 'best'"):
+    with pytest.raises(ValueError, match=r"one of base, oput, control, oput-200, .* got 'best'"):
         load_checkpoint("best")
     with pytest.raises(ValueError, match=r"a folder with a config\.json"):
         load_checkpoint(tmp_path)

@@ -22,6 +22,9 @@ examples:
   torchrun --nproc-per-node 8 -m dmax_kernels train --model ... --data ... --output run
   # make the shipped tiny checkpoints from scratch (with --ops reference by default)
   python -m dmax_kernels train --config ring_walk --output ring_walk_checkpoints
+  # or, from the shipped base, every method at several lengths and seeds (an hour and a half of one
+  # CPU core), and what each of them decodes
+  python -m dmax_kernels train --config ring_walk_ladder --output ring_walk_ladder --workers 2
 
 data: one record per line, in either form,
   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
@@ -75,10 +78,19 @@ SECTIONS = {
     "checkpoints": ("save_every", "keep"),
 }
 RECIPE = "ring_walk"
-CONFIG = ConfigFile({RECIPE: "the shipped recipe, which takes --output, --ops and --threads"})
-RECIPE_OPTIONS = ("config", "output", "ops", "threads")
+LADDER = "ring_walk_ladder"
+# What each of the two takes, and its --output by default
+RECIPES = {
+    RECIPE: (("config", "output", "ops", "threads"), "ring_walk_checkpoints"),
+    LADDER: (("config", "output", "ops", "threads", "device", "workers"), LADDER),
+}
+CONFIG = ConfigFile(
+    {
+        RECIPE: "the shipped recipe, which takes --output, --ops and --threads",
+        LADDER: "trainings of several lengths, which takes --device and --workers too",
+    }
+)
 OUTPUT = "dmax_training"
-RECIPE_OUTPUT = "ring_walk_checkpoints"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +137,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--output",
         type=Path,
-        help=f"folder of the run (default: {OUTPUT}, or {RECIPE_OUTPUT} with {RECIPE})",
+        help=f"folder of the run (default: {OUTPUT}, {RECIPES[RECIPE][1]} with {RECIPE}, or "
+        f"{RECIPES[LADDER][1]} with {LADDER})",
     )
     options = {item.name: item for item in fields(TrainConfig)}
     for title, names in SECTIONS.items():
@@ -139,8 +152,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--threads",
         type=int,
-        help=f"CPU threads (default: torch's, or 1 with {RECIPE}: its matrices are so small that "
-        "several threads mostly wait for each other)",
+        help=f"CPU threads (default: torch's, or 1 with {RECIPE} and {LADDER}: their matrices are "
+        "so small that several threads mostly wait for each other)",
+    )
+    machine.add_argument(
+        "--workers",
+        type=int,
+        help=f"with {LADDER}: processes that train side by side, on one GPU too (default: 1)",
     )
     machine.add_argument(
         "--stop-after",
@@ -153,11 +171,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns the exit status. ValueError, RuntimeError and OSError are faults a user can fix."""
     options = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
-    recipe = options.get("config") == RECIPE
-    output = options.get("output", Path(RECIPE_OUTPUT if recipe else OUTPUT))
+    recipe = options["config"] if options.get("config") in RECIPES else None
+    if recipe != LADDER and "workers" in options:
+        raise ValueError(f"--workers must go with --config {LADDER}, got {options['workers']}")
+    output = options.get("output", Path(RECIPES[recipe][1] if recipe else OUTPUT))
     threads = options.get("threads", 1 if recipe else None)
-    if threads is not None and threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {threads}")
+    for name in ("threads", "workers"):
+        if options.get(name) is not None and options[name] < 1:
+            raise ValueError(f"--{name} must be at least 1, got {options[name]}")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output must be a folder, got the file {output}")
     try:
@@ -167,7 +188,9 @@ def run(args: argparse.Namespace) -> int:
         if threads is not None:
             torch.set_num_threads(threads)
         if recipe:
-            return run_recipe(options, output, threads)
+            check_recipe(options, recipe)
+            train = run_recipe if recipe == RECIPE else run_ladder
+            return train(options, output, threads)
         from dmax_kernels.training.run import run_training
 
         run_training(options, output)
@@ -181,15 +204,33 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_recipe(options: dict[str, Any], recipe: str) -> None:
+    taken = RECIPES[recipe][0]
+    refused = [name for name in options if name not in taken]
+    if refused:
+        flag = "--" + refused[0].replace("_", "-")
+        flags = ", ".join(f"--{name}" for name in taken[1:-1]) + f" and --{taken[-1]}"
+        raise ValueError(f"--config {recipe} takes {flags}, got {flag}")
+
+
 def run_recipe(options: dict[str, Any], output: Path, threads: int) -> int:
     from dmax_kernels.ring_walk import recipe
 
-    refused = [name for name in options if name not in RECIPE_OPTIONS]
-    if refused:
-        flag = "--" + refused[0].replace("_", "-")
-        raise ValueError(f"--config {RECIPE} takes --output, --ops and --threads, got {flag}")
     ops = options.get("ops", "reference")
     command = f"python -m dmax_kernels train --config {RECIPE} --ops {ops} --threads {threads}"
     recipe.run_recipe(output, ops=ops, command=command)
     print(f"wrote {output}/base, oput, control and training_log.json")
+    return 0
+
+
+def run_ladder(options: dict[str, Any], output: Path, threads: int) -> int:
+    from dmax_kernels.ring_walk import ladder, record
+
+    device, workers = options.get("device", "cpu"), options.get("workers", 1)
+    ops = options.get("ops", "reference")
+    arms = ladder.all_arms()
+    for arm in ladder.train_ladder(output, arms, device=device, ops=ops, workers=workers):
+        print(f"{arm.name} is trained", flush=True)
+    record.write_record(output, arms, workers=workers)
+    print(f"wrote {output}/ladder.json, and {len(arms)} checkpoints beside it")
     return 0

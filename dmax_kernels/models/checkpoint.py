@@ -27,7 +27,11 @@ from dmax_kernels.models.remote_code import (
 )
 
 SHIPPED_DIR = Path(__file__).parent.parent / "ring_walk" / "weights"
-SHIPPED = ("base", "oput", "control")
+# Of the demo: the recipe's three, and the trainings of 200 steps that its tables compare
+SHIPPED = (
+    *("base", "oput", "control"),
+    *("oput-200", "control-200", "uniform-200", "certainty-200"),
+)
 HUB_NAME = r"[\w.-]+/[\w.-]+"
 
 

@@ -12,29 +12,52 @@ import torch
 from dmax_kernels.decoding import GenerationOutput
 from dmax_kernels.evaluation import cells as measured
 from dmax_kernels.evaluation.cells import Cell, Outcome, run_cell
-from dmax_kernels.models.checkpoint import SHIPPED
 from dmax_kernels.models.workers import Models, run_tasks, with_models
 from dmax_kernels.ring_walk import task
 from dmax_kernels.ring_walk.export import build_tokenizer
 
 FIRST_PROBLEMS = measured.FIRST_PROBLEMS
-MODELS = SHIPPED
-TAUS = (0.95, 0.5, 0.0)
-# More thresholds for the control, to find what self-distillation alone reaches at its best
-CONTROL_TAUS = (0.9, 0.85, 0.8, 0.7)
+MODELS = ("base", "oput", "control")  # which `demo --rules` decodes
+TAUS = (0.95, 0.5, 0.0)  # the paper's Table 3
+POINTS = (0.95, 0.8, 0.5, 0.0)  # the thresholds over which a method's AUP is taken
 MAX_NEW_TOKENS = 96  # three blocks of 32: the longest right derivation of 6 moves has 73 tokens
+MEASURES = ("answer", "strict")
+
+# What each method's model is decoded with: rules and their thresholds, for the paper's tables and
+# for what they leave out. "uniform" has no threshold. The AUP of SPD on the uniform model is there
+# because it is the fairer reading of that training.
+DECODINGS: dict[str, dict[str, tuple[float, ...]]] = {
+    "base": {"threshold": POINTS, "hierarchical": POINTS, "spd": TAUS},
+    "control": {"threshold": POINTS, "spd": TAUS},
+    "certainty": {"threshold": POINTS},
+    "uniform": {"uniform": (0.0,), "spd": POINTS},
+    "oput": {
+        "threshold": POINTS,
+        "hard": TAUS,
+        "hard_prefix": TAUS,
+        "hybrid": TAUS,
+        "spd": POINTS,
+    },
+}
+METHODS = tuple(DECODINGS)
+CRITERIA = ("consistency", "confidence", "both")  # the paper's Table 4
 
 
 @dataclass(frozen=True)
 class Result:
     """Means over `problems` problems; the first two are shares in [0, 1].
 
+    tokens_per_forward: the mean of the problems' ratios; `_sum` is all tokens over all passes, and
+        `_authors` the mean without the end-of-sequence token, as the paper's authors count.
     arness: Global-ARness@1 of the tokens up to the end of sequence, if the cell asks for it.
     """
 
     answer: float
     strict: float
     tokens_per_forward: float
+    tokens_per_forward_sum: float
+    tokens_per_forward_authors: float
+    tokens_per_second: float
     forwards_per_block: float
     problems: int
     collapsed: bool
@@ -47,6 +70,9 @@ class Result:
             answer=outcome.share("answer"),
             strict=outcome.share("strict"),
             tokens_per_forward=outcome.tokens_per_forward(),
+            tokens_per_forward_sum=outcome.tokens_per_forward("sum"),
+            tokens_per_forward_authors=outcome.tokens_per_forward(count_eos=False),
+            tokens_per_second=outcome.tokens_per_second,
             forwards_per_block=outcome.forwards_per_block,
             problems=outcome.problems,
             collapsed=outcome.collapsed,
@@ -54,19 +80,17 @@ class Result:
         )
 
 
-def ablation_rows() -> Iterator[tuple[str, str]]:
-    """(model, rule) of the paper's Table 3, and the control's rows beside it."""
-    for model in MODELS:
-        for rule in ("threshold", "hard", "hard_prefix", "hybrid", "spd"):
-            # The prefix without hybrid embeddings is of interest for the trained model alone
-            if rule != "hard_prefix" or model == "oput":
-                yield model, rule
+def method_cells(method: str, label: str | None = None) -> list[Cell]:
+    """The cells of a method, whose model has this label."""
+    label = method if label is None else label
+    cells = [Cell(label, rule, tau) for rule, taus in DECODINGS[method].items() for tau in taus]
+    if method == "oput":
+        cells += [Cell(label, "spd", 0.5, criterion) for criterion in CRITERIA[:2]]
+    return cells
 
 
 def all_cells() -> list[Cell]:
-    cells = [Cell(model, rule, tau) for model, rule in ablation_rows() for tau in TAUS]
-    cells += [Cell("oput", "spd", 0.5, criterion) for criterion in ("consistency", "confidence")]
-    return cells + [Cell("control", "threshold", tau) for tau in CONTROL_TAUS]
+    return [cell for method in METHODS for cell in method_cells(method)]
 
 
 def encode_prompts(problems: list[task.Problem], block_length: int) -> torch.Tensor:
@@ -104,11 +128,11 @@ def response_words(output: GenerationOutput) -> list[list[str]]:
     return [task.decode(answer) for answer in output.answers]
 
 
-def evaluate_cell(model: Any, problems: list[task.Problem], cell: Cell, ops: str) -> Result:
-    """The cell's figures, as `evaluate` has them (see `run_cell`)."""
+def evaluate_cell(model: Any, problems: list[task.Problem], cell: Cell, ops: str) -> Outcome:
+    """What happens to each problem, as `evaluate` has it (see `run_cell`)."""
     options = options_for(model, ops)
     encoded = measured_problems(problems, options["block_length"])
-    return Result.of(run_cell(model, _tokenizer(), encoded, cell, task.grade_response, options))
+    return run_cell(model, _tokenizer(), encoded, cell, task.grade_response, options)
 
 
 def evaluate_cells(
@@ -117,8 +141,8 @@ def evaluate_cells(
     problems: list[task.Problem],
     ops: str,
     workers: int,
-) -> Iterator[tuple[Cell, Result]]:
-    """Results as they come, from `workers` processes of one thread each.
+) -> Iterator[tuple[Cell, Outcome]]:
+    """Outcomes as they come, from `workers` processes of one thread each.
 
     The tensors are too small to share among threads: on two busy cores, a second thread made a cell
     ten times slower.
@@ -128,12 +152,12 @@ def evaluate_cells(
     return run_tasks(setup, cells, workers=workers)
 
 
-def _evaluate(problems: list[task.Problem], ops: str, models: Models, cell: Cell) -> Result:
+def _evaluate(problems: list[task.Problem], ops: str, models: Models, cell: Cell) -> Outcome:
     return evaluate_cell(models.get(cell.model).model, problems, cell, ops)
 
 
 _tokenizer = cache(build_tokenizer)
 
 
-def as_json(results: dict[Cell, Result]) -> list[dict[str, Any]]:
-    return [{**asdict(cell), **asdict(result)} for cell, result in results.items()]
+def as_json(outcomes: dict[Cell, Outcome]) -> list[dict[str, Any]]:
+    return [{**asdict(cell), **asdict(Result.of(each))} for cell, each in outcomes.items()]

@@ -64,7 +64,9 @@ def write_checkpoint(
     save_tokenizer(path)
 
 
-def save_checkpoint(model: TinyDlmForCausalLM, path: Path) -> None:
+def save_checkpoint(
+    model: TinyDlmForCausalLM, path: Path, weights: dict[str, Tensor] | None = None
+) -> None:
     """`write_checkpoint` into a folder that appears whole.
 
     Raises:
@@ -75,7 +77,7 @@ def save_checkpoint(model: TinyDlmForCausalLM, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        write_checkpoint(model, temporary)
+        write_checkpoint(model, temporary, weights)
         replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -14,7 +14,6 @@ from dmax_kernels.decoding import GenerationOutput
 from dmax_kernels.files import write_text
 from dmax_kernels.ring_walk import task
 from dmax_kernels.ring_walk.evaluate import Cell, decode, response_words
-from dmax_kernels.ring_walk.tables import MODEL_NAMES
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -28,12 +27,19 @@ SHOWN = (
     Cell("base", "threshold", 0.5),
     Cell("base", "spd", 0.5),
     Cell("control", "threshold", 0.8),
-    Cell("control", "spd", 0.5),
+    Cell("uniform", "uniform", 0.0),
 )
+MODEL_NAMES = {
+    "base": "base",
+    "oput": "OPUT",
+    "control": "control",
+    "uniform": "uniform",
+}
 DECODERS = {
     "threshold": "threshold",
     "hard": "hard tokens",
     "spd": "SPD",
+    "uniform": "its own",
 }  # short, because they stand on buttons
 LONGEST_LABEL = 14  # characters of a token that a cell shows
 

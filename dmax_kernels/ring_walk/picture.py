@@ -1,92 +1,100 @@
-"""The picture: derivations right against tokens per forward pass."""
+"""The picture of the ladder: where in the training each of the paper's effects lives."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws to a file, with or without a display
-
-from matplotlib import pyplot as plt
-from matplotlib.lines import Line2D
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from dmax_kernels.files import write_atomically
-from dmax_kernels.ring_walk.evaluate import TAUS, Cell, Result, ablation_rows
-from dmax_kernels.ring_walk.tables import MODEL_NAMES, RULE_NAMES, best_control
+from dmax_kernels.ring_walk.claims import CLAIMS
+from dmax_kernels.ring_walk.evaluate import MEASURES
 
-COLOURS = {"base": "#6b7280", "oput": "#d9480f", "control": "#1c7ed6"}
-LINES = {"threshold": "-", "hard": ":", "hard_prefix": "-.", "hybrid": "--", "spd": "-"}
-MARKERS = {"threshold": "o", "hard": "s", "hard_prefix": "v", "hybrid": "D", "spd": "*"}
-# (model, rule): a label's offset from its marker in points, and its alignment
-LABELS = {
-    ("oput", "spd"): ((9, 2), "left"),
-    ("control", "threshold"): ((0, -15), "center"),
-    ("base", "threshold"): ((0, 9), "center"),
+# A line of the upper panels: its label, and the claim whose first figure it shows
+EFFECTS = {
+    "hybrid over hard tokens, τ 0": "Hybrid embeddings improve on hard tokens at 0",
+    "hybrid over hard tokens, τ 0.5": "Hybrid embeddings improve on hard tokens at 0.5",
+    "prefix (hybrid), τ 0.5": "A contiguous prefix improves hybrid embeddings at 0.5",
+    "prefix (hard tokens), τ 0.5": "A contiguous prefix improves hard tokens at 0.5",
+    "Table 2: SPD 0.95 over the base": (
+        "At low parallelism (tau 0.95) DMax is more accurate than the base"
+    ),
 }
+AREAS = {
+    "oput spd": "DMax (SPD)",
+    "certainty threshold": "certainty forcing",
+    "control threshold": "control",
+    "oput threshold": "OPUT, plain threshold",
+    "uniform uniform": "uniform, its own decoding",
+    "uniform spd": "uniform, SPD",
+    "base hierarchical": "base, hierarchical",
+    "base threshold": "base",
+}
+SPREAD = 0.025  # of the step count, between lines, so that their intervals do not overlap
 
 
-def write_picture(results: dict[Cell, Result], problems: int, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(10, 5.6), dpi=150, layout="constrained")
-    handles = []
-    for model, rule in ablation_rows():
-        taus = sorted(
-            (cell.tau_dec for cell in results if is_plain(cell, model, rule)), reverse=True
-        )
-        cells = [results[Cell(model, rule, tau)] for tau in taus]
-        style = {
-            "color": COLOURS[model],
-            "linestyle": LINES[rule],
-            "marker": MARKERS[rule],
-            "markersize": 13 if rule == "spd" else 6,
-            "linewidth": 2.2 if rule == "spd" else 1.3,
-            "markeredgecolor": "white",
-            "markeredgewidth": 0.6,
-            "zorder": 3 if rule == "spd" else 2,
-        }
-        x = [cell.tokens_per_forward for cell in cells]
-        y = [100 * cell.strict for cell in cells]
-        axes.plot(x, y, **style)
-        handles.append(Line2D([], [], label=f"{MODEL_NAMES[model]}, {RULE_NAMES[rule]}", **style))
-        # Label the thresholds of the rows that the text is about
-        for tau, cell_x, cell_y in zip(taus, x, y, strict=True):
-            if (model, rule) in LABELS and tau in (*TAUS, best_control(results)[0]):
-                offset, align = LABELS[model, rule]
-                if (model, tau) == ("oput", 0.5):  # the point of tau 0 lies just above
-                    offset = (9, -11)
-                elif (model, tau) == ("oput", 0.95):  # the other rules lie to its right
-                    offset, align = (-9, -3), "right"
-                axes.annotate(
-                    f"τ {tau:g}",
-                    (cell_x, cell_y),
-                    offset,
-                    textcoords="offset points",
-                    ha=align,
-                    fontsize=8,
-                    color=COLOURS[model],
-                )
-    axes.set_xscale("log")
-    ticks = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
-    axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlim(0.2, 40)
-    axes.set_ylim(-4, 108)
-    axes.set_xlabel("tokens per forward pass")
-    axes.set_ylabel("whole derivations right, %")
-    axes.set_title(
-        f"Accuracy against decoding parallelism: {problems} held-out problems, "
-        "τ_dec falling along each line",
-        fontsize=11,
-    )
-    axes.grid(color="#e5e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(
-        handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8.5
-    )
+def write_ladder(record: dict[str, Any], path: Path) -> None:
+    """Two panels of effects in points and two of AUP, over the steps of training; a PNG."""
+    figure = Figure(figsize=(13, 9), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 2)
+    for column, measure in enumerate(MEASURES):
+        judged = [
+            each
+            for each in record["judged"]
+            if each["measure"] == measure and each["rollout"] == "greedy"
+        ]
+        draw_effects(panels[0, column], judged)
+        draw_areas(panels[1, column], judged)
+        panels[0, column].set_title(f'by "{measure}"')
+    panels[0, 0].set_ylabel("points more, on the same problems")
+    panels[1, 0].set_ylabel("AUP")
+    steps = sorted({each["steps"] for each in record["judged"]})
+    for axes in panels.flat:
+        axes.set_xscale("log")
+        axes.set_xticks(steps, labels=map(str, steps))
+        axes.minorticks_off()
+        axes.set_xlabel("steps of training; a point for each seed")
+        axes.grid(alpha=0.3)
+    for axes in panels[:, 1]:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
-    plt.close(figure)
 
 
-def is_plain(cell: Cell, model: str, rule: str) -> bool:
-    return (cell.model, cell.rule, cell.convergence) == (model, rule, "both")
+def draw_effects(axes: Any, judged: list[dict[str, Any]]) -> None:
+    axes.axhline(0, color="black", lw=0.8)
+    for number, (label, claim) in enumerate(EFFECTS.items()):
+        points = [(each["steps"], each["claims"][number_of(claim)]["tests"][0]) for each in judged]
+        x = [steps * (1 + SPREAD * (number - 2)) for steps, _ in points]
+        y = [test["value"] for _, test in points]
+        errors = [
+            [max(0.0, test["value"] - test["low"]) for _, test in points],
+            [max(0.0, test["high"] - test["value"]) for _, test in points],
+        ]
+        colour = f"C{number}"
+        axes.errorbar(x, y, errors, fmt="o", ms=4, capsize=2, lw=1, color=colour, label=label)
+        axes.plot(*zip(*means(zip(x, y, strict=True)), strict=True), color=colour, lw=1.2)
+
+
+def draw_areas(axes: Any, judged: list[dict[str, Any]]) -> None:
+    for number, (series, label) in enumerate(AREAS.items()):
+        points = [(each["steps"], each["aup"][series]) for each in judged if series in each["aup"]]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", ms=4, color=f"C{number}", label=label)
+            axes.plot(*zip(*means(points), strict=True), color=f"C{number}", lw=1.2)
+
+
+def number_of(claim: str) -> int:
+    return next(i for i, each in enumerate(CLAIMS) if each.text == claim)
+
+
+def means(points: Any) -> Iterator[tuple[float, float]]:
+    """Points as the means of those with the same x."""
+    by_x: dict[float, list[float]] = {}
+    for x, y in points:
+        by_x.setdefault(x, []).append(y)
+    for x in sorted(by_x):
+        yield x, sum(by_x[x]) / len(by_x[x])

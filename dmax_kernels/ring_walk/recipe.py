@@ -21,7 +21,7 @@ from dmax_kernels.files import save_json
 from dmax_kernels.ring_walk import task
 from dmax_kernels.ring_walk.data import stage_stream
 from dmax_kernels.ring_walk.distill import distill, distilled_examples
-from dmax_kernels.ring_walk.evaluate import Cell, evaluate_cell
+from dmax_kernels.ring_walk.evaluate import Cell, Result, evaluate_cell
 from dmax_kernels.ring_walk.export import build_model, save_checkpoint, write_checkpoint
 from dmax_kernels.ring_walk.stages import (
     BASE,
@@ -115,19 +115,23 @@ def run_stage(
     *,
     ops: str,
     stop_after: int | None = None,
+    device: torch.device | None = None,
+    save_every: int | None = None,
+    draw: bool = True,
 ) -> list[dict[str, Any]]:
-    """Runs the training loop in one process on the CPU."""
+    """Runs the training loop in one process, by default on the CPU."""
     return fit(
         model,
-        replace(stage.config, ops=ops),
+        replace(stage.config, ops=ops, save_every=save_every or stage.config.save_every),
         stage_stream(stage, examples),
         output,
         data=f"{stage.data} of {stage.num_moves} moves after {stage.start_from}",
         eos_token_id=task.EOS_ID,
         save_model=lambda model, weights, path: write_checkpoint(model, path, weights),
-        group=Processes(0, 1, torch.device("cpu")),
+        group=Processes(0, 1, device or torch.device("cpu")),
         stop_after=stop_after,
         title=stage.name,
+        draw=draw,
     )
 
 
@@ -135,7 +139,7 @@ def evaluations(name: str, model: nn.Module, ops: str) -> list[dict[str, Any]]:
     problems = task.evaluation_problems(EVALUATION_PROBLEMS, seed=EVALUATION_SEED)
     rows = []
     for rule, tau_dec in EVALUATIONS[name]:
-        result = evaluate_cell(model, problems, Cell(name, rule, tau_dec), ops)
+        result = Result.of(evaluate_cell(model, problems, Cell(name, rule, tau_dec), ops))
         figures = {field: getattr(result, field) for field in LOGGED}
         rows.append({"rule": rule, "tau_dec": tau_dec, **figures})
         print(

@@ -41,16 +41,16 @@ class Distillation:
 
 def stage_config(**changes: Any) -> TrainConfig:
     """What all stages share: greedy rollout, Muon, no clipping, a linear fall of the rate."""
-    return TrainConfig(
-        rollout_temperature=0.0,
-        batch_size=32,
-        optimizer="muon",
-        schedule="linear",
-        clip_norm=None,
-        save_every=50,
-        keep=1,
-        **changes,
-    )
+    shared: dict[str, Any] = {
+        "rollout_temperature": 0.0,
+        "batch_size": 32,
+        "optimizer": "muon",
+        "schedule": "linear",
+        "clip_norm": None,
+        "save_every": 50,
+        "keep": 1,
+    }
+    return TrainConfig(**{**shared, **changes})
 
 
 # Learning rates, batch size, warm-up and the start at block length 16 come from an earlier trial of

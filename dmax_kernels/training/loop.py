@@ -178,10 +178,12 @@ def fit(
     group: Processes,
     stop_after: int | None = None,
     title: str = "train",
+    draw: bool = True,
 ) -> list[dict[str, Any]]:
     """Trains `model` in place and returns the metrics of every step, including resumed ones.
 
-    Writes OUTPUT/checkpoints, metrics.jsonl and loss.png, and continues a run that it finds there.
+    Writes OUTPUT/checkpoints, metrics.jsonl and, with `draw`, loss.png, and continues a run that it
+    finds there.
 
     Args:
         stream: called with a step's number, it gives the examples of that step and the later ones.
@@ -219,7 +221,7 @@ def fit(
             {"step": steps_done, "settings": settings, "seconds": seconds},
             lambda path: save_model(model, weights, path) if group.is_first else None,
         )
-        if metrics is not None:
+        if metrics is not None and draw:
             metrics.draw()
 
     with tqdm(
