@@ -42,6 +42,14 @@ MOST_LINES = {"csrc": 350, "dmax_kernels": 350, "bench": 350, "release": 350, "p
 LONGER = {
     "csrc/simt/executor.cpp": "one machine, whose parts share all of its state",
     "dmax_kernels/ops/linear.py": "four public functions, most of it what they promise",
+    "dmax_kernels/triton/linear_gradients.py": "three ops over one walk through the vocabulary",
+    "dmax_kernels/triton/loss.py": "forward, backward and in-place kernels of one formula",
+    "bench/kernels.py": "one report, whose tables share a model of the GPU",
+    "python_tests/distributed_process.py": "what every rank of one process group checks",
+    "python_tests/test_decoding_promote.py": "one rule in three semantics",
+    "python_tests/test_loss.py": "three ops of one formula on every backend",
+    "python_tests/test_training.py": "one step, of every objective",
+    "python_tests/test_training_run.py": "one run, from its arguments to its files",
 }
 
 
