@@ -118,10 +118,9 @@ static Device read_properties(const char* op, int device_index) {
     check_cuda(op, cudaDeviceGetAttribute(&value, which, device_index));
     return value;
   };
-  const Device device{attribute(cudaDevAttrMultiProcessorCount),
-                      attribute(cudaDevAttrComputeCapabilityMajor),
-                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), most_cluster_rows,
-                      forced_splits};
+  const Device device{
+      attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrComputeCapabilityMajor),
+      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), most_cluster_rows, forced_splits};
   DMAX_CHECK(device.major >= 8, op,
              ": needs a GPU of compute capability 8.0 or newer, cuda:", device_index, " has ",
              device.major, ".", attribute(cudaDevAttrComputeCapabilityMinor));
