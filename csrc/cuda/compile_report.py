@@ -45,7 +45,7 @@ def short_name(demangled: str) -> str:
     """void dmax::cuda::topk_rows_kernel<dmax::BFloat16>(...) -> topk_rows_kernel<BFloat16>"""
     name = demangled.removeprefix("void ").replace("dmax::cuda::", "").replace("dmax::", "")
     name = re.sub(r"\(\w+\)(?=\d)", "", name)  # the type before an enum's number
-    return name.split("(", 1)[0].replace("(", "")
+    return name.split("(", 1)[0].replace("(", "").replace("> >", ">>")  # either, by the tool's age
 
 
 def parse(text: str) -> list[dict]:
