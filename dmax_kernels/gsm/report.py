@@ -119,7 +119,7 @@ def narrowing(bundle: Bundle, log: dict[str, Any]) -> str:
     if "distillation" not in log:
         return (
             f"{count} held-out problems of all {len(learnt)} templates. The run ended before its "
-            "distillation: nothing was narrowed, and no other model than the base was trained."
+            "distillation was complete: nothing was narrowed, and only the base was trained."
         )
     drawn = log["distillation"]["share_right"]
     shares = ", ".join(f"{number} ({drawn[str(number)]:.0%})" for number in learnt)
