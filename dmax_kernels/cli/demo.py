@@ -56,6 +56,7 @@ A problem: six labelled moves on a ring of ten places and a start. The model wri
 step. "answer" means that the last place is right, which is the paper's kind of accuracy; "strict",
 that the derivation parses and is right at every step.
 """
+PROBLEMS = 500  # of the table, unless --problems is given
 STEPS = 200  # of the trainings that ship
 # The lines of Figure 4: a rule of a method over its thresholds
 CURVES = judging.AREAS
@@ -65,9 +66,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = DESCRIPTION
     parser.add_argument(
+        "--task",
+        choices=("ring_walk", "gsm"),
+        default="ring_walk",
+        help="gsm: instead of all this, word problems in English from the templates of "
+        "GSM-Symbolic, with the models that `train --config gsm` made: a table of methods and a "
+        "page that plays decodings in words; takes --checkpoints, --problems (default: 16), "
+        "--output-dir, --ops, --show and --json",
+    )
+    parser.add_argument(
         "--problems",
         type=int,
-        default=500,
         metavar="N",
         help="held-out problems to decode (default: 500; collapsed cells stop after "
         f"{evaluate.FIRST_PROBLEMS}); fewer is faster and noisier",
@@ -130,6 +139,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.task == "gsm":
+        from dmax_kernels.gsm import show
+
+        return show.run_demo(args)
+    if args.problems is None:
+        args.problems = PROBLEMS
     for option in ("problems", "steps", "workers"):
         if getattr(args, option) < 1:
             raise ValueError(f"--{option} must be at least 1, got {getattr(args, option)}")

@@ -79,15 +79,22 @@ SECTIONS = {
 }
 RECIPE = "ring_walk"
 LADDER = "ring_walk_ladder"
-# What each of the two takes, and its --output by default
+GSM = "gsm"
+ONLY_GSM = ("base", "base_steps", "scale", "export")
+# What each of them takes, and its --output by default
 RECIPES = {
     RECIPE: (("config", "output", "ops", "threads"), "ring_walk_checkpoints"),
     LADDER: (("config", "output", "ops", "threads", "device", "workers"), LADDER),
+    GSM: (
+        ("config", "data", "output", "ops", "threads", "device", "workers", *ONLY_GSM),
+        "gsm_checkpoints",
+    ),
 }
 CONFIG = ConfigFile(
     {
         RECIPE: "the shipped recipe, which takes --output, --ops and --threads",
         LADDER: "trainings of several lengths, which takes --device and --workers too",
+        GSM: "the recipe of word problems (docs/guide.md), from --data that gsm.problems wrote",
     }
 )
 OUTPUT = "dmax_training"
@@ -137,8 +144,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--output",
         type=Path,
-        help=f"folder of the run (default: {OUTPUT}, {RECIPES[RECIPE][1]} with {RECIPE}, or "
-        f"{RECIPES[LADDER][1]} with {LADDER})",
+        help=f"folder of the run (default: {OUTPUT}, {RECIPES[RECIPE][1]} with {RECIPE}, "
+        f"{RECIPES[LADDER][1]} with {LADDER}, or {RECIPES[GSM][1]} with {GSM})",
     )
     options = {item.name: item for item in fields(TrainConfig)}
     for title, names in SECTIONS.items():
@@ -152,13 +159,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--threads",
         type=int,
-        help=f"CPU threads (default: torch's, or 1 with {RECIPE} and {LADDER}: their matrices are "
-        "so small that several threads mostly wait for each other)",
+        help=f"CPU threads (default: torch's, or 1 with {RECIPE}, {LADDER} and {GSM}, whose "
+        "matrices are so small that several threads mostly wait for each other)",
     )
     machine.add_argument(
         "--workers",
         type=int,
-        help=f"with {LADDER}: processes that train side by side, on one GPU too (default: 1)",
+        help=f"with {LADDER} and {GSM}: processes that train side by side, on one GPU too "
+        "(default: 1)",
     )
     machine.add_argument(
         "--stop-after",
@@ -166,14 +174,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop after this many steps in all, with a checkpoint; the same command without this "
         "option continues",
     )
+    gsm = parser.add_argument_group(f"only with --config {GSM}")
+    gsm.add_argument("--base", type=Path, metavar="DIR", help="a base model of an earlier run")
+    gsm.add_argument("--base-steps", type=int, metavar="N", help="its further steps (default: 0)")
+    gsm.add_argument("--scale", type=float, metavar="X", help="multiplies all steps (default: 1)")
+    gsm.add_argument(
+        "--export",
+        type=Path,
+        metavar="DIR",
+        help="where models, log and rows go (default: --output)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns the exit status. ValueError, RuntimeError and OSError are faults a user can fix."""
     options = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
     recipe = options["config"] if options.get("config") in RECIPES else None
-    if recipe != LADDER and "workers" in options:
-        raise ValueError(f"--workers must go with --config {LADDER}, got {options['workers']}")
+    if recipe not in (LADDER, GSM) and "workers" in options:
+        need = f"go with --config {LADDER} or {GSM}"
+        raise ValueError(f"--workers must {need}, got {options['workers']}")
+    for name in ONLY_GSM:
+        if recipe != GSM and name in options:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} must go with --config {GSM}, got {options[name]}")
     output = options.get("output", Path(RECIPES[recipe][1] if recipe else OUTPUT))
     threads = options.get("threads", 1 if recipe else None)
     for name in ("threads", "workers"):
@@ -189,7 +212,7 @@ def run(args: argparse.Namespace) -> int:
             torch.set_num_threads(threads)
         if recipe:
             check_recipe(options, recipe)
-            train = run_recipe if recipe == RECIPE else run_ladder
+            train = {RECIPE: run_recipe, LADDER: run_ladder, GSM: run_gsm}[recipe]
             return train(options, output, threads)
         from dmax_kernels.training.run import run_training
 
@@ -209,7 +232,8 @@ def check_recipe(options: dict[str, Any], recipe: str) -> None:
     refused = [name for name in options if name not in taken]
     if refused:
         flag = "--" + refused[0].replace("_", "-")
-        flags = ", ".join(f"--{name}" for name in taken[1:-1]) + f" and --{taken[-1]}"
+        flags = [f"--{name.replace('_', '-')}" for name in taken[1:]]
+        flags = f"{', '.join(flags[:-1])} and {flags[-1]}"
         raise ValueError(f"--config {recipe} takes {flags}, got {flag}")
 
 
@@ -234,3 +258,9 @@ def run_ladder(options: dict[str, Any], output: Path, threads: int) -> int:
     record.write_record(output, arms, workers=workers)
     print(f"wrote {output}/ladder.json, and {len(arms)} checkpoints beside it")
     return 0
+
+
+def run_gsm(options: dict[str, Any], output: Path, threads: int) -> int:
+    from dmax_kernels.gsm import command
+
+    return command.run(options, output, threads)

@@ -245,15 +245,13 @@ def collate(
     examples: Sequence[Example], block_length: int, eos_token_id: int, eos_tail: str
 ) -> TrainBatch:
     """One batch of these examples, padded with end-of-sequence tokens."""
+    starts = torch.tensor([[len(example.prompt)] for example in examples])
     ends = [learnt_end(example.num_tokens, block_length, eos_tail) for example in examples]
-    shape = len(examples), whole_blocks(max(ends), block_length)
-    tokens = torch.full(shape, eos_token_id)
-    editable = torch.zeros(shape, dtype=torch.bool)
-    target = torch.full(shape, IGNORE)
-    for row, (example, end) in enumerate(zip(examples, ends, strict=True)):
-        ids = torch.tensor(example.prompt + example.response)
-        response = len(example.prompt)
-        tokens[row, : len(ids)] = ids
-        editable[row, response : whole_blocks(end, block_length)] = True
-        target[row, response:end] = tokens[row, response:end]
-    return TrainBatch(tokens, editable, target, block_length)
+    length = whole_blocks(max(ends), block_length)
+    rows = [example.prompt + example.response for example in examples]
+    tokens = torch.tensor([ids + (eos_token_id,) * (length - len(ids)) for ids in rows])
+    filled = torch.tensor([[whole_blocks(end, block_length)] for end in ends])
+    place = torch.arange(length)
+    learnt = (place >= starts) & (place < torch.tensor(ends)[:, None])
+    editable = (place >= starts) & (place < filled)
+    return TrainBatch(tokens, editable, tokens.masked_fill(~learnt, IGNORE), block_length)
