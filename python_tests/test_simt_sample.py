@@ -183,6 +183,21 @@ def test_sample_filters_of_long_rows(kind):
             assert_same_samples(sample, logits, seed, **options)
 
 
+# On a GPU of nine multiprocessors three clusters of four blocks run at once, and two of eight: the
+# number of blocks follows the number of rows, and no bit does
+def test_sample_filters_do_not_depend_on_the_number_of_rows():
+    gpu = (9, *H200[1:])
+    logits = random_rows(3, 33 * 2048, torch.bfloat16, scale=1.0)
+    seeds_of_rows = torch.tensor([[7, 1], [7, 2], [7, 3]])
+    for options in ({"top_p": 0.8}, {"top_k": 40, "min_p": 0.02}):
+        all_rows = simt_ops.sample_tokens(logits, seeds_of_rows, **options, gpu=gpu)
+        of_all = CHOSEN[-1].cluster
+        alone = simt_ops.sample_tokens(logits[:1], seeds_of_rows[:1], **options, gpu=gpu)
+        assert (CHOSEN[-1].cluster, of_all) == (8, 4)
+        for a, b in zip(alone, all_rows, strict=True):
+            assert torch.equal(a, b[:1])
+
+
 # Every token of equal logits counts by its id: of 9 the first 4, 5 or 6
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sample_filters_break_ties_by_id(dtype):

@@ -46,7 +46,6 @@ STREAMING = {
     "table_grad_kernel",
     "embed_kernel",
     "linear_statistics_kernel",
-    "chunk_statistics_kernel",
     "linear_loss_partials_kernel",
     "logits_grad_kernel",
     "soft_embedding_kernel",
@@ -99,5 +98,5 @@ def test_a_new_run_time_value_recompiles_nothing(report):
 def test_matrix_products_use_the_tensor_cores(report):
     prefixes = ("linear_statistics", "linear_loss_partials", "logits_grad")
     linear = {k: v for k, v in report["kernels"].items() if k.startswith(prefixes)}
-    float32 = 2  # a top-1 and a draw at full precision
-    assert sum(figures["tensor_core"] > 0 for figures in linear.values()) == len(linear) - float32
+    assert linear
+    assert all(figures["tensor_core"] > 0 for figures in linear.values())

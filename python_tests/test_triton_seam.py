@@ -56,6 +56,7 @@ BAD = {
     "sample_partial": ((X, SEED, 1 << 31), {}),
     "sample_merge": ((X, X, X.long(), X, X[:2]), {}),
     "linear_top1_confidence": ((H, E), {"suppress_token": 6}),
+    "linear_token_logprobs": ((H, E, T.new_zeros(2, 9)), {}),
     "linear_oput_loss": ((H, H, E, T), {"z_loss": float("nan")}),
     "linear_oput_loss_backward": ((C, C, H, H, E, T, C, C.half()), {}),
     "linear_oput_loss_sum": ((H, H, E, T, None, C, C.half()), {}),

@@ -9,12 +9,14 @@ namespace dmax::cuda {
 // ---- top1_confidence, top1_partial ----
 
 constexpr int kTop1Resident = 4;         // blocks per multiprocessor: 64 registers a thread
-constexpr int kTop1ClusterResident = 3;  // the same 64
+constexpr int kTop1MaskedResident = 3;   // 80: with 64, rows with a mask spill on sm_80
+constexpr int kTop1ClusterResident = 3;  // 64
 
 // finish(row, stats) stores what the op makes of a row's statistics; one thread calls it
 template <class In, class Finish, bool kCluster>
-__global__ void __launch_bounds__(kBlockThreads<kCluster>,
-                                  kCluster ? kTop1ClusterResident : kTop1Resident)
+__global__ void __launch_bounds__(kBlockThreads<kCluster>, kCluster        ? kTop1ClusterResident
+                                                           : kIsMasked<In> ? kTop1MaskedResident
+                                                                           : kTop1Resident)
     top1_rows_kernel(const __grid_constant__ LogitsView<In> logits,
                      const __grid_constant__ RowSplit split,
                      const __grid_constant__ Finish finish) {
@@ -37,7 +39,7 @@ auto launch_top1_rows(const RowLaunch& run, const LogitsView<In>& logits, const 
 }
 
 inline RowWork top1_work(int64_t rows, int64_t vocab, bool masked = false) {
-  return {rows, vocab, kTop1Resident, 0, !masked};
+  return {rows, vocab, masked ? kTop1MaskedResident : kTop1Resident, 0, !masked};
 }
 
 struct Top1ConfidenceFinish {

