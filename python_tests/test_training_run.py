@@ -419,7 +419,10 @@ def test_a_mistake_is_told_in_one_line(folder, tmp_path, capsys):
             ["--config", "ring_walk", "--steps", "3"],
             "takes --output, --ops and --threads, got --",
         ),
-        (["--config", str(tmp_path / "none")], "must be ring_walk or ring_walk_ladder or a JSON"),
+        (
+            ["--config", str(tmp_path / "none")],
+            "must be ring_walk or ring_walk_ladder or gsm or a JSON",
+        ),
     ]
     if not torch.cuda.is_available():
         cases.append(([*base, "--device", "cuda"], "--device must be cpu where torch finds no GPU"))
