@@ -257,15 +257,14 @@ struct RowLaunch {
 
 // Up to this many rows, a row that would be split among blocks takes a cluster instead: the
 // cluster's barrier replaces an atomic and the loads behind it. Measured on an H100 (`python
-// bench/gpu_session.py tune`): up to 16 rows clusters save 4 to 6 % of top1_confidence,
-// row_statistics and spd_step_, from 32 rows on they cost 1 to 17 %.
+// bench/gpu_session.py tune`): up to 16 rows clusters save 4 to 8 % of top1_confidence,
+// row_statistics and spd_step_, from 32 rows on they cost 1 to 18 %.
 constexpr int kMostClusterRows = 16;
 constexpr int kMostClusterBlocks = 8;  // that every sm_90 GPU starts without asking
 
 // Blocks per row. A block takes its tiles in rounds of one per warp, and a wave of blocks takes as
 // long as its longest. Measured on an H100 with 77 tiles, for 1 to 10 blocks per row and 1 to 1,024
-// rows (`python bench/gpu_session.py tune`): the choices below are within 3 % of the best, but for
-// 128 rows of spd_step_ (24.0 us for 23.6).
+// rows (`python bench/gpu_session.py tune`): the choices below are within 3 % of the best.
 //  - Rows that fit into one wave: as few blocks as have the fewest rounds. Against as many blocks
 //    as fit that saves 5 to 8 % at 64 rows.
 //  - More rows: two rounds a block, which even out the last wave, or whole rows, if they take fewer

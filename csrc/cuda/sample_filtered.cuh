@@ -180,9 +180,9 @@ inline bool needs_filtered_kernel(const DrawOptions& options, int64_t vocab, boo
 // From sm_90 on a cluster takes every row whose tiles its blocks can hold. Without a cluster,
 // FilteredDraw::tiles takes the partial_bytes, always in global memory.
 //
-// A row spends about as long in exchanges as eight blocks spend on its elements, and four blocks
-// spend twice that. Of clusters of eight, about one in sixteen finds no place, because a cluster
-// lies within one group of multiprocessors.
+// The costs are assumed; only whole draws were timed. A row spends about as long in exchanges as
+// eight blocks spend on its elements, and four blocks spend twice that. Of clusters of eight, about
+// one in sixteen finds no place, because a cluster lies within one group of multiprocessors.
 template <class T>
 RowLaunch choose_filtered_launch(const RowWork& work, const Device& device) {
   const auto tiles = static_cast<int>((work.vocab + kTileSize<T> - 1) / kTileSize<T>);

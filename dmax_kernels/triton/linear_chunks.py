@@ -13,9 +13,8 @@ from torch import Tensor
 from dmax_kernels.triton.launch import Mask, Rows
 
 CHUNK_TOKENS = 1024  # a multiple of which a chunk has
-# An H100 takes 4,096 rows at close to its full rate in chunks of 4,096 tokens: 512 tiles of
-# 256 x 128 logits, four waves. With a buffer of 6 MB (three waves of a third) it took twice the
-# time of the whole product.
+# On an H100 top-1 of 4,096 bfloat16 rows took 5.1 ms in chunks of this size, where the whole product
+# and top-1 after it took 3.8 and chunks of 6 MB took 6.8. Larger chunks were not measured.
 CHUNK_BYTES = 64 << 20
 
 
