@@ -57,6 +57,15 @@ def pytest_runtest_call(item):
     seed()  # the same draws, whichever tests and shared fixtures came before
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For modules whose tensors are tiny: a second thread only costs its synchronisation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_configure(config):
     """Triton 3.6's interpreter turns one-element arrays into Python ints, which numpy 2.4 made an
     error (triton-lang/triton issue 9171; 3.7 squeezes them): said once, not by every test."""

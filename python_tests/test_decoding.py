@@ -16,13 +16,7 @@ TAUS = [0.95, 0.5, 0.0]
 RULE_GRID = [*((rule, "settled") for rule in ABLATIONS), ("spd", "paper"), ("spd", "released")]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """These tensors are tiny: a second thread only costs its synchronisation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def decode(model, prompts, **changes):

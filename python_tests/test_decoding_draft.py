@@ -16,13 +16,7 @@ K = 8
 OPTIONS = {"max_new_tokens": 4 * K - 3, "block_length": K, "tau_dec": 0.6, "eos_token_id": 3}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """These tensors are tiny: a second thread only costs its synchronisation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def script_of(tokens, probabilities, steps=8):

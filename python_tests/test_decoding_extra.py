@@ -15,13 +15,7 @@ HEADERS = {0: 5, 1: 6, 6: 7, 13: 8, 14: 9}
 OTHER = Canvas.build([[10]], [3], [], 2)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """These tensors are tiny: a second thread only costs its synchronisation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_canvas_is_eq_5():

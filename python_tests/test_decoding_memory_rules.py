@@ -13,13 +13,7 @@ from dmax_kernels.decoding import Credit, Edit, LiveBlocks, Rule, spd_generate
 OPS = ["reference", "fused"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """These tensors are tiny: a second thread only costs its synchronisation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def play(script, rule, prompt_length=1, **options):

@@ -19,13 +19,7 @@ K, V, STEPS = 6, MASK + 1, 12
 OPS = ["reference", "fused"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """These tensors are tiny: a second thread only costs its synchronisation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_script(seed, rows=1):

@@ -42,13 +42,7 @@ OTHERS += [LocalLeap(0.3, 1), Prophet(2, early=3.0), SchED(schedule="cosine", hi
 OTHERS += [Credit(1.5, 0.5, 1.0), Edit(0.3, 2, max_post_edit_steps=3)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """These tensors are tiny: a second thread only costs its synchronisation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def decode(model, prompts, **changes):

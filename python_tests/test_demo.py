@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from dmax_kernels.__main__ import main
 from dmax_kernels.models.checkpoint import SHIPPED_DIR, load_checkpoint
@@ -11,14 +10,7 @@ from dmax_kernels.ring_walk import claims, evaluate, page, record, rules_table, 
 from dmax_kernels.ring_walk.evaluate import TAUS, Cell, Result
 from dmax_kernels.ring_walk.export import build_model, save_checkpoint
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The model is tiny: a second thread only costs its synchronisation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

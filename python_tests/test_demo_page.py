@@ -7,7 +7,6 @@ import shutil
 import subprocess
 
 import pytest
-import torch
 
 from dmax_kernels.decoding import spd_generate
 from dmax_kernels.models.checkpoint import load_checkpoint
@@ -27,13 +26,7 @@ needs_browser = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The model is tiny: a second thread only costs its synchronisation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import random
 
 import pytest
-import torch
 from stand_in import save_stand_in
 
 from dmax_kernels.__main__ import main
@@ -18,13 +17,7 @@ from dmax_kernels.training.loop import Metrics
 BUDGET = 44  # some of the responses to PROBLEMS end within it, and some do not
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The model is tiny: a second thread only costs its synchronisation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import random
 
 import pytest
-import torch
 from stand_in import save_stand_in
 
 from dmax_kernels.__main__ import main
@@ -21,13 +20,7 @@ PNG = b"\x89PNG"
 FIRST = 10  # problems after which a row may stop
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The models are tiny: a second thread only costs its synchronisation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True, scope="module")

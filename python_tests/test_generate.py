@@ -27,13 +27,7 @@ from dmax_kernels.ring_walk import task
 PROMPTS = ["w5 w6", "w7 w8 w9 w10", " ".join(f"w{i}" for i in range(3, 73))]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """These tensors are tiny: a second thread only costs its synchronisation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

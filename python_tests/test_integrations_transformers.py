@@ -21,13 +21,7 @@ def engine():
     )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are tiny: threads that wait for each other take longer than the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

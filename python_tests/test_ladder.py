@@ -21,12 +21,7 @@ from dmax_kernels.ring_walk.ladder import Arm
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_arms_differ_in_method_steps_and_seed_alone():

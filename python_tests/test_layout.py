@@ -45,11 +45,6 @@ LONGER = {
     "dmax_kernels/triton/linear_gradients.py": "three ops over one walk through the vocabulary",
     "dmax_kernels/triton/loss.py": "forward, backward and in-place kernels of one formula",
     "bench/kernels.py": "one report, whose tables share a model of the GPU",
-    "python_tests/distributed_process.py": "what every rank of one process group checks",
-    "python_tests/test_decoding_promote.py": "one rule in three semantics",
-    "python_tests/test_loss.py": "three ops of one formula on every backend",
-    "python_tests/test_training.py": "one step, of every objective",
-    "python_tests/test_training_run.py": "one run, from its arguments to its files",
 }
 
 

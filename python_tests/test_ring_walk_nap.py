@@ -17,13 +17,7 @@ from dmax_kernels.ring_walk.nap import arms, claims, command, data, report, scor
 PROBLEMS = task.evaluation_problems(40, data.NUM_MOVES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The model is tiny: a second thread only costs its synchronisation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("arm", data.ARMS)

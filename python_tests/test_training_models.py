@@ -48,12 +48,7 @@ OLD = int(transformers.__version__.partition(".")[0]) < 5
 REFUSED_BY_OLD = {"gpt2", "gemma3_text", "gemma2", "bert"} if OLD else set()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def configuration(kind, changes):

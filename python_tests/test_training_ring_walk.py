@@ -4,7 +4,6 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
-import torch
 from training_models import random_model
 
 from dmax_kernels.__main__ import main
@@ -13,14 +12,7 @@ from dmax_kernels.ring_walk import distill, recipe, stages
 from dmax_kernels.ring_walk.data import ring_walk_examples
 from dmax_kernels.training import loop
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # As the command has it: the matrices are so small that a second thread mostly waits.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # The first mean of the shipped log takes 50 steps; these are its first losses, of the loop that
