@@ -23,23 +23,30 @@ class Sample(NamedTuple):
     relative_confidence: Tensor
 
 
+def stack_options(
+    op: str, like: Tensor, shape: torch.Size, meaning: str, options: dict[str, Tensor | float]
+) -> Tensor:
+    """Options, some of them tensors of this shape on like's device, as one float32 [*shape, n]."""
+    columns = []
+    for name, option in options.items():
+        if not isinstance(option, Tensor):
+            columns.append(like.new_full(shape, option, dtype=torch.float32))
+            continue
+        if option.shape != shape or option.device != like.device:
+            raise ValueError(
+                f"{op}: {name} must be a number or a tensor {list(shape)} on {like.device}, "
+                f"{meaning}, got {list(option.shape)} on {option.device}"
+            )
+        columns.append(option.to(torch.float32))
+    return torch.stack(columns, dim=-1)
+
+
 def row_options(op: str, rows_name: str, rows: Tensor, **options: Tensor | float) -> dict[str, Any]:
     """The op's options: four numbers, or one float32 [..., 4] if any of them is a tensor [...]."""
     if not any(isinstance(option, Tensor) for option in options.values()):
         return options
-    shape = rows.shape[:-1]
-    columns = []
-    for name, option in options.items():
-        if not isinstance(option, Tensor):
-            columns.append(rows.new_full(shape, option, dtype=torch.float32))
-            continue
-        if option.shape != shape or option.device != rows.device:
-            raise ValueError(
-                f"{op}: {name} must be a number or a tensor {list(shape)} on {rows.device}, one "
-                f"per row of {rows_name}, got {list(option.shape)} on {option.device}"
-            )
-        columns.append(option.to(torch.float32))
-    return {"row_options": torch.stack(columns, dim=-1)}
+    stacked = stack_options(op, rows, rows.shape[:-1], f"one per row of {rows_name}", options)
+    return {"row_options": stacked}
 
 
 def sample_tokens(

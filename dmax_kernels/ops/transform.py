@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dmax_kernels.ops._register import register_fake, register_in_place
+from dmax_kernels.ops.sample import stack_options
 
 
 def penalty_options(logits: Tensor, **penalties: float | Tensor) -> dict[str, Any]:
@@ -16,18 +17,8 @@ def penalty_options(logits: Tensor, **penalties: float | Tensor) -> dict[str, An
     if not tensors:
         return penalties
     first, shape = next((name, each.shape) for name, each in tensors.items())
-    columns = []
-    for name, penalty in penalties.items():
-        if not isinstance(penalty, Tensor):
-            columns.append(logits.new_full(shape, penalty, dtype=torch.float32))
-            continue
-        if penalty.shape != shape or penalty.device != logits.device:
-            raise ValueError(
-                f"transform_logits_: {name} must be a number or a tensor {list(shape)} on "
-                f"{logits.device}, as {first}, got {list(penalty.shape)} on {penalty.device}"
-            )
-        columns.append(penalty.to(torch.float32))
-    return {"penalties": torch.stack(columns, dim=-1)}
+    stacked = stack_options("transform_logits_", logits, shape, f"as {first}", penalties)
+    return {"penalties": stacked}
 
 
 def transform_logits_(
