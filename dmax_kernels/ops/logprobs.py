@@ -111,7 +111,7 @@ def _setup_context(ctx, inputs, options, output):
 def _backward(ctx, grad_logprob, *_):
     logits, ids, logsumexp = ctx.saved_tensors
     if ids.dim() == logits.dim():
-        grad = _gradient_of_several(grad_logprob, logits, ids, logsumexp, **ctx.options)
+        grad = gradient_of_several(grad_logprob, logits, ids, logsumexp, **ctx.options)
     else:  # the loss of a token is minus its log-probability
         grad = torch.ops.dmax.oput_loss_backward(
             -grad_logprob, logits, ids, logsumexp, **ctx.options
@@ -121,33 +121,38 @@ def _backward(ctx, grad_logprob, *_):
     return grad, None
 
 
-def _gradient_of_several(
+def gradient_of_several(
     grad: Tensor, logits: Tensor, ids: Tensor, logsumexp: Tensor, ignore_index: int,
-    temperature: float,
+    temperature: float, first: int = 0, vocab: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """All of a row but its ids is the gradient of one of them at the sum of all gradients; what
-    that is at the ids, some of which may be equal, replaces it and is also rounded once."""
+    """Of a row's logits, or of the columns of ``vocab`` that begin with the id ``first``.
+
+    All of it but the ids is the gradient of one of them at the sum of all gradients; what that is
+    at the ids, some of which may be equal, replaces it and is also rounded once.
+    """
+    width = logits.shape[-1]
     ids = ids.long()
     used = ids != ignore_index
+    outside = used & ((ids < 0) | (ids >= (width if vocab is None else vocab)))  # on a GPU
+    logsumexp = logsumexp.masked_fill(outside.any(dim=-1), torch.nan)
+    ignored = ~used.any(dim=-1)
     grad = torch.where(used, grad, 0.0)
     total = grad.sum(dim=-1)
-    outside = used & ((ids < 0) | (ids >= logits.shape[-1]))  # on a GPU: it makes the row NaN
-    one = ids.gather(-1, (used.int() + outside.int()).argmax(dim=-1, keepdim=True))
+    ids = ids - first
+    # Where an id is not among the columns, column 0 gets its own value
+    places = torch.where(used & (ids >= 0) & (ids < width), ids, 0)
     result = torch.ops.dmax.oput_loss_backward(
-        -total, logits, one.squeeze(-1), logsumexp,
-        ignore_index=ignore_index, temperature=temperature,
+        -total, logits, torch.where(ignored, -1, places[..., 0]), logsumexp.float(),
+        ignore_index=-1, temperature=temperature,
     )  # fmt: skip
-    places = torch.where(
-        used & ~outside, ids, 0
-    )  # 0 gets its own value, whether it is an id or not
     of_place = torch.zeros_like(grad)
     for i in range(ids.shape[-1]):
         of_place += torch.where(places == ids[..., i : i + 1], grad[..., i : i + 1], 0.0)
-    x = logits.gather(-1, places).float() / temperature
-    weight = torch.exp(x - logsumexp.unsqueeze(-1)) * total.unsqueeze(-1)
-    value = (of_place - weight) / temperature
-    ignored = ~used.any(dim=-1, keepdim=True)
-    value = torch.where(ignored, 0.0, value).masked_fill(outside.any(-1, True), torch.nan)
+    log_p = logits.gather(-1, places).double() / temperature - logsumexp.unsqueeze(-1)
+    # 1 - p without cancellation, where one id has the whole of the gradient
+    total = total.unsqueeze(-1)
+    value = (of_place - total - total * torch.expm1(log_p)) / temperature
+    value = value.masked_fill(ignored.unsqueeze(-1), 0.0)
     return result.scatter_(-1, places, value.to(result.dtype))
 
 
