@@ -30,6 +30,7 @@ from dmax_kernels.distributed.layout import gather_shard_sizes
 from dmax_kernels.distributed.oput_loss import linear_oput_loss, oput_loss
 from dmax_kernels.distributed.soft_embedding import soft_embedding
 from dmax_kernels.distributed.target_logprobs import linear_target_logprobs, target_logprobs
+from dmax_kernels.distributed.token_logprobs import linear_token_logprobs, token_logprobs
 
 __all__ = [
     "gather_shard_sizes",
@@ -37,10 +38,12 @@ __all__ = [
     "linear_oput_loss",
     "linear_sample_tokens",
     "linear_target_logprobs",
+    "linear_token_logprobs",
     "linear_top1_confidence",
     "oput_loss",
     "sample_tokens",
     "soft_embedding",
     "target_logprobs",
+    "token_logprobs",
     "top1_confidence",
 ]

@@ -32,7 +32,10 @@ class VocabShard:
     @property
     def width(self) -> int:
         """Ids on this rank that exist."""
-        return max(0, min(self.sizes[self.rank], self.vocab_size - self.start))
+        return self.width_of(self.rank)
+
+    def width_of(self, rank: int) -> int:
+        return max(0, min(self.sizes[rank], self.vocab_size - sum(self.sizes[:rank])))
 
 
 def _group_rank_and_size(op: str, group: dist.ProcessGroup | None) -> tuple[int, int]:

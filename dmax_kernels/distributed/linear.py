@@ -37,6 +37,18 @@ class ShardedHead(NamedTuple):
             width = max(0, min(columns, self.shard.width - begin))
             yield Columns(min(begin, self.shard.width), width)
 
+    def row_blocks(self, num_rows: int) -> Iterator[slice]:
+        """Rows whose logits of the widest shard exist at a time; the same on every rank."""
+        step = max(1, _BLOCK_BYTES // (4 * max(self.shard.sizes)))
+        for begin in range(0, max(num_rows, 1), step):
+            yield slice(begin, min(begin + step, num_rows))
+
+    def logit_blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Columns of this rank and their logits, for what takes part in no collective."""
+        for block in self.blocks(len(rows)):
+            if block.width and len(rows):
+                yield slice(block.begin, block.begin + block.width), self.logits(rows, block)
+
     def logits(self, hidden: Tensor, block: Columns) -> Tensor:
         """[rows, width], float32: products in the inputs' dtype, summed in float32."""
         weight = self.weight.narrow(0, *block)

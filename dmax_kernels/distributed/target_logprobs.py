@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -156,8 +156,8 @@ class _FromShardedHead(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, target, shard, op, temperature, ignore_index):
         ids = target.reshape(-1).long()
         flat = kept_rows(hidden, ids, ignore_index)
-        blocks = _blocks(ShardedHead(weight, bias, shard), flat)
-        rows = rows_of_head(blocks, ids, shard.start, temperature)
+        head = ShardedHead(weight, bias, shard)
+        rows = rows_of_head(head.logit_blocks(flat), ids, shard.start, temperature)
         rows = _over_ranks(op, shard, hidden.dtype, rows, temperature)
         ctx.shard, ctx.shape = shard, hidden.shape
         return finish(ctx, (flat, weight, bias), rows, ids, target, temperature, ignore_index)
@@ -166,16 +166,11 @@ class _FromShardedHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logprob, grad_entropy, *_):
         flat, weight, bias, ids, *rows = ctx.saved_tensors
+        head = ShardedHead(weight, bias, ctx.shard)
         grad_hidden, *grads = gradients_of_head(
-            _blocks(ShardedHead(weight, bias, ctx.shard), flat), flat, weight, bias, Rows(*rows),
-            ids, grad_logprob, grad_entropy, ctx.shard.start, ctx.options, ctx.needs_input_grad[:3],
+            head.logit_blocks(flat), flat, weight, bias, Rows(*rows), ids, grad_logprob,
+            grad_entropy, ctx.shard.start, ctx.options, ctx.needs_input_grad[:3],
         )  # fmt: skip
         if grad_hidden is not None:
             grad_hidden = sum_over_ranks(ctx.shard, grad_hidden).to(flat.dtype).view(ctx.shape)
         return grad_hidden, *grads, None, None, None, None, None
-
-
-def _blocks(head: ShardedHead, flat: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    for block in head.blocks(len(flat)):
-        if block.width and len(flat):
-            yield slice(block.begin, block.begin + block.width), head.logits(flat, block)

@@ -32,7 +32,7 @@ class VisibleTokens(NamedTuple):
 
 def read_visible(
     op: str, shard: VocabShard, device: torch.device, suppress_token: int,
-    suppress_tokens: Sequence[int], allowed: Tensor | None,
+    suppress_tokens: Sequence[int], allowed: Tensor | None, *, as_mask: bool = False,
 ) -> VisibleTokens:  # fmt: skip
     check_suppress_token(op, suppress_token, shard)
     words = mask_words(shard.vocab_size)
@@ -42,6 +42,6 @@ def read_visible(
             f"{shard.vocab_size} tokens, got {list(allowed.shape)}"
         )
     _, suppress_token, allowed = visible_tokens(
-        op, shard.vocab_size, device, suppress_token, suppress_tokens, allowed
+        op, shard.vocab_size, device, suppress_token, suppress_tokens, allowed, as_mask=as_mask
     )
     return VisibleTokens(suppress_token, allowed)

@@ -13,14 +13,18 @@ def setup_context(ctx, inputs, options, output):
     ctx.save_for_backward(*inputs, options["allowed"], logsumexp)
 
 
+def check_one_id(ids_shape: torch.Size, hidden: torch.Tensor) -> None:
+    if len(ids_shape) == hidden.dim():
+        raise RuntimeError(
+            "linear_token_logprobs: has a gradient for one id per row only, got ids of shape "
+            f"{list(ids_shape)} for hidden of shape {list(hidden.shape)}"
+        )
+
+
 @once_differentiable
 def backward(ctx, grad_logprob, *_):
     hidden, weight, ids, bias, allowed, logsumexp = ctx.saved_tensors
-    if ids.dim() == hidden.dim():
-        raise RuntimeError(
-            "linear_token_logprobs: has a gradient for one id per row only, got ids of shape "
-            f"{list(ids.shape)} for hidden of shape {list(hidden.shape)}"
-        )
+    check_one_id(ids.shape, hidden)
     temperature, ignore_index = ctx.options
     ids, log_sum = ids.reshape(-1).long(), logsumexp.reshape(-1)
     flat = kept_rows(hidden, ids, ignore_index)
