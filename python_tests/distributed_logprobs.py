@@ -33,6 +33,16 @@ def share_of(ranks: Ranks, whole, sizes, dim):
     return ranks.cut(torch.cat([whole, whole.new_zeros(shape)], dim), sizes, dim)
 
 
+def assert_gradient(actual, expected, logits, temperature=1.0, **_):
+    """To the rounding of float32 logsumexps, which are as large as the logits, and of the dtype."""
+    assert actual.dtype == expected.dtype == logits.dtype
+    assert torch.equal(actual.isnan(), expected.isnan())
+    size = logits.detach().double().nan_to_num(0, 0, 0).abs().amax(dim=1, keepdim=True)
+    bound = (5e-6 + 1.2e-7 * size) / temperature**2
+    bound = bound + 2 * ROUNDING[logits.dtype] * expected.double().abs()
+    assert ((actual.double() - expected.double()).abs() <= bound)[~actual.isnan()].all()
+
+
 def random_masks(ranks: Ranks, rows, vocab):
     """One for all rows; one a row, of which one allows nothing; both with ids of their own."""
     words = -(-vocab // 32)
@@ -69,17 +79,7 @@ def check_token_logprobs(ranks: Ranks) -> None:
                     assert_same(actual, expected)
                     assert not actual.top_logprobs.requires_grad
                     (share,) = torch.autograd.grad(actual.logprob, mine, weight)
-                    assert share.dtype == dtype
-                    # 1e4: the size of some rows' logits, of which the unsharded gradient is made
-                    # with a float32 logsumexp
-                    size = x.detach().float().nan_to_num(0, 0, 0).abs().amax(dim=1, keepdim=True)
-                    atol = 1e-6 * (9 + size) / options.get("temperature", 1.0) ** 2
-                    expected_share = share_of(ranks, grad, sizes, 1)
-                    far = (share - expected_share).double().abs() > (
-                        2 * ROUNDING[dtype] * expected_share.double().abs() + atol
-                    )
-                    assert torch.equal(share.isnan(), expected_share.isnan())
-                    assert not far.any()
+                    assert_gradient(share, share_of(ranks, grad, sizes, 1), x, **options)
     check_bytes(ranks)
     check_other_shapes(ranks)
 

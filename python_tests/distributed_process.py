@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from cases import DTYPES, stacked_rows
 from distributed_draws import check_draws, check_filters
+from distributed_logprobs import check_linear_token_logprobs, check_token_logprobs
 from distributed_losses import (
     check_linear_loss,
     check_linear_target_logprobs,
@@ -49,6 +50,15 @@ def check_decoding(ranks: Ranks) -> None:
                     )
             greedy = distributed.sample_tokens(mine, SEED, **layout, temperature=0)
             assert_same(greedy[:2], dmax_kernels.top1_confidence(logits))
+
+
+def check_no_rows(ranks: Ranks) -> None:
+    mine = torch.empty(2, 0, 7)
+    token, confidence = distributed.top1_confidence(mine)
+    assert (token.shape, token.dtype) == ((2, 0), torch.int64)
+    assert (confidence.shape, confidence.dtype) == ((2, 0), torch.float32)
+    assert distributed.sample_tokens(mine, SEED).token.shape == (2, 0)
+    assert distributed.sample_tokens(mine, SEED, top_k=3).token.shape == (2, 0)
 
 
 def check_masks(ranks: Ranks) -> None:
@@ -180,6 +190,11 @@ def check_dtensor(ranks: Ranks) -> None:
     logits, table = ranks.randn(6, vocab), ranks.randn(vocab, 8)
     sharded = distribute_tensor(logits, mesh, [Shard(1)])
     assert_same(distributed.top1_confidence(sharded), dmax_kernels.top1_confidence(logits))
+    ids = torch.arange(6) % vocab
+    found, whole = (
+        of.token_logprobs(x, ids) for of, x in ((distributed, sharded), (dmax_kernels, logits))
+    )
+    assert torch.equal(found.rank, whole.rank)
     assert_same(distributed.sample_tokens(sharded, SEED), dmax_kernels.sample_tokens(logits, SEED))
     leaf = distribute_tensor(table, mesh, [Shard(0)]).requires_grad_()
     target = torch.randint(0, vocab, (6,), generator=ranks.generator)
@@ -295,6 +310,7 @@ def check_page(ranks: Ranks) -> None:
 
 CHECKS = (
     check_decoding,
+    check_no_rows,
     check_draws,
     check_masks,
     check_filters,
@@ -306,6 +322,8 @@ CHECKS = (
     check_linear_loss,
     check_target_logprobs,
     check_linear_target_logprobs,
+    check_token_logprobs,
+    check_linear_token_logprobs,
     check_dtensor,
     check_errors,
     check_page,

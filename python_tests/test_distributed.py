@@ -34,6 +34,12 @@ def test_one_rank_without_a_group_has_the_bits_of_the_plain_ops():
             distributed.sample_tokens(padded, SEED, vocab_size=50, **options),
             dmax_kernels.sample_tokens(LOGITS, SEED, **options),
         ),
+        (
+            distributed.token_logprobs(
+                padded, torch.arange(6), vocab_size=50, top_n=3, suppress_tokens=(49,)
+            ),
+            dmax_kernels.token_logprobs(LOGITS, torch.arange(6), top_n=3, suppress_tokens=(49,)),
+        ),
     ):
         assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
     target = torch.arange(6)
@@ -52,6 +58,10 @@ def test_one_rank_of_a_head_and_a_table():
     assert torch.equal(actual[0], expected[0])
     sampled, *_ = distributed.linear_sample_tokens(hidden, table, SEED)
     assert torch.equal(sampled, dmax_kernels.linear_sample_tokens(hidden, table, SEED)[0])
+    ids = torch.arange(12).view(6, 2)
+    of_ids = dmax_kernels.linear_token_logprobs(hidden, table, ids, suppress_tokens=(3,), top_n=2)
+    found = distributed.linear_token_logprobs(hidden, table, ids, suppress_tokens=(3,), top_n=2)
+    assert all(torch.equal(*pair) for pair in zip(found, of_ids, strict=True))
     arguments = (*expected, expected[1] < 0.2, 49)
     assert torch.equal(
         distributed.hybrid_embedding(table, *arguments),

@@ -51,7 +51,7 @@ def gather(
     if header:
         _check_headers(op, shard, columns.pop(0))
     return [
-        column.view(field.dtype).view(shard.num_ranks, *field.shape)
+        column.view(-1).view(field.dtype).view(shard.num_ranks, *field.shape)
         for column, field in zip(columns, fields, strict=True)
     ]
 
