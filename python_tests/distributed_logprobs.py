@@ -13,7 +13,7 @@ from tolerances import ROUNDING, assert_close
 
 import dmax_kernels
 from dmax_kernels import distributed
-from dmax_kernels.distributed import collectives, linear
+from dmax_kernels.distributed import collectives, linear, logprob_parts
 
 
 def assert_same(actual, expected, tolerance=2e-6):
@@ -156,10 +156,10 @@ def check_linear_token_logprobs(ranks: Ranks) -> None:
     ids[3], ids[5, 1] = -100, -100
     upstream = ranks.randn(rows)
     masks = random_masks(ranks, rows, vocab)
-    block_bytes = linear._BLOCK_BYTES
+    block_bytes = linear._BLOCK_BYTES, logprob_parts.BLOCK_BYTES
     for dtype, (bytes_, options) in itertools.product(
         (torch.float32, torch.bfloat16),
-        zip((few_rows, block_bytes, few_rows), ({"top_n": 5}, *masks), strict=True),
+        zip((few_rows, block_bytes[0], few_rows), ({"top_n": 5}, *masks), strict=True),
     ):
         leaves = [x.to(dtype).requires_grad_() for x in (
             integers(rows, dim), integers(vocab, dim), integers(vocab)
@@ -176,12 +176,12 @@ def check_linear_token_logprobs(ranks: Ranks) -> None:
             layout = {"shard_sizes": sizes, "vocab_size": vocab_size}
             head = (ranks.cut(x.detach(), sizes, 0) for x in leaves[1:])
             mine = [x.requires_grad_() for x in (leaves[0].detach().clone(), *head)]
-            linear._BLOCK_BYTES = bytes_
+            linear._BLOCK_BYTES, logprob_parts.BLOCK_BYTES = bytes_, few_rows // 3
             try:
                 several = found(distributed, *mine, ids, **layout)
                 single = found(distributed, *mine, ids[:, 0], **layout)
             finally:
-                linear._BLOCK_BYTES = block_bytes
+                linear._BLOCK_BYTES, logprob_parts.BLOCK_BYTES = block_bytes
             assert_same(several, expected)
             assert_same(single, one)
             with pytest.raises(RuntimeError, match="has a gradient for one id per row only"):

@@ -14,6 +14,7 @@ import torch
 from draws import assert_drawn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from masks import packed
 from tolerances import REFERENCE_RTOL
 from triton_device import DEVICE
 
@@ -23,6 +24,7 @@ from dmax_kernels.ops.edit_step import EDIT_RULES
 from dmax_kernels.ops.spd_step import SEMANTICS
 from dmax_kernels.ops.transform import penalty_options
 from dmax_kernels.triton import IMPLEMENTATIONS
+from dmax_kernels.vocabulary import visible_head, visible_rows
 
 EXAMPLES = int(os.environ.get("DMAX_FUZZ_EXAMPLES", "40"))
 NAN, INF = float("nan"), float("inf")
@@ -39,8 +41,36 @@ def public_loss(op):
     return call
 
 
+VISIBILITY = ("suppress_tokens", "allowed", "vocab_limit")
+
+
+def with_visibility(op):
+    """Triton's op with the options of the public function that say which tokens count."""
+
+    def call(rows, *arguments, suppress_token=-1, **options):
+        which = {name: options.pop(name) for name in VISIBILITY if name in options}
+        which |= {"suppress_token": suppress_token, "as_mask": op.endswith("token_logprobs")}
+        if op.startswith("linear"):
+            weight, *others, bias = arguments
+            weight, bias, suppress_token, allowed = visible_head(op, weight, bias, **which)
+            arguments = (weight, *others, bias)
+        else:
+            rows, suppress_token, allowed = visible_rows(op, rows, **which)
+        if not which["as_mask"]:
+            options["suppress_token"] = suppress_token
+        return IMPLEMENTATIONS[op](rows, *arguments, allowed=allowed, **options)
+
+    return call
+
+
+CHOOSERS = (
+    "top1_confidence", "topk_confidence", "row_statistics", "token_logprobs", "sample_tokens",
+    "linear_top1_confidence", "linear_sample_tokens", "linear_token_logprobs",
+)  # fmt: skip
+
+
 def spd_step_of_triton(logits, embedding, *, semantics="settled", **arguments):
-    IMPLEMENTATIONS["spd_step_"](
+    with_visibility("spd_step_")(
         logits, embedding, semantics=SEMANTICS.index(semantics), **arguments
     )
 
@@ -64,6 +94,7 @@ def transform_of_triton(
 TRITON = SimpleNamespace(
     **IMPLEMENTATIONS
     | {op: public_loss(op) for op in ("oput_loss", "oput_loss_and_grad_")}
+    | {op: with_visibility(op) for op in CHOOSERS}
     | {"spd_step_": spd_step_of_triton, "edit_step_": edit_step_of_triton}
     | {"transform_logits_": transform_of_triton}
 )
@@ -178,6 +209,71 @@ def options(draw, vocab):
 
 
 @st.composite
+def visibility(draw, x, names=VISIBILITY):
+    """(options that say which tokens count, the logits of these: the others are -inf, or cut off
+    by the limit). Masks of one row for all and of each row, with anything in the bits past V.
+    """
+    vocab, which = x.shape[-1], {}
+    if "vocab_limit" in names and draw(st.integers(0, 2)) == 0:
+        which["vocab_limit"] = vocab = draw(st.integers(1, vocab))
+    seen = x[..., :vocab]
+    share = draw(st.sampled_from([None, None, 0.0, 0.1, 0.6, 0.97]))
+    if "allowed" in names and share is not None:
+        rows = draw(st.sampled_from([(), (1,) * (x.dim() - 1), tuple(x.shape[:-1])]))
+        whole_words = -(-x.shape[-1] // 32) * 32
+        bits = torch.rand(*rows, whole_words, generator=random_generator(draw)) < share
+        if rows == tuple(x.shape[:-1]) and bits.numel() > whole_words and draw(st.booleans()):
+            bits.view(-1, whole_words)[0] = False
+        which["allowed"] = packed(bits)
+        seen = seen.masked_fill(~bits[..., :vocab], -INF)
+    if "suppress_tokens" in names and draw(st.integers(0, 2)) == 0:
+        ids = draw(st.lists(st.integers(0, vocab - 1), min_size=1, max_size=3))
+        which["suppress_tokens"] = tuple(ids)
+        seen = seen.index_fill(-1, torch.tensor(ids), -INF)
+    return which, seen
+
+
+@st.composite
+def linear_inputs(draw, backend):
+    """(hidden, weight, bias or None): small integers, whose every product and sum is exact in
+    float32, or normal numbers."""
+    interpreted = backend == "triton" and DEVICE.type == "cpu"
+    # Triton's interpreter multiplies the bits of bfloat16 as integers
+    dtypes = FLOATS.filter(lambda dtype: dtype != torch.bfloat16) if interpreted else FLOATS
+    dtype = draw(dtypes)
+    rows = draw(st.one_of(st.integers(1, 5), st.integers(6, 20 if interpreted else 70)))
+    vocab = draw(st.one_of(st.integers(1, 40), st.integers(41, 200 if interpreted else 1500)))
+    dim = draw(st.integers(1, 70))
+    exact = draw(st.booleans())
+    generator = random_generator(draw)
+
+    def numbers(*shape, scale=1.0):
+        x = torch.randn(*shape, generator=generator)
+        return ((2 * x).round().clamp(-3, 3) if exact else scale * x).to(dtype)
+
+    hidden = in_some_layout(draw, numbers(rows, dim))
+    weight = in_some_layout(draw, numbers(vocab, dim, scale=2 * dim**-0.5))
+    return hidden, weight, draw(st.sampled_from([None, numbers(vocab)])), exact
+
+
+def some_ids(draw, x):
+    """One id per row of x, or several; some are ignored."""
+    per_row = draw(st.integers(0, 4))
+    shape = (*x.shape[:-1], *([per_row] if per_row else []))
+    ids = torch.randint(0, x.shape[-1], shape, generator=random_generator(draw))
+    if draw(st.booleans()):
+        ids[torch.rand(shape, generator=random_generator(draw)) < 0.3] = -100
+    return ids.to(draw(st.sampled_from([torch.int64, torch.int32])))
+
+
+def logprob_options(draw, vocab):
+    return {
+        "temperature": draw(st.sampled_from([1.0, 1.0, 0.1, 0.7, 3.0])),
+        "top_n": draw(st.integers(0, min(20, vocab))),
+    }
+
+
+@st.composite
 def seeds(draw, rows):
     """One (seed, offset) for all rows, or one per row."""
     if draw(st.booleans()):
@@ -256,3 +352,13 @@ def check_sample(sample, x, seed, error=0.0, rtol=REFERENCE_RTOL):
     compare(top1_probability.double(), top1, rtol, 1e-7)
     relative = torch.where(top1.isnan(), NAN, torch.minimum(top1, depth.exp()))
     compare(relative_confidence.double(), relative, rtol, 1e-7)
+
+
+def check_logprobs(found, x, ids, temperature, atol):
+    """The log-probabilities of the ids and of the list against float64's."""
+    logprob, _, top_ids, top_logprobs = found
+    logprobs = torch.log_softmax(x.double() / temperature, dim=-1)
+    columns = (ids if ids.dim() == x.dim() else ids.unsqueeze(-1)).long()
+    wanted = logprobs.gather(-1, columns.clamp(min=0)).masked_fill(columns == -100, 0.0)
+    compare(logprob.double(), wanted.view(ids.shape), 5e-6, atol)
+    compare(top_logprobs.double(), logprobs.gather(-1, top_ids), 5e-6, atol)

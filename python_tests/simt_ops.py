@@ -183,8 +183,11 @@ def draw_input(temperature, top_k, top_p, min_p, allowed):
 
 def sample_tokens(
     logits, seed, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, suppress_token=-1,
-    allowed=None, gpu=H200,
+    gpu=H200, **visibility,
 ):  # fmt: skip
+    logits, suppress_token, allowed = visible_rows(
+        "sample_tokens", logits, suppress_token, **visibility
+    )
     token = torch.empty(logits.shape[:-1], dtype=torch.int64)
     floats = [torch.empty(logits.shape[:-1]) for _ in range(3)]
     draw = draw_input(temperature, top_k, top_p, min_p, allowed)

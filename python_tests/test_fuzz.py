@@ -17,16 +17,20 @@ from fuzzing import (
     NAN,
     check,
     check_choice,
+    check_logprobs,
     check_sample,
     compare,
     fused,
-    in_some_layout,
+    linear_inputs,
     logits,
+    logprob_options,
     on,
     on_every_backend,
     options,
     random_generator,
     seeds,
+    some_ids,
+    visibility,
     visible_in_float64,
 )
 from hypothesis import given, settings
@@ -34,23 +38,24 @@ from hypothesis import strategies as st
 from test_linear_loss import in_float64
 from test_statistics import assert_statistics
 from tolerances import REFERENCE_RTOL, ROUNDING
-from triton_device import DEVICE
 
 import dmax_kernels
 from dmax_kernels import reference
 from dmax_kernels.decoding import spd_generate
 from dmax_kernels.ops.spd_step import SEMANTICS
 from dmax_kernels.triton import IMPLEMENTATIONS
+from dmax_kernels.vocabulary import shard_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's inf - inf
 
 
 @on_every_backend("top1_confidence", "topk_confidence")
 def test_top(draw, backend, op):
-    x = draw(logits(backend))
+    whole = draw(logits(backend))
+    which, x = draw(visibility(whole))
     keywords = draw(options(x.shape[-1]))
     k = [draw(st.integers(1, min(8, x.shape[-1])))] if op == "topk_confidence" else []
-    tokens, confidences = fused(op, backend, [x, *k], keywords)
+    tokens, confidences = fused(op, backend, [whole, *k], keywords | which)
     assert torch.equal(tokens, getattr(reference, op)(x, *k, **keywords)[0])
     # In float64: a softmax in float32 that adds 100,000 small terms to a 1 loses some of them
     softmax = float64.softmax_of(x, **keywords)
@@ -61,19 +66,32 @@ def test_top(draw, backend, op):
 
 @on_every_backend()
 def test_row_statistics(draw, backend):
-    x = draw(logits(backend))
+    whole = draw(logits(backend))
+    which, x = draw(visibility(whole))
     keywords = draw(options(x.shape[-1]))
     expected = float64.row_statistics(x, **keywords)
     # 5: at temperature 0.1 a float32 exponent of 100 is good to 1e-5
-    assert_statistics(fused("row_statistics", backend, [x], keywords), expected, 5.0)
+    assert_statistics(fused("row_statistics", backend, [whole], keywords | which), expected, 5.0)
+
+
+@on_every_backend()
+def test_token_logprobs(draw, backend):
+    whole = draw(logits(backend))
+    which, x = draw(visibility(whole))
+    ids, keywords = some_ids(draw, x), logprob_options(draw, x.shape[-1])
+    actual = fused("token_logprobs", backend, [whole, ids], keywords | which)[:4]
+    expected = reference.token_logprobs(x, ids, **keywords)
+    compare((actual[1], actual[2]), (expected.rank, expected.top_ids))
+    check_logprobs(actual, x, ids, keywords["temperature"], 5e-6)
 
 
 @on_every_backend()
 def test_sample_tokens(draw, backend):
-    x = draw(logits(backend))
+    whole = draw(logits(backend))
+    which, x = draw(visibility(whole))
     keywords = draw(options(x.shape[-1]))
     seed = draw(seeds(x.shape[:-1]))
-    sample = fused("sample_tokens", backend, [x, seed], keywords)
+    sample = fused("sample_tokens", backend, [whole, seed], keywords | which)
     check_sample(sample, visible_in_float64(x, **keywords), seed)
 
 
@@ -83,20 +101,24 @@ def test_sharded_vocabulary(draw, backend, op):
     x = draw(logits(backend))
     vocab = x.shape[-1]
     keywords = draw(options(vocab))
+    masks = ("allowed",) if op == "top1" else ()
+    which, seen = draw(visibility(x, masks))
     step = 64 if op == "sample" else 1  # a draw's tiles are not cut
     places = st.integers(1, max((vocab - 1) // step, 1))
     cuts = draw(st.lists(places, unique=True, max_size=5)) if vocab > step else []
     starts = [0, *(step * cut for cut in sorted(cuts))]
     more = [draw(seeds(x.shape[:-1]))] if op == "sample" else []
     parts = [
-        fused(f"{op}_partial", backend, [shard, *more, start], keywords)
+        fused(f"{op}_partial", backend, [shard, *more, start], keywords | {
+            name: shard_mask(mask, start, shard.shape[-1]) for name, mask in which.items()
+        })
         for start, shard in zip(starts, x.tensor_split(starts[1:], dim=-1), strict=True)
-    ]
+    ]  # fmt: skip
     stacked = [torch.stack(column) for column in zip(*parts, strict=True)]
     temperature = {"temperature": keywords["temperature"]}
     merged = fused(f"{op}_merge", backend, stacked, temperature)
     whole = {"top1": "top1_confidence", "sample": "sample_tokens"}[op]
-    compare(merged, fused(whole, backend, [x, *more], keywords)[:2])
+    compare(merged, fused(whole, backend, [seen, *more], keywords)[:2])
 
 
 @on_every_backend()
@@ -169,7 +191,8 @@ def undecided_rows(x, state, taus, keywords):
 @on_every_backend()
 def test_spd_step_(draw, backend):
     shapes = ((0, 3), (1, 1), (2, 5), (3, 2), (2, 33))
-    x = draw(logits(backend, shapes[: 4 if backend == "triton" else 5], widest=300))
+    whole = draw(logits(backend, shapes[: 4 if backend == "triton" else 5], widest=300))
+    which, x = draw(visibility(whole))
     vocab = x.shape[-1]
     embedding = torch.randn(vocab, draw(st.integers(1, 40)), generator=random_generator(draw))
     embedding = embedding.to(draw(FLOATS))
@@ -191,8 +214,8 @@ def test_spd_step_(draw, backend):
     functions, device, *_ = BACKENDS[backend]
     actual = {name: on(device, value.clone()) for name, value in expected.items()}
     reference.spd_step_(x, embedding, **expected, **keywords)
-    keywords = {name: on(device, value) for name, value in keywords.items()}
-    functions.spd_step_(on(device, x), on(device, embedding), **actual, **keywords)
+    keywords = {name: on(device, value) for name, value in (keywords | which).items()}
+    functions.spd_step_(on(device, whole), on(device, embedding), **actual, **keywords)
     for name, want in expected.items():
         have = actual[name].cpu()[~undecided]
         tolerance = {}
@@ -271,50 +294,49 @@ def test_oput_loss_and_grad_(draw, backend):
 NOT_LINEAR = ("cuda, emulated",)  # Triton serves the ops with a matrix product
 
 
-@st.composite
-def linear_inputs(draw, backend):
-    """(hidden, weight, bias or None): small integers, whose every product and sum is exact in
-    float32, or normal numbers."""
-    interpreted = backend == "triton" and DEVICE.type == "cpu"
-    # Triton's interpreter multiplies the bits of bfloat16 as integers
-    dtypes = FLOATS.filter(lambda dtype: dtype != torch.bfloat16) if interpreted else FLOATS
-    dtype = draw(dtypes)
-    rows = draw(st.one_of(st.integers(1, 5), st.integers(6, 20 if interpreted else 70)))
-    vocab = draw(st.one_of(st.integers(1, 40), st.integers(41, 200 if interpreted else 1500)))
-    dim = draw(st.integers(1, 70))
-    exact = draw(st.booleans())
-    generator = random_generator(draw)
-
-    def numbers(*shape, scale=1.0):
-        x = torch.randn(*shape, generator=generator)
-        return ((2 * x).round().clamp(-3, 3) if exact else scale * x).to(dtype)
-
-    hidden = in_some_layout(draw, numbers(rows, dim))
-    weight = in_some_layout(draw, numbers(vocab, dim, scale=2 * dim**-0.5))
-    return hidden, weight, draw(st.sampled_from([None, numbers(vocab)])), exact
+def linear_in_float64(hidden, weight, bias):
+    products = hidden.double() @ weight.double().t()
+    return products if bias is None else products + bias.double()
 
 
 @on_every_backend("linear_top1_confidence", "linear_sample_tokens", but=NOT_LINEAR)
 def test_linear_choice(draw, backend, op):
     hidden, weight, bias, exact = draw(linear_inputs(backend))
-    keywords = draw(options(len(weight)))
-    products = hidden.double() @ weight.double().t()
-    x = products if bias is None else products + bias.double()
+    whole = linear_in_float64(hidden, weight, bias)
+    which, x = draw(visibility(whole))
+    keywords = draw(options(x.shape[-1]))
     # float32 sums of D products in any order
     size = hidden.double().abs() @ weight.double().abs().t() + 3.0
     error = 0.0 if exact else 2e-6 * size.amax(dim=-1) / keywords["temperature"]
     rtol = REFERENCE_RTOL + 4 * float(torch.as_tensor(error).max())
     x = visible_in_float64(x, **keywords)
     if op == "linear_top1_confidence":
-        token, confidence = fused(op, backend, [hidden, weight, bias], keywords)
+        token, confidence = fused(op, backend, [hidden, weight, bias], keywords | which)
         check_choice(token, confidence, x, x, torch.as_tensor(error), rtol)
         if exact:
             assert torch.equal(token, x.argmax(dim=-1))  # the lowest id of a tie
     else:
         seed = draw(seeds(hidden.shape[:-1]))
         check_sample(
-            fused(op, backend, [hidden, weight, seed, bias], keywords), x, seed, error, rtol
+            fused(op, backend, [hidden, weight, seed, bias], keywords | which), x, seed, error, rtol
         )
+
+
+@on_every_backend(but=NOT_LINEAR)
+def test_linear_token_logprobs(draw, backend):
+    """Ranks and lists where every sum is exact; elsewhere two logits may change places."""
+    hidden, weight, bias, exact = draw(linear_inputs(backend))
+    which, x = draw(visibility(linear_in_float64(hidden, weight, bias)))
+    ids, keywords = some_ids(draw, x), logprob_options(draw, x.shape[-1])
+    arguments = [hidden, weight, ids, bias]
+    actual = fused("linear_token_logprobs", backend, arguments, keywords | which)[:4]
+    expected = reference.token_logprobs(x, ids, **keywords)
+    if exact:
+        assert torch.equal(actual[1], expected.rank)
+        assert torch.equal(actual[2], expected.top_ids)
+    size = (hidden.double().abs() @ weight.double().abs().t() + 3.0).max().item()
+    error = 0.0 if exact else 4e-6 * size / keywords["temperature"]
+    check_logprobs(actual, x, ids, keywords["temperature"], 5e-6 + error)
 
 
 @on_every_backend(but=NOT_LINEAR)

@@ -6,6 +6,7 @@ import pytest
 import simt_ops
 import torch
 from cases import DTYPES, LARGE_VOCABS, SMALL_VOCABS, logit_rows, stacked_rows, strided_copies
+from masks import packed
 from simt_ops import CHOSEN, H200, ONE_MULTIPROCESSOR
 from tolerances import ROUNDING, assert_close
 from triton_device import triton_op
@@ -253,6 +254,42 @@ def test_gradient_of_several_ids(dtype):
         single.backward(upstream[:, 1])
         column.backward(upstream[:, 1:2])
         assert_close(leaf.grad, one.grad, ROUNDING[dtype], 8e-6 / temperature)
+
+
+@pytest.mark.parametrize("one_mask", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_gradient_of_several_ids_with_a_mask(name, dtype, one_mask):
+    """Hidden tokens have no gradient, whatever their logits are; the log-probability of a hidden id
+    has only the normaliser's. A row in which nothing is allowed has none.
+    """
+    generator = torch.manual_seed(9)
+    logits = (3 * torch.randn(6, 300, generator=generator)).to(dtype)
+    bits = torch.rand(1 if one_mask else 6, 300, generator=generator) < 0.5
+    bits[0, :9] = torch.tensor([False, True, False, True, False, True, False, True, True])
+    if not one_mask:
+        bits[1, 0], bits[2, 0], bits[4] = True, False, False
+    allowed, bits = packed(bits), bits.expand(6, 300)
+    hidden = (~bits[0]).nonzero().squeeze(-1)
+    logits[0, hidden[:3]] = torch.tensor([torch.nan, torch.inf, 90.0], dtype=dtype)
+    ids = torch.randint(0, 300, (6, 5), generator=generator)
+    ids[0] = torch.tensor([0, 3, 3, 2, 7])  # a hidden NaN, equal ids, a hidden infinity
+    ids[1, :2], ids[2, 1], ids[3] = -100, 0, -100
+    ids[5] = hidden[5:10] if one_mask else (~bits[5]).nonzero()[:5].squeeze(-1)  # hidden ones alone
+    upstream = torch.randn(6, 5, generator=generator)
+    leaf = logits.clone().requires_grad_()
+    found = OPS[name](leaf.view(2, 3, 300), ids.view(2, 3, 5), temperature=0.7,
+                      allowed=allowed if one_mask else allowed.view(2, 3, -1))  # fmt: skip
+    (actual,) = torch.autograd.grad(found.logprob, leaf, upstream.view(2, 3, 5))
+    visible = logits.double().masked_fill(~bits, -torch.inf)
+    used = ids != -100
+    logprob = torch.log_softmax(visible / 0.7, dim=-1).gather(-1, ids.clamp(min=0))
+    assert_close(found.logprob.view(6, 5), torch.where(used, logprob, 0.0), 1e-6, 4e-6)
+    expected = sum(gradient(visible, ids[:, i], upstream[:, i], 0.7) for i in range(5))
+    expected = expected.masked_fill(~bits | ~used.any(dim=-1, keepdim=True), 0.0)
+    assert_close(actual, expected, 2 * ROUNDING[dtype], 2e-5)
+    assert (actual[~bits] == 0).all()
+    assert actual[5].abs().sum() > 0
 
 
 @pytest.mark.parametrize(
