@@ -1,8 +1,8 @@
 """The ops over a vocabulary that is sharded among the ranks of a ``torch.distributed`` group.
 
 Each rank passes its columns of the logits (or rows of the LM head or embedding table) and what is
-replicated: hidden states, seeds, targets. Every rank returns the same result. An op costs one small
-collective forward, and at most one backward; the logits never travel.
+replicated: hidden states, seeds, targets. Every rank returns the same result. Most ops cost one
+small collective forward, and at most one backward; where one needs more, its docstring counts them.
 
 Common arguments:
 

@@ -19,8 +19,7 @@ class Wanted(NamedTuple):
     op: str
     shard: VocabShard
     ids: Tensor  # int64 [rows, n], of the whole vocabulary
-    shape: torch.Size  # as they were given
-    several: bool
+    shape: torch.Size  # of the ids as they were given
     allowed: Tensor | None  # int32 [rows or 1, words], of the whole vocabulary
     temperature: float
     top_n: int
@@ -36,9 +35,7 @@ class Wanted(NamedTuple):
         flat = ids.long().reshape(-1, ids.shape[-1]) if several else ids.long().reshape(-1, 1)
         if allowed is not None:
             allowed = allowed.reshape(-1, allowed.shape[-1])
-        wanted = cls(
-            op, shard, flat, ids.shape, several, allowed, float(temperature), top_n, ignore_index
-        )
+        wanted = cls(op, shard, flat, ids.shape, allowed, float(temperature), top_n, ignore_index)
         outside = wanted.used & ~wanted.known
         if ids.device.type == "cpu" and outside.any():
             place = int(outside.flatten().nonzero()[0])
@@ -149,7 +146,7 @@ def _widened(lists: Tensor, width: int) -> Tensor:
 
 
 def _merged(shard: VocabShard, tops: Tensor, top_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor]:
-    """The first ``top_n`` ids of all ranks' first ones and their logits, [ranks, rows, top_n]."""
+    """The first ``top_n`` ids of all, and their logits, from every rank's: [ranks, rows, top_n]."""
     widths = [min(top_n, shard.width_of(rank)) for rank in range(shard.num_ranks)]
     values, ids = (
         torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)

@@ -38,8 +38,9 @@ def token_logprobs(
     Two collectives. An all-gather of 8 bytes per row and 4 per id (with ``top_n``, 4 + 12 top_n per
     row) has each shard's largest logits, the logarithm of its share of the softmax's denominator,
     and the logits of the ids that it holds. An all-reduce of 8 bytes per id then adds up how many
-    tokens of each shard come before an id. A rank reads its logits three times, however many ids
-    there are, and copies 32 MB of them at a time. The backward pass has no collective.
+    tokens of each shard come before an id. A rank runs the unsharded op over its columns twice,
+    however many ids there are, the second time over copies of 32 MB at a time. The backward pass
+    has no collective.
 
     Args:
         logits: this rank's columns [..., V_shard], or a DTensor sharded on the last dimension.
