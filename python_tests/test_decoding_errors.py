@@ -141,6 +141,14 @@ MISTAKES = {
         "eos_token_id must be a token id or several, got 2.0",
     ),
     "pad_token_id": ({"pad_token_id": 0.0}, "pad_token_id must be a token id, got 0.0"),
+    "pad_token_id below the vocabulary": (
+        {"pad_token_id": -1},
+        "pad_token_id must be in [0, 23), the model's vocabulary, got -1",
+    ),
+    "pad_token_id above the vocabulary": (
+        {"pad_token_id": 23},
+        "pad_token_id must be in [0, 23), the model's vocabulary, got 23",
+    ),
     "max_new_tokens is text": (
         {"max_new_tokens": "8"},
         "max_new_tokens must be a positive integer, got '8'",
@@ -204,6 +212,19 @@ def test_a_config_without_eos_and_context_decodes_to_the_end():
         model, random_prompts(2, 8), block_length=8, max_new_tokens=20, ops="reference"
     )
     assert output.num_tokens.tolist() == [20, 20]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_ids_of_a_config_that_are_outside_the_vocabulary(use_cache):
+    """A padding of -1 stands for none, and an end token that cannot be predicted ends nothing."""
+    model, prompts = RandomModel(), [[3] * 16, [4] * 7]
+    options = {"block_length": 8, "max_new_tokens": 20, "ops": "reference", "use_cache": use_cache}
+    model.config = make_config(eos_token_id=[40, -1], pad_token_id=-1)
+    output = spd_generate(model, prompts, **options)
+    assert output.num_tokens.tolist() == [20, 20]
+    assert output.sequences[1, :9].eq(model.config.mask_token_id).all()
+    model.config = make_config(eos_token_id=[40, 2], pad_token_id=-1)
+    assert spd_generate(model, prompts, **options).sequences[1, :9].eq(2).all()
 
 
 def test_a_model_that_does_not_use_the_cache():

@@ -114,12 +114,12 @@ class DecodeConfig:
     eos_token_id: int | Iterable[int] | None = option(
         None,
         "what ends an answer, in Python one id or several (default: each that the tokenizer or "
-        "the model's configs name)",
+        "the model's configs name); an id outside the vocabulary, such as -1, ends none",
     )
     pad_token_id: int | None = option(
         None,
-        "what fills a sequence after its end (default: the model config's, or else the first end "
-        "token)",
+        "what fills a sequence after its end, a token of the vocabulary (default: the model "
+        "config's, or else the first end token)",
     )
     ops: str = option("fused", "fused: this package's kernels; reference: eager PyTorch")
     use_cache: bool = option(
@@ -208,11 +208,15 @@ class DecodeConfig:
         mask = read_integer("spd_generate: mask_token_id", mask, in_vocabulary, 0, vocabulary)
         ends = self.eos_token_id
         ends = end_token_ids(model) if ends is None else read_ids("eos_token_id", ends)
-        pads = (self.pad_token_id, getattr(model.config, "pad_token_id", None), *ends, mask)
+        pad = self.pad_token_id
+        if pad is None:  # in a config, an id outside the vocabulary (often -1) stands for none
+            known = map(as_integer, (getattr(model.config, "pad_token_id", None), *ends, mask))
+            pad = next(each for each in known if each is not None and 0 <= each < vocabulary)
+        pad = read_integer("spd_generate: pad_token_id", pad, in_vocabulary, 0, vocabulary)
         filled = {
             "mask_token_id": mask,
             "eos_token_id": ends,
-            "pad_token_id": next(each for each in pads if each is not None),
+            "pad_token_id": pad,
             "max_steps_per_block": self.max_steps_per_block or self.block_length,
         }
         return RunConfig(**{**vars(self), **filled})
