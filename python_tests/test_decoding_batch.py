@@ -1,10 +1,14 @@
 """Batches of unequal rows: padding, independence, thresholds per row, streaming, late polling."""
 
+from contextlib import contextmanager
+from functools import cache
+from types import SimpleNamespace
+
 import pytest
 import torch
 from decoding_models import EOS, ExactModel, random_prompts
 
-from dmax_kernels.decoding import RULES, Rule, spd_generate
+from dmax_kernels.decoding import RULES, Rule, graph, spd_generate
 from dmax_kernels.decoding.graph import StepRunner
 from dmax_kernels.ops.spd_step import SEMANTICS
 
@@ -258,6 +262,60 @@ def test_a_step_that_cannot_be_captured_runs_plainly(prompts, monkeypatch):
     runner = StepRunner(refuse, required=True)
     with pytest.raises(ValueError, match="cuda_graph must be False or None for this model"):
         decode(ExactModel(), prompts)
+
+
+class FakeCuda:
+    """Notes on which device work is captured: in a graph, that of the graph's stream."""
+
+    def __init__(self):
+        self.captures, self.current = [], torch.device("cuda", 0)
+        self.CUDAGraph = lambda: SimpleNamespace(replay=None)
+        self.Stream = lambda device: SimpleNamespace(device=device)
+        self.graph_pool_handle = lambda: (0, 1)
+
+    @contextmanager
+    def device(self, device):
+        before, self.current = self.current, device
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph, pool=None, stream=None):
+        self.captures.append((self.current, stream, []))  # PyTorch waits for the current device
+        with self.device(stream.device):
+            yield
+
+    def zeros(self, *shape, device):
+        assert device == self.current
+        self.captures[-1][-1].append(device)
+
+
+def test_a_capture_and_its_end_are_on_the_models_device(monkeypatch):
+    """Also where an earlier model was on another device, which is still the current one."""
+    cuda = FakeCuda()
+    monkeypatch.setattr(graph, "torch", SimpleNamespace(cuda=cuda, zeros=cuda.zeros))
+    monkeypatch.setattr(graph, "capture_stream", cache(graph.capture_stream.__wrapped__))
+    devices = [torch.device("cuda", index) for index in (0, 1, 1)]
+    earlier, runner, later = (graph.make_runner(None, device).capture for device in devices)
+    assert runner.stream is later.stream
+
+    def work():
+        cuda.zeros(1, device=devices[1])
+
+    def fail():
+        work()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    earlier(lambda: None)
+    runner(work)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        runner(fail)
+    assert [waited for waited, _, _ in cuda.captures] == [devices[0], *3 * devices[1:2]]
+    for waited, stream, done in cuda.captures[1:]:
+        assert waited == stream.device
+        assert done == [devices[1]]  # nor is the last one empty, of which PyTorch would warn
 
 
 def device_model():

@@ -21,7 +21,7 @@ import torch
 
 from dmax_kernels.bench.timer import FEWEST_ROUNDS, Candidate, Timing, warm_up
 from dmax_kernels.bench.workload import Work
-from dmax_kernels.decoding.graph import end_failed_capture
+from dmax_kernels.decoding.graph import capture_stream, end_failed_capture
 
 NODES = 20  # calls in one graph
 ROTATED_BYTES = 256 << 20  # of all copies together: several times any L2
@@ -37,6 +37,7 @@ class Gpu:
 
     def __init__(self) -> None:
         self.flushed = torch.ones(self.flush_bytes // 4, device="cuda")
+        self.stream = capture_stream(self.flushed.device)
         self.pool = torch.cuda.graph_pool_handle()
 
     def large_buffer(self) -> torch.Tensor:
@@ -81,13 +82,13 @@ class Gpu:
                     call()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 for call in calls:
                     call()
             return graph.replay, "graph"
         except RuntimeError:
             torch.cuda.synchronize()
-            end_failed_capture()
+            end_failed_capture(self.stream)
             self.pool = torch.cuda.graph_pool_handle()
             return lambda: [call() for call in calls], "eager"
 

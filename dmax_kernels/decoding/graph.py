@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import cache
 
 import torch
 
@@ -52,27 +53,39 @@ class StepRunner:
 
 
 class CudaCapture:
-    """Captures steps of one run into CUDA graphs that share their memory."""
+    """Captures steps of one run into CUDA graphs that share their memory.
 
-    def __init__(self) -> None:
+    The model's device need not be the current one. PyTorch captures on the device of a stream, by
+    default that of the process's first capture; the graph of a step elsewhere would be empty.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = capture_stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool):
-                step()
-        except RuntimeError:
-            end_failed_capture()
-            raise
+        with torch.cuda.device(self.stream.device):
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                    step()
+            except RuntimeError:
+                end_failed_capture(self.stream)
+                raise
         return graph.replay
 
 
-def end_failed_capture() -> None:
-    """A capture that fails leaves PyTorch's generators in capturing mode (seen with torch 2.11),
-    in which the next ``torch.randn`` raises; one that succeeds takes them out of it."""
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        torch.zeros(1, device="cuda")
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One per device and process, because cuBLAS keeps a workspace for each stream it meets."""
+    return torch.cuda.Stream(device)
+
+
+def end_failed_capture(stream: torch.cuda.Stream) -> None:
+    """A capture that fails leaves the generators of its device in capturing mode (seen with torch
+    2.11), in which the next ``torch.randn`` raises; one that succeeds takes them out of it."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        torch.zeros(1, device=stream.device)
 
 
 def make_runner(cuda_graph: bool | None, device: torch.device) -> StepRunner:
@@ -83,4 +96,4 @@ def make_runner(cuda_graph: bool | None, device: torch.device) -> StepRunner:
             f"got True on {device.type}"
         )
     captures = device.type == "cuda" and cuda_graph is not False
-    return StepRunner(CudaCapture() if captures else None, required=bool(cuda_graph))
+    return StepRunner(CudaCapture(device) if captures else None, required=bool(cuda_graph))
