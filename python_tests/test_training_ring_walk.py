@@ -7,9 +7,11 @@ import pytest
 from training_models import random_model
 
 from dmax_kernels.__main__ import main
+from dmax_kernels.gsm.stages import ARMS
 from dmax_kernels.models.checkpoint import SHIPPED_DIR
 from dmax_kernels.ring_walk import distill, recipe, stages
 from dmax_kernels.ring_walk.data import ring_walk_examples
+from dmax_kernels.ring_walk.ladder import Arm
 from dmax_kernels.training import loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,6 +56,15 @@ def test_the_numbers_are_those_of_the_shipped_log():
     assert {name: log["distillation"][name] for name in asdict(stages.DISTILLATION)} == asdict(
         stages.DISTILLATION
     )
+
+
+def test_logs_have_a_stages_fields_in_one_order():
+    """The files of a run hold a stage as it was first written, its settings last."""
+    fields = ["name", "start_from", "data", "num_moves", "config"]
+    assert list(stages.OPUT.as_dict()) == list(Arm("uniform", 200).stage().as_dict()) == fields
+    in_words = ARMS[0].as_dict()
+    assert list(in_words) == [name for name in fields if name != "num_moves"]
+    assert in_words["config"] == ARMS[0].config.as_dict()
 
 
 def test_distillation_resumes_and_drops_incomplete_responses(tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 from dmax_kernels.evaluation.cells import Cell, Outcome
 from dmax_kernels.evaluation.metrics import aup, paired
 from dmax_kernels.gsm.stages import CELLS
+from dmax_kernels.ring_walk.judging import above, rates
 
 MEASURE = "answer"  # the paper's accuracy
 RESAMPLES = 2000  # of the problems, for the interval of an AUP
@@ -130,13 +131,14 @@ def judge(claim: Claim, rows: Mapping[Cell, Outcome]) -> Verdict:
         return Verdict(claim, "not run")
     first, second = rows[claim.first], rows[claim.second]
     found = paired(first.right[MEASURE], second.right[MEASURE])
-    rates = " against ".join(f"{each.tokens_per_forward():.2f}" for each in (first, second))
+    passes = " against ".join(f"{each.tokens_per_forward():.2f}" for each in (first, second))
     figures = (
         f"{100 * found.difference:+.1f} points "
         f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}], p {found.p_value:.1g}, "
-        f"n {found.problems}; {rates} tokens per forward"
+        f"n {found.problems}; {passes} tokens per forward"
     )
-    return Verdict(claim, decide(100 * found.low, 100 * found.high, claim.margin), figures)
+    verdict = above(100 * found.low, 100 * found.high, claim.margin, claim.margin)
+    return Verdict(claim, verdict, figures)
 
 
 def judge_aup(claim: AupClaim, rows: Mapping[Cell, Outcome]) -> Verdict:
@@ -156,7 +158,7 @@ def judge_aup(claim: AupClaim, rows: Mapping[Cell, Outcome]) -> Verdict:
         f"AUP {first:.0f} against {second:.0f}, difference [{low:+.0f}, {high:+.0f}] "
         f"(bootstrap over {problems} problems)"
     )
-    return Verdict(claim, decide(low, high, 0.0), figures)
+    return Verdict(claim, above(low, high, 0.0, 0.0), figures)
 
 
 def method_cells(model: str, rule: str) -> list[Cell]:
@@ -165,15 +167,8 @@ def method_cells(model: str, rule: str) -> list[Cell]:
 
 def method_aup(outcomes: list[Outcome], chosen: np.ndarray, best: float) -> float:
     """AUP over these problems; `best` is y_max, over all rows and all problems."""
-    rates, shares = [], []
+    speeds, shares = [], []
     for outcome in outcomes:
-        tokens = np.array(outcome.tokens) - np.array(outcome.complete)
-        rates.append(float((tokens / np.array(outcome.forwards))[chosen].mean()))
+        speeds.append(float(rates(outcome)[chosen].mean()))
         shares.append(100 * float(np.array(outcome.right[MEASURE])[chosen].mean()))
-    return aup(rates, shares, best)
-
-
-def decide(low: float, high: float, margin: float) -> str:
-    if low > margin:
-        return "holds"
-    return "fails" if high < margin else "undecided"
+    return aup(speeds, shares, best)

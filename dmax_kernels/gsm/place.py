@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,10 @@ from torch import nn
 from dmax_kernels.files import write_atomically
 from dmax_kernels.gsm import task
 from dmax_kernels.gsm.bundle import Bundle
-from dmax_kernels.gsm.stages import Recipe, Stage
-from dmax_kernels.ring_walk.data import batches, repeated_examples
-from dmax_kernels.ring_walk.recipe import stage_log
+from dmax_kernels.gsm.stages import Recipe
+from dmax_kernels.ring_walk.data import repeated_examples, stream_of
+from dmax_kernels.ring_walk.recipe import new_model, stage_log
+from dmax_kernels.ring_walk.stages import Stage
 from dmax_kernels.training.data import Example
 from dmax_kernels.training.loop import fit
 from dmax_kernels.training.parallel import Processes
@@ -77,12 +76,8 @@ class Place:
         return task.build_model(len(self.words), block_length, **self.recipe.sizes)
 
     def new_model(self, stage: Stage) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stage.config.seed)
-            model = self.build_model(stage.config.block_length)
-        if stage.start_from is not None:
-            model.load_state_dict(self.weights(stage.start_from))
-        return model
+        start_from = None if stage.start_from is None else self.weights(stage.start_from)
+        return new_model(stage, start_from, self.build_model)
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         return safetensors.torch.load_file(self.output / "weights" / f"{name}.safetensors")
@@ -113,15 +108,12 @@ class Place:
             precision="bf16-autocast" if on_gpu else "float32",
         )
 
-        def stream(first_step: int) -> Iterator[list[Example]]:
-            source = repeated_examples(examples, config.seed)
-            return islice(batches(source, task.BLOCK, config.batch_size), first_step, None)
-
+        source = partial(repeated_examples, examples, config.seed)
         model = self.new_model(stage)
         metrics = fit(
             model,
             config,
-            stream,
+            stream_of(source, task.BLOCK, config.batch_size),
             self.output / "stages" / stage.name,
             data=f"{stage.data}, {len(examples)} examples, file crc {self.data_crc:08x}",
             eos_token_id=task.EOS_ID,

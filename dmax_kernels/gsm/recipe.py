@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 
 from dmax_kernels.decoding import DecodeConfig
 from dmax_kernels.decoding.rules import find_rule
@@ -29,6 +28,7 @@ from dmax_kernels.gsm.place import Place
 from dmax_kernels.gsm.rows import ROWS, Row, append_row, read_rows, spread_over_templates
 from dmax_kernels.gsm.stages import GIVEN
 from dmax_kernels.models.workers import run_tasks
+from dmax_kernels.ring_walk.recipe import versions
 from dmax_kernels.training import distill as answering
 from dmax_kernels.training.data import Example
 
@@ -45,11 +45,7 @@ def run_recipe(place: Place, *, workers: int, threads: int, command: str = "") -
     log: dict[str, Any] = {
         "command": command,
         "ops": place.ops,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "device": device_name(place.device),
         "words": len(place.words),
         "parameters": place.build_model().num_parameters(),

@@ -1,6 +1,8 @@
 """The stages of the recipe, with every setting that they use.
 
 base_block16 -> base -> distillation -> oput, control, uniform, certainty
+
+The data of a stage is "train", the file's own chains of thought, or "distilled", the base model's.
 """
 
 from __future__ import annotations
@@ -9,27 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dmax_kernels.ring_walk.stages import stage_config
+from dmax_kernels.ring_walk.stages import Stage, stage_config
 from dmax_kernels.training.config import TrainConfig
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One training run.
-
-    Attributes:
-        start_from: the stage whose weights this one starts from; None for new weights.
-        data: "train" (the file's own chains of thought) or "distilled" (the base model's).
-    """
-
-    name: str
-    start_from: str | None
-    data: str
-    config: TrainConfig
-
-    def as_dict(self) -> dict[str, Any]:
-        names = ("name", "start_from", "data")
-        return {**{n: getattr(self, n) for n in names}, "config": self.config.as_dict()}
 
 
 def gsm_config(batch_size: int, **changes: Any) -> TrainConfig:

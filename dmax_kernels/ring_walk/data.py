@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from dmax_kernels.ring_walk import task
-from dmax_kernels.ring_walk.stages import Stage
+from dmax_kernels.ring_walk.stages import WalkStage
 from dmax_kernels.training.data import Example, Stream
 
 
@@ -47,15 +47,24 @@ def batches(
             waiting[shape] = []
 
 
-def stage_stream(stage: Stage, examples: list[Example] | None) -> Stream:
-    """The stage's batches; from a later step on, the earlier ones are drawn and dropped."""
+def stage_stream(stage: WalkStage, examples: list[Example] | None) -> Stream:
+    """The stage's batches."""
     config = stage.config
 
-    def stream(first_step: int) -> Iterator[list[Example]]:
+    def source() -> Iterator[Example]:
         if stage.data == "distilled":
-            source = repeated_examples(examples, config.seed)
-        else:
-            source = ring_walk_examples(stage.num_moves, config.block_length, config.seed)
-        return islice(batches(source, config.block_length, config.batch_size), first_step, None)
+            return repeated_examples(examples, config.seed)
+        return ring_walk_examples(stage.num_moves, config.block_length, config.seed)
+
+    return stream_of(source, config.block_length, config.batch_size)
+
+
+def stream_of(
+    source: Callable[[], Iterator[Example]], block_length: int, batch_size: int
+) -> Stream:
+    """The batches of `source()`; from a later step on, the earlier ones are drawn and dropped."""
+
+    def stream(first_step: int) -> Iterator[list[Example]]:
+        return islice(batches(source(), block_length, batch_size), first_step, None)
 
     return stream

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from dmax_kernels.files import save_json
@@ -25,8 +24,8 @@ from dmax_kernels.models.checkpoint import load_checkpoint
 from dmax_kernels.models.workers import run_tasks
 from dmax_kernels.ring_walk.distill import distill, distilled_examples
 from dmax_kernels.ring_walk.export import save_checkpoint
-from dmax_kernels.ring_walk.recipe import new_model, run_stage, stage_log
-from dmax_kernels.ring_walk.stages import BASE, DISTILLATION, ON_DISTILLED, Stage, stage_config
+from dmax_kernels.ring_walk.recipe import new_model, run_stage, stage_log, versions
+from dmax_kernels.ring_walk.stages import BASE, DISTILLATION, ON_DISTILLED, WalkStage, stage_config
 from dmax_kernels.training.data import Example
 
 # The objective of each method, and what differs from the settings that all methods share
@@ -54,10 +53,10 @@ class Arm:
         seed = "" if self.seed == FIRST_SEED else f"-seed{self.seed}"
         return f"{self.method}-{self.steps}{seed}"
 
-    def stage(self) -> Stage:
+    def stage(self) -> WalkStage:
         changes = {"steps": self.steps, "seed": self.seed, **METHODS[self.method]}
         config = stage_config(**{**ON_DISTILLED, **changes})
-        return Stage(self.name, "base", "distilled", BASE.num_moves, config)
+        return WalkStage(self.name, "base", "distilled", config, num_moves=BASE.num_moves)
 
 
 def all_arms() -> list[Arm]:
@@ -87,7 +86,7 @@ class Training:
         """Trains the arm and writes OUTPUT/NAME and OUTPUT/logs/NAME.json; returns its log."""
         stage = arm.stage()
         base, _ = load_checkpoint("base")
-        model = new_model(stage, base)
+        model = new_model(stage, base.state_dict())
         folder = self.output / "stages" / arm.name
         metrics = run_stage(
             stage,
@@ -117,9 +116,7 @@ def made_with(device: str) -> dict[str, str]:
     on_gpu = device.startswith("cuda")
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **versions(),
     }
 
 

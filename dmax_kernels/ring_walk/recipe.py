@@ -9,6 +9,7 @@ Every stage is a training run in OUTPUT/stages/NAME; the same call continues wha
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from dmax_kernels.ring_walk.stages import (
     DISTILLATION,
     OPUT,
     Stage,
+    WalkStage,
 )
 from dmax_kernels.training.data import Example
 from dmax_kernels.training.distill import Counts
@@ -57,11 +59,7 @@ def run_recipe(output: Path, *, ops: str = "reference", command: str = "") -> di
         "command": command,
         "ops": ops,
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "cpu": {"machine": platform.machine(), "simd": torch.backends.cpu.get_cpu_capability()},
         "stages": {},
         "distillation": {},
@@ -69,8 +67,8 @@ def run_recipe(output: Path, *, ops: str = "reference", command: str = "") -> di
     }
     models: dict[str, nn.Module] = {}
 
-    def run(stage: Stage, examples: list[Example] | None = None) -> None:
-        start_from = models.get(stage.start_from) if stage.start_from else None
+    def run(stage: WalkStage, examples: list[Example] | None = None) -> None:
+        start_from = models[stage.start_from].state_dict() if stage.start_from else None
         model = new_model(stage, start_from)
         metrics = run_stage(stage, model, examples, stages_dir / stage.name, ops=ops)
         models[stage.name] = model.eval()
@@ -97,18 +95,30 @@ def run_recipe(output: Path, *, ops: str = "reference", command: str = "") -> di
     return log
 
 
-def new_model(stage: Stage, start_from: nn.Module | None) -> nn.Module:
-    """A model with the stage's block length, with new weights or a copy of `start_from`'s."""
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def new_model(
+    stage: Stage,
+    start_from: Mapping[str, torch.Tensor] | None,
+    build: Callable[[int], nn.Module] = build_model,
+) -> nn.Module:
+    """build(the stage's block length), with new weights or a copy of those to start from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stage.config.seed)
-        model = build_model(stage.config.block_length)
+        model = build(stage.config.block_length)
     if start_from is not None:
-        model.load_state_dict(start_from.state_dict())
+        model.load_state_dict(start_from)
     return model
 
 
 def run_stage(
-    stage: Stage,
+    stage: WalkStage,
     model: nn.Module,
     examples: list[Example] | None,
     output: Path,

@@ -14,18 +14,26 @@ class Stage:
 
     Attributes:
         start_from: the stage whose weights this one starts from; None for new weights.
-        data: "ring_walk" (correct derivations, newly drawn for each batch) or "distilled" (the base
-            model's own responses, repeated in epochs).
+        data: a name that the recipe knows: "distilled" for the base model's own responses, repeated
+            in epochs, or the task's own name for correct ones.
     """
 
     name: str
     start_from: str | None
     data: str
-    num_moves: int
     config: TrainConfig
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "config": self.config.as_dict()}
+        """All fields as JSON values, `config` last."""
+        others = {name: value for name, value in asdict(self).items() if name != "config"}
+        return {**others, "config": self.config.as_dict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkStage(Stage):
+    """A stage of the ring walk: "ring_walk" are derivations that are newly drawn for each batch."""
+
+    num_moves: int
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ def stage_config(**changes: Any) -> TrainConfig:
 # Learning rates, batch size, warm-up and the start at block length 16 come from an earlier trial of
 # this task, in which training at block length 32 from scratch got 2 % of derivations right after 11
 # minutes.
-BASE_BLOCK16 = Stage(
+BASE_BLOCK16 = WalkStage(
     name="base_block16",
     start_from=None,
     data="ring_walk",
@@ -71,7 +79,7 @@ BASE_BLOCK16 = Stage(
         seed=1,
     ),
 )
-BASE = Stage(
+BASE = WalkStage(
     name="base",
     start_from="base_block16",
     data="ring_walk",
@@ -88,7 +96,7 @@ BASE = Stage(
 DISTILLATION = Distillation(problems=4608, num_moves=6, threshold=0.95, batch_size=256, seed=3)
 # Mask ratio 0.75 is the paper's (section 4.1). The linear fall takes the place of its cosine.
 ON_DISTILLED = {"steps": 600, "muon_learning_rate": 0.01, "learning_rate": 1e-3, "seed": 4}
-OPUT = Stage(
+OPUT = WalkStage(
     name="oput",
     start_from="base",
     data="distilled",
@@ -96,7 +104,7 @@ OPUT = Stage(
     config=stage_config(objective="oput", **ON_DISTILLED),
 )
 # The control for OPUT: the same number of steps of plain masked training on the same responses
-CONTROL = Stage(
+CONTROL = WalkStage(
     name="control",
     start_from="base",
     data="distilled",
