@@ -62,8 +62,7 @@ MixtureNorms mix_embeddings(const EmbeddingTable<T>& table, const Mixture& mixtu
     norms.target += mixture.confidence[j] * norms.token[j];
     kernels.add_scaled(mix, e_token, mixture.confidence[j], table.dim);
   }
-  // Skipped at 0, so that p = 1 gives exactly e(y), whatever e(mask) holds
-  if (residual != 0) kernels.add_scaled(mix, e_mask, residual, table.dim);
+  kernels.add_scaled(mix, e_mask, residual, table.dim);  // also at 0: 0 * inf is NaN
   norms.mix = norm(tile_kernels<float>(), mix, table.dim);
   return norms;
 }

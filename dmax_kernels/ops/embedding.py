@@ -21,7 +21,8 @@ def hybrid_embedding(
         h   = mix / |mix| * (sum_j p_j |e(y_j)| + r |e(mask)|)        (0 where mix is 0)
 
     float32 inside, rounded once to the embedding's dtype. A single token with confidence 1 gives
-    e(y) exactly. A NaN confidence gives a NaN row.
+    e(y) exactly. A row is NaN where a confidence, an element of e(mask) or one of some e(y_j) is
+    NaN or infinite, whatever its weight: 0 * inf is NaN.
 
     Args:
         embedding: [V, D], float32, bfloat16 or float16.

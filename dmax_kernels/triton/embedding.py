@@ -40,8 +40,7 @@ def mix_chunk(
     K: tl.constexpr,
 ):
     """sum_k p_k e(y_k) + r e(mask) over one chunk of D."""
-    # Not added at 0: p = 1 then gives e(y) to the bit, whatever e(mask) holds
-    mix = tl.where(share == 0.0, 0.0, share * e_mask)
+    mix = share * e_mask
     for i in tl.static_range(K):
         p = tl.load(confidence + position * K + i)
         y = tl.load(token + position * K + i).to(tl.int64)
@@ -66,7 +65,7 @@ def mix_norms(
         mask_square += e_mask * e_mask
         mix_square += mix * mix
     mask_norm = tl.sqrt(tl.sum(mask_square, axis=0))
-    target = tl.where(share == 0.0, 0.0, share * mask_norm)
+    target = share * mask_norm
     for i in tl.static_range(K):
         p = tl.load(confidence + position * K + i)
         target += p * token_norm(embedding, row_stride, token, position, i, vocab, dim, K, CHUNK)
@@ -221,7 +220,7 @@ def position_grad_kernel(
     tl.debug_barrier()  # below, other threads of this program read what was stored
 
     # Weights in the table's rows, and d p
-    mask_pull_here = tl.where(mask_norm > 0.0, share * grad_target / mask_norm, 0.0)
+    mask_pull_here = tl.where(mask_norm == 0.0, 0.0, share * grad_target / mask_norm)
     tl.store(mask_weight + position, share)
     tl.store(mask_pull + position, mask_pull_here)
     mask_part = dot_row(embedding, row_stride, mask_token, ds_row, vocab, dim, CHUNK)
@@ -230,7 +229,7 @@ def position_grad_kernel(
         y = tl.load(token + position * K + i).to(tl.int64)
         p = tl.load(confidence + position * K + i)
         e_norm = token_norm(embedding, row_stride, token, position, i, vocab, dim, K, CHUNK)
-        pull = tl.where(e_norm > 0.0, p * grad_target / e_norm, 0.0)
+        pull = tl.where(e_norm == 0.0, 0.0, p * grad_target / e_norm)
         tl.store(token_pull + position * K + i, pull)
         token_part = dot_row(embedding, row_stride, y, ds_row, vocab, dim, CHUNK)
         token_part += grad_target * e_norm
@@ -250,7 +249,7 @@ def mask_grad_kernel(
     for position in range(span * SPAN, last):
         ds = tl.load(grad_mix + position * dim + at, mask=at < dim, other=0.0)
         weight = tl.load(mask_weight + position)
-        total += tl.where(weight == 0.0, 0.0, weight * ds)
+        total += weight * ds
         pull += tl.load(mask_pull + position)
     tl.store(partial + span * dim + at, total, mask=at < dim)
     tl.store(partial_pull + span, pull)
