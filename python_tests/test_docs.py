@@ -51,6 +51,16 @@ def test_pictures_and_links_exist(page):
         assert (page.parent / link).exists(), link
 
 
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.stem != "reproduction"], ids=lambda p: p.name
+)
+def test_lines_are_wrapped(page):
+    """At 100 characters, except for tables; reproduction.md is made of recorded figures."""
+    lines = enumerate(page.read_text().splitlines(), 1)
+    long = [number for number, line in lines if len(line) > 100 and not line.startswith("|")]
+    assert not long, f"{page.name}: lines {long}"
+
+
 def test_contributing_names_what_is_there():
     text = CONTRIBUTING.read_text()
     tree = re.search(r"```\n(csrc/schemas.*?)```", text, re.DOTALL)[1]
