@@ -42,6 +42,7 @@ def functions():
             lambda ops, x: ops.linear_oput_loss(out, out, x, target, z_loss=0.1, reduction="sum"),
             weight,
         ),
+        "token_logprobs": (lambda ops, x: ops.token_logprobs(x, target)[0].square().sum(), other),
         "hybrid_embedding": (
             lambda ops, x: ops.hybrid_embedding(x, token, confidence, masked, V - 1).mul(out).sum(),
             weight,
@@ -76,7 +77,8 @@ def test_what_has_no_derivative_says_so(name):
         return function(dmax_kernels, x)
 
     op = name.split(" ")[0]
-    second = f"^{op}_backward: has no gradient; second derivatives are not there$"
+    backward = "oput_loss" if op == "token_logprobs" else op
+    second = f"^{backward}_backward: has no gradient; second derivatives are not there$"
     forward = f"^{op}: has no forward-mode derivative$"
     with pytest.raises(RuntimeError, match=second):
         grad(lambda x: grad(of)(x).square().sum())(x)
@@ -98,3 +100,22 @@ def test_no_tangent_no_objection():
     assert torch.equal(tangent, x * dmax_kernels.top1_confidence(logits)[1])
     with pytest.raises(RuntimeError, match="^top1_confidence: has no gradient; detach the logits$"):
         grad(lambda x: dmax_kernels.top1_confidence(x)[1].sum())(logits)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, target: dmax_kernels.linear_token_logprobs(x, x, target)[0].sum(),
+        lambda x, target: dmax_kernels.target_logprobs(x, target).logprob.sum(),
+        lambda x, target: dmax_kernels.linear_target_logprobs(x, x, target).entropy.sum(),
+        dmax_kernels.certainty_forcing_loss,
+        lambda x, target: dmax_kernels.linear_certainty_forcing_loss(x, x, target),
+    ],
+)
+def test_functions_of_torch_autograd_alone(function):
+    """An error, and no silent zero; what their backward pass needs is no output of theirs."""
+    for transform in (grad, lambda f: lambda x: vmap(grad(f))(x[None])):
+        with pytest.raises(
+            RuntimeError, match=r"setup_context|^linear_token_logprobs: has no gradient under"
+        ):
+            transform(lambda x: function(x, torch.arange(4)))(torch.eye(4))

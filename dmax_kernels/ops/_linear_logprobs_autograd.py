@@ -23,6 +23,9 @@ def check_one_id(ids_shape: torch.Size, hidden: torch.Tensor) -> None:
 
 @once_differentiable
 def backward(ctx, grad_logprob, *_):
+    # Its products are no op of ours that could refuse a second derivative, which would be wrong
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("linear_token_logprobs: has no gradient under torch.func; use autograd")
     hidden, weight, ids, bias, allowed, logsumexp = ctx.saved_tensors
     check_one_id(ids.shape, hidden)
     temperature, ignore_index = ctx.options
