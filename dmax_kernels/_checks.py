@@ -46,12 +46,19 @@ def read_number(what: str, value: object, need: str, accepts: Callable[[float], 
     return number
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+def option(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    repeated: str | None = None,
+) -> Any:
     """A field of a configuration, with the text that a command shows for it.
 
-    default: MISSING where the caller must give a value.
+    default: MISSING where the caller must give a value. repeated: how one value is written, where
+    the command's option may be given several times.
     """
-    return field(default=default, metadata={"help": help, "choices": choices})
+    metadata = {"help": help, "choices": choices, "repeated": repeated}
+    return field(default=default, metadata=metadata)
 
 
 def document_fields(config: Config) -> Config:

@@ -47,7 +47,7 @@ Several processes, each with a model of its own:
 # What changes no token
 FREE = ("ops", "cuda_graph", "poll_lag")
 DEFAULTS: dict[str, Any] = {"max_new_tokens": 2048, "rule": "threshold", "tau_dec": 0.95}
-CONFIG = ConfigFile()
+CONFIG = ConfigFile(repeated=("logit_bias",))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -53,7 +53,7 @@ their step cap, is stopped there.
 RING_WALK = "ring_walk"
 RING_WALK_GRADE = "dmax_kernels.ring_walk.task:grade_response"
 DEFAULTS: dict[str, Any] = {"max_new_tokens": 2048}
-CONFIG = ConfigFile(repeated=("model", "rule"))
+CONFIG = ConfigFile(repeated=("model", "rule", "logit_bias"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -77,4 +77,21 @@ def given_options(args: argparse.Namespace, without: Collection[str] = ()) -> di
     options = {name: value for name, value in vars(args).items() if name in names}
     if "eos_token_id" in options:
         options["eos_token_id"] = (options["eos_token_id"],)
+    if "logit_bias" in options:
+        options["logit_bias"] = read_bias(options["logit_bias"])
     return options
+
+
+def read_bias(texts: list[str]) -> dict[int, float]:
+    """The numbers of --logit-bias by their tokens."""
+    bias: dict[int, float] = {}
+    for text in texts:
+        token, _, number = text.partition("=")
+        try:
+            pair = int(token), float(number)
+        except ValueError:
+            raise ValueError(f"--logit-bias must be ID=NUMBER, got {text}") from None
+        if pair[0] in bias:
+            raise ValueError(f"--logit-bias must be given once for each token, got {token} twice")
+        bias[pair[0]] = pair[1]
+    return bias

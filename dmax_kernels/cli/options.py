@@ -23,6 +23,9 @@ def add_option(group: argparse._ArgumentGroup, item: Any, default: Any) -> None:
     kwargs: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
     if item.type.startswith("bool"):
         kwargs["action"] = argparse.BooleanOptionalAction
+    elif item.metadata["repeated"]:
+        kwargs |= {"action": "append", "metavar": item.metadata["repeated"]}
+        kwargs["help"] += "; may be given several times"
     elif item.type.startswith("tuple"):
         kwargs |= {"nargs": 2, "type": float, "metavar": ("A", "B")}
     else:

@@ -14,6 +14,7 @@ from dmax_kernels.decoding.config import RunConfig
 from dmax_kernels.decoding.forward import BlockForward
 from dmax_kernels.decoding.graph import StepRunner
 from dmax_kernels.decoding.masks import BlockMasks
+from dmax_kernels.decoding.penalties import Penalties
 from dmax_kernels.decoding.state import LiveBlocks
 from dmax_kernels.decoding.step import Rule
 from dmax_kernels.decoding.trace import Trace
@@ -90,10 +91,11 @@ class Batch:
         runner: StepRunner,
         trace: Trace | None,
         masks: BlockMasks | None = None,
+        penalties: Penalties | None = None,
     ) -> None:
         self.forward, self.state, self.rule, self.config = forward, state, rule, config
         self.requests = list(requests)  # by row of the batch
-        self.runner, self.trace, self.masks = runner, trace, masks
+        self.runner, self.trace, self.masks, self.penalties = runner, trace, masks, penalties
         self.promotions = PromotionLog(state, requests)
         self.refresh = False  # a row's last block is committed, but not in the cache yet
         self.forwards = self.refreshing_forwards = 0
@@ -128,6 +130,8 @@ class Batch:
         state = self.state
         before = (state.masked.clone(), state.token.clone()) if state.record else None
         logits = self.forward.logits(self.state, refresh, visible)
+        if self.penalties is not None:
+            logits = self.penalties.changed(logits, state)
         self.rule.update_(logits, self.forward.embedding, self.state, self.config)
         # At the cap, the authors' released code stops with whatever the block holds
         commit = self.config.semantics != "released"
@@ -160,6 +164,8 @@ class Batch:
         device, embedding = self.state.token.device, self.forward.embedding
         begin = to_device([each.row in rows for each in self.requests], torch.bool, device)
         start = to_device([each.start for each in self.requests], torch.int64, device)
+        if self.penalties is not None:
+            self.penalties.commit_(self.state, begin)
         self.state.begin_(begin, start, self.config.mask_token_id, embedding)
         if self.masks is not None:
             begun = [(i, each) for i, each in enumerate(self.requests) if each.row in rows]

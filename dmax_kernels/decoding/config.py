@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any
+
+from torch import Tensor
 
 from dmax_kernels._checks import (
     document_fields,
@@ -39,6 +41,20 @@ SAMPLING: dict[str, Callable[..., float]] = {
     "seed": partial(read_integer, need="an integer in [0, 2^63)", least=0, below=2**63),
 }
 FILTERS_OFF = {"sample_top_k": 0, "top_p": 1, "min_p": 0}
+# The same of the penalties, which hold for greedy answers too
+PENALTIES: dict[str, Callable[..., float]] = {
+    "repetition_penalty": partial(
+        read_number, need="in [1e-30, 1e30]", accepts=lambda r: 1e-30 <= r <= 1e30
+    ),
+    "presence_penalty": partial(
+        read_number, need="in [-1e30, 1e30]", accepts=lambda p: abs(p) <= 1e30
+    ),
+    "frequency_penalty": partial(
+        read_number, need="in [-1e30, 1e30]", accepts=lambda f: abs(f) <= 1e30
+    ),
+}
+PENALTIES_OFF = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+Bias = Mapping[int, float] | Tensor | None
 
 
 @document_fields
@@ -110,6 +126,27 @@ class DecodeConfig:
         "of the samples. An answer depends on its own prompt, options and seed alone, so equal "
         "prompts need seeds of their own to be answered differently",
     )
+    repetition_penalty: float | Iterable[float] = option(
+        1.0,
+        "divide a positive logit by this, and multiply another by it, if the token is in the "
+        "prompt or the output. In Python this and the next two are numbers, or one for each prompt",
+    )
+    presence_penalty: float | Iterable[float] = option(
+        0.0,
+        "subtract this from the logit of a token that is in the output. A token is in the output "
+        "once it is final: when its block is committed or, by a rule that keeps a token once it is "
+        "decoded, as soon as it is decoded",
+    )
+    frequency_penalty: float | Iterable[float] = option(
+        0.0, "subtract this for each time that the token is in the output"
+    )
+    logit_bias: Bias | Sequence[Bias] = option(
+        None,
+        "add a number to a token's logit, before the penalties. In Python a mapping from token ids "
+        "to numbers or a float tensor [V], or a list of one for each prompt (None for none) or a "
+        "tensor [B, V]",
+        repeated="ID=NUMBER",
+    )
     mask_token_id: int | None = option(None, "the mask token (default: the model config's)")
     eos_token_id: int | Iterable[int] | None = option(
         None,
@@ -161,6 +198,10 @@ class DecodeConfig:
         self._keep_integer("pad_token_id", "a token id", least=None)
         self._keep_integer("poll_lag", "a non-negative integer", least=0)
         self._keep_sampling()
+        for name, read in PENALTIES.items():
+            value = read_each(getattr(self, name), partial(read, f"spd_generate: {name}"))
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "logit_bias", read_bias(self.logit_bias))
         if self.eos_token_id is not None:
             ids = read_ids("eos_token_id", self.eos_token_id)
             object.__setattr__(self, "eos_token_id", ids)
@@ -253,6 +294,33 @@ def read_each(value: Any, read: Callable[[Any], Any]) -> Any:
         value = value.tolist()
     several = isinstance(value, Sequence) and not isinstance(value, str)
     return tuple(map(read, value)) if several else read(value)
+
+
+def read_bias(value: Any) -> Any:
+    """logit_bias as a dict of Python's numbers or a tensor, or a tuple of these; None for none."""
+    what, need = "spd_generate: logit_bias", "in [-1e30, 1e30]"
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        bias = {}
+        for token, number in value.items():
+            token = read_integer(f"{what}: a token", token, "an id of at least 0", least=0)
+            bias[token] = read_number(what, number, need, lambda b: abs(b) <= 1e30)
+        return bias or None
+    if isinstance(value, Tensor):
+        fits = value.is_floating_point() and value.dim() in (1, 2)
+        got = f"{value.dtype}, {list(value.shape)}"
+        require(fits, what, "a float tensor [V] or [B, V] where it is a tensor", got)
+        outside = value[~(value.abs() <= 1e30)].tolist()
+        require(not outside, what, need, next(iter(outside), None))
+        return value
+    several = isinstance(value, (list, tuple)) and all(
+        each is None or isinstance(each, Mapping) or (isinstance(each, Tensor) and each.dim() == 1)
+        for each in value
+    )
+    form = "a mapping from token ids to numbers, a float tensor, or a list of one for each prompt"
+    require(several, what, form, shown(value))
+    return tuple(map(read_bias, value))
 
 
 def read_ids(name: str, value: Any) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -150,7 +149,6 @@ class Edit(Rule):
     edit_threshold: float = 0.5
     tokens_per_step: int = 1
     max_post_edit_steps: int = 16
-    revise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         keep_number(self, "edit_threshold", "in [0, 1]", lambda value: 0 <= value <= 1)

@@ -65,7 +65,7 @@ class GenerationOutput:
     # block, from 1, at which a position took its token for the last time: left the mask with it,
     # or changed to it (0 for a mask that "released" semantics left). logprobs: the logarithm of
     # the token's probability at that step, with its temperature and filters for a sample, and
-    # else of its confidence.
+    # else of its confidence; after bias and penalties in either case.
     step_map: Tensor | None = None  # int64
     logprobs: Tensor | None = None  # float32
 

@@ -132,12 +132,15 @@ def row_thresholds(
 
 def row_sampling(config: RunConfig, rows: int, device: torch.device) -> dict[str, Tensor]:
     """[B] each: the options of each row's samples by their fields; nothing if all are greedy."""
-    sampling = {}
-    for name in SAMPLING:
-        value = getattr(config, name)
-        if isinstance(value, tuple):
-            need = f"a number, or one for each of the {rows} prompts"
-            require(len(value) == rows, f"spd_generate: {name}", need, f"{len(value)} of them")
-        dtype = torch.int64 if name == "seed" else torch.float32
-        sampling[name] = torch.tensor(value, dtype=dtype, device=device).expand(rows).contiguous()
+    sampling = {name: row_values(config, name, rows).to(device) for name in SAMPLING}
     return sampling if config.samples else {}
+
+
+def row_values(config: RunConfig, name: str, rows: int) -> Tensor:
+    """[B] on the CPU: each row's value of an option that is one number, or one per prompt."""
+    value = getattr(config, name)
+    if isinstance(value, tuple):
+        need = f"a number, or one for each of the {rows} prompts"
+        require(len(value) == rows, f"spd_generate: {name}", need, f"{len(value)} of them")
+    dtype = torch.int64 if name == "seed" else torch.float32
+    return torch.tensor(value, dtype=dtype).expand(rows).contiguous()

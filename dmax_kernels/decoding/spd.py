@@ -21,6 +21,7 @@ from dmax_kernels.decoding.forward import BlockForward
 from dmax_kernels.decoding.graph import make_runner
 from dmax_kernels.decoding.masks import BlockMasks, NextBlock
 from dmax_kernels.decoding.output import GenerationOutput, Statistics, assemble
+from dmax_kernels.decoding.penalties import Penalties, make_penalties
 from dmax_kernels.decoding.prompts import (
     Prompts,
     Rows,
@@ -69,6 +70,15 @@ def spd_generate(
     sample and the mask by the sample's confidence. Rules that make their own predictions (credit,
     edit) refuse a temperature.
 
+    Penalties and a bias change the logits before the rule sees them, greedy or with a temperature:
+    predictions, confidences, thresholds and log-probabilities are then those of the changed logits.
+    Repetition counts prompt and output, presence and frequency the output alone, as in vLLM and
+    OpenAI's interface. The output is the answer's tokens that are final. A rule that revises (spd
+    and its ablations, uniform, edit) may change any token of a block until the block is committed,
+    so that committed blocks alone count, and the positions of a block do not penalise each other. A
+    rule that keeps a token once it is decoded adds the decoded tokens of the live block, up to an
+    end token, at every position that is still masked; tokens of one step do not see each other.
+
     Args:
         model: a Hugging Face causal LM that takes `inputs_embeds`, a 4-D additive `attention_mask`,
             `position_ids`, a KV cache as `cache` or `past_key_values`, and `use_cache`, and
@@ -105,6 +115,7 @@ def spd_generate(
     check_prompts(prompts, len(embedding), model.config, settings)
     table = row_thresholds(thresholds, settings, len(prompts))
     sampling = row_sampling(settings, len(prompts), embedding.device)
+    penalties = make_penalties(rule, prompts, settings, embedding)
     runner = make_runner(settings.cuda_graph, embedding.device)
     recorder = Trace() if trace else None
 
@@ -112,12 +123,12 @@ def spd_generate(
     forward = prefill(model, embedding, prompts, settings)
     masks = None if allowed is None else BlockMasks(allowed, len(embedding))
     requests, state = first_blocks(
-        forward, prompts, table, sampling, logprobs, rule, settings, masks
+        forward, prompts, table, sampling, logprobs, rule, settings, masks, penalties
     )
     if embedding.is_cuda:
         torch.cuda.synchronize(embedding.device)  # once per call, to time the prefill by itself
     prefilled = time.perf_counter()
-    batch = Batch(forward, state, requests, rule, settings, runner, recorder, masks)
+    batch = Batch(forward, state, requests, rule, settings, runner, recorder, masks, penalties)
     with Progress(requests, settings, progress) as bar:
         for block in batch.run():
             bar.update(block)
@@ -180,6 +191,7 @@ def first_blocks(
     rule: Rule,
     config: RunConfig,
     masks: BlockMasks | None = None,
+    penalties: Penalties | None = None,
 ) -> tuple[list[Request], LiveBlocks]:
     """Each row's request, and its first block: masks after the prompt's tail that falls in it."""
     device, block = forward.tokens.device, config.block_length
@@ -206,6 +218,7 @@ def first_blocks(
         sampling=sampling,
         record=record,
         masks={} if masks is None else masks.buffers(len(requests), block, device),
+        penalties={} if penalties is None else penalties.of_rows,
     )
     if masks is not None:
         masks.begin_(state, enumerate(requests))

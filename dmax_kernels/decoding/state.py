@@ -83,6 +83,8 @@ class LiveBlocks(BlockState):
     record: dict[str, Tensor] = field(default_factory=dict)
     # allowed int32 [B, K, words]: the tokens that count at each position; none unless asked for
     masks: dict[str, Tensor] = field(default_factory=dict)
+    # [B, ...] each: what changes the row's logits (`penalties.Penalties`); none unless asked for
+    penalties: dict[str, Tensor] = field(default_factory=dict)
 
     def visible(self, config: RunConfig) -> dict[str, Any]:
         """Which tokens count, as the keyword arguments of the ops that read logits."""

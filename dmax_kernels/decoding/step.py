@@ -36,6 +36,9 @@ class Rule(ABC):
     boolean index): on a GPU the step is captured once as a CUDA graph and replayed.
     """
 
+    # Whether a token may still change once it is decoded. Where it may not, penalties count it
+    revise: bool = True
+
     def begin_(  # noqa: B027 - most rules begin with a block that is fully masked
         self, state: LiveBlocks, rows: Tensor, embedding: Tensor, config: RunConfig
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -264,7 +265,7 @@ FREE_TO_CHANGE = frozenset(
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any], path: object) -> None:
     """Refuses to resume the run at `path` with settings or data that it was not begun with."""
-    for name, value in current.items():
+    for name, value in json.loads(json.dumps(current)).items():  # as the saved ones were written
         if name not in FREE_TO_CHANGE and saved.get(name) != value:
             raise ValueError(
                 f"{path} must belong to a run with {name} = {value}, got {saved.get(name)}; give "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmax_kernels._checks import read_integer, require
-from dmax_kernels.decoding.config import RunConfig
+from dmax_kernels.decoding.config import PENALTIES, RunConfig
 from dmax_kernels.decoding.output import GenerationOutput
 from dmax_kernels.decoding.prompts import Prompts, Rows, read_prompts, unwrap
 from dmax_kernels.decoding.rules import RULES
@@ -33,6 +33,7 @@ class Drafted(Rule):
 
     rule: ComposedRule
     drafts: int
+    revise = False
 
     def begin_(self, state: LiveBlocks, rows: Tensor, embedding: Tensor, config: RunConfig) -> None:
         self.rule.begin_(state, rows, embedding, config)
@@ -86,6 +87,15 @@ def moved(state: LiveBlocks) -> dict[str, Tensor]:
     return {**state.spd_buffers(), **state.memory}
 
 
+def for_drafts(name: str, value: Any, drafts: int) -> Any:
+    """An option with one value for each prompt, as it is for the rows of the drafts."""
+    if isinstance(value, Tensor) and value.dim() == (2 if name == "logit_bias" else 1):
+        return value.repeat_interleave(drafts, 0)
+    if isinstance(value, (list, tuple)):
+        return [each for each in value for _ in range(drafts)]
+    return value
+
+
 def draft_generate(
     model: Any,
     input_ids: Prompts,
@@ -131,6 +141,9 @@ def draft_generate(
     prompts = read_prompts(*unwrap(input_ids, attention_mask))
     if thresholds is not None:
         thresholds = torch.as_tensor(thresholds).repeat_interleave(drafts, 0)
+    for name in (*PENALTIES, "logit_bias"):
+        if name in options:
+            options[name] = for_drafts(name, options[name], drafts)
     output = spd_generate(
         model,
         [prompt for prompt in prompts for _ in range(drafts)],
