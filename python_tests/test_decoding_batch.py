@@ -42,7 +42,14 @@ def assert_same(actual, expected):
 
 
 # What a captured step holds besides a rule's memory
-SAMPLED = {"temperature": [1.0, 0.0, 0.5, 2.0, 1.0], "seed": [1, 2, 3, 4, 5], "logprobs": True}
+HELD = {
+    "sampled": {"temperature": [1.0, 0, 0.5, 2.0, 1.0], "seed": [1, 2, 3, 4, 5], "logprobs": True},
+    "penalized": {
+        "rule": "threshold",
+        "presence_penalty": [1.0, 0.0, 0.5, 2.0, 1.0],
+        "logit_bias": [{4: 1.0}, None, None, {5: 2.0}, None],
+    },
+}
 
 
 @pytest.mark.parametrize(
@@ -233,10 +240,10 @@ class FakeCapture:
         return replay
 
 
-@pytest.mark.parametrize("rule", ["spd", "credit", "edit", "sampled"])  # two have a memory
+@pytest.mark.parametrize("rule", ["spd", "credit", "edit", *HELD])  # two have a memory
 def test_steps_are_captured_at_their_second_turn_and_replayed(prompts, monkeypatch, rule):
     model = ExactModel()
-    options = SAMPLED if rule == "sampled" else {"rule": rule}
+    options = HELD.get(rule, {"rule": rule})
     expected = decode(model, prompts, **options)
     capture = FakeCapture()
     runner = StepRunner(capture)
@@ -324,12 +331,10 @@ def device_model():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lag", [0, 1])
-@pytest.mark.parametrize(
-    "rule", ["spd", "local_leap", "prophet", "sched", "credit", "edit", "sampled"]
-)
+@pytest.mark.parametrize("rule", ["spd", "local_leap", "prophet", "sched", "credit", "edit", *HELD])
 def test_captured_steps_give_the_tokens_of_plain_ones(prompts, rule, lag):
     model = device_model()
-    options = SAMPLED if rule == "sampled" else {"rule": rule}
+    options = HELD.get(rule, {"rule": rule})
     expected = decode(model, prompts, cuda_graph=False, **options)
     actual = decode(model, prompts, cuda_graph=True, poll_lag=lag, **options)
     assert actual.answers == expected.answers

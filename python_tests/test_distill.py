@@ -152,6 +152,7 @@ def test_a_run_is_not_continued_as_another(data, tmp_path, capsys):
         (["--model", "base"], "model = base, got oput"),
         (["--data", str(other)], "prompts = 1 prompts, crc"),
         (["--no-pad-prompts"], "pad = False, got None"),
+        (["--logit-bias", "5=1"], "logit_bias = {'5': 1.0}, got None"),
     ]
     for more, message in cases:
         assert main(arguments(data, output, *more)) == 1

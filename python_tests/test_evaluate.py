@@ -205,7 +205,7 @@ def test_an_evaluation_goes_on_from_its_finished_rows(tmp_path, monkeypatch, cap
         return decode(model, problems, cell, options)
 
     monkeypatch.setattr(cells, "decode", interrupted)
-    more = ["--model", "oput", "--problems", "3", "--rows", rows]
+    more = ["--model", "oput", "--problems", "3", "--logit-bias", "5=-0.25", "--rows", rows]
     assert run(*more, "--rule", "spd:0.5,0") == 130
     assert decoded == [0.5, 0.0]
     assert len(list(rows.iterdir())) == 1

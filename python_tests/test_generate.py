@@ -176,6 +176,37 @@ def test_command_samples_and_reports_log_probabilities(folder, loaded, capsys):
     assert not {"logprobs", "step_map"} & set(greedy)
 
 
+def test_command_penalizes_and_biases(folder, loaded, capsys):
+    common = ("--model", folder, "--prompt", PROMPTS[0], "--max-new-tokens", 70, "--json", "-")
+    given = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": -0.25}
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    arguments += ["--logit-bias", "7=-100", "--logit-bias", "9=2.5"]
+    record = json.loads(generate(capsys, *common, *arguments)[1])["answers"][0]
+    ids = [[1, *(int(word[1:]) for word in PROMPTS[0].split()), 2]]
+    given["logit_bias"] = {7: -100, 9: 2.5}
+    expected = spd_generate(loaded.model, ids, max_new_tokens=70, **given)
+    assert record["token_ids"] == expected.answers[0]
+    plain = json.loads(generate(capsys, *common)[1])["answers"][0]
+    assert plain["token_ids"] != record["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["7"], "--logit-bias must be ID=NUMBER, got 7"),
+        (["7=a"], "--logit-bias must be ID=NUMBER, got 7=a"),
+        (["w7=1"], "--logit-bias must be ID=NUMBER, got w7=1"),
+        (["7=1", "7=2"], "--logit-bias must be given once for each token, got 7 twice"),
+    ],
+    ids=str,
+)
+def test_a_bias_of_another_form_is_refused(folder, capsys, texts, message):
+    biases = [argument for text in texts for argument in ("--logit-bias", text)]
+    status, _, err = generate(capsys, "--model", folder, "--prompt", "w5", *biases)
+    assert status == 1
+    assert message in err
+
+
 def test_raw_prompts_from_files(folder, loaded, capsys, tmp_path):
     text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     text.write_text("\n\n".join(PROMPTS[:2]))

@@ -1,9 +1,9 @@
 """Block-wise decoding of diffusion language models; Soft Parallel Decoding is the default rule.
 
 Read in this order: `spd.py` (spd_generate -> prefill -> step -> advance), `config.py` (every
-option), `prompts.py` and `masks.py` (what each row brings), `batch.py` (rows that start together
-and end one by one), `state.py` (what a step changes), `step.py` (the step) and `rules.py` (which
-masks it fills; `early_exit.py` and `memory_rules.py` have more of them).
+option), `prompts.py`, `masks.py` and `penalties.py` (what each row brings), `batch.py` (rows that
+start together and end one by one), `state.py` (what a step changes), `step.py` (the step) and
+`rules.py` (which masks it fills; `early_exit.py` and `memory_rules.py` have more of them).
 `embedding.py`, `forward.py`, `cache.py` and `graph.py` run the model; `output.py` and `trace.py`
 hold what comes back. `extra` has two other papers' ideas on the same loop.
 """

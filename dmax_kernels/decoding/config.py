@@ -54,7 +54,6 @@ PENALTIES: dict[str, Callable[..., float]] = {
     ),
 }
 PENALTIES_OFF = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
-Bias = Mapping[int, float] | Tensor | None
 
 
 @document_fields
@@ -140,7 +139,7 @@ class DecodeConfig:
     frequency_penalty: float | Iterable[float] = option(
         0.0, "subtract this for each time that the token is in the output"
     )
-    logit_bias: Bias | Sequence[Bias] = option(
+    logit_bias: object = option(
         None,
         "add a number to a token's logit, before the penalties. In Python a mapping from token ids "
         "to numbers or a float tensor [V], or a list of one for each prompt (None for none) or a "

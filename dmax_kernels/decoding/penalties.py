@@ -22,7 +22,7 @@ BIAS = "spd_generate: logit_bias"
 
 
 class Penalties:
-    """What `transform_logits_` makes of a pass's logits, with the counts of each row's output.
+    """Applies `transform_logits_` to a pass's logits, and keeps the counts of each row's output.
 
     A token of the output counts once it is final. Those of committed blocks are; in the live block
     the decoded ones are, if the rule keeps a token once it is decoded. Under a rule that revises,
