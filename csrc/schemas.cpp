@@ -27,9 +27,9 @@ STABLE_TORCH_LIBRARY(dmax, m) {
       " Tensor? allowed=None) -> (Tensor token, Tensor confidence)");
   def("topk_confidence(Tensor logits, int k, *, float temperature=1.0, int suppress_token=-1,"
       " Tensor? allowed=None) -> (Tensor tokens, Tensor confidences)");
-  def("row_statistics(Tensor logits, *, float temperature=1.0, int suppress_token=-1,"
-      " Tensor? allowed=None) -> (Tensor token, Tensor confidence, Tensor runner_up,"
-      " Tensor entropy, Tensor logsumexp)");
+  def("row_statistics(Tensor logits, *, float temperature=1.0, Tensor? temperatures=None,"
+      " int suppress_token=-1, Tensor? allowed=None) -> (Tensor token, Tensor confidence,"
+      " Tensor runner_up, Tensor entropy, Tensor logsumexp)");
   def("token_logprobs(Tensor logits, Tensor ids, *, float temperature=1.0, int top_n=0,"
       " int ignore_index=-100, Tensor? allowed=None) -> (Tensor logprob, Tensor rank,"
       " Tensor top_ids, Tensor top_logprobs, Tensor logsumexp)");

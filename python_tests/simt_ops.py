@@ -15,6 +15,7 @@ from simt_build import load
 from torch import Tensor
 
 from dmax_kernels.ops import RowStatistics, TokenLogprobs
+from dmax_kernels.ops._temperature import read_temperature
 from dmax_kernels.ops.edit_step import EDIT_RULES
 from dmax_kernels.ops.sample import Sample
 from dmax_kernels.ops.spd_step import SEMANTICS
@@ -144,8 +145,11 @@ def row_statistics(logits, *, temperature=1.0, suppress_token=-1, gpu=H200, **vi
     op = "row_statistics"
     token = torch.empty(logits.shape[:-1], dtype=torch.int64)
     others = [torch.empty(logits.shape[:-1]) for _ in range(4)]
-    call(op, gpu_input(gpu), visible_input(op, logits, suppress_token, temperature, **visibility),
-         raw(token), *map(raw, others))  # fmt: skip
+    number, temperatures = read_temperature(logits, temperature)
+    if temperatures is not None:
+        temperatures = temperatures.contiguous()
+    call(op, gpu_input(gpu), visible_input(op, logits, suppress_token, number, **visibility),
+         raw(temperatures), raw(token), *map(raw, others))  # fmt: skip
     return RowStatistics(token, *others)
 
 

@@ -86,6 +86,7 @@ def test_no_spill_no_stack(report):
 # threads, and four of those fit with 128.
 REGISTERS = {
     "top1_rows_kernel<Masked": 80,
+    r"row_statistics_kernel<Masked<\w+>, RowTemperatures": 128,
     "top1_rows_kernel|transform_logits_kernel": 64,
     "oput_loss_backward_kernel": 64,
     r"loss_and_grad_cluster_kernel<\w+, false>": 64,

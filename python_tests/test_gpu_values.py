@@ -101,6 +101,24 @@ def test_rows(dtype, vocab_size):
         assert_close(actual[1], expected[1], 1e-5)
 
 
+# Few rows (a cluster each, or split among blocks) and many; on a GPU a temperature that is out of
+# range is not refused
+@pytest.mark.parametrize("num_rows", [3, 32, 2048])
+def test_a_temperature_per_row(num_rows):
+    generator = torch.Generator(DEVICE).manual_seed(2)
+    logits = (3 * torch.randn(num_rows, 40_000, device=DEVICE, generator=generator)).bfloat16()
+    temperature = torch.rand(num_rows, device=DEVICE, generator=generator) + 0.2
+    temperature[1] = 0
+    statistics = dmax_kernels.row_statistics(logits, temperature=temperature)
+    assert statistics.token[1] == 0
+    assert all(each[1].isnan() for each in statistics[1:])
+    for row in {0, 2, num_rows - 1}:
+        value = temperature[row].item()
+        alone = dmax_kernels.row_statistics(logits[row : row + 1], temperature=value)
+        for a, b in zip(alone, statistics, strict=True):
+            assert torch.equal(a, b[row : row + 1])
+
+
 # 32 rows (split among blocks) up to more rows than the GPU holds blocks; each row's bits are those
 # that it has alone
 @pytest.mark.parametrize("num_rows", [1, 32, 200, 2048])

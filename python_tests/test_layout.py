@@ -26,7 +26,7 @@ PRODUCTS = ("linear", "soft_embedding")
 HELPERS = {
     # target_logprobs is a composition of ops, and no op itself
     "dmax_kernels/ops": {"_register", "_linear_loss_autograd", "_linear_logprobs_autograd"}
-    | {"_logprob_blocks", "target_logprobs"},
+    | {"_logprob_blocks", "_temperature", "target_logprobs"},
     "dmax_kernels/reference": {"target_logprobs"},
     # Shared by families; the two halves of linear, and its way by chunks of the vocabulary
     "dmax_kernels/triton": {"launch", "philox", "stats", "linear_rows", "linear_loss"}

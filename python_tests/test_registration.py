@@ -62,7 +62,7 @@ def samples():
     return {
         "top1_confidence": ((logits,), {"temperature": 0.5, "suppress_token": 3}),
         "topk_confidence": ((logits, 3), {"allowed": mask}),
-        "row_statistics": ((logits,), {"temperature": 0.5, "allowed": mask}),
+        "row_statistics": ((logits,), {"temperatures": confidence[..., 0] + 1, "allowed": mask}),
         "token_logprobs": (
             (randn(3, 4, 50, grad=True), target),
             {"temperature": 0.5, "top_n": 2, "allowed": mask},

@@ -48,6 +48,7 @@ def row_calls(dtype):
     simt_ops.topk_confidence(logits, 8)
     for gpu in (H200, H200_CLUSTERS):
         simt_ops.row_statistics(logits, gpu=gpu)
+        simt_ops.row_statistics(logits, temperature=torch.tensor([0.5, 0.0]), gpu=gpu)
     simt_ops.token_logprobs(logits, torch.tensor([5, -100]))
     simt_ops.sample_tokens(logits, seed)
     for options in ({"top_k": 3000}, {"top_p": 0.9}, {"temperature": torch.tensor([0.5, 0.0])}):
@@ -84,6 +85,7 @@ def masked_calls(logits, allowed):
         simt_ops.top1_confidence(x, allowed=mask)
         simt_ops.topk_confidence(x, 8, allowed=mask)
         simt_ops.row_statistics(x, allowed=mask)
+        simt_ops.row_statistics(x, allowed=mask, temperature=torch.linspace(0, 1, len(x)))
         simt_ops.token_logprobs(x, torch.tensor([[4, 5]] * len(x)), top_n=3, allowed=mask)
         simt_ops.top1_partial(x, 50, suppress_token=52, allowed=mask)
 

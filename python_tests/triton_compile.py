@@ -113,6 +113,7 @@ def call_every_op() -> None:
         OPS["row_statistics"](logits(dtype))
         OPS["token_logprobs"](logits(dtype), torch.zeros(ROWS, 1, dtype=torch.int64))
         call_with_a_mask(logits(dtype))
+    OPS["row_statistics"](logits(), temperatures=torch.ones(ROWS))
     OPS["topk_confidence"](logits(), 8)
     OPS["top1_partial"](logits(), 0)
     OPS["sample_tokens"](logits(), torch.zeros(2, dtype=torch.int64))

@@ -14,6 +14,20 @@ inline void check_top_k(const char* op, const char* name, int64_t k, int64_t voc
              k);
 }
 
+// One temperature, or float32 temperatures [...]. Their values are read on the CPU alone, by
+// temperatures_of (cpu/vocab_scan.h): on a GPU that would wait for the device, and the kernels give
+// NaN for a row whose temperature is out of range.
+inline void check_temperatures(const char* op, const char* logits_name, const Tensor& logits,
+                               double temperature, const OptionalTensor& temperatures) {
+  check_temperature(op, temperature);
+  if (!temperatures) return;
+  DMAX_CHECK(temperature == 1, op,
+             ": temperature must be left at 1 where temperatures are given, got ", temperature);
+  check_dtype(op, "temperatures", *temperatures, ScalarType::Float);
+  check_shape(op, "temperatures", *temperatures, leading_sizes(logits), "one per row of logits");
+  check_same_device(op, "temperatures", *temperatures, logits_name, logits);
+}
+
 // ---- Whole rows: logits [..., V]; each check returns V ----
 
 inline int64_t check_rows(const char* op, const Tensor& logits, double temperature,
@@ -38,8 +52,12 @@ inline int64_t check_topk_confidence(const Tensor& logits, int64_t k, double tem
 }
 
 inline int64_t check_row_statistics(const Tensor& logits, double temperature,
-                                    int64_t suppress_token, const OptionalTensor& allowed) {
-  return check_rows("row_statistics", logits, temperature, suppress_token, allowed);
+                                    const OptionalTensor& temperatures, int64_t suppress_token,
+                                    const OptionalTensor& allowed) {
+  constexpr const char* op = "row_statistics";
+  const int64_t vocab = check_rows(op, logits, temperature, suppress_token, allowed);
+  check_temperatures(op, "logits", logits, temperature, temperatures);
+  return vocab;
 }
 
 struct LogprobSizes {

@@ -13,17 +13,6 @@ struct SoftEmbeddingSizes {
   int64_t rows;  // product of the logits' leading sizes
 };
 
-inline void check_temperatures(const char* op, const char* logits_name, const Tensor& logits,
-                               double temperature, const OptionalTensor& temperatures) {
-  check_temperature(op, temperature);
-  if (!temperatures) return;
-  DMAX_CHECK(temperature == 1, op,
-             ": temperature must be left at 1 where temperatures are given, got ", temperature);
-  check_dtype(op, "temperatures", *temperatures, ScalarType::Float);
-  check_shape(op, "temperatures", *temperatures, leading_sizes(logits), "one per row of logits");
-  check_same_device(op, "temperatures", *temperatures, logits_name, logits);
-}
-
 inline SoftEmbeddingSizes check_softmax_product(const char* op, const char* logits_name,
                                                 const Tensor& logits, const char* embedding_name,
                                                 const Tensor& embedding, double temperature,

@@ -11,9 +11,17 @@ namespace dmax {
 
 // Options are float32, as in row_options; every one of these says false of a NaN
 
-DMAX_HOST_DEVICE bool is_draw_temperature(double temperature) {
+// Between these, the temperature and its inverse are normal float32 numbers, so kernels may
+// multiply by the inverse. If it were 0, a logit of -inf would become NaN.
+constexpr double kLeastTemperature = 1e-30;
+constexpr double kMostTemperature = 1e30;
+
+DMAX_HOST_DEVICE bool is_temperature(double temperature) {
   const float t = static_cast<float>(temperature);
-  return t == 0.0f || (t >= 1e-30f && t <= 1e30f);
+  return t >= static_cast<float>(kLeastTemperature) && t <= static_cast<float>(kMostTemperature);
+}
+DMAX_HOST_DEVICE bool is_draw_temperature(double temperature) {
+  return static_cast<float>(temperature) == 0.0f || is_temperature(temperature);
 }
 DMAX_HOST_DEVICE bool is_draw_top_k(double top_k) { return top_k >= 0 && top_k == floor(top_k); }
 DMAX_HOST_DEVICE bool is_draw_top_p(double top_p) {

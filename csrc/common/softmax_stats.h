@@ -50,7 +50,7 @@ DMAX_HOST_DEVICE SoftmaxStats merge_stats(const SoftmaxStats& a, const SoftmaxSt
 DMAX_HOST_DEVICE bool is_finite(float x) { return x - x == 0.0f; }
 
 // log2(e) / temperature, the factor that turns differences of logits into exponents of 2
-inline float softmax_scale(double temperature) {
+DMAX_HOST_DEVICE float softmax_scale(double temperature) {
   const double scale = kLog2EDouble / temperature;
   constexpr double kLargest = 3.4028234663852886e38;  // infinity would make 0 * scale a NaN
   return static_cast<float>(scale < kLargest ? scale : kLargest);

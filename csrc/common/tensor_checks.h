@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/draw_options.h"
 #include "common/torch_stable.h"
 
 namespace dmax {
@@ -126,14 +127,10 @@ inline int64_t check_logits(const char* op, const char* name, const Tensor& logi
   return vocab;
 }
 
-// Between these, the temperature and its inverse are normal float32 numbers, so kernels may
-// multiply by the inverse. If it were 0, a logit of -inf would become NaN.
-constexpr double kLeastTemperature = 1e-30;
-constexpr double kMostTemperature = 1e30;
-
-inline void check_temperature(const char* op, double temperature) {
-  DMAX_CHECK(temperature >= kLeastTemperature && temperature <= kMostTemperature, op,
-             ": temperature must be at least 1e-30 and at most 1e30, got ", temperature);
+// `where` ends the message: which row has this temperature, nothing for the op's own
+inline void check_temperature(const char* op, double temperature, const std::string& where = {}) {
+  DMAX_CHECK(is_temperature(temperature), op,
+             ": temperature must be at least 1e-30 and at most 1e30, got ", temperature, where);
 }
 
 // A token id, or -1 for none

@@ -39,18 +39,6 @@ struct BlockWeights {
   const float* row(int64_t i) const { return weight.data() + i * kSoftTokens; }
 };
 
-inline std::vector<double> temperatures_of(const char* op, int64_t rows, double temperature,
-                                           const OptionalTensor& temperatures) {
-  std::vector<double> values(rows, temperature);
-  if (!temperatures) return values;
-  const Tensor given = as_contiguous(*temperatures);
-  for (int64_t i = 0; i < rows; ++i) {
-    values[i] = given.const_data_ptr<float>()[i];
-    check_temperature(op, values[i]);
-  }
-  return values;
-}
-
 // The cuts of all rows; empty where none are given
 inline std::vector<Cut> cuts_of(int64_t rows, const OptionalTensor& least,
                                 const OptionalTensor& last_id) {
@@ -82,14 +70,10 @@ template <class T>
 void find_maxima(const RowView& logits, SoftRows* rows) {
   const T* data = static_cast<const T*>(logits.tensor.const_data_ptr());
   rows->stats.resize(rows->count);
-  for (int64_t begin = 0, end; begin < rows->count; begin = end) {
-    end = begin + 1;  // a scan has one temperature
-    while (end < rows->count && rows->temperature[end] == rows->temperature[begin]) ++end;
-    scan_rows<T>(
-        end - begin, VocabScan{logits.width, -1, rows->temperature[begin]},
-        [&](int64_t i) { return data + (rows->first + begin + i) * logits.row_stride; },
-        [&](int64_t i, const RowStats& stats) { rows->stats[begin + i] = stats; });
-  }
+  scan_rows<T>(
+      rows->count, VocabScan{logits.width, -1, 1.0, rows->temperature.data()},
+      [&](int64_t i) { return data + (rows->first + i) * logits.row_stride; },
+      [&](int64_t i, const RowStats& stats) { rows->stats[i] = stats; });
 }
 
 // The weights of tokens [first, first + n) of a row that the cut keeps; returns their sum

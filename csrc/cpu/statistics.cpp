@@ -94,9 +94,11 @@ Results results_of(const EntropyStats& stats, double temperature) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(Tensor logits, double temperature,
+                                                                  OptionalTensor temperatures,
                                                                   int64_t suppress_token,
                                                                   OptionalTensor allowed) {
-  const int64_t vocab = check_row_statistics(logits, temperature, suppress_token, allowed);
+  const int64_t vocab =
+      check_row_statistics(logits, temperature, temperatures, suppress_token, allowed);
   const AllowedMask mask(allowed, vocab);
   const Sizes out_sizes = leading_sizes(logits);
   Tensor token = empty_like_device(logits, out_sizes, ScalarType::Long);
@@ -105,6 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(Tensor logits,
   Tensor entropy = empty_like_device(logits, out_sizes, ScalarType::Float);
   Tensor logsumexp = empty_like_device(logits, out_sizes, ScalarType::Float);
   const RowView view = row_view(logits);
+  const std::vector<double> of_rows =
+      temperatures_of("row_statistics", view.rows, temperature, temperatures);
   int64_t* token_out = token.mutable_data_ptr<int64_t>();
   float* confidence_out = confidence.mutable_data_ptr<float>();
   float* runner_up_out = runner_up.mutable_data_ptr<float>();
@@ -115,10 +119,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(Tensor logits,
     using T = decltype(element);
     const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
     scan_rows<T, Entropy>(
-        view.rows, {vocab, suppress_token, temperature},
+        view.rows, {vocab, suppress_token, temperature, of_rows.data()},
         [&](int64_t row) { return ScannedRow<T>(data + row * view.row_stride, mask.row(row)); },
         [&](int64_t row, const EntropyStats& stats) {
-          const Results results = results_of(stats, temperature);
+          const Results results = results_of(stats, of_rows[row]);
           token_out[row] = stats.token;
           confidence_out[row] = stats.confidence();
           runner_up_out[row] = results.runner_up;

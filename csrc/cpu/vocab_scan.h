@@ -10,8 +10,10 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <string>
 #include <vector>
 
+#include "common/tensor_checks.h"
 #include "cpu/parallel.h"
 #include "cpu/row_stats.h"
 #include "cpu/simd/tile_kernels.h"
@@ -19,11 +21,31 @@
 
 namespace dmax::cpu {
 
+// The temperature of every row; throws at one that is out of range
+inline std::vector<double> temperatures_of(const char* op, int64_t rows, double temperature,
+                                           const OptionalTensor& temperatures) {
+  std::vector<double> values(rows, temperature);
+  if (!temperatures) return values;
+  const Tensor given = as_contiguous(*temperatures);
+  for (int64_t i = 0; i < rows; ++i) {
+    values[i] = given.const_data_ptr<float>()[i];
+    if (!is_temperature(values[i])) {
+      check_temperature(op, values[i], " in row " + std::to_string(i));
+    }
+  }
+  return values;
+}
+
 // Which logits count: all but the id `suppress` (-1: none)
 struct VocabScan {
   int64_t vocab;
   int64_t suppress = -1;
   double temperature = 1.0;
+  const double* temperatures = nullptr;  // one per row, in place of `temperature`
+
+  VocabScan of_row(int64_t row) const {
+    return temperatures ? VocabScan{vocab, suppress, temperatures[row]} : *this;
+  }
 
   int64_t num_tiles() const { return (vocab + kTile - 1) / kTile; }
   float scale() const { return softmax_scale(temperature); }
@@ -191,7 +213,7 @@ void scan_rows(int64_t count, const VocabScan& scan, const RowOf& row_of, const 
     parallel_for_rows(count, scan.vocab, [&](int64_t begin, int64_t end) {
       std::vector<float> tile_maxima(num_tiles);
       for (int64_t i = begin; i < end; ++i) {
-        stats_of(i, scan_row<T, Kind>(kernels, row_of(i), scan, tile_maxima.data()));
+        stats_of(i, scan_row<T, Kind>(kernels, row_of(i), scan.of_row(i), tile_maxima.data()));
       }
     });
     return;
@@ -214,7 +236,7 @@ void scan_rows(int64_t count, const VocabScan& scan, const RowOf& row_of, const 
       const int64_t row = i / num_tiles;
       if (!stats[row].defined()) continue;
       const ScannedRow<T> x = row_of(row);
-      sums[i] = Kind::tile(kernels, x, scan, stats[row], tile_maxima[i], i % num_tiles);
+      sums[i] = Kind::tile(kernels, x, scan.of_row(row), stats[row], tile_maxima[i], i % num_tiles);
     }
   });
   for (int64_t row = 0; row < count; ++row) {

@@ -5,6 +5,7 @@
 // own term is 0, which leaves the small entropy of a sure row its digits beside log1p(rest).
 #pragma once
 
+#include "common/draw_options.h"
 #include "cuda/rows.cuh"
 
 namespace dmax::cuda {
@@ -90,16 +91,43 @@ __device__ __forceinline__ StatisticsPartial statistics_of_tile(const Tile<T>& t
   return partial;
 }
 
+// What the kernel takes of a row's temperature
+struct OneTemperature {
+  float scale_;  // log2(e) / temperature
+  double inverse_;
+
+  __device__ __forceinline__ OneTemperature of_row(int64_t /*row*/) const { return *this; }
+  __device__ __forceinline__ bool valid() const { return true; }
+  __device__ __forceinline__ float scale() const { return scale_; }
+  __device__ __forceinline__ double inverse() const { return inverse_; }
+};
+
+// With the same quotients as the host computes for one temperature, hence the same bits
+struct RowTemperature {
+  float temperature;
+
+  __device__ __forceinline__ bool valid() const { return is_temperature(temperature); }
+  __device__ __forceinline__ float scale() const {
+    return softmax_scale(valid() ? static_cast<double>(temperature) : 1.0);
+  }
+  __device__ __forceinline__ double inverse() const { return 1.0 / temperature; }
+};
+
+struct RowTemperatures {
+  const float* of_rows;  // [rows]
+
+  __device__ __forceinline__ RowTemperature of_row(int64_t row) const { return {of_rows[row]}; }
+};
+
 struct RowStatisticsOutput {
   int64_t* token;
   float* confidence;
   float* runner_up;
   float* entropy;
   float* logsumexp;
-  double inverse_temperature;
 
-  __device__ __forceinline__ void store(int64_t row, const StatisticsPartial& all,
-                                        float scale) const {
+  __device__ __forceinline__ void store(int64_t row, const StatisticsPartial& all, float scale,
+                                        double inverse_temperature) const {
     const SoftmaxStats& stats = all.stats;
     const float top = top1_probability(stats);
     const bool broken = top != top;
@@ -114,44 +142,76 @@ struct RowStatisticsOutput {
         broken ? stats.max
                : static_cast<float>(stats.max * inverse_temperature + static_cast<double>(log_sum));
   }
+  // Of a row whose temperature is out of range
+  __device__ __forceinline__ void store_undefined(int64_t row) const {
+    token[row] = 0;
+    confidence[row] = runner_up[row] = entropy[row] = logsumexp[row] = NAN;
+  }
 };
 
-constexpr int kStatisticsResident = 3;         // blocks per multiprocessor: 80 registers a thread
-constexpr int kStatisticsClusterResident = 2;  // 96
+// Blocks per multiprocessor. Three leave a thread 80 registers; with a mask and a temperature per
+// row ptxas spills at that on sm_80. Two leave it 128, and 96 in a cluster's larger blocks.
+constexpr int statistics_resident(bool masked, bool per_row) { return masked && per_row ? 2 : 3; }
+constexpr int kStatisticsClusterResident = 2;
 
-template <class In, bool kCluster>
+template <class In, class Temperatures>
+constexpr int kStatisticsResident =
+    statistics_resident(kIsMasked<In>, std::is_same_v<Temperatures, RowTemperatures>);
+
+template <class In, class Temperatures, bool kCluster>
 __global__ void __launch_bounds__(kBlockThreads<kCluster>,
-                                  kCluster ? kStatisticsClusterResident : kStatisticsResident)
+                                  kCluster ? kStatisticsClusterResident
+                                           : kStatisticsResident<In, Temperatures>)
     row_statistics_kernel(const __grid_constant__ LogitsView<In> logits,
                           const __grid_constant__ RowSplit split,
+                          const __grid_constant__ Temperatures temperatures,
                           const __grid_constant__ RowStatisticsOutput out) {
   const TileRange range = block_tiles<kCluster>(split);
   RowMeeting<StatisticsPartial, kCluster> meeting(split, range.row);
   using T = ElementOf<In>;
   const Row<T> row = logits.row(range.row);
   const auto hidden = logits.hidden(range.row);
+  const auto temperature = temperatures.of_row(range.row);
+  const float scale = temperature.scale();
   for (int t = range.begin + warp_id(); t < range.end; t += kBlockWarps<kCluster>) {
     Tile<T> tile;
     load_tile(tile, row, t, hidden);
-    meeting.put(t, statistics_of_tile(tile, row, hidden, logits.scale));
+    meeting.put(t, statistics_of_tile(tile, row, hidden, scale));
   }
   if (!meeting.gather() || warp_id() != 0) return;
-  const StatisticsPartial all = meeting.merged(logits.scale);
-  if (lane_id() == 0) out.store(range.row, all, logits.scale);
-}
-
-template <class In>
-auto launch_row_statistics(const RowLaunch& run, const LogitsView<In>& logits,
-                           const RowStatisticsOutput& out, Stream stream) {
-  auto kernel = row_statistics_kernel<In, false>;
-  if constexpr (!kIsMasked<In>) {
-    if (run.cluster()) kernel = row_statistics_kernel<In, true>;
+  const StatisticsPartial all = meeting.merged(scale);
+  if (lane_id() != 0) return;
+  if (temperature.valid()) {
+    out.store(range.row, all, scale, temperature.inverse());
+  } else {
+    out.store_undefined(range.row);
   }
-  return launch(run.shape, stream, kernel, logits, run.split, out);
 }
 
-inline RowWork statistics_work(int64_t rows, int64_t vocab, bool masked = false) {
-  return {rows, vocab, kStatisticsResident, 0, !masked};
+template <class In, class Temperatures>
+auto launch_with_temperatures(const RowLaunch& run, const LogitsView<In>& logits,
+                              const Temperatures& temperatures, const RowStatisticsOutput& out,
+                              Stream stream) {
+  auto kernel = row_statistics_kernel<In, Temperatures, false>;
+  if constexpr (!kIsMasked<In>) {
+    if (run.cluster()) kernel = row_statistics_kernel<In, Temperatures, true>;
+  }
+  return launch(run.shape, stream, kernel, logits, run.split, temperatures, out);
+}
+
+// At the temperatures [rows] if there are any, else at this one
+template <class In>
+auto launch_row_statistics(const RowLaunch& run, const LogitsView<In>& logits, double temperature,
+                           const float* temperatures, const RowStatisticsOutput& out,
+                           Stream stream) {
+  if (temperatures != nullptr)
+    return launch_with_temperatures(run, logits, RowTemperatures{temperatures}, out, stream);
+  const OneTemperature one{softmax_scale(temperature), 1.0 / temperature};
+  return launch_with_temperatures(run, logits, one, out, stream);
+}
+
+inline RowWork statistics_work(int64_t rows, int64_t vocab, bool masked, bool per_row) {
+  return {rows, vocab, statistics_resident(masked, per_row), 0, !masked};
 }
 
 }  // namespace dmax::cuda

@@ -61,8 +61,8 @@ Chosen top1_confidence(Gpu gpu, LogitsInput logits, Address token, Address confi
 Chosen top1_partial(Gpu gpu, LogitsInput logits, int64_t vocab_start, Address maximum,
                     Address sum_exp, Address token);
 Chosen topk_confidence(Gpu gpu, LogitsInput logits, int k, Address tokens, Address confidences);
-Chosen row_statistics(Gpu gpu, LogitsInput logits, Address token, Address confidence,
-                      Address runner_up, Address entropy, Address logsumexp);
+Chosen row_statistics(Gpu gpu, LogitsInput logits, Address temperatures, Address token,
+                      Address confidence, Address runner_up, Address entropy, Address logsumexp);
 struct TokensInput {
   Address ids;
   bool wide;

@@ -59,18 +59,20 @@ Chosen topk_confidence(Gpu gpu, LogitsInput in, int k, Address tokens, Address c
   return result;
 }
 
-Chosen row_statistics(Gpu gpu, LogitsInput in, Address token, Address confidence, Address runner_up,
-                      Address entropy, Address logsumexp) {
-  const RowStatisticsOutput out{pointer<int64_t>(token),   pointer<float>(confidence),
+Chosen row_statistics(Gpu gpu, LogitsInput in, Address temperatures, Address token,
+                      Address confidence, Address runner_up, Address entropy, Address logsumexp) {
+  const RowStatisticsOutput out{pointer<int64_t>(token), pointer<float>(confidence),
                                 pointer<float>(runner_up), pointer<float>(entropy),
-                                pointer<float>(logsumexp), 1.0 / in.temperature};
+                                pointer<float>(logsumexp)};
   Chosen result;
   dispatch(in.dtype, [&](auto element) {
     using T = decltype(element);
-    const RowWork work = statistics_work(in.rows, in.vocab, in.allowed != 0);
+    const RowWork work = statistics_work(in.rows, in.vocab, in.allowed != 0, temperatures != 0);
     result = launch_rows<T, StatisticsPartial>(gpu, work, [&](const RowLaunch& run) {
-      with_mask(view_of<T>(in), mask_of(in),
-                [&](const auto& view) { launch_row_statistics(run, view, out, Stream{}); });
+      with_mask(view_of<T>(in), mask_of(in), [&](const auto& view) {
+        launch_row_statistics(run, view, in.temperature, pointer<const float>(temperatures), out,
+                              Stream{});
+      });
     });
   });
   return result;

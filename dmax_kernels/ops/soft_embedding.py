@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dmax_kernels.ops._register import empty_per_row, register_fake, register_not_differentiable
+from dmax_kernels.ops._temperature import read_temperature
 
 
 class TopPCut(NamedTuple):
@@ -123,19 +124,6 @@ def top_p_cut(logits: Tensor, top_p: float, *, temperature: float | Tensor = 1.0
     return TopPCut(
         *torch.ops.dmax.top_p_cut(logits, top_p, temperature=number, temperatures=temperatures)
     )
-
-
-def read_temperature(logits: Tensor, temperature: float | Tensor) -> tuple[float, Tensor | None]:
-    """(the number, one per row of logits): what the ops take."""
-    if not isinstance(temperature, Tensor):
-        return temperature, None
-    rows = logits.shape[:-1]
-    fits = temperature.dim() <= len(rows) and all(
-        given in (1, size)
-        for given, size in zip(reversed(temperature.shape), reversed(rows), strict=False)
-    )
-    # What does not fit goes to the op as it is, whose check says so
-    return 1.0, temperature.expand(rows) if fits else temperature
 
 
 @register_fake("soft_embedding")

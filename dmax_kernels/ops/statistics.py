@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dmax_kernels.ops._register import empty_per_row, register_fake, register_not_differentiable
+from dmax_kernels.ops._temperature import read_temperature
 from dmax_kernels.vocabulary import visible_rows
 
 
@@ -25,7 +26,7 @@ class RowStatistics(NamedTuple):
 def row_statistics(
     logits: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     suppress_token: int = -1,
     suppress_tokens: Sequence[int] = (),
     allowed: Tensor | None = None,
@@ -42,7 +43,10 @@ def row_statistics(
 
     Args:
         logits: [..., V], float32, bfloat16 or float16, any strides.
-        temperature: 1e-30 to 1e30.
+        temperature: 1e-30 to 1e30; or a float32 tensor of these that broadcasts to logits' shape
+            without V. A row then has the bits that its own temperature as a number gives it. On a
+            GPU, where looking would wait for the device, a row whose temperature is out of this
+            range has token 0 and NaN in all else.
         suppress_token, suppress_tokens, allowed, vocab_limit: which tokens count, as in
             :func:`dmax_kernels.top1_confidence`; the others do as if their logits were -inf.
 
@@ -58,21 +62,26 @@ def row_statistics(
 
     Raises:
         RuntimeError: logits of a different dtype or 0-D, a temperature or token id out of range, a
-            mask of a different dtype or shape.
+            mask or a tensor of temperatures of a different dtype, shape or device.
         ValueError: suppress_tokens or a vocab_limit out of range.
     """
     logits, suppress_token, allowed = visible_rows(
         "row_statistics", logits, suppress_token, suppress_tokens, allowed, vocab_limit
     )
+    number, temperatures = read_temperature(logits, temperature)
     return RowStatistics(
         *torch.ops.dmax.row_statistics(
-            logits, temperature=temperature, suppress_token=suppress_token, allowed=allowed
+            logits,
+            temperature=number,
+            temperatures=temperatures,
+            suppress_token=suppress_token,
+            allowed=allowed,
         )
     )
 
 
 @register_fake("row_statistics")
-def _(logits, *, temperature=1.0, suppress_token=-1, allowed=None):
+def _(logits, **options):
     return empty_per_row(logits, torch.int64, *(torch.float32,) * 4)
 
 

@@ -5,11 +5,7 @@ from torch import Tensor
 
 from dmax_kernels.ops.soft_embedding import TopPCut
 from dmax_kernels.reference.sample import kept_tokens
-
-
-def per_row(temperature: float | Tensor) -> float | Tensor:
-    """A temperature that divides logits [..., V]."""
-    return temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+from dmax_kernels.reference.top1 import per_row
 
 
 def soft_embedding(

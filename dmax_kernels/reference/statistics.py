@@ -6,14 +6,19 @@ import torch
 from torch import Tensor
 
 from dmax_kernels.ops.statistics import RowStatistics
-from dmax_kernels.reference.top1 import masked_logits, softmax_of
+from dmax_kernels.reference.top1 import masked_logits, per_row, softmax_of
 
 
 def row_statistics(
-    logits: Tensor, *, temperature: float = 1.0, suppress_token: int = -1, **visibility: Any
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    suppress_token: int = -1,
+    **visibility: Any,
 ) -> RowStatistics:
     visible = masked_logits("row_statistics", logits, suppress_token, **visibility)
     token = visible.argmax(dim=-1, keepdim=True)  # the first maximum; a NaN counts as the maximum
+    temperature = per_row(temperature)
     probability = softmax_of(visible, temperature)
     confidence = probability.gather(-1, token)
     runner_up = probability.scatter(-1, token, 0.0).amax(dim=-1)

@@ -28,6 +28,11 @@ def masked_logits(op: str, logits: Tensor, suppress_token: int = -1, **visibilit
     return visible_logits(*visible_rows(op, logits, suppress_token, **visibility))
 
 
+def per_row(temperature: float | Tensor) -> float | Tensor:
+    """A temperature that divides logits [..., V]."""
+    return temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+
+
 def softmax_of(visible: Tensor, temperature: float | Tensor) -> Tensor:
     """softmax(visible / temperature). Subtracting first keeps full precision under an offset."""
     return torch.softmax((visible - visible.amax(dim=-1, keepdim=True)) / temperature, dim=-1)

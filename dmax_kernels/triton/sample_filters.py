@@ -33,8 +33,6 @@ from dmax_kernels.triton.philox import DRAW_TILE, row_key, tile_noise
 from dmax_kernels.triton.stats import LOG2_E, NO_ID
 from dmax_kernels.triton.topk import order_key, value_of_key
 
-LOG2_E_DEVICE = tl.constexpr(LOG2_E)
-
 READ_TILES = 64  # draw tiles per step of a program: as many logits as one tile elsewhere
 READ_WARPS = 4
 ROW_WARPS = 8
@@ -106,7 +104,7 @@ def draw_tiles_kernel(
         logits + row_id * row_stride, tile, tile < num_tiles, vocab, suppress_token,
         allowed + row_id * allowed_stride, HAS_ALLOWED,
     )
-    maxima, sums, _ = draw_tiles(x, tl.full([], LOG2_E_DEVICE, tl.float32) / t, 1.0)
+    maxima, sums, _ = draw_tiles(x, tl.full([], LOG2_E, tl.float32) / t, 1.0)
     inside = tile < num_tiles
     tl.store(tile_max + row_id * num_tiles + tile, maxima, mask=inside)
     tl.store(tile_sum + row_id * num_tiles + tile, sums, mask=inside)
@@ -130,7 +128,7 @@ def sample_filtered_kernel(
     )
     greedy = t == 0
     t = tl.where(valid & (t > 0), t, 1.0)
-    scale = tl.full([], LOG2_E_DEVICE, tl.float32) / t
+    scale = tl.full([], LOG2_E, tl.float32) / t
     inverse_temperature = 1.0 / t
 
     maximum, total, any_broken = row_mass(tile_max, tile_sum, num_tiles, scale, STATS)
@@ -267,7 +265,7 @@ def top_p_cut_kernel(
     tile_max += row_id * num_tiles
     tile_sum += row_id * num_tiles
     t, _, p, _, valid = options_of(row_options, row_id, temperature, 0, top_p, 0.0, HAS_OPTIONS)
-    scale = tl.full([], LOG2_E_DEVICE, tl.float32) / tl.where(valid, t, 1.0)
+    scale = tl.full([], LOG2_E, tl.float32) / tl.where(valid, t, 1.0)
     maximum, _, any_broken = row_mass(tile_max, tile_sum, num_tiles, scale, STATS)
     value = tl.zeros([], tl.float32) + float("-inf")
     token = tl.zeros([], tl.int32) + NO_ID

@@ -35,9 +35,8 @@ from dmax_kernels.triton.soft_products import (
     RowOptions,
     above_cut,
     products_of_rows,
-    row_scale,
 )
-from dmax_kernels.triton.stats import finite_or_zero, softmax_scale
+from dmax_kernels.triton.stats import finite_or_zero, row_scale, softmax_scale
 
 __all__ = ["soft_embedding", "soft_embedding_partial", "top_p_cut"]
 

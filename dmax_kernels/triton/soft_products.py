@@ -17,14 +17,12 @@ from torch import Tensor
 
 from dmax_kernels.triton.launch import Rows
 from dmax_kernels.triton.linear_chunks import add_product
-from dmax_kernels.triton.stats import finite_or_zero, softmax_scale
+from dmax_kernels.triton.stats import finite_or_zero, row_scale, softmax_scale
 
 WEIGHT_BYTES = 128 << 20
 # float16 has no numbers below 2^-24: weights in this unit reach down to exp(-26)
 FLOAT16_UNIT = tl.constexpr(2.0**14)
 WEIGHT_TILE = 2048  # tokens per program
-LOG2_E = tl.constexpr(1.4426950408889634)
-LEAST_TEMPERATURE, MOST_TEMPERATURE = tl.constexpr(1e-30), tl.constexpr(1e30)
 
 
 class RowOptions(NamedTuple):
@@ -44,16 +42,6 @@ class RowOptions(NamedTuple):
     def span(self, rows: slice) -> "RowOptions":
         """Those of some rows; needs the form of in_rows()."""
         return RowOptions(self.temperature, *(t if t is None else t[rows] for t in self[1:]))
-
-
-@triton.jit
-def row_scale(temperatures, row, scale, HAS_TEMPERATURES: tl.constexpr):
-    """log2(e) / temperature of each row; NaN where the temperature is out of range."""
-    if HAS_TEMPERATURES:
-        temperature = tl.load(temperatures + row)
-        valid = (temperature >= LEAST_TEMPERATURE) & (temperature <= MOST_TEMPERATURE)
-        return tl.where(valid, LOG2_E / temperature, float("nan"))
-    return scale + row.to(tl.float32) * 0.0
 
 
 @triton.jit

@@ -18,6 +18,9 @@ from dmax_kernels.triton.stats import (
     load_partials,
     load_visible_tile,
     merge_statistics,
+    quotient,
+    row_scale,
+    row_temperature,
     softmax_scale,
     tile_statistics,
     tiles_of_program,
@@ -62,12 +65,15 @@ def store_tile(
     do_not_specialize=["suppress_token", "mask_stride", "num_tiles", "tiles_per_program"]
 )
 def tile_entropy_kernel(
-    logits, row_stride, vocab, suppress_token, allowed, mask_stride, scale,
+    logits, row_stride, vocab, suppress_token, allowed, mask_stride, scale, temperatures,
     partial_max, partial_sum, partial_token, partial_rest, partial_exponent, partial_second,
-    num_tiles, tiles_per_program, HAS_ALLOWED: tl.constexpr, TILE: tl.constexpr,
+    num_tiles, tiles_per_program, HAS_ALLOWED: tl.constexpr, HAS_TEMPERATURES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     row_id = tl.program_id(0).to(tl.int64)
     row = logits + row_id * row_stride
+    if HAS_TEMPERATURES:
+        scale = row_scale(temperatures, row_id, scale, True)
     if HAS_ALLOWED:
         allowed += row_id * mask_stride
     out_max = partial_max + row_id * num_tiles
@@ -93,10 +99,13 @@ def tile_entropy_kernel(
 @triton.jit(do_not_specialize=["num_tiles"])
 def entropy_merge_tiles_kernel(
     partial_max, partial_sum, partial_token, partial_rest, partial_exponent, partial_second,
-    num_tiles, scale, inverse_temperature, token, confidence, runner_up, entropy, logsumexp,
-    TILES: tl.constexpr,
+    num_tiles, scale, inverse_temperature, temperatures, token, confidence, runner_up, entropy,
+    logsumexp, HAS_TEMPERATURES: tl.constexpr, TILES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if HAS_TEMPERATURES:
+        scale = row_scale(temperatures, row, scale, True)
+        inverse_temperature = quotient(1.0, row_temperature(temperatures, row))
     maxima, sums, tokens = load_partials(
         partial_max, partial_sum, partial_token, row, num_tiles, TILES
     )
@@ -121,6 +130,9 @@ def entropy_merge_tiles_kernel(
     second = tl.max(tl.where(holds_winner, seconds, maxima), axis=0)
 
     log_sum = log1p(rest)
+    if HAS_TEMPERATURES:  # out of range: scale is NaN, and with it the sums
+        winner = tl.where(scale == scale, winner, 0)
+        best = tl.where(scale == scale, best, float("nan"))
     second_weight = tl.exp2((second - finite_or_zero(best)) * scale)
     tl.store(token + row, winner.to(tl.int64))
     tl.store(confidence + row, top)
@@ -133,6 +145,7 @@ def row_statistics(
     logits: Tensor,
     *,
     temperature: float = 1.0,
+    temperatures: Tensor | None = None,
     suppress_token: int = -1,
     allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -143,7 +156,9 @@ def row_statistics(
         return token, *others
     with device_of(logits):
         rows, mask = row_view(logits), mask_of(allowed)
-        scale = softmax_scale(temperature)
+        scale, given = softmax_scale(temperature), temperatures is not None
+        if given:
+            temperatures = temperatures.contiguous()
         tiles = choose_tiles(rows.count, rows.width, device)
         f32, i32 = torch.float32, torch.int32
         partials = [
@@ -151,12 +166,12 @@ def row_statistics(
             for dtype in (f32, f32, i32, f32, f32, f32)
         ]
         tile_entropy_kernel[(rows.count, tiles.programs)](
-            rows.tensor, rows.stride, rows.width, suppress_token, *mask, scale, *partials,
-            tiles.count, tiles.per_program, HAS_ALLOWED=mask.given, TILE=TILE,
-            num_warps=mask.tile_warps,
+            rows.tensor, rows.stride, rows.width, suppress_token, *mask, scale, temperatures,
+            *partials, tiles.count, tiles.per_program, HAS_ALLOWED=mask.given,
+            HAS_TEMPERATURES=given, TILE=TILE, num_warps=mask.tile_warps,
         )
         entropy_merge_tiles_kernel[(rows.count,)](
-            *partials, tiles.count, scale, 1.0 / temperature, token, *others,
-            TILES=next_power_of_2(tiles.count), num_warps=1,
+            *partials, tiles.count, scale, 1.0 / temperature, temperatures, token, *others,
+            HAS_TEMPERATURES=given, TILES=next_power_of_2(tiles.count), num_warps=1,
         )
     return token, *others

@@ -16,12 +16,35 @@ from torch import Tensor
 from dmax_kernels.triton.launch import NO_MASK, TILE, Mask, Rows, choose_tiles
 
 NO_ID = tl.constexpr(0x7FFFFFFF)
-LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST_TEMPERATURE, MOST_TEMPERATURE = tl.constexpr(1e-30), tl.constexpr(1e30)
 
 
 def softmax_scale(temperature: float) -> float:
     """log2(e) / temperature: one multiplication per logit gives the exponent of exp2."""
-    return LOG2_E / temperature
+    return LOG2_E.value / temperature
+
+
+@triton.jit
+def quotient(dividend: tl.constexpr, divisor):
+    """In double and then rounded, as the host divides: the same bits."""
+    return (tl.full([], dividend, tl.float64) / divisor.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def row_temperature(temperatures, row):
+    """NaN where it is out of range."""
+    temperature = tl.load(temperatures + row)
+    valid = (temperature >= LEAST_TEMPERATURE) & (temperature <= MOST_TEMPERATURE)
+    return tl.where(valid, temperature, float("nan"))
+
+
+@triton.jit
+def row_scale(temperatures, row, scale, HAS_TEMPERATURES: tl.constexpr):
+    """softmax_scale() of each row's temperature; NaN where that is out of range."""
+    if HAS_TEMPERATURES:
+        return quotient(LOG2_E, row_temperature(temperatures, row))
+    return scale + row.to(tl.float32) * 0.0
 
 
 @triton.jit
