@@ -194,15 +194,55 @@ def vllm_state(generator, slots, width):
     }
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_vllms_step_writes_the_same_state(seed, monkeypatch):
-    path = "vllm/model_executor/models/diffusion_gemma.py"
-    released, changed = sources("vllm", path)
+VLLM_MODEL = "vllm/model_executor/models/diffusion_gemma.py"
+
+
+def vllm_sampler(monkeypatch):
+    """The file of vLLM's statistics; its kernel cannot be called."""
     install(monkeypatch, "vllm.triton_utils", tl=SimpleNamespace(constexpr=int),
             triton=SimpleNamespace(jit=lambda function: function))  # fmt: skip
     sampler = types.ModuleType("sampler")
-    exec((ENGINES / "vllm" / path.replace(".py", "_sampler.py")).read_text(), vars(sampler))
+    exec((ENGINES / "vllm" / VLLM_MODEL.replace(".py", "_sampler.py")).read_text(), vars(sampler))
+    return sampler
 
+
+def statistics_of(source, sampler, logits, temp, embed_weight):
+    """The names that the file's own lines before a step make: what the step gets."""
+    begin = source.index(" " * 16 + "probs_dtype =")
+    end = source.index(" " * 16 + "# Only the logprob stash reads the scaled logits.")
+    names = {
+        "n": len(temp), "W": len(logits) // len(temp), "tile_logits": logits, "compute_sc": True,
+        "embed_weight": embed_weight, "temp": temp, "allowed": None, "torch": torch,
+        "self": SimpleNamespace(embed_weight=embed_weight), "dmax_kernels": dmax_kernels,
+        "sample_row_stats_reference": sampler.sample_row_stats_reference,
+    }  # fmt: skip
+    exec(textwrap.dedent(source[begin:end]), names)
+    return names
+
+
+def test_vllms_requests_are_drawn_at_their_own_temperatures(monkeypatch):
+    """The law of each request's softmax; the best token, and no entropy, at temperature 0."""
+    _, changed = sources("vllm", VLLM_MODEL)
+    row, temp, width = torch.tensor([0.0, 0.3, -0.5, -torch.inf]), [0.4, 0.0, 1.5], 20000
+    logits = row.expand(3 * width, 4)
+    torch.manual_seed(0)
+    names = statistics_of(
+        changed, vllm_sampler(monkeypatch), logits, torch.tensor(temp), torch.eye(4)
+    )
+    samples, entropies = (names[each].view(3, width) for each in ("sample_rows", "entropy_rows"))
+    for sample, entropy, temperature in zip(samples, entropies, temp, strict=True):
+        expected = torch.softmax(row.double() / max(temperature, 1e-10), dim=0)
+        share = torch.bincount(sample, minlength=4) / width
+        torch.testing.assert_close(share.double(), expected, rtol=0, atol=0.015)
+        exact = torch.special.entr(expected).sum().float().expand(width)
+        torch.testing.assert_close(entropy, exact, rtol=2e-6, atol=1e-6)
+    assert (samples[1] == 1).all()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_vllms_step_writes_the_same_state(seed, monkeypatch):
+    released, changed = sources("vllm", VLLM_MODEL)
+    sampler = vllm_sampler(monkeypatch)
     generator = torch.Generator().manual_seed(seed)
     n, width = 4, L
     logits = torch.randn(n * width, VOCAB, generator=generator) * 4
@@ -210,22 +250,16 @@ def test_vllms_step_writes_the_same_state(seed, monkeypatch):
     temp = torch.rand(n, generator=generator) + 0.2
     embed_weight = torch.randn(VOCAB, DIM, generator=generator)
     state = vllm_state(generator, n, width)
-    results = []
-    for source, dtype in ((released, torch.float32), (changed, None)):
-        torch.manual_seed(seed)  # vLLM draws the noise
-        statistics = sampler.sample_row_stats_reference(logits, temp, width, dtype)
-        argmax, sample, entropy, probs = statistics
-        names = {
-            "n": n, "W": width, "probs_rows": probs, "tile_logits": logits, "compute_sc": True,
-            "embed_weight": embed_weight, "temp": temp, "dmax_kernels": dmax_kernels,
-        }  # fmt: skip
-        # The lines before the step that say what it gets
-        old, new = recipe(path)[-1]
-        exec(textwrap.dedent(old if source is released else new), names)
+    results, found = [], []
+    for source in (released, changed):
+        names = statistics_of(source, sampler, logits, temp, embed_weight)
+        found.append(names)
+        # vLLM's draw in both: ours follows the same law with other numbers
+        rows = (found[0]["sample_rows"], names["argmax_rows"], names["entropy_rows"])
         buffers = {name: tensor.clone() for name, tensor in state.items()}
         torch.manual_seed(seed + 1)
         function_of(source, "_compiled_sample_step")(
-            *(each.view(n, width) for each in (sample, argmax, entropy)), names["probs"],
+            *(each.view(n, width) for each in rows), names["probs"],
             decode_slots=torch.arange(n), decode_idx=torch.arange(n), all_slots=torch.arange(n),
             valid_canvas_len=torch.full((n,), width), embed_weight=embed_weight,
             normalizer=torch.tensor(1.5), confidence_threshold=0.5, vocab_size=VOCAB, CL=width,
@@ -233,6 +267,9 @@ def test_vllms_step_writes_the_same_state(seed, monkeypatch):
             tp_group_name="", **buffers,
         )  # fmt: skip
         results.append(buffers)
+    theirs, ours = found
+    assert torch.equal(ours["argmax_rows"], theirs["argmax_rows"])
+    torch.testing.assert_close(ours["entropy_rows"], theirs["entropy_rows"], rtol=5e-6, atol=5e-6)
     theirs, ours = results
     for name in state:
         if name == "sc_embeds":

@@ -64,15 +64,20 @@ def model_of(engine):
 
 
 def denoise(
-    engine, model, *, seed, steps=12, fade=0.5, stability=1, confidence=0.4, bound=0.3, forward=None
-):
-    """The engine's loop over denoising steps: every step's four results."""
+    engine, model, *, seed, steps=12, fade=0.5, stability=1, confidence=0.4, bound=0.3,
+    forward=None, processor=None, behind=0,
+):  # fmt: skip
+    """The engine's loop over denoising steps: every step's four results. The canvases are `behind`
+    steps behind the loop's.
+    """
     config = engine.EntropyBoundSamplerConfig(entropy_bound=bound)
     sampler = engine.EntropyBoundSampler(config, CANVAS, VOCAB, steps)
     stop = None
     if stability is not None:
         stop = engine.StableAndConfidentStoppingCriteria(stability, confidence)
-    processor = engine.LinearTemperatureScheduleLogitsProcessor(0.4, 0.8, steps)
+    if processor is None:
+        linear = engine.LinearTemperatureScheduleLogitsProcessor(0.4, 0.8, steps)
+        processor = lambda ids, logits, cur_step: linear(ids, logits, cur_step)  # noqa: E731
     torch.manual_seed(seed)
     forward = forward or Denoiser(seed, fade)
     named = inspect.signature(engine.DiffusionGemmaGenerationMixin._denoising_step).parameters
@@ -92,9 +97,9 @@ def denoise(
             mask_mapping=None,
             **{cache: None},
             finished_denoising=finished,
-            cur_step=step,
+            cur_step=step + behind,
             sampler=sampler,
-            logits_processor=lambda ids, logits, cur_step: processor(ids, logits, cur_step),
+            logits_processor=processor,
             diffusion_stopping_criteria=stop,
         )
         results.append(
@@ -123,6 +128,54 @@ def test_same_tokens_as_the_engine(engine, seed, stability, bound):
         ends = [result[3].sum().item() for result in expected]
         assert ends[-1] > 0
         assert len(set(ends)) > 1
+
+
+def per_canvas(*values):
+    return torch.tensor(values).view(BATCH, 1, 1)
+
+
+def schedules(engine, case):
+    """A batch's schedule and its canvases' steps behind; and those of each canvas alone."""
+
+    def schedule(*arguments):
+        return [engine.LinearTemperatureScheduleLogitsProcessor(*arguments)]
+
+    if case == "steps of their own":
+        one, behind = schedule(0.1, 1.5, 21), (0, 4, 9)
+        return one, per_canvas(*behind), [(one, each) for each in behind]
+    given = ((0.1, 0.4, 0.7), (0.5, 0.9, 2.0), (12, 20, 40))  # t_min, t_max, steps
+    alone = [(schedule(*own), 0) for own in zip(*given, strict=True)]
+    return schedule(*(per_canvas(*each) for each in given)), 0, alone
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # the engine's, of cur_step
+@pytest.mark.parametrize("case", ["schedules of their own", "steps of their own"])
+@pytest.mark.parametrize("sampling", ["torch", "fused"])
+@pytest.mark.parametrize("seed", range(3))
+def test_canvases_have_their_own_temperatures(engine, sampling, seed, case):
+    """Each canvas's ids are those of a batch at its temperature alone; draws depend on the place,
+    so it stays where it is.
+    """
+    model, processors = model_of(engine), pytest.importorskip("transformers").LogitsProcessorList
+
+    def run(processor, behind):
+        return denoise(
+            engine, model, seed=seed, stability=None, processor=processors(processor), behind=behind
+        )
+
+    mixed, behind, alone = schedules(engine, case)
+    expected = run(mixed, behind)
+    adapter.enable(model, sampling=sampling, self_conditioning="torch")
+    got = run(mixed, behind)
+    if sampling == "torch":
+        for ours, theirs in zip(got, expected, strict=True):
+            assert all(map(torch.equal, ours, theirs))
+    own = [run(*each) for each in alone]
+    for row, results in enumerate(own):
+        for ours, theirs in zip(got, results, strict=True):
+            assert torch.equal(ours[0][row], theirs[0][row])  # the canvas
+            assert torch.equal(ours[1][row], theirs[1][row])  # the greedy one
+    assert not torch.equal(own[0][-1][0], own[2][-1][0])  # the temperatures show
 
 
 def accepted_rule(logits, bound):
@@ -224,7 +277,7 @@ def tiny(engine):
     return transformers.DiffusionGemmaForBlockDiffusion(config).eval()
 
 
-def generate(engine, model, seed, bound, stability=1):
+def generate(engine, model, seed, bound, stability=1, **options):
     prompt = torch.randint(3, VOCAB, (BATCH, 5), generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)
     output = model.generate(
@@ -233,9 +286,7 @@ def generate(engine, model, seed, bound, stability=1):
         max_denoising_steps=8,
         sampler_config=engine.EntropyBoundSamplerConfig(entropy_bound=bound),
         stability_threshold=stability,
-        confidence_threshold=2.0,
-        t_min=0.01,
-        t_max=0.05,
+        **({"confidence_threshold": 2.0, "t_min": 0.01, "t_max": 0.05} | options),
     )
     return output.sequences, output.tokens_per_forward
 
@@ -255,6 +306,37 @@ def test_generate_gives_the_engines_ids(engine, tiny, bound, self_conditioning):
         forwards |= set(expected[1].tolist())
     adapter.disable(tiny)
     assert len(forwards) > 1  # canvases ended at different steps
+
+
+@pytest.mark.parametrize("sampling", ["torch", "fused"])
+def test_generate_with_a_schedule_per_canvas(engine, tiny, sampling):
+    """The engine's ids with its own draws; else those of a batch at each canvas's schedule."""
+    from transformers import LogitsProcessorList
+
+    t_max = (0.05, 0.3, 2.0)
+
+    def ids(seed, *highest):
+        given = highest[0] if len(highest) == 1 else per_canvas(*highest)
+        schedule = engine.LinearTemperatureScheduleLogitsProcessor(0.01, given, 8)
+        options = {"logits_processor": LogitsProcessorList([schedule]), "t_min": None}
+        options |= {"t_max": None, "confidence_threshold": 1e-30}
+        return generate(engine, tiny, seed, 5.0, **options)[0]
+
+    for seed in range(2):
+        adapter.disable(tiny)
+        expected = ids(seed, *t_max)
+        adapter.enable(tiny, sampling=sampling)
+        got = ids(seed, *t_max)
+        if sampling == "torch":
+            assert torch.equal(got, expected)
+        alone = [ids(seed, each) for each in t_max]
+        for row, own in enumerate(alone):  # padded to the end of the batch's longest
+            both = min(got.shape[1], own.shape[1])
+            assert torch.equal(got[row, :both], own[row, :both])
+            assert not got[row, both:].any()
+        first, _, last = (own[:, : 5 + CANVAS] for own in alone)
+        assert not torch.equal(first, last)  # the temperatures show
+    adapter.disable(tiny)
 
 
 def test_the_decoder_is_conditioned_on_softmax_times_embedding(engine, tiny, monkeypatch):
@@ -283,20 +365,25 @@ def test_the_decoder_is_conditioned_on_softmax_times_embedding(engine, tiny, mon
     assert not module._forward_pre_hooks
 
 
-def test_a_step_reads_nothing_on_the_host(engine, tiny, monkeypatch):
-    """And makes one pass over the logits for each of its three ops, none besides."""
+@pytest.mark.parametrize("own", [False, True])
+def test_a_step_reads_nothing_on_the_host(engine, tiny, own):
+    """And makes one pass over the logits for each of its three ops, none besides; with a
+    temperature per canvas too.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             tensors = [x for x in (*args, result) if isinstance(x, torch.Tensor)]
-            if not function.is_view and any(x.shape[-1:] == (VOCAB,) for x in tensors):
+            reads = not function.is_view and "new_" not in function.name()
+            if reads and any(x.shape[-1:] == (VOCAB,) for x in tensors):
                 passes.append(function.name())
             assert function.name() != "aten::_local_scalar_dense"
             return result
 
     logits = torch.randn(BATCH, CANVAS, VOCAB)
+    t_max, steps = (per_canvas(0.8, 0.5, 2.4), per_canvas(3, 5, 1)) if own else (0.8, 3)
     model, passes = model_of(engine), []
     model.model.decoder = tiny.model.decoder
     adapter.enable(model)
@@ -308,9 +395,9 @@ def test_a_step_reads_nothing_on_the_host(engine, tiny, monkeypatch):
         "self_conditioning_logits": torch.zeros(BATCH, CANVAS, 32),
         "finished_denoising": torch.tensor([False, True, False]),
         "sampler": engine.EntropyBoundSampler(config, CANVAS, VOCAB, 5),
-        "logits_processor": [engine.LinearTemperatureScheduleLogitsProcessor(0.4, 0.8, 5)],
+        "logits_processor": [engine.LinearTemperatureScheduleLogitsProcessor(0.4, t_max, 5)],
         "diffusion_stopping_criteria": engine.StableAndConfidentStoppingCriteria(1, 0.5),
-        "cur_step": 3,
+        "cur_step": steps,
     }
     others = ("input_ids", "decoder_position_ids", "mask_mapping")
     with Recorder():
@@ -320,8 +407,9 @@ def test_a_step_reads_nothing_on_the_host(engine, tiny, monkeypatch):
     ]
     assert (soft[1] == 0).all()  # a finished row keeps its own
     weight = tiny.model.decoder.embed_tokens.weight
-    expected = torch.softmax(logits / (0.4 + 0.4 * 3 / 5), dim=-1) @ weight
-    torch.testing.assert_close(soft[0], expected[0], rtol=1e-4, atol=1e-5)
+    for row, temperature in ((0, 0.4 + 0.4 * 3 / 5), (2, 0.8 if own else 0.4 + 0.4 * 3 / 5)):
+        expected = torch.softmax(logits[row] / temperature, dim=-1) @ weight
+        torch.testing.assert_close(soft[row], expected, rtol=1e-4, atol=1e-5)
     assert finished[1]
 
 

@@ -32,6 +32,11 @@ def enable(model: Any, *, sampling: str = "fused", self_conditioning: str = "fus
     from `sample_tokens`, and the self-conditioning from `soft_embedding`. Nothing of them is read
     on the host, no copy of the logits is made, and no logits are kept from step to step.
 
+    Canvases of one batch may have different temperatures: in a schedule of the engine's,
+    `LinearTemperatureScheduleLogitsProcessor(t_min, t_max, max_denoising_steps)`, each of the three
+    may be a tensor [B, 1, 1], and so may `cur_step` in a loop of your own over
+    `model._denoising_step`.
+
     Args:
         model: a DiffusionGemma model (anything with `DiffusionGemmaGenerationMixin`).
         sampling: "fused" draws the canvas with `sample_tokens`, from a seed that torch's generator
@@ -110,7 +115,7 @@ class Conditioning:
     def decoder(self) -> Any:
         return self.model.model.decoder
 
-    def of(self, logits: Tensor, temperature: float) -> Tensor:
+    def of(self, logits: Tensor, temperature: float | Tensor) -> Tensor:
         """[B, L, D] in the embedding's dtype, without the embedding's scale."""
         weight = self.decoder.embed_tokens.weight.detach()
         return dmax_kernels.soft_embedding(logits.detach(), weight, temperature=temperature)
@@ -155,7 +160,7 @@ class DenoisingStep:
         self_conditioning_logits: Tensor | None,
         mask_mapping: Any,
         finished_denoising: Tensor,
-        cur_step: int,
+        cur_step: int | Tensor,
         sampler: Any,
         logits_processor: Any,
         diffusion_stopping_criteria: Any | None,
@@ -166,7 +171,7 @@ class DenoisingStep:
         """
         # As in the engine: a step number in a tensor does not recompile, and a compiled
         # forward may reuse the memory of its last outputs
-        step = torch.tensor(cur_step, device=current_canvas.device, dtype=torch.int32)
+        step = torch.as_tensor(cur_step, device=current_canvas.device, dtype=torch.int32)
         torch.compiler.cudagraph_mark_step_begin()
         conditioning = self.conditioning
         if hasattr(decoder_forward, "_torchdynamo_orig_callable"):
@@ -185,7 +190,8 @@ class DenoisingStep:
                 forward_inputs["self_conditioning_logits"] = None
                 raw_logits = decoder_forward(**forward_inputs).logits
 
-        logits, temperature = raw_logits, self.temperature(logits_processor, cur_step)
+        logits = raw_logits
+        temperature = self.temperature(logits_processor, cur_step, raw_logits)
         if temperature is None or conditioning is None:
             logits, temperature = logits_processor(input_ids, raw_logits, cur_step=step), 1.0
         statistics = dmax_kernels.row_statistics(logits, temperature=temperature)
@@ -212,8 +218,11 @@ class DenoisingStep:
         following = following.to(self.model.model.decoder.embed_tokens.weight.dtype)
         return canvas, argmax, following, finished_denoising
 
-    def temperature(self, logits_processor: Any, cur_step: int) -> float | None:
-        """What the engine's schedule divides the logits by, where it is all that processes them.
+    def temperature(
+        self, logits_processor: Any, cur_step: int | Tensor, logits: Tensor
+    ) -> float | Tensor | None:
+        """What the engine's schedule divides the logits by, where it is all that processes them:
+        a number, or float32 [B, L] from a schedule of tensors.
 
         The ops divide inside, which saves a copy of all logits. Not where the engine's own draws
         are wanted: it rounds the quotients, and its draws depend on every bit.
@@ -223,11 +232,16 @@ class DenoisingStep:
             return None
         schedule: Any = logits_processor[0]
         share = cur_step / schedule.max_denoising_steps
-        temperature = float(schedule.t_min + (schedule.t_max - schedule.t_min) * share)
-        return temperature if temperature >= 1e-30 else None
+        temperature = schedule.t_min + (schedule.t_max - schedule.t_min) * share
+        if not isinstance(temperature, Tensor):
+            return float(temperature) if temperature >= 1e-30 else None
+        if temperature.dim() > 0 and temperature.shape[-1] != 1:
+            return None  # it differs from token to token
+        per_row = temperature.to(logits.device, torch.float32).expand(*logits.shape[:-1], 1)
+        return per_row.squeeze(-1)
 
 
-def draw(logits: Tensor, temperature: float) -> Tensor:
+def draw(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """One token per position of logits [B, L, V], int64 [B, L]."""
     seed = torch.randint(torch.iinfo(torch.int64).max, (2,), device=logits.device)
     return dmax_kernels.sample_tokens(logits, seed, temperature=temperature).token
