@@ -25,8 +25,8 @@ void draw_rows(int64_t count, int64_t vocab, const RowOf& row_of,
     return RowDraw<T>{row_of(i), temperature_of(i), memory, memory + tiles,
                       memory + tiles + draw_tiles};
   };
-  const bool worth_sharing = count * vocab >= 2 * kLogitsPerThread;
-  if (count >= 2 * num_threads() || num_threads() == 1 || !worth_sharing) {
+  const int64_t sharing = threads_per_row(count, vocab);
+  if (sharing == 1) {
     parallel_for_rows(count, vocab, [&](int64_t begin, int64_t end) {
       std::vector<float> memory(floats);
       DrawScratch scratch(vocab);
@@ -41,25 +41,30 @@ void draw_rows(int64_t count, int64_t vocab, const RowOf& row_of,
     });
     return;
   }
-  constexpr int64_t kGrain = kLogitsPerThread / kTile;
   std::vector<float> memory(count * floats);
   std::vector<RowDraw<T>> rows;
   rows.reserve(count);
   for (int64_t i = 0; i < count; ++i) rows.push_back(row_in(i, &memory[i * floats]));
-  parallel_for(count * tiles, kGrain, [&](int64_t begin, int64_t end) {
+  const auto find_maxima = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) rows[i / tiles].find_maxima(i % tiles);
-  });
-  for (RowDraw<T>& row : rows) row.find_maximum();
-  parallel_for(count * tiles, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) rows[i / tiles].add_masses(i % tiles);
-  });
-  parallel_for_rows(count, vocab, [&](int64_t begin, int64_t end) {
+  };
+  const auto find_maximum = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) rows[i].find_maximum();
+  };
+  const auto add_masses = [&](int64_t begin, int64_t end) {
+    // Backwards: what was read last is still in the cache
+    for (int64_t i = end - 1; i >= begin; --i) rows[i / tiles].add_masses(i % tiles);
+  };
+  const auto finish = [&](int64_t begin, int64_t end) {
+    if (begin == end) return;
     DrawScratch scratch(vocab);
     for (int64_t i = begin; i < end; ++i) {
       rows[i].total = rows[i].total_mass();
       done(i, rows[i], &scratch);
     }
-  });
+  };
+  parallel_loops(sharing, Loop(count * tiles, find_maxima), Loop(count, find_maximum),
+                 Loop(count * tiles, add_masses), Loop(count, finish));
 }
 
 }  // namespace dmax::cpu

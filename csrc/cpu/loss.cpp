@@ -4,6 +4,8 @@
 #include "common/dispatch.h"
 #include "common/row_view.h"
 #include "cpu/cross_entropy.h"
+#include "cpu/large_tensors.h"
+#include "cpu/stacked_passes.h"
 #include "cpu/vocab_scan.h"
 
 namespace dmax::cpu {
@@ -19,39 +21,6 @@ double row_loss(const TileKernels<T>& kernels, const T* row, int64_t vocab, int6
 
 void fill_zero(void* row, int64_t bytes) {
   std::fill_n(static_cast<unsigned char*>(row), bytes, static_cast<unsigned char>(0));
-}
-
-struct PassResult {
-  Tensor loss;
-  Tensor logsumexp;
-};
-
-PassResult pass_loss(const OptionalTensor& logits, const Tensor& like, const Tensor& target,
-                     const Tensor& target_ids, int64_t vocab, const LossOptions& options) {
-  if (!logits) {
-    return {empty_like_device(like, {0}, ScalarType::Float),
-            empty_like_device(like, {0}, ScalarType::Float)};
-  }
-  PassResult result{zero_floats(like, sizes_of(target)), zero_floats(like, sizes_of(target))};
-  const RowView view = row_view(*logits);
-  const std::vector<int64_t> rows = rows_with_target(target_ids, options.ignore_index);
-  const int64_t* targets = target_ids.const_data_ptr<int64_t>();
-  float* loss_out = result.loss.mutable_data_ptr<float>();
-  float* logsumexp_out = result.logsumexp.mutable_data_ptr<float>();
-  dispatch_float(logits->scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    const TileKernels<T>& kernels = tile_kernels<T>();
-    const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
-    const auto row_of = [&](int64_t i) { return data + rows[i] * view.row_stride; };
-    scan_rows<T>(static_cast<int64_t>(rows.size()), {vocab, -1, options.temperature}, row_of,
-                 [&](int64_t i, const RowStats& stats) {
-                   const int64_t row = rows[i];
-                   loss_out[row] = static_cast<float>(
-                       row_loss(kernels, row_of(i), vocab, targets[row], stats, options));
-                   logsumexp_out[row] = static_cast<float>(stats.log_sum_exp(options.temperature));
-                 });
-  });
-  return result;
 }
 
 // Loss of one pass; every logit is overwritten with its gradient while the row is in the cache
@@ -102,9 +71,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> oput_loss(OptionalTensor logits_maske
   const LossOptions options{ignore_index, label_smoothing, z_loss, temperature};
   const Tensor ids = checked_targets(op, target, vocab, ignore_index);
   const Tensor& like = logits_masked ? *logits_masked : *logits_predicted;
-  const PassResult masked = pass_loss(logits_masked, like, target, ids, vocab, options);
-  const PassResult predicted = pass_loss(logits_predicted, like, target, ids, vocab, options);
-  return {masked.loss, predicted.loss, masked.logsumexp, predicted.logsumexp};
+  const auto zeros = [&](const OptionalTensor& logits) {
+    return zero_floats(like, logits ? sizes_of(target) : Sizes{0});
+  };
+  const std::array<Tensor, kPasses> loss{zeros(logits_masked), zeros(logits_predicted)};
+  const std::array<Tensor, kPasses> logsumexp{zeros(logits_masked), zeros(logits_predicted)};
+  float* const loss_out[] = {loss[0].mutable_data_ptr<float>(), loss[1].mutable_data_ptr<float>()};
+  float* const logsumexp_out[] = {logsumexp[0].mutable_data_ptr<float>(),
+                                  logsumexp[1].mutable_data_ptr<float>()};
+  const StackedRows stacked = stacked_rows(logits_masked, logits_predicted, ids, ignore_index);
+  const int64_t* targets = ids.const_data_ptr<int64_t>();
+  dispatch_float(like.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    const TileKernels<T>& kernels = tile_kernels<T>();
+    const auto row_of = [&](int64_t i) { return stacked.row<T>(i); };
+    scan_rows<T>(
+        stacked.size(), {vocab, -1, temperature}, row_of, [&](int64_t i, const RowStats& stats) {
+          const auto [pass, row] = stacked.rows[i];
+          loss_out[pass][row] =
+              static_cast<float>(row_loss(kernels, row_of(i), vocab, targets[row], stats, options));
+          logsumexp_out[pass][row] = static_cast<float>(stats.log_sum_exp(temperature));
+        });
+  });
+  return {loss[0], loss[1], logsumexp[0], logsumexp[1]};
 }
 
 Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor logsumexp,
@@ -115,7 +104,7 @@ Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor
                                                  label_smoothing, z_loss, temperature);
   const LossOptions options{ignore_index, label_smoothing, z_loss, temperature};
   const Tensor ids = checked_targets(op, target, vocab, ignore_index);
-  Tensor grad_logits = empty_like_device(logits, sizes_of(logits), logits.scalar_type());
+  Tensor grad_logits = empty_large(logits, sizes_of(logits), logits.scalar_type());
   const RowView view = row_view(logits);
   const Tensor grad_c = as_contiguous(grad_loss);  // an expanded 1 comes with stride 0
   const Tensor logsumexp_c = as_contiguous(logsumexp);

@@ -20,16 +20,16 @@ struct StackedRow {
   int64_t row;
 };
 
-// The hidden states of both passes and which of their rows count
+// The hidden states or the logits of both passes, and which of their rows count
 struct StackedRows {
-  std::array<std::optional<RowView>, kPasses> hidden;
+  std::array<std::optional<RowView>, kPasses> passes;
   std::vector<StackedRow> rows;
 
   int64_t size() const { return static_cast<int64_t>(rows.size()); }
 
   template <class T>
   const T* row(int64_t i) const {
-    const RowView& view = *hidden[rows[i].pass];
+    const RowView& view = *passes[rows[i].pass];
     return static_cast<const T*>(view.tensor.const_data_ptr()) + rows[i].row * view.row_stride;
   }
 };
@@ -39,9 +39,9 @@ inline StackedRows stacked_rows(const OptionalTensor& masked, const OptionalTens
   StackedRows stacked;
   const std::vector<int64_t> with_target = rows_with_target(target_ids, ignore_index);
   int pass = 0;
-  for (const OptionalTensor& hidden : {masked, predicted}) {
-    if (hidden) {
-      stacked.hidden[pass] = row_view(*hidden);
+  for (const OptionalTensor& given : {masked, predicted}) {
+    if (given) {
+      stacked.passes[pass] = row_view(*given);
       for (const int64_t row : with_target) stacked.rows.push_back({pass, row});
     }
     ++pass;

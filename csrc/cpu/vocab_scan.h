@@ -199,17 +199,26 @@ void parallel_for_rows(int64_t count, int64_t vocab, const F& f) {
   parallel_for(count, (kLogitsPerThread + vocab - 1) / vocab, f);
 }
 
+// How many threads share the tiles of every row where rows are few and long. 1 where each thread
+// gets whole rows: they are enough for every thread, or too few logits to share.
+inline int64_t threads_per_row(int64_t count, int64_t vocab) {
+  const int64_t most = num_threads();
+  if (count >= 2 * most || count * vocab < 2 * kLogitsPerThread) return 1;
+  return std::min(most, (count * vocab + kLogitsPerThread - 1) / kLogitsPerThread);
+}
+
 // Statistics of rows row_of(0..count): stats_of(i, stats) receives each once. row_of gives a
 // ScannedRow, or the row's logits if all of its tokens are allowed.
 //
 // If there are enough rows for every thread, a thread takes whole rows; if they are few and long,
-// all threads share the tiles of every row. Both add the same tiles in the same order.
+// all threads share the tiles of every row. Both add the same tiles in the same order, and both
+// take one parallel region.
 template <class T, class Kind = Top1, class RowOf, class StatsOf>
 void scan_rows(int64_t count, const VocabScan& scan, const RowOf& row_of, const StatsOf& stats_of) {
   const TileKernels<T>& kernels = tile_kernels<T>();
   const int64_t num_tiles = scan.num_tiles();
-  const bool worth_sharing = count * scan.vocab >= 2 * kLogitsPerThread;
-  if (count >= 2 * num_threads() || num_threads() == 1 || !worth_sharing) {
+  const int64_t sharing = threads_per_row(count, scan.vocab);
+  if (sharing == 1) {
     parallel_for_rows(count, scan.vocab, [&](int64_t begin, int64_t end) {
       std::vector<float> tile_maxima(num_tiles);
       for (int64_t i = begin; i < end; ++i) {
@@ -218,33 +227,38 @@ void scan_rows(int64_t count, const VocabScan& scan, const RowOf& row_of, const 
     });
     return;
   }
-  constexpr int64_t kGrain = kLogitsPerThread / kTile;
   std::vector<float> tile_maxima(count * num_tiles);
   std::vector<typename Kind::Tile> sums(count * num_tiles);
   std::vector<typename Kind::Row> stats(count);
-  parallel_for(count * num_tiles, kGrain, [&](int64_t begin, int64_t end) {
+  const auto find_maxima = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       tile_maxima[i] = tile_maximum<T>(kernels, row_of(i / num_tiles), scan, i % num_tiles);
     }
-  });
-  for (int64_t row = 0; row < count; ++row) {
-    const ScannedRow<T> x = row_of(row);
-    stats[row] = Kind::start(kernels, x, scan, &tile_maxima[row * num_tiles]);
-  }
-  parallel_for(count * num_tiles, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
+  };
+  const auto start = [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const ScannedRow<T> x = row_of(row);
+      stats[row] = Kind::start(kernels, x, scan, &tile_maxima[row * num_tiles]);
+    }
+  };
+  const auto find_sums = [&](int64_t begin, int64_t end) {
+    for (int64_t i = end - 1; i >= begin; --i) {  // what was read last is still in the cache
       const int64_t row = i / num_tiles;
       if (!stats[row].defined()) continue;
       const ScannedRow<T> x = row_of(row);
       sums[i] = Kind::tile(kernels, x, scan.of_row(row), stats[row], tile_maxima[i], i % num_tiles);
     }
-  });
-  for (int64_t row = 0; row < count; ++row) {
-    for (int64_t tile = 0; tile < num_tiles; ++tile) {
-      Kind::add(&stats[row], sums[row * num_tiles + tile]);
+  };
+  const auto finish = [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t tile = 0; tile < num_tiles; ++tile) {
+        Kind::add(&stats[row], sums[row * num_tiles + tile]);
+      }
+      stats_of(row, stats[row]);
     }
-    stats_of(row, stats[row]);
-  }
+  };
+  parallel_loops(sharing, Loop(count * num_tiles, find_maxima), Loop(count, start),
+                 Loop(count * num_tiles, find_sums), Loop(count, finish));
 }
 
 }  // namespace dmax::cpu
