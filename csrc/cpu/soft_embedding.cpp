@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "cpu/soft_weights.h"
@@ -55,13 +56,22 @@ template <class E>
 void add_product(const SoftRows& rows, const BlockWeights& block, const Columns<E>& columns,
                  float* sum, int64_t dim) {
   const int64_t used = static_cast<int64_t>(block.tokens.size());
-  std::vector<float> wide(used * columns.count);
+  const Tensor weights = borrowed_matrix(block.weight.data(), rows.count, used, kSoftTokens, 1);
+  const Tensor sums = borrowed_matrix(sum + columns.from, rows.count, columns.count, dim, 1);
+  if constexpr (std::is_same_v<E, float>) {
+    if (block.tokens.back() - block.tokens.front() == used - 1) {  // adjacent, and float32 already
+      const float* first = columns.of(block.tokens.front());
+      return multiply_into(
+          weights, borrowed_matrix(first, used, columns.count, columns.embeddings.row_stride, 1),
+          true, sums);
+    }
+  }
+  const std::unique_ptr<float[]> wide(new float[used * columns.count]);  // not set to 0
   for (int64_t j = 0; j < used; ++j) {
     tile_kernels<E>().widen(&wide[j * columns.count], columns.of(block.tokens[j]), columns.count);
   }
-  multiply_into(borrowed_matrix(block.weight.data(), rows.count, used, kSoftTokens, 1),
-                borrowed_matrix(wide.data(), used, columns.count, columns.count, 1), true,
-                borrowed_matrix(sum + columns.from, rows.count, columns.count, dim, 1));
+  multiply_into(weights, borrowed_matrix(wide.get(), used, columns.count, columns.count, 1), true,
+                sums);
 }
 
 // The same, kMixed tokens at a time, so that a sum is loaded and stored once for all of them.
@@ -146,9 +156,12 @@ void sum_embeddings(const SoftArguments& given, const SoftEmbeddingSizes& sizes,
       constexpr int64_t kGrain = 1 << 18;  // multiplications per thread
       const int64_t per_chunk = rows.count * static_cast<int64_t>(block.tokens.size()) * columns;
       parallel_for(chunks, kGrain / per_chunk, [&](int64_t begin, int64_t end) {
+        // A product that reads the embedding where it is takes all of a thread's columns at once
+        const int64_t step =
+            block.dense && std::is_same_v<E, float> ? (end - begin) * columns : columns;
         for (int64_t from = begin * columns; from < std::min(sizes.dim, end * columns);
-             from += columns) {
-          const int64_t count = std::min(columns, sizes.dim - from);
+             from += step) {
+          const int64_t count = std::min(step, sizes.dim - from);
           add_block(rows, block, Columns<E>{embeddings.from_row(first), from, count}, sum.data(),
                     sizes.dim);
         }

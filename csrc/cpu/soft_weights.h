@@ -123,10 +123,10 @@ void weigh_block(const RowView& logits, SoftRows* all_rows, int64_t first, int64
   int64_t nonzero = 0;
   for (int64_t i = 0; i < rows.count; ++i) {
     float* weight = block->row(i);
-    for (int64_t j = 0; j < used; ++j) {
-      weight[j] = weight[block->tokens[j]];
-      nonzero += weight[j] > 0;
+    if (used < n) {
+      for (int64_t j = 0; j < used; ++j) weight[j] = weight[block->tokens[j]];
     }
+    for (int64_t j = 0; j < used; ++j) nonzero += weight[j] > 0;
   }
   block->dense = rows.count > kFewRows && nonzero * kSparse > rows.count * used;
 }
