@@ -33,6 +33,22 @@ __device__ __forceinline__ Rank warp_max_rank(Rank rank) {
   return static_cast<Rank>(best) << 32 | __reduce_max_sync(kFullMask, low);
 }
 
+// One compare-exchange of a bitonic sort: with the lane `step` away, whichever is asked for stays
+__device__ __forceinline__ Rank kept_of_pair(Rank rank, int step, bool larger) {
+  const Rank other = __shfl_xor_sync(kFullMask, rank, step);
+  return (rank > other) == larger ? rank : other;
+}
+// A lane's rank each: in lane 0 the best, in lane 31 the worst
+__device__ __forceinline__ Rank sorted(Rank rank) {
+#pragma unroll
+  for (int run = 2; run <= kWarpSize; run *= 2) {
+#pragma unroll
+    for (int step = run / 2; step > 0; step /= 2)
+      rank = kept_of_pair(rank, step, ((lane_id() & step) == 0) == ((lane_id() & run) == 0));
+  }
+  return rank;
+}
+
 struct TopList {
   Rank mine;   // this lane's entry, 0 if there is none
   Rank worst;  // the k-th entry, on every lane
@@ -46,18 +62,42 @@ struct TopList {
     const Rank previous = __shfl_up_sync(kFullMask, mine, 1);
     if (lane_id() > place) mine = previous;
     if (lane_id() == place) mine = rank;
-    if (lane_id() >= k) mine = 0;
-    worst = __shfl_sync(kFullMask, mine, k - 1);
+    keep_k();
   }
 
-  // Takes one candidate per lane
-  __device__ __forceinline__ void offer(Rank candidate) {
-    for (;;) {
+  // Takes a list whose entries the lanes hold in order
+  __device__ __forceinline__ void merge(Rank other) {
+    const Rank reversed = __shfl_xor_sync(kFullMask, other, kWarpSize - 1);
+    if (reversed > mine) mine = reversed;  // the best 32 of both, first falling, then rising
+#pragma unroll
+    for (int step = kWarpSize / 2; step > 0; step /= 2)
+      mine = kept_of_pair(mine, step, (lane_id() & step) == 0);
+    keep_k();
+  }
+
+  // Takes one candidate per lane; whether any belonged in the list
+  __device__ __forceinline__ bool offer(Rank candidate) {
+    const int count = __popc(__ballot_sync(kFullMask, candidate > worst));
+    if (count > kInserted) {
+      merge(sorted(candidate));
+      return true;
+    }
+    for (int i = 0; i < count; ++i) {
       const Rank best = warp_max_rank(candidate);
-      if (best <= worst) return;
+      if (best <= worst) break;  // an earlier candidate has raised it
       insert(best);
       if (candidate == best) candidate = 0;
     }
+    return count > 0;
+  }
+
+ private:
+  // Sorting and merging takes 20 exchanges, an insertion about a fifth of their instructions
+  static constexpr int kInserted = 4;
+
+  __device__ __forceinline__ void keep_k() {
+    if (lane_id() >= k) mine = 0;
+    worst = __shfl_sync(kFullMask, mine, k - 1);
   }
 };
 
@@ -78,19 +118,17 @@ __device__ __forceinline__ Rank best_below(Tile<T>& tile, int vocab, Rank bound)
   return best;
 }
 
-// Takes the tile's elements into the list. Most tiles of a long row have none that belongs in it.
+// Takes the tile's elements into the list: each lane's best, then each lane's second, and so on.
+// Most tiles of a long row have none that belongs in it; the best 20 of a first tile are rarely
+// more than four of one lane.
 template <class T>
 __device__ __forceinline__ void list_tile(TopList& list, Tile<T>& tile, const SoftmaxStats& stats,
                                           int vocab) {
   if (rank_of(stats.max, stats.id) <= list.worst) return;
-  Rank best = ~Rank{0};
-  Rank mine = best;
-  for (;;) {
-    if (mine == best) mine = best_below(tile, vocab, best);
-    best = warp_max_rank(mine);
-    if (best <= list.worst) return;
-    list.insert(best);
-  }
+  Rank mine = ~Rank{0};
+  do {
+    mine = best_below(tile, vocab, mine);
+  } while (list.offer(mine));
 }
 
 // Lists of a row on their way to its last block, in [rows, splits, k]
@@ -124,19 +162,30 @@ __device__ __forceinline__ void scan_tiles_and_list(const LogitsView<In>& logits
   if (lane_id() < k) of_warps[warp_id() * k + lane_id()] = list.mine;
   __syncthreads();
   if (warp_id() != 0) return;
-  for (int i = k + lane_id(); i < kRowWarps * k + lane_id(); i += kWarpSize)
-    list.offer(i < kRowWarps * k ? of_warps[i] : 0);
+  for (int warp = 1; warp < kRowWarps; ++warp)
+    list.merge(lane_id() < k ? of_warps[warp * k + lane_id()] : 0);
   if (lane_id() < k) lists_of(split, lists, range.row, k)[range.part * k + lane_id()] = list.mine;
 }
+
+constexpr int kLoadedLists = 4;
 
 // The row's k best elements, by one warp of its last block
 __device__ __forceinline__ TopList merge_lists(const RowSplit& split, const Rank* lists,
                                                int64_t row, int k) {
   TopList list(k);
-  const Rank* p = lists + row * split.splits * k;
-  const int count = split.splits * k;
-  for (int i = lane_id(); i < count + lane_id(); i += kWarpSize)
-    list.offer(i < count ? load_other_block_8(p + i) : 0);
+  const Rank* p = lists + row * split.splits * k + lane_id();
+  for (int first = 0; first < split.splits; first += kLoadedLists) {
+    Rank loaded[kLoadedLists];
+#pragma unroll
+    for (int i = 0; i < kLoadedLists; ++i) {  // all loads before the first use
+      const bool there = first + i < split.splits && lane_id() < k;
+      loaded[i] = there ? load_other_block_8(p + (first + i) * k) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kLoadedLists; ++i) {
+      if (first + i < split.splits) list.merge(loaded[i]);
+    }
+  }
   return list;
 }
 
