@@ -215,34 +215,3 @@ def test_the_page_lists_what_was_not_run(tmp_path):
     assert "| Table 3 | c | **fails** | -3 |" in text
     assert "| Table 5 | another | not run |  |" in text
     assert "| 1 | 2 |" in text
-
-
-def test_naps_figures_become_a_section(tmp_path):
-    page = runpy.run_path(str(ROOT / "docs" / "reproduction" / "page.py"))
-    page["other"].__globals__["HERE"] = tmp_path
-    cell = {"arm": "base", "order": "ao", "answer": 0.5, "interval": [0.4, 0.6], "arness": 0.8}
-    cells = [{**cell, "tokens_per_step": n, "fair_arness": 0.7} for n in (1, 4)]
-    points = {"points": -3.0, "interval": [-7.5, 1.0], "problems": 300}
-    order = {"arness": [0.8, 0.2], "more": [], "less": []}
-    found = {
-        "command": "python -m x",
-        "device": "a CPU",
-        "settings": {"steps": 3},
-        "cells": cells,
-        "claims": [
-            {"table": "Table 3", "claim": "c", "verdict": "open", "comparisons": [points, order]},
-            {
-                "table": "Figures 3 and 7",
-                "claim": "d",
-                "verdict": "holds",
-                "comparisons": [{"nats_per_token": [2.0, 1.0], "half_width": 0.1}],
-            },
-        ],
-    }
-    (tmp_path / "nap.json").write_text(json.dumps(found))
-    text = page["other"]("nap", "NAP", page["NAP_CLAIMS"])
-    assert "| base | ao | 50.0 [40.0, 60.0] | 50.0 [40.0, 60.0] | 0.80 (0.70) |" in text
-    row = "| Table 3 | c | **undecided** | -3.0 [-7.5, +1.0] points; ARness 0.80 and 0.20 |"
-    assert row in text
-    assert "**holds** | 2.00 and 1.00 nats per token |" in text
-    assert "| Table 5 | more paths at a fixed budget help | not run |  |" in text

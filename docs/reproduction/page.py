@@ -215,12 +215,12 @@ def other(name: str, title: str, not_run: Iterable[Sequence[str]]) -> str:
         rows = [[*each, "not run"] for each in not_run]
         return f"## {title}\n\n" + markdown(["where", "claim", "verdict"], rows)
     found = json.loads(path.read_text("utf-8"))
-    if "cells" in found:
-        found = of_cells(found)
     parts = [f"## {title}", f"```\n{found['command']}\n```", found["made_with"]]
     for table in found["tables"]:
         parts.append(f"**{table['title']}**\n\n{markdown(table['columns'], table['rows'])}")
         parts += [table["note"]] if table.get("note") else []
+    if path.with_suffix(".png").is_file():
+        parts.append(f"![{found['picture']}](reproduction/{name}.png)")
     rows = [
         [each["where"], each["claim"], f"**{each['verdict']}**", each.get("figures", "")]
         for each in found["claims"]
@@ -228,61 +228,6 @@ def other(name: str, title: str, not_run: Iterable[Sequence[str]]) -> str:
     covered = {each["where"] for each in found["claims"]}
     rows += [[*each, "not run", ""] for each in not_run if each[0] not in covered]
     return "\n\n".join([*parts, markdown(["where", "claim", "verdict", "figures"], rows)])
-
-
-def of_cells(found: dict[str, Any]) -> dict[str, Any]:
-    """The figures that `python -m dmax_kernels.ring_walk.nap` writes, as a section's."""
-    budgets = sorted({cell["tokens_per_step"] for cell in found["cells"]})
-    rows: dict[tuple[str, str], dict[Any, dict[str, Any]]] = {}
-    for cell in found["cells"]:
-        rows.setdefault((cell["arm"], cell["order"]), {})[cell["tokens_per_step"]] = cell
-
-    def share(cell: dict[str, Any] | None) -> str:
-        if cell is None:
-            return ""
-        low, high = cell["interval"]
-        return f"{100 * cell['answer']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-    def order_text(cell: dict[str, Any]) -> str:
-        return f"{cell['arness']:.2f} ({cell['fair_arness']:.2f})"
-
-    table = {
-        "title": "Answers right, %, by the tokens that a step commits (Tables 1 to 5 in miniature)",
-        "columns": ["model", "order", *(f"{n:g}" for n in budgets), "ARness (ties fair)"],
-        "rows": [
-            [
-                *(arm, order, *(share(by_budget.get(n)) for n in budgets)),
-                order_text(by_budget[min(by_budget)]),
-            ]
-            for (arm, order), by_budget in rows.items()
-        ],
-    }
-    settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
-    return {
-        "command": found["command"],
-        "made_with": f"Made on {found['device']} with {settings}.",
-        "tables": [table],
-        "claims": [
-            {
-                "where": claim["table"],
-                "claim": claim["claim"],
-                "verdict": {"open": "undecided"}.get(claim["verdict"], claim["verdict"]),
-                "figures": "; ".join(map(comparison_text, claim["comparisons"])),
-            }
-            for claim in found["claims"]
-        ],
-    }
-
-
-def comparison_text(comparison: dict[str, Any]) -> str:
-    if "points" in comparison:
-        low, high = comparison["interval"]
-        return f"{comparison['points']:+.1f} [{low:+.1f}, {high:+.1f}] points"
-    if "arness" in comparison:
-        more, less = comparison["arness"]
-        return f"ARness {more:.2f} and {less:.2f}"
-    chain, parallel = comparison["nats_per_token"]
-    return f"{chain:.2f} and {parallel:.2f} nats per token"
 
 
 def build() -> str:

@@ -97,6 +97,7 @@ def main() -> int:
         f"training problems; {args.seeds} training seeds, {args.problems} held-out problems.",
         "settings": {**asdict(settings), "seeds": args.seeds},
         **report.report(outcomes, scored),
+        "picture": "At which step each position of the first problem was decoded, a token per step",
     }
     save_json(args.output / "nap.json", found)
     orders = {
