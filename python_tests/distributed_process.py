@@ -19,6 +19,12 @@ from distributed_losses import (
     check_loss,
     check_target_logprobs,
 )
+from distributed_statistics import (
+    check_row_statistics,
+    check_statistics_bytes,
+    check_statistics_shapes,
+    check_topk_confidence,
+)
 from ranks import SEED, Ranks, assert_same
 from test_docs import ROOT, python_blocks
 from tolerances import (
@@ -325,6 +331,10 @@ CHECKS = (
     check_linear_target_logprobs,
     check_token_logprobs,
     check_linear_token_logprobs,
+    check_row_statistics,
+    check_topk_confidence,
+    check_statistics_shapes,
+    check_statistics_bytes,
     check_dtensor,
     check_errors,
     check_page,

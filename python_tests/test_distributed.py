@@ -7,6 +7,7 @@ import torch.multiprocessing
 
 import dmax_kernels
 from dmax_kernels import distributed
+from dmax_kernels.distributed.statistics import merge_statistics
 
 
 # Two ranks; three, where shares are uneven and one is in the middle. Every check in one start of
@@ -39,6 +40,14 @@ def test_one_rank_without_a_group_has_the_bits_of_the_plain_ops():
                 padded, torch.arange(6), vocab_size=50, top_n=3, suppress_tokens=(49,)
             ),
             dmax_kernels.token_logprobs(LOGITS, torch.arange(6), top_n=3, suppress_tokens=(49,)),
+        ),
+        (
+            distributed.row_statistics(padded, vocab_size=50, **options),
+            dmax_kernels.row_statistics(LOGITS, **options),
+        ),
+        (
+            distributed.topk_confidence(padded, 5, vocab_size=50, **options),
+            dmax_kernels.topk_confidence(LOGITS, 5, **options),
         ),
     ):
         assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
@@ -78,6 +87,19 @@ def test_one_rank_of_a_head_and_a_table():
     torch.testing.assert_close(loss.detach(), plain, rtol=1e-5, atol=1e-6)
     loss.sum().backward()
     assert leaf.grad.abs().amax() > 0
+
+
+def test_statistics_at_temperatures_out_of_range():
+    """What a GPU gives for such a row, which a CPU refuses before the merge."""
+    shards = [dmax_kernels.row_statistics(part) for part in LOGITS.split(25, dim=1)]
+    fields = [torch.stack(each) for each in zip(*shards, strict=True)]
+    maxima = torch.stack([part.amax(dim=1) for part in LOGITS.split(25, dim=1)])
+    temperature = torch.tensor([1.0, 0.0, -1.0, torch.nan, torch.inf, 1e30])
+    found = merge_statistics(maxima, *fields[:4], temperature)
+    assert found.token[1:5].tolist() == [0] * 4
+    for values in found[1:]:
+        assert values.isnan().tolist() == [False, True, True, True, True, False]
+    assert torch.equal(found.token[[0, 5]], fields[0].gather(0, maxima.argmax(0)[None])[0, [0, 5]])
 
 
 def test_errors_of_one_rank():

@@ -29,6 +29,7 @@ from dmax_kernels.distributed.hybrid_embedding import hybrid_embedding
 from dmax_kernels.distributed.layout import gather_shard_sizes
 from dmax_kernels.distributed.oput_loss import linear_oput_loss, oput_loss
 from dmax_kernels.distributed.soft_embedding import soft_embedding
+from dmax_kernels.distributed.statistics import row_statistics, topk_confidence
 from dmax_kernels.distributed.target_logprobs import linear_target_logprobs, target_logprobs
 from dmax_kernels.distributed.token_logprobs import linear_token_logprobs, token_logprobs
 
@@ -41,9 +42,11 @@ __all__ = [
     "linear_token_logprobs",
     "linear_top1_confidence",
     "oput_loss",
+    "row_statistics",
     "sample_tokens",
     "soft_embedding",
     "target_logprobs",
     "token_logprobs",
     "top1_confidence",
+    "topk_confidence",
 ]

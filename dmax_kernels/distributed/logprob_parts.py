@@ -97,19 +97,14 @@ def over_ranks(logits: Tensor, wanted: Wanted, dtype: torch.dtype) -> Found:
     )  # fmt: skip
     fields = [
         -top_logprobs[:, 0],
-        torch.where(here, _values_at(columns, mask, place), 0.0),
-        _widened(_values_at(columns, mask, top), widest),
+        torch.where(here, values_at(columns, mask, place), 0.0),
+        widened(values_at(columns, mask, top), widest),
     ]
     if top_n:
-        fields.append(_widened(top + shard.start, widest))
+        fields.append(widened(top + shard.start, widest))
     log_sums, values, tops, *top_ids = gather(op, shard, dtype, tuple(fields))
 
-    maxima = tops[:, :, 0]
-    best = maxima.amax(dim=0)
-    mass = (maxima.double() - best) / temperature + log_sums
-    # A shard of nothing but -inf has no mass; NaN and +inf spread to the row
-    log_sum = mass.masked_fill(maxima == -torch.inf, -torch.inf).logsumexp(dim=0)
-    log_sum = log_sum.masked_fill(~best.isfinite(), torch.nan)
+    best, _, log_sum = masses(tops[:, :, 0], log_sums, temperature)
 
     def logprob_of(x: Tensor) -> Tensor:
         depth = x.double() - best.unsqueeze(1)
@@ -120,7 +115,7 @@ def over_ranks(logits: Tensor, wanted: Wanted, dtype: torch.dtype) -> Found:
     logprob = logprob_of(value).masked_fill(~wanted.known, torch.nan)
     before = _count_before(logits, wanted, here, value)
     rank = sum_over_ranks(shard, torch.where(here, own_rank, before))
-    chosen_ids, chosen = _merged(shard, tops, top_ids[0], top_n) if top_n else (ids[:, :0],) * 2
+    chosen_ids, chosen = merged(shard, tops, top_ids[0], top_n) if top_n else (ids[:, :0],) * 2
     return Found(
         logprob.masked_fill(~wanted.used, 0.0).float(),
         rank.masked_fill(~wanted.known, -1),
@@ -131,7 +126,21 @@ def over_ranks(logits: Tensor, wanted: Wanted, dtype: torch.dtype) -> Found:
     )
 
 
-def _values_at(columns: Tensor, mask: Tensor | None, places: Tensor) -> Tensor:
+def masses(
+    maxima: Tensor, log_sums: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From every shard's largest logit and log of its denominator relative to it, [ranks, rows]:
+    the largest of all [rows], and relative to it, in float64, the logs of the shards' denominators
+    [ranks, rows] and of the whole one [rows], which is NaN where there is no softmax."""
+    best = maxima.amax(dim=0)
+    of_shards = (maxima.double() - best) / temperature + log_sums
+    # A shard of nothing but -inf has no mass; NaN and +inf spread to the row
+    of_shards = of_shards.masked_fill(maxima == -torch.inf, -torch.inf)
+    whole = of_shards.logsumexp(dim=0).masked_fill(~best.isfinite(), torch.nan)
+    return best, of_shards, whole
+
+
+def values_at(columns: Tensor, mask: Tensor | None, places: Tensor) -> Tensor:
     """The logits at [rows, n] places, float32; -inf where the mask does not allow them."""
     values = columns.gather(1, places).float()
     if mask is None:
@@ -140,12 +149,12 @@ def _values_at(columns: Tensor, mask: Tensor | None, places: Tensor) -> Tensor:
     return values.masked_fill((words >> places % 32) & 1 == 0, -torch.inf)
 
 
-def _widened(lists: Tensor, width: int) -> Tensor:
+def widened(lists: Tensor, width: int) -> Tensor:
     """A shard may have fewer tokens than are asked for; all ranks send the same number."""
     return torch.nn.functional.pad(lists, (0, width - lists.shape[1]))
 
 
-def _merged(shard: VocabShard, tops: Tensor, top_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor]:
+def merged(shard: VocabShard, tops: Tensor, top_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor]:
     """The first ``top_n`` ids of all, and their logits, from every rank's: [ranks, rows, top_n]."""
     widths = [min(top_n, shard.width_of(rank)) for rank in range(shard.num_ranks)]
     values, ids = (
