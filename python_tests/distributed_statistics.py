@@ -2,13 +2,14 @@
 test_distributed.py.
 """
 
+import float64
 import pytest
 import torch
 import torch.distributed as dist
 from cases import stacked_rows
 from distributed_logprobs import random_masks
 from ranks import Ranks, assert_same
-from test_statistics import assert_statistics
+from tolerances import ENTROPY_RTOL, assert_close, assert_statistics
 
 import dmax_kernels
 from dmax_kernels import distributed
@@ -37,6 +38,12 @@ def assert_equal_on_all_ranks(ranks: Ranks, results) -> None:
         assert torch.equal(every.view(ranks.num_ranks, -1), bits.expand(ranks.num_ranks, -1))
 
 
+def float64_statistics(logits, temperature=1.0, suppress_token=-1):
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.double().unsqueeze(-1)
+    return float64.row_statistics(logits, temperature, suppress_token)
+
+
 def check_row_statistics(ranks: Ranks) -> None:
     """Every edge case of rows, in every layout, and a row for each way to be sure."""
     for vocab, dtype in CASES:
@@ -52,18 +59,22 @@ def check_row_statistics(ranks: Ranks) -> None:
             {"temperature": per_row[:1]},
         ):
             expected = dmax_kernels.row_statistics(x, **options)
+            exact = None
+            if options.keys() <= {"suppress_token", "temperature"}:
+                exact = float64_statistics(x, **options)
             for sizes, vocab_size in ranks.layouts(vocab):
                 actual = distributed.row_statistics(
                     ranks.cut(x, sizes, 1), shard_sizes=sizes, vocab_size=vocab_size, **options
                 )
                 assert isinstance(actual, dmax_kernels.RowStatistics)
                 assert_statistics(actual, expected, slack=2)
+                if exact is not None:
+                    assert_statistics(actual, exact)
                 tied = expected.runner_up == expected.confidence
                 assert torch.equal(actual.runner_up[tied], actual.confidence[tied])
                 # A sure row keeps its digits, where its entropy is far below the absolute bound
-                few = (expected.entropy > 1e-8) & (expected.entropy < 1)
-                ratio = actual.entropy[few].double() / expected.entropy[few].double()
-                assert ((ratio - 1).abs() <= 4e-6).all(), ratio
+                digits = (expected.entropy > 1e-8) & (expected.entropy < 1)
+                assert_close(actual.entropy[digits], expected.entropy[digits], 2 * ENTROPY_RTOL)
         assert_equal_on_all_ranks(ranks, actual)
     check_temperature_per_row(ranks)
 

@@ -36,8 +36,7 @@ from fuzzing import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_linear_loss import in_float64
-from test_statistics import assert_statistics
-from tolerances import REFERENCE_RTOL, ROUNDING
+from tolerances import REFERENCE_RTOL, ROUNDING, assert_statistics
 
 import dmax_kernels
 from dmax_kernels import reference

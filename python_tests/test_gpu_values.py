@@ -14,13 +14,13 @@ from cases import (
 )
 from edit_cases import EDIT_OPTIONS, edit_case
 from test_simt_embeddings import MASK, copy_of, mix_case, spd_case
-from test_statistics import assert_statistics
 from tolerances import (
     CONFIDENCE_RTOL,
     LOSS_ATOL,
     LOSS_RTOL,
     ROUNDING,
     assert_close,
+    assert_statistics,
 )
 
 import dmax_kernels

@@ -20,11 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simt_ops import CHOSEN, H200, ONE_MULTIPROCESSOR
 from tolerances import (
-    CONFIDENCE_RTOL,
-    ENTROPY_ATOL,
     ENTROPY_RTOL,
-    LOGSUMEXP_TOL,
     assert_close,
+    assert_statistics,
 )
 from triton_device import triton_op
 
@@ -48,22 +46,6 @@ FUSED = [name for name in OPS if name != "reference"]
 SLACK = {"reference": 5.0}
 ignore_interpreter = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # its inf - inf
 pytestmark = ignore_interpreter
-
-
-def assert_statistics(actual, expected, slack=1.0):
-    """Each of the five within its tolerance, ``slack`` times: 2 where both sides are rounded.
-
-    A probability of 1e-9 lies 20 nats below the maximum, where float32's exponent is good to 1e-6.
-    """
-    token, confidence, runner_up, entropy, logsumexp = zip(actual, expected, strict=True)
-    assert token[0].tolist() == token[1].tolist()
-    assert token[0].dtype == torch.int64
-    assert {each.dtype for each in actual[1:]} == {torch.float32}
-    assert_close(*confidence, slack * CONFIDENCE_RTOL)
-    assert_close(*runner_up, slack * CONFIDENCE_RTOL, 1e-9)
-    assert_close(*entropy, slack * ENTROPY_RTOL, slack * ENTROPY_ATOL)
-    assert_close(*logsumexp, slack * LOGSUMEXP_TOL, slack * LOGSUMEXP_TOL)
-    assert not (entropy[0] < 0).any()
 
 
 def assert_right(name, logits, **options):

@@ -3,8 +3,7 @@
 import float64
 import pytest
 import torch
-from test_statistics import assert_statistics
-from tolerances import CONFIDENCE_RTOL, ROUNDING, assert_close
+from tolerances import CONFIDENCE_RTOL, ROUNDING, assert_close, assert_statistics
 from triton_device import chunked_from, cpp_op
 
 from dmax_kernels.triton import IMPLEMENTATIONS as TRITON

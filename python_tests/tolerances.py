@@ -24,3 +24,19 @@ def assert_close(actual: Tensor, expected: Tensor, rtol: float, atol: float = 0.
     torch.testing.assert_close(
         actual.double(), expected.double(), rtol=rtol, atol=atol, equal_nan=True
     )
+
+
+def assert_statistics(actual, expected, slack=1.0):
+    """Each of the five within its tolerance, ``slack`` times: 2 where both sides are rounded.
+
+    A probability of 1e-9 lies 20 nats below the maximum, where float32's exponent is good to 1e-6.
+    """
+    token, confidence, runner_up, entropy, logsumexp = zip(actual, expected, strict=True)
+    assert token[0].tolist() == token[1].tolist()
+    assert token[0].dtype == torch.int64
+    assert {each.dtype for each in actual[1:]} == {torch.float32}
+    assert_close(*confidence, slack * CONFIDENCE_RTOL)
+    assert_close(*runner_up, slack * CONFIDENCE_RTOL, 1e-9)
+    assert_close(*entropy, slack * ENTROPY_RTOL, slack * ENTROPY_ATOL)
+    assert_close(*logsumexp, slack * LOGSUMEXP_TOL, slack * LOGSUMEXP_TOL)
+    assert not (entropy[0] < 0).any()

@@ -101,7 +101,7 @@ def merge_statistics(
     second = (runners_up / confidences).gather(0, winner)
     runner_up = confidence * others.scatter(0, winner, second).amax(dim=0)
     # Neither term is negative, so that nothing cancels where a row is sure
-    log_shares = (log_masses - log_sum).clamp(max=0)
+    log_shares = log_masses - log_sum
     entropy = log_shares.exp() * (entropies - log_shares)
     entropy = entropy.masked_fill(maxima == -torch.inf, 0.0).sum(dim=0)
     entropy = entropy.masked_fill(~best.isfinite(), torch.nan)
