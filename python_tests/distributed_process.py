@@ -308,6 +308,7 @@ def check_page(ranks: Ranks) -> None:
     assert namespace["num_ranks"] == ranks.num_ranks
     assert torch.equal(namespace["token"], namespace["logits"].argmax(dim=-1))
     assert torch.equal(namespace["report"].top_ids[:, 0], namespace["token"])
+    assert torch.equal(namespace["statistics"].token, namespace["token"])
     hidden, head, token = namespace["hidden"], namespace["head"], namespace["token"]
     plain = hidden.detach().clone().requires_grad_()
     logits = plain @ head[: namespace["V"]].t()

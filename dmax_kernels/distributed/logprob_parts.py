@@ -1,4 +1,4 @@
-"""What a vocabulary shard contributes to log-probabilities and ranks, and the merge over ranks."""
+"""What a vocabulary shard contributes to probabilities and ranks, and the merge over ranks."""
 
 from __future__ import annotations
 

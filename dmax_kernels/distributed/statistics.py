@@ -44,8 +44,8 @@ def row_statistics(
         suppress_token, suppress_tokens, allowed: as in the unsharded op, of the whole vocabulary.
 
     Returns:
-        As the unsharded op, the same on every rank: token exactly, the others within the unsharded
-        op's bounds of float64, twice. Not differentiable.
+        As the unsharded op, the same on every rank: token exactly, the others within its bounds.
+        They carry no gradient.
 
     Raises:
         ValueError: shards that do not fit together, a suppressed token out of range.
@@ -139,7 +139,7 @@ def topk_confidence(
 
     Returns:
         tokens int64 [..., k] and confidences float32 [..., k], the same on every rank: tokens
-        exactly those of the unsharded op, confidences to rounding. Not differentiable.
+        exactly those of the unsharded op, confidences to rounding. They carry no gradient.
 
     Raises:
         ValueError: shards that do not fit together, a suppressed token out of range.
