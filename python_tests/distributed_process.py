@@ -67,6 +67,26 @@ def check_no_rows(ranks: Ranks) -> None:
     assert distributed.sample_tokens(mine, SEED, top_k=3).token.shape == (2, 0)
 
 
+def check_no_gradient(ranks: Ranks) -> None:
+    """What has no gradient says so; beside a loss that has one, it would go unnoticed."""
+    logits = ranks.randn(4, 8).requires_grad_()
+    hidden, weight = ranks.randn(4, 3).requires_grad_(), ranks.randn(8, 3).requires_grad_()
+    results = (
+        distributed.top1_confidence(logits)[1],
+        distributed.topk_confidence(logits, 2)[1],
+        distributed.row_statistics(logits).entropy,
+        distributed.sample_tokens(logits, SEED)[1],
+        distributed.sample_tokens(logits, SEED, top_k=3)[1],
+        distributed.sample_tokens(logits, SEED, top_p=0.9)[1],
+        distributed.linear_top1_confidence(hidden, weight)[1],
+        distributed.linear_sample_tokens(hidden, weight, SEED)[1],
+        distributed.soft_embedding(logits, weight),
+    )
+    for result in results:
+        with pytest.raises(RuntimeError, match="has no gradient"):
+            result.sum().backward()
+
+
 def check_masks(ranks: Ranks) -> None:
     """Top-1 of what a mask allows, in shards that begin inside its words, too."""
     vocab, rows, dim = 1000, 20, 8
@@ -319,6 +339,7 @@ def check_page(ranks: Ranks) -> None:
 CHECKS = (
     check_decoding,
     check_no_rows,
+    check_no_gradient,
     check_draws,
     check_masks,
     check_filters,

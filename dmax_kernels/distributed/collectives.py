@@ -30,10 +30,27 @@ def _check_headers(op: str, shard: VocabShard, headers: Tensor) -> None:
         )
 
 
+class _NoGradient(torch.autograd.Function):
+    """A gathered tensor, on the graph of what this rank has sent, with no way back along it."""
+
+    @staticmethod
+    def forward(ctx, op, gathered, sent):
+        ctx.op = op
+        return gathered.view_as(gathered)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.op}: has no gradient over a sharded vocabulary")
+
+
 def gather(
     op: str, shard: VocabShard, dtype: torch.dtype, fields: tuple[Tensor, ...]
 ) -> list[Tensor]:
-    """Every rank's fields, [ranks, ...] each; ``dtype`` is the sharded tensor's."""
+    """Every rank's fields, [ranks, ...] each; ``dtype`` is the sharded tensor's.
+
+    A backward pass through what it returns raises. Without that, a loss's part that comes from
+    another rank, or from this one, would be left out of the gradient silently.
+    """
     if shard.num_ranks == 1:
         return [field.unsqueeze(0) for field in fields]
     header = _header(shard, dtype, fields[0])
@@ -50,9 +67,15 @@ def gather(
     ]
     if header:
         _check_headers(op, shard, columns.pop(0))
-    return [
+    received = [
         column.view(-1).view(field.dtype).view(shard.num_ranks, *field.shape)
         for column, field in zip(columns, fields, strict=True)
+    ]
+    if not torch.is_grad_enabled():
+        return received
+    return [
+        _NoGradient.apply(op, column, field) if field.requires_grad else column
+        for column, field in zip(received, fields, strict=True)
     ]
 
 
