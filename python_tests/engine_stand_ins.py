@@ -14,6 +14,8 @@ def install(monkeypatch, name, **contents):
             module.__path__ = []
             monkeypatch.setitem(sys.modules, path, module)
             if depth > 1:
-                setattr(sys.modules[".".join(parts[: depth - 1])], parts[depth - 1], module)
-    vars(sys.modules[name]).update(contents)
+                parent = sys.modules[".".join(parts[: depth - 1])]
+                monkeypatch.setattr(parent, parts[depth - 1], module, raising=False)
+    for key, value in contents.items():  # in an engine that is installed, until the test ends
+        monkeypatch.setattr(sys.modules[name], key, value, raising=False)
     return sys.modules[name]

@@ -58,7 +58,9 @@ class Base:
     _build_manual_token_merge_descriptor = _maybe_apply_token_merge = initialize_canvas = None
     word_embeddings = torch.nn.Embedding(2, 2)
 
-    def generate(self, input_ids, max_new_tokens):
+    device = "cpu"
+
+    def generate(self, input_ids, **options):
         assert "_denoising_step" in vars(self)  # switched on
         return input_ids
 
@@ -83,6 +85,10 @@ def test_code_blocks_run(monkeypatch, block):
         },
         "diffulex.sampler.auto_sampler": {"AutoSampler": samplers},
         "diffulex.attention": {"fetch_attn_metadata": None},
+        "transformers": {"LogitsProcessorList": list},
+        "transformers.models.diffusion_gemma.generation_diffusion_gemma": {
+            "LinearTemperatureScheduleLogitsProcessor": Base,
+        },
         "stand_in_for_diffusion_gemma": {
             "DiffusionGemmaGenerationMixin": Base,
             "EntropyBoundSampler": Base,
@@ -92,7 +98,10 @@ def test_code_blocks_run(monkeypatch, block):
     }.items():
         install(monkeypatch, module, **names)
     model = Base()
-    namespace = {"model": model, "config": SimpleNamespace(), "input_ids": [1]}
+    namespace = {
+        **{"torch": torch, "model": model, "config": SimpleNamespace(), "input_ids": [1]},
+        **{"enable": diffusion_gemma.enable, "disable": diffusion_gemma.disable},
+    }
     exec(compile(block, "integrations.md", "exec"), namespace)
     if "sglang.register()" in block:
         assert sorted(algorithms) == ["DmaxJointThreshold", "DmaxLowConfidence", "DmaxSpd"]
