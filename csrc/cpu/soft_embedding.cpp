@@ -17,7 +17,7 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/soft_weights.h"
+#include "cpu/soft_products.h"
 
 namespace dmax::cpu {
 
@@ -139,6 +139,8 @@ void sum_embeddings(const SoftArguments& given, const SoftEmbeddingSizes& sizes,
   BlockWeights block;
   block.weight.resize(most_rows * kSoftTokens);
   std::vector<float> sum(most_rows * sizes.dim);
+  constexpr bool kMayRound = std::is_same_v<E, BFloat16>;
+  RoundedProducts products(kMayRound ? most_rows : 0, sizes.dim);
   for (int64_t first_row = 0; first_row < sizes.rows; first_row += most_rows) {
     const int64_t count = std::min(most_rows, sizes.rows - first_row);
     const auto temperature_at = all.begin() + first_row;
@@ -146,16 +148,24 @@ void sum_embeddings(const SoftArguments& given, const SoftEmbeddingSizes& sizes,
                   count,
                   {temperature_at, temperature_at + count},
                   cuts.empty() ? nullptr : &cuts[first_row],
+                  kMayRound && RoundedProducts::take(count),
                   {}};
     find_maxima<T>(view, &rows);
     apply_cuts(&rows);
     std::fill(sum.begin(), sum.end(), 0.0f);
+    products.clear();
     for (int64_t first = 0; first < sizes.vocab; first += kSoftTokens) {
       weigh_block<T>(view, &rows, first, std::min(kSoftTokens, sizes.vocab - first), &block);
       if (block.tokens.empty()) continue;
       constexpr int64_t kGrain = 1 << 18;  // multiplications per thread
       const int64_t per_chunk = rows.count * static_cast<int64_t>(block.tokens.size()) * columns;
       parallel_for(chunks, kGrain / per_chunk, [&](int64_t begin, int64_t end) {
+        if constexpr (kMayRound) {
+          if (rows.rounds && block.dense) {
+            return products.add(rows, block, embeddings.from_row(first), begin * columns,
+                                std::min(sizes.dim, end * columns));
+          }
+        }
         // A product that reads the embedding where it is takes all of a thread's columns at once
         const int64_t step =
             block.dense && std::is_same_v<E, float> ? (end - begin) * columns : columns;
@@ -168,6 +178,7 @@ void sum_embeddings(const SoftArguments& given, const SoftEmbeddingSizes& sizes,
       });
     }
     for (int64_t i = 0; i < rows.count; ++i) {
+      if (rows.rounds) products.add_to(i, sum.data() + i * sizes.dim, sizes.dim);
       done(first_row + i, rows.stats[i], sum.data() + i * sizes.dim);
     }
   }

@@ -18,6 +18,9 @@ namespace dmax::cpu {
 constexpr int64_t kSoftTokens = 512;
 // PyTorch's product takes over where more of a block's weights than one in this many count
 constexpr int64_t kSparse = 4;
+// Rows from which on the weights of a bfloat16 embedding are rounded, where the CPU multiplies
+// bfloat16: TODO
+constexpr int64_t kLeastRoundedRows = 9;
 
 // Of a block of rows: where they start, their temperatures, their cuts if there are any, and what
 // the first pass found
@@ -26,6 +29,7 @@ struct SoftRows {
   int64_t count;
   std::vector<double> temperature;
   const Cut* cuts;  // nullptr: all tokens are kept
+  bool rounds;      // the weights of dense blocks, to bfloat16
   std::vector<RowStats> stats;
 };
 
@@ -33,7 +37,8 @@ struct SoftRows {
 struct BlockWeights {
   std::vector<float> weight;    // [rows, tokens that count]
   std::vector<int64_t> tokens;  // ascending
-  bool dense;                   // worth PyTorch's product
+  bool dense;                   // worth a product
+  std::vector<BFloat16> rounded;  // the weights of a dense block where SoftRows::rounds is set
 
   float* row(int64_t i) { return weight.data() + i * kSoftTokens; }
   const float* row(int64_t i) const { return weight.data() + i * kSoftTokens; }
@@ -52,9 +57,12 @@ inline std::vector<Cut> cuts_of(int64_t rows, const OptionalTensor& least,
   return cuts;
 }
 
-// A row of which the cut keeps nothing has what one of nothing but -inf has; of any other, the
-// weights are still to be added to the maximum's own, which is 1
+// A row of which the cut keeps nothing has what one of nothing but -inf has. With a cut, or with
+// rounded weights, a row's sum is still to be added up, from 0.
 inline void apply_cuts(SoftRows* rows) {
+  if (rows->rounds) {
+    for (RowStats& stats : rows->stats) stats.rest = -1;
+  }
   if (!rows->cuts) return;
   for (int64_t i = 0; i < rows->count; ++i) {
     RowStats& stats = rows->stats[i];
@@ -88,6 +96,25 @@ double weigh_kept(const VisibleRow<T>& logits, const Cut& cut, const RowStats& s
   return sum;
 }
 
+// Rounds the weights of a dense block, and adds what they then are to the rows' sums
+inline void sum_rounded(SoftRows* rows, BlockWeights* block) {
+  const int64_t used = static_cast<int64_t>(block->tokens.size());
+  if (used == 0) return;
+  block->rounded.resize(rows->count * kSoftTokens);
+  constexpr int64_t kGrain = 1 << 16;  // weights per thread
+  parallel_for(rows->count, kGrain / used, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (block->dense) {
+        BFloat16* rounded = block->rounded.data() + i * kSoftTokens;
+        tile_kernels<BFloat16>().store_scaled(rounded, block->row(i), 1.0f, used);
+        rows->stats[i].rest += tile_kernels<BFloat16>().sum(rounded, used, 0.0f);
+      } else {
+        rows->stats[i].rest += tile_kernels<float>().sum(block->row(i), used, 0.0f);
+      }
+    }
+  });
+}
+
 template <class T>
 void weigh_block(const RowView& logits, SoftRows* all_rows, int64_t first, int64_t n,
                  BlockWeights* block) {
@@ -105,8 +132,9 @@ void weigh_block(const RowView& logits, SoftRows* all_rows, int64_t first, int64
       } else if (!rows.cuts) {
         kernels.weigh(x + first, block->row(i), n, stats.maximum, scale);
       } else {
-        stats.rest += weigh_kept(VisibleRow<T>{x, logits.width, -1, nullptr}, rows.cuts[i], stats,
-                                 scale, first, n, block->row(i));
+        const double sum = weigh_kept(VisibleRow<T>{x, logits.width, -1, nullptr}, rows.cuts[i], stats,
+                                      scale, first, n, block->row(i));
+        if (!rows.rounds) stats.rest += sum;
       }
     }
   });
@@ -129,6 +157,7 @@ void weigh_block(const RowView& logits, SoftRows* all_rows, int64_t first, int64
     for (int64_t j = 0; j < used; ++j) nonzero += weight[j] > 0;
   }
   block->dense = rows.count > kFewRows && nonzero * kSparse > rows.count * used;
+  if (rows.rounds) sum_rounded(&rows, block);
 }
 
 }  // namespace dmax::cpu
