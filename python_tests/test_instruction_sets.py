@@ -32,7 +32,7 @@ FAMILIES = (
     "loss",
     "linear_rows",
 )
-MORE = ("linear_loss", "sample_options", "statistics_temperatures")
+MORE = ("linear_loss", "sample_options", "soft_embedding", "statistics_temperatures")
 FILES = [HERE / f"test_{family}.py" for family in (*FAMILIES, *MORE)]
 # What no instruction set changes, or what takes long; one op at the large vocabularies is enough
 LEFT_OUT = "reference or triton or cuda or simt or compile or memory or gradcheck"

@@ -276,6 +276,77 @@ def test_strides(backend):
     assert empty.shape == (0, 3, 12)
 
 
+# ---- Rounded weights of many rows
+
+
+def flat_rows(rows, vocab_size, dim):
+    """Whose weights all count, and a bfloat16 embedding."""
+    generator = torch.Generator().manual_seed(rows + dim)
+    logits = torch.randn(rows, vocab_size, generator=generator)
+    return logits, table(vocab_size, dim, torch.bfloat16)
+
+
+# The fewest rows, one more than a part of 64, and two blocks of rows; columns in part of a step,
+# in one chunk, and in two and a rest; the last block of tokens is not whole
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "dim"), [(9, 700, 5), (65, 1301, 64), (300, 90, 555)]
+)
+def test_rounded_weights_are_off_by_two_roundings(rows, vocab_size, dim):
+    """Of sum p |e|, at most: those of a weight and of the divisor, besides the result's own."""
+    logits, embedding = flat_rows(rows, vocab_size, dim)
+    temperature = torch.linspace(0.5, 2, rows)
+    expected, size = exact(logits, embedding, temperature)
+    given = (logits, embedding)
+    _, sum_exp, weighted = dmax_kernels.soft_embedding_partial(*given, temperature=temperature)
+    error = (weighted.double() / sum_exp.double().unsqueeze(-1) - expected).abs()
+    assert (error / size).max() <= 2 * ROUNDING[torch.bfloat16]
+    soft = dmax_kernels.soft_embedding(*given, temperature=temperature)
+    assert_close(soft, weighted / sum_exp.unsqueeze(-1), ROUNDING[torch.bfloat16], 1e-6)
+    assert torch.equal(dmax_kernels.soft_embedding(*given, temperature=temperature), soft)
+
+
+def test_rounded_weights_are_divided_by_their_own_sum():
+    """Nearly all weights are exp(-1.3), which is rounded by 3.3e-3 of itself. The mean of a
+    constant is the constant nevertheless."""
+    logits = torch.full((40, 3000), -1.3)
+    logits[:, 17] = 0.0
+    embedding = torch.ones(3000, 3, dtype=torch.bfloat16)
+    _, sum_exp, weighted = dmax_kernels.soft_embedding_partial(logits, embedding)
+    assert_close(weighted, sum_exp.unsqueeze(-1).expand_as(weighted), 1e-5)
+
+
+def test_embeddings_without_mass_in_many_rows_are_not_read():
+    """Of tokens that lie among others, in blocks that take a product."""
+    logits, embedding = flat_rows(20, 1300, 70)
+    kept = torch.arange(1300) % 3 != 1
+    expected = dmax_kernels.soft_embedding(logits[:, kept], embedding[kept])
+    logits[:, ~kept], embedding[~kept] = -torch.inf, torch.nan
+    soft = dmax_kernels.soft_embedding(logits, embedding)
+    assert_close(soft, expected, 2.0**-7, 2.0**-10)
+    logits[3, 5], logits[4, 6] = torch.nan, torch.inf
+    broken = dmax_kernels.soft_embedding(logits, embedding)
+    assert broken[3:5].isnan().all()
+    assert torch.equal(broken[5:], soft[5:])
+
+
+def test_a_cut_and_shards_of_rounded_weights():
+    """Of 1,000 tokens about half are kept, and each shard's sum is that of its rounded weights."""
+    logits, embedding = flat_rows(20, 1000, 70)
+    least, last_id = dmax_kernels.top_p_cut(logits, 0.8)
+    parts = [
+        dmax_kernels.soft_embedding_partial(
+            logits[:, part], embedding[part], cut=(least, last_id - part.start)
+        )
+        for part in (slice(0, 400), slice(400, 1000))
+    ]
+    maximum, sum_exp, weighted = (torch.stack(each) for each in zip(*parts, strict=True))
+    factor = (maximum - maximum.amax(dim=0)).exp().unsqueeze(-1)
+    merged = (weighted * factor).sum(dim=0) / (sum_exp.unsqueeze(-1) * factor).sum(dim=0)
+    soft = dmax_kernels.soft_embedding(logits, embedding, top_p=0.8)
+    for result in (merged.to(torch.bfloat16), soft):
+        assert_near(result, without(logits, (least, last_id)), embedding)
+
+
 def test_registrations():
     logits, embedding = torch.randn(2, 3, 50), table(50, 4, torch.bfloat16)
     temperatures = torch.rand(2, 3) + 0.5

@@ -10,6 +10,8 @@
 //
 //   1 to 8 rows, or few weights that count    one scaled addition per weight
 //   from 9 rows on                            PyTorch's float32 product
+//   the same, bfloat16 with                   the product of soft_products.h, of rounded weights
+//   AVX512-BF16 or AMX
 #include "checks/soft_embedding.h"
 
 #include <algorithm>

@@ -1,9 +1,16 @@
 // Products of rounded weights and a bfloat16 embedding, on CPUs that multiply bfloat16 directly
-// (AMX or AVX512-BF16). The embedding is not widened, and the product runs at twice the rate of a
-// float32 one or more.
+// (AMX or AVX512-BF16): the embedding is multiplied as it is stored.
+//
+// As on a GPU (dmax_kernels/triton/soft_products.py), the weights are rounded to bfloat16, and a
+// row is divided by the sum of the rounded ones. It is then an exact mean of the embeddings under
+// probabilities that are off by one rounding each.
 //
 // The operand that is packed is the embedding: a column with all tokens of a block takes the part
 // of a row. The sums are therefore kept by columns, and transposed once at the end.
+//
+// On one thread of a Zen 4, with V = 32,768, D = 2,048 and all weights above 0, this took 0.53 to
+// 0.66 of the time of widening the embedding for a float32 product with 9 to 24 rows, and 0.5 with
+// 32 to 256. Up to 8 rows there is no product to replace.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +22,9 @@ namespace dmax::cpu {
 
 class RoundedProducts {
  public:
-  static bool take(int64_t rows) { return rows >= kLeastRoundedRows && bfloat16_products(); }
+  static bool take(int64_t rows) { return rows > kFewRows && bfloat16_products(); }
 
+  // For blocks of at most `most_rows` rows
   RoundedProducts(int64_t most_rows, int64_t dim)
       : stride_(take(most_rows) ? most_rows : 0), sums_(stride_ * dim) {}
 
@@ -26,6 +34,7 @@ class RoundedProducts {
   void add(const SoftRows& rows, const BlockWeights& block, MatrixView<BFloat16> embeddings,
            int64_t from, int64_t end) {
     const int64_t used = static_cast<int64_t>(block.tokens.size());
+    // The others' embeddings are not read, and might not be finite
     const bool adjacent = block.tokens.back() - block.tokens.front() == used - 1;
     const int64_t width = std::min(kColumns, end - from);
     AlignedBuffer packed(products_->packed_bytes(width, used));

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "common/row_view.h"
@@ -16,11 +17,8 @@ namespace dmax::cpu {
 
 // Tokens per block: the weights of kSoftRows rows take 512 KiB
 constexpr int64_t kSoftTokens = 512;
-// PyTorch's product takes over where more of a block's weights than one in this many count
+// A product takes over where more of a block's weights than one in this many count
 constexpr int64_t kSparse = 4;
-// Rows from which on the weights of a bfloat16 embedding are rounded, where the CPU multiplies
-// bfloat16: TODO
-constexpr int64_t kLeastRoundedRows = 9;
 
 // Of a block of rows: where they start, their temperatures, their cuts if there are any, and what
 // the first pass found
@@ -35,9 +33,9 @@ struct SoftRows {
 
 // The weights of one block of tokens that count, and whose they are
 struct BlockWeights {
-  std::vector<float> weight;    // [rows, tokens that count]
-  std::vector<int64_t> tokens;  // ascending
-  bool dense;                   // worth a product
+  std::vector<float> weight;      // [rows, tokens that count]
+  std::vector<int64_t> tokens;    // ascending
+  bool dense;                     // worth a product
   std::vector<BFloat16> rounded;  // the weights of a dense block where SoftRows::rounds is set
 
   float* row(int64_t i) { return weight.data() + i * kSoftTokens; }
@@ -58,15 +56,12 @@ inline std::vector<Cut> cuts_of(int64_t rows, const OptionalTensor& least,
 }
 
 // A row of which the cut keeps nothing has what one of nothing but -inf has. With a cut, or with
-// rounded weights, a row's sum is still to be added up, from 0.
+// rounded weights, a row's weights are still to be added to the maximum's own, which is 1.
 inline void apply_cuts(SoftRows* rows) {
-  if (rows->rounds) {
-    for (RowStats& stats : rows->stats) stats.rest = -1;
-  }
-  if (!rows->cuts) return;
+  if (!rows->cuts && !rows->rounds) return;
   for (int64_t i = 0; i < rows->count; ++i) {
     RowStats& stats = rows->stats[i];
-    const Cut& cut = rows->cuts[i];
+    const Cut cut = rows->cuts ? rows->cuts[i] : Cut{};
     const bool nothing =
         stats.maximum < cut.value || (stats.maximum == cut.value && stats.token > cut.last_id);
     if (nothing) stats = {};
@@ -84,16 +79,13 @@ void find_maxima(const RowView& logits, SoftRows* rows) {
       [&](int64_t i, const RowStats& stats) { rows->stats[i] = stats; });
 }
 
-// The weights of tokens [first, first + n) of a row that the cut keeps; returns their sum
+// The weights of tokens [first, first + n) of a row; of those that the cut drops, 0
 template <class T>
-double weigh_kept(const VisibleRow<T>& logits, const Cut& cut, const RowStats& stats, float scale,
-                  int64_t first, int64_t n, float* weight) {
+void weigh_kept(const VisibleRow<T>& logits, const Cut& cut, const RowStats& stats, float scale,
+                int64_t first, int64_t n, float* weight) {
   float kept[kSoftTokens];
   load_kept(logits, first, n, cut, kept);
   tile_kernels<float>().weigh(kept, weight, n, stats.maximum, scale);
-  double sum = 0;
-  for (int64_t t = 0; t < n; ++t) sum += weight[t];
-  return sum;
 }
 
 // Rounds the weights of a dense block, and adds what they then are to the rows' sums
@@ -132,9 +124,10 @@ void weigh_block(const RowView& logits, SoftRows* all_rows, int64_t first, int64
       } else if (!rows.cuts) {
         kernels.weigh(x + first, block->row(i), n, stats.maximum, scale);
       } else {
-        const double sum = weigh_kept(VisibleRow<T>{x, logits.width, -1, nullptr}, rows.cuts[i], stats,
-                                      scale, first, n, block->row(i));
-        if (!rows.rounds) stats.rest += sum;
+        float* weight = block->row(i);
+        weigh_kept(VisibleRow<T>{x, logits.width, -1, nullptr}, rows.cuts[i], stats, scale, first,
+                   n, weight);
+        if (!rows.rounds) stats.rest += std::accumulate(weight, weight + n, 0.0);
       }
     }
   });

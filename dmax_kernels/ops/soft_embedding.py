@@ -29,8 +29,10 @@ def soft_embedding(
     With ``top_p`` below 1 the sums of both take the row's most probable tokens alone, those that
     :func:`top_p_cut` keeps.
 
-    float32 inside, rounded once to the embedding's dtype. The probabilities are never in memory as
-    a whole: on a GPU from 33 rows on, those of as many tokens at a time as take 128 MB. A token
+    float32 inside, rounded once to the embedding's dtype; but with many rows the weights of a
+    16-bit embedding may be rounded to its dtype first (docs/semantics.md, "soft_embedding of many
+    rows", says where). The probabilities are never in memory as a whole: on a GPU from 33 rows on,
+    those of as many tokens at a time as take 128 MB. A token
     with exp((x_v - max x) / temperature) below exp(-30) may be left out: 262,144 of them weigh less
     than 3e-8 in all, and their embeddings must be finite.
 
