@@ -312,7 +312,7 @@ def test_rounded_weights_are_divided_by_their_own_sum():
     logits[:, 17] = 0.0
     embedding = torch.ones(3000, 3, dtype=torch.bfloat16)
     _, sum_exp, weighted = dmax_kernels.soft_embedding_partial(logits, embedding)
-    assert_close(weighted, sum_exp.unsqueeze(-1).expand_as(weighted), 1e-5)
+    assert_close(weighted, sum_exp.unsqueeze(-1).expand_as(weighted), 1e-4)
 
 
 def test_embeddings_without_mass_in_many_rows_are_not_read():
