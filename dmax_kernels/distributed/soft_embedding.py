@@ -37,7 +37,7 @@ def soft_embedding(
 
     Returns:
         [..., D] in the embedding's dtype, the same on every rank, equal to the unsharded op's to a
-        few float32 roundings.
+        few float32 roundings, or to those of the weights where they are rounded to 16 bits.
 
     Raises:
         ValueError: shards that do not fit together. RuntimeError: as the unsharded op.
