@@ -4,7 +4,6 @@
 
 #include "common/dispatch.h"
 #include "common/row_view.h"
-#include "cpu/large_tensors.h"
 #include "cpu/mixture.h"
 #include "cpu/parallel.h"
 
@@ -160,8 +159,7 @@ std::tuple<Tensor, Tensor> hybrid_embedding_backward(Tensor grad_output, Tensor 
                                                      masked, mask_token_id);
   const Positions positions =
       checked_positions("hybrid_embedding_backward", token, confidence, masked, sizes);
-  Tensor grad_embedding = empty_large(embedding, sizes_of(embedding), embedding.scalar_type());
-  torch::stable::zero_(grad_embedding);
+  Tensor grad_embedding = torch::stable::new_zeros(embedding, sizes_of(embedding));
   Tensor grad_confidence =
       torch::stable::new_zeros(confidence, sizes_of(confidence), ScalarType::Float);
   const RowView view = row_view(embedding);

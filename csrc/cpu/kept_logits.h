@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "cpu/large_tensors.h"
+#include "common/torch_stable.h"
 
 namespace dmax::cpu {
 
@@ -15,8 +15,8 @@ class KeptLogits {
   KeptLogits(const Tensor& like, int64_t rows, int64_t vocab, int64_t chunk)
       : rows_(rows),
         chunk_(std::min(chunk, vocab)),
-        logits_(
-            empty_large(like, {(vocab + chunk_ - 1) / chunk_ * rows, chunk_}, ScalarType::Float)),
+        logits_(empty_like_device(like, {(vocab + chunk_ - 1) / chunk_ * rows, chunk_},
+                                  ScalarType::Float)),
         data_(logits_->mutable_data_ptr<float>()) {}
 
   // How many rows to keep. Their logits may take a quarter of a float32 gradient of the weight (D /

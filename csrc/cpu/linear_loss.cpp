@@ -54,7 +54,7 @@ LinearLossGradients empty_gradients(const StackedRows& stacked, const Tensor& we
   const int64_t vocab = weight.size(0), dim = weight.size(1);
   LinearLossGradients grads{
       empty_like_device(weight, {needs_hidden ? stacked.size() : 0, dim}, ScalarType::Float),
-      empty_large(weight, needs_weight ? Sizes{vocab, dim} : Sizes{0}, weight.scalar_type()),
+      empty_like_device(weight, needs_weight ? Sizes{vocab, dim} : Sizes{0}, weight.scalar_type()),
       torch::stable::new_zeros(weight, {needs_bias ? vocab : 0}, weight.scalar_type())};
   if (stacked.size() == 0) torch::stable::zero_(grads.weight);
   return grads;
