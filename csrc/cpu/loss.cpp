@@ -4,7 +4,6 @@
 #include "common/dispatch.h"
 #include "common/row_view.h"
 #include "cpu/cross_entropy.h"
-#include "cpu/large_tensors.h"
 #include "cpu/stacked_passes.h"
 #include "cpu/vocab_scan.h"
 
@@ -104,7 +103,7 @@ Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor
                                                  label_smoothing, z_loss, temperature);
   const LossOptions options{ignore_index, label_smoothing, z_loss, temperature};
   const Tensor ids = checked_targets(op, target, vocab, ignore_index);
-  Tensor grad_logits = empty_large(logits, sizes_of(logits), logits.scalar_type());
+  Tensor grad_logits = empty_like_device(logits, sizes_of(logits), logits.scalar_type());
   const RowView view = row_view(logits);
   const Tensor grad_c = as_contiguous(grad_loss);  // an expanded 1 comes with stride 0
   const Tensor logsumexp_c = as_contiguous(logsumexp);
