@@ -11,9 +11,9 @@ from torch.distributed import ProcessGroup
 
 from dmax_kernels import ops
 from dmax_kernels.distributed.collectives import gather
-from dmax_kernels.distributed.layout import VocabShard, at_least_one_column, read_shard, visible
+from dmax_kernels.distributed.layout import VocabShard, at_least_one_column
 from dmax_kernels.distributed.logprob_parts import masses, merged, values_at, widened
-from dmax_kernels.distributed.visible_tokens import read_visible
+from dmax_kernels.distributed.visible_tokens import read_masked_logits
 from dmax_kernels.ops._temperature import read_temperature
 from dmax_kernels.ops.statistics import RowStatistics
 from dmax_kernels.vocabulary import shard_mask
@@ -52,11 +52,9 @@ def row_statistics(
         RuntimeError: as the unsharded op.
     """
     op = "row_statistics"
-    mine, shard = read_shard(op, "logits", logits, -1, group, shard_sizes, vocab_size)
-    allowed = read_visible(
-        op, shard, mine.device, suppress_token, suppress_tokens, allowed, as_mask=True
-    ).allowed
-    mine = visible(mine, shard, -1)
+    mine, shard, allowed = read_masked_logits(
+        op, logits, group, shard_sizes, vocab_size, suppress_token, suppress_tokens, allowed
+    )
     if shard.num_ranks == 1:
         return ops.row_statistics(mine, temperature=temperature, allowed=allowed)
     number, temperatures = read_temperature(mine, temperature)
@@ -146,11 +144,9 @@ def topk_confidence(
         RuntimeError: as the unsharded op.
     """
     op = "topk_confidence"
-    mine, shard = read_shard(op, "logits", logits, -1, group, shard_sizes, vocab_size)
-    allowed = read_visible(
-        op, shard, mine.device, suppress_token, suppress_tokens, allowed, as_mask=True
-    ).allowed
-    mine = visible(mine, shard, -1)
+    mine, shard, allowed = read_masked_logits(
+        op, logits, group, shard_sizes, vocab_size, suppress_token, suppress_tokens, allowed
+    )
     if shard.num_ranks == 1:
         return ops.topk_confidence(mine, k, temperature=temperature, allowed=allowed)
     torch.ops.dmax._check_topk_confidence(

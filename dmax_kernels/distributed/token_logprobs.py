@@ -11,10 +11,9 @@ from torch.distributed import ProcessGroup
 
 from dmax_kernels import ops
 from dmax_kernels.distributed.collectives import sum_over_ranks
-from dmax_kernels.distributed.layout import read_shard, visible
 from dmax_kernels.distributed.linear import Columns, ShardedHead, read_head
 from dmax_kernels.distributed.logprob_parts import Found, Wanted, over_ranks
-from dmax_kernels.distributed.visible_tokens import read_visible
+from dmax_kernels.distributed.visible_tokens import read_masked_logits, read_visible
 from dmax_kernels.ops._linear_logprobs_autograd import check_one_id
 from dmax_kernels.ops._logprob_blocks import Rows, gradients_of_head, kept_rows
 from dmax_kernels.ops.logprobs import TokenLogprobs, gradient_of_several
@@ -59,11 +58,9 @@ def token_logprobs(
         RuntimeError: as the unsharded op.
     """
     op = "token_logprobs"
-    mine, shard = read_shard(op, "logits", logits, -1, group, shard_sizes, vocab_size)
-    allowed = read_visible(
-        op, shard, mine.device, -1, suppress_tokens, allowed, as_mask=True
-    ).allowed
-    mine = visible(mine, shard, -1)
+    mine, shard, allowed = read_masked_logits(
+        op, logits, group, shard_sizes, vocab_size, -1, suppress_tokens, allowed
+    )
     options = {"temperature": temperature, "top_n": top_n, "ignore_index": ignore_index}
     if shard.num_ranks == 1:
         return ops.token_logprobs(mine, ids, **options, allowed=allowed)

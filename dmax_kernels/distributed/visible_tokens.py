@@ -7,9 +7,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from dmax_kernels import ops
-from dmax_kernels.distributed.layout import VocabShard, check_suppress_token
+from dmax_kernels.distributed.layout import (
+    VocabShard,
+    check_suppress_token,
+    read_shard,
+    visible,
+)
 from dmax_kernels.vocabulary import mask_words, shard_mask, visible_tokens
 
 
@@ -45,3 +51,16 @@ def read_visible(
         op, shard.vocab_size, device, suppress_token, suppress_tokens, allowed, as_mask=as_mask
     )
     return VisibleTokens(suppress_token, allowed)
+
+
+def read_masked_logits(
+    op: str, logits: Tensor, group: ProcessGroup | None, shard_sizes: Sequence[int] | None,
+    vocab_size: int | None, suppress_token: int, suppress_tokens: Sequence[int],
+    allowed: Tensor | None,
+) -> tuple[Tensor, VocabShard, Tensor | None]:  # fmt: skip
+    """This rank's columns that exist, the layout, and the whole vocabulary's mask (None: all)."""
+    mine, shard = read_shard(op, "logits", logits, -1, group, shard_sizes, vocab_size)
+    which = read_visible(
+        op, shard, mine.device, suppress_token, suppress_tokens, allowed, as_mask=True
+    )
+    return visible(mine, shard, -1), shard, which.allowed
