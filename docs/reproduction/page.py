@@ -94,6 +94,15 @@ NAP_CLAIMS = (
     ("Table 5", "more paths at a fixed budget help"),
 )
 
+# What a reader of a section must know that its figures do not say
+REMARKS = {
+    "nap": "These models are weakly trained: the base's last place is right in 46 % of the "
+    "problems, the long chain's in 14 %. A verdict is one on such models; longer training "
+    "(`--base-steps`, `--steps`) may change it, and more than one seed was not run. A response "
+    "ends in end tokens, many of which AO decodes before the reasoning (see the picture), and "
+    "ARness counts them too.",
+}
+
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -216,6 +225,7 @@ def other(name: str, title: str, not_run: Iterable[Sequence[str]]) -> str:
         return f"## {title}\n\n" + markdown(["where", "claim", "verdict"], rows)
     found = json.loads(path.read_text("utf-8"))
     parts = [f"## {title}", f"```\n{found['command']}\n```", found["made_with"]]
+    parts += [REMARKS[name]] if name in REMARKS else []
     for table in found["tables"]:
         parts.append(f"**{table['title']}**\n\n{markdown(table['columns'], table['rows'])}")
         parts += [table["note"]] if table.get("note") else []
