@@ -88,7 +88,7 @@ NAP_CLAIMS = (
     ("Figure 2", "random order breaks reasoning"),
     ("Figures 3 and 7", "SeqDep is high in ordinary corpora, and flat in NAP's data"),
     ("Table 1", "AO decoding is nearly autoregressive, and Fast-dLLM more so"),
-    ("Table 2, Figure 4", "training on long chains raises ARness"),
+    ("Table 2", "training on long chains raises ARness"),
     ("Table 3", "NAP beats base and long-chain training at 1 to 4 tokens per step"),
     ("Table 4", "parallel-forced decoding needs NAP's data"),
     ("Table 5", "more paths at a fixed budget help"),
