@@ -48,8 +48,8 @@ def gather(
 ) -> list[Tensor]:
     """Every rank's fields, [ranks, ...] each; ``dtype`` is the sharded tensor's.
 
-    A backward pass through what it returns raises. Without that, a loss's part that comes from
-    another rank, or from this one, would be left out of the gradient silently.
+    A backward pass through what it returns raises: otherwise whatever a loss has from it would
+    silently be missing from the gradient.
     """
     if shard.num_ranks == 1:
         return [field.unsqueeze(0) for field in fields]
@@ -71,8 +71,6 @@ def gather(
         column.view(-1).view(field.dtype).view(shard.num_ranks, *field.shape)
         for column, field in zip(columns, fields, strict=True)
     ]
-    if not torch.is_grad_enabled():
-        return received
     return [
         _NoGradient.apply(op, column, field) if field.requires_grad else column
         for column, field in zip(received, fields, strict=True)

@@ -94,7 +94,7 @@ def main() -> int:
         "made_with": f"{device}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}: the base {args.base_steps} steps after the demo's base, each "
         f"arm {args.steps} steps after that, {args.batch_size} sequences a step, {args.examples} "
-        f"training problems; {args.seeds} training seeds, {args.problems} held-out problems.",
+        f"training problems; training seeds: {args.seeds}, {args.problems} held-out problems.",
         "settings": {**asdict(settings), "seeds": args.seeds},
         **report.report(outcomes, scored),
         "picture": "At which step each position of the first problem was decoded, a token per step",
