@@ -80,7 +80,7 @@ SECTIONS = {
 RECIPE = "ring_walk"
 LADDER = "ring_walk_ladder"
 GSM = "gsm"
-ONLY_GSM = ("base", "base_steps", "scale", "export")
+ONLY_GSM = ("small", "base", "base_steps", "scale", "export")
 # What each of them takes, and its --output by default
 RECIPES = {
     RECIPE: (("config", "output", "ops", "threads"), "ring_walk_checkpoints"),
@@ -175,6 +175,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "option continues",
     )
     gsm = parser.add_argument_group(f"only with --config {GSM}")
+    gsm.add_argument(
+        "--small",
+        action="store_true",
+        help="for a CPU: a sixth of the parameters, half the batch (for --data of few templates, "
+        "see `gsm.problems --below`)",
+    )
     gsm.add_argument("--base", type=Path, metavar="DIR", help="a base model of an earlier run")
     gsm.add_argument("--base-steps", type=int, metavar="N", help="its further steps (default: 0)")
     gsm.add_argument("--scale", type=float, metavar="X", help="multiplies all steps (default: 1)")

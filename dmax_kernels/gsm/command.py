@@ -29,7 +29,8 @@ def run(options: dict[str, Any], output: Path, threads: int) -> int:
     more, base = options.get("base_steps", 0), options.get("base")
     if more < 0 or (more and base is None):
         raise ValueError(f"--base-steps must be at least 0, and need --base, got {more}")
-    plan = Recipe() if base is None else Recipe().continued(more)
+    recipe = Recipe().small() if options.get("small") else Recipe()
+    plan = recipe if base is None else recipe.continued(more)
     place = Place(
         paths[0],
         output,
@@ -39,10 +40,12 @@ def run(options: dict[str, Any], output: Path, threads: int) -> int:
         plan.scaled(scale),
         base,
     )
-    command = "python -m dmax_kernels train " + " ".join(
-        f"--{name.replace('_', '-')} {value[0] if name == 'data' else value}"
-        for name, value in options.items()
-    )
+    words = []
+    for name, value in options.items():
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words.append(str(value[0] if name == "data" else value))
+    command = " ".join(("python -m dmax_kernels train", *words))
     run_recipe(place, workers=workers, threads=threads, command=command)
     print(f"wrote the models, {LOG} and {ROWS} into {place.export}")
     return 0

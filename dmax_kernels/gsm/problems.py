@@ -32,6 +32,7 @@ PACKAGE = "reasoning_gym.arithmetic.gsm_symbolic"
 HELD_OUT_ONE_IN = 8  # combinations of a template and its numbers
 NEW_TEMPLATE_ONE_IN = 10  # templates
 COUNTS = {"train": 600, "distill": 120, "test": 32, "new_template": 32}  # of each template
+SEEN_SPLITS = ("train", "distill", "test")  # whose templates the base model learns
 TRIES = 20  # draws for each problem that is wanted: some templates have few
 PROBED = 200  # draws that tell whether a template fits
 MOSTLY = 0.9  # of these draws, for --below
@@ -126,9 +127,10 @@ TRAINING = ["distill", "train"]
 
 
 def all_problems(
-    seed: int = 0, below: float = math.inf, train: int | None = None
+    seed: int = 0, below: float = math.inf, counts: dict[str, int] | None = None
 ) -> list[dict[str, Any]]:
-    counts = COUNTS if train is None else {**COUNTS, "train": train}
+    """`counts` says how many problems of each template a split has, where it differs from COUNTS."""
+    counts = {**COUNTS, **(counts or {})}
     problems = []
     for place, (template, generator) in enumerate(generators().items()):
         new = place % NEW_TEMPLATE_ONE_IN == NEW_TEMPLATE_ONE_IN - 1
@@ -150,13 +152,14 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--train",
-        type=int,
-        default=COUNTS["train"],
-        metavar="N",
-        help="training problems of each template (default: %(default)s)",
-    )
+    for split in SEEN_SPLITS:
+        parser.add_argument(
+            f"--{split}",
+            type=int,
+            default=COUNTS[split],
+            metavar="N",
+            help=f'problems of each template in the split "{split}" (default: %(default)s)',
+        )
     parser.add_argument(
         "--below",
         type=float,
@@ -168,7 +171,11 @@ def main() -> int:
     args = parser.parse_args()
     try:
         check_output("--output", args.output)
-        problems = all_problems(args.seed, args.below, args.train)
+        counts = {split: getattr(args, split) for split in SEEN_SPLITS}
+        for split, count in counts.items():
+            if count < 1:
+                raise ValueError(f"--{split} must be at least 1, got {count}")
+        problems = all_problems(args.seed, args.below, counts)
         write_problems(args.output, problems)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -125,9 +125,26 @@ class Recipe:
     def models(self) -> tuple[str, ...]:
         return ("base", *(stage.name for stage in self.arms))
 
+    def small(self) -> Recipe:
+        """For a CPU: a sixth of the parameters and half the batch, for few and easy templates."""
+
+        def halved(stage: Stage, steps: int) -> Stage:
+            return replace(stage, config=replace(stage.config, batch_size=64, steps=steps))
+
+        return replace(
+            self,
+            sizes={
+                "hidden_size": 128,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "intermediate_size": 512,
+            },
+            bases=(halved(BASE_BLOCK16, 800), halved(BASE, 1600)),
+        )
+
     def continued(self, steps: int) -> Recipe:
         """For a base model that is given: no stage before the arms, or so many steps more."""
-        config = replace(BASE.config, steps=steps, seed=3) if steps else None
+        config = replace(self.bases[-1].config, steps=steps, seed=3) if steps else None
         more = () if config is None else (Stage("base", GIVEN, "train", config),)
         return replace(self, bases=more)
 
