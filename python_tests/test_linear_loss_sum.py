@@ -37,7 +37,8 @@ def few_rows_kept(vocab_size):
 
 
 # On the CPU 16 MiB of logits are kept: the last shape takes sweeps of 41 and 40 rows in float32,
-# and with 16 bits computes the logits of 17 rows again
+# and with 16 bits computes the logits of 17 rows again. Where bfloat16 is multiplied directly, the
+# logits of up to D / 2 rows lie in the weight's gradient, as in (10, 900, 64)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("backend", "shape", "keep"),
@@ -45,13 +46,24 @@ def few_rows_kept(vocab_size):
         ("cpu", (1, 1, 1), contextlib.nullcontext),
         ("cpu", (37, 4300, 24), contextlib.nullcontext),
         ("cpu", (54, 65000, 8), contextlib.nullcontext),
+        ("cpu", (10, 900, 64), contextlib.nullcontext),
         ("triton", (4, 300, 40), contextlib.nullcontext),
         ("triton", (4, 140, 33), functools.partial(few_rows_kept, 140)),
     ],
-    ids=["cpu-one", "cpu", "cpu-sweeps", "triton", "triton-few-kept"],
+    ids=["cpu-one", "cpu", "cpu-sweeps", "cpu-inside", "triton", "triton-few-kept"],
 )
 def test_sum_with_its_gradients(backend, shape, keep, dtype):
     """Three products: the gradients of sum_i factor_i loss_i come with it."""
+    check_sum(backend, shape, keep, dtype)
+
+
+def test_sum_of_more_rows_than_the_gradient_has_room_for():
+    """Of 70 rows the logits of 60 lie in the weight's gradient, where bfloat16 is multiplied
+    directly; those of the others are computed again."""
+    check_sum("cpu", (40, 70001, 120), contextlib.nullcontext, torch.bfloat16)
+
+
+def check_sum(backend, shape, keep, dtype):
     if backend == "triton" and dtype not in (torch.float32, NARROW):
         pytest.skip("the interpreter multiplies the bits of bfloat16")
     hidden, weight, bias, target = case(*shape, dtype)

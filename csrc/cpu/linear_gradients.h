@@ -7,6 +7,7 @@
 // linear_gradients_bfloat16.h does the same in bfloat16.
 #pragma once
 
+#include "cpu/fresh_pages.h"
 #include "cpu/kept_logits.h"
 #include "cpu/linear_logits.h"
 #include "cpu/stacked_passes.h"
@@ -29,7 +30,6 @@ class LibraryGradients {
   // Large enough that a block's products outweigh the waits between them, and small enough that its
   // logits (2 MiB) fit in a cache
   static constexpr int64_t kTokens = 1024;
-  static constexpr int64_t kKeptTokens = kTokens;  // in a chunk of kept logits
   static constexpr int64_t kRows = 512;
 
   static bool takes_sweeps(ScalarType dtype) { return dtype == ScalarType::Float; }
@@ -45,11 +45,17 @@ class LibraryGradients {
         wide_weight_(matrix(narrow_ ? tokens_ : 0, weight.size(1))),
         wide_grad_(matrix(narrow_ && grads.needs_weight() ? tokens_ : 0, weight.size(1))) {}
 
+  KeptLogits kept_logits(int64_t rows) const {
+    const int64_t vocab = weight_.size(0);
+    return {weight_, std::min(rows, KeptLogits::most_rows(vocab, weight_.size(1))), vocab, kTokens};
+  }
+
   // row_gradient(i, x, first, n, kept) overwrites x, the n logits of stacked row i from token
   // `first` on, with their gradients; kept logits have their bias already
   template <class RowGradient>
   void block(const Sweep& sweep, int64_t first, int64_t n, const RowGradient& row_gradient) {
     const Tensor weight = widened_weight(first, n);
+    if (grads_.needs_weight() && sweep.first_row == 0) make_weight_pages(first, n);
     const Tensor grad_weight = narrow_ ? top(wide_grad_, n) : top(grads_.weight, n, first);
     std::vector<double> bias_sums = earlier_bias_sums(sweep, first, n);
     for (int64_t row = sweep.first_row; row < sweep.end();) {
@@ -58,7 +64,7 @@ class LibraryGradients {
       const Tensor hidden = top(hidden_, m, row);
       float* logits =
           kept ? sweep.kept.at(row - sweep.first_row, first) : logits_.mutable_data_ptr<float>();
-      const Tensor x = borrowed_matrix(logits, m, n, tokens_, 1);
+      const Tensor x = borrowed_matrix(logits, m, n, n, 1);
       if (!kept) multiply_into(hidden, transposed(weight), false, x);
       logits_to_gradients(row, m, first, n, logits, kept, row_gradient);
       if (grads_.needs_hidden()) {
@@ -100,7 +106,16 @@ class LibraryGradients {
                            const RowGradient& row_gradient) {
     constexpr int64_t kGrain = 16384;  // logits per thread
     parallel_for(m, kGrain / n, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) row_gradient(row + i, x + i * tokens_, first, n, kept);
+      for (int64_t i = begin; i < end; ++i) row_gradient(row + i, x + i * n, first, n, kept);
+    });
+  }
+
+  // The products' threads would take the block's page faults
+  void make_weight_pages(int64_t first, int64_t n) const {
+    const int64_t row_bytes = grads_.weight.stride(0) * grads_.weight.element_size();
+    char* rows = static_cast<char*>(grads_.weight.mutable_data_ptr()) + first * row_bytes;
+    parallel_for(n, (1 << 20) / row_bytes, [&](int64_t begin, int64_t end) {
+      make_pages(rows + begin * row_bytes, (end - begin) * row_bytes);
     });
   }
 
@@ -117,7 +132,7 @@ class LibraryGradients {
   void add_column_sums(const float* x, int64_t m, int64_t n, double* sums) const {
     std::vector<float> block_sums(n, 0.0f);
     for (int64_t i = 0; i < m; ++i) {
-      tile_kernels<float>().add_scaled(block_sums.data(), x + i * tokens_, 1.0f, n);
+      tile_kernels<float>().add_scaled(block_sums.data(), x + i * n, 1.0f, n);
     }
     for (int64_t j = 0; j < n; ++j) sums[j] += block_sums[j];
   }
@@ -133,7 +148,7 @@ class LibraryGradients {
 
   Tensor weight_;
   LinearLossGradients grads_;
-  int64_t tokens_;      // in a full block, and the stride of its logits, kept or not
+  int64_t tokens_;      // in a full block
   bool narrow_;         // 16-bit inputs: a block of the weight and of its gradient are widened
   Tensor hidden_;       // [rows, D]
   Tensor logits_;       // [kRows, tokens_]

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/fresh_pages.h"
 #include "cpu/linear_gradients.h"
 
 namespace dmax::cpu {
@@ -46,6 +47,16 @@ class BFloat16Gradients {
     }
   }
 
+  // tokens() turns a chunk of them into gradients before it writes the weight's
+  KeptLogits kept_logits(int64_t rows) const {
+    const int64_t outside = std::min(rows, KeptLogits::most_rows(vocab_, dim_));
+    if (grads_.needs_weight()) {
+      const int64_t inside = std::min(rows, KeptLogits::most_rows_inside(grads_.weight));
+      if (inside >= outside) return KeptLogits::inside(grads_.weight, inside, kPart);
+    }
+    return {hidden_, outside, vocab_, kPart};
+  }
+
   template <class RowGradient>
   void block(const Sweep& all_rows, int64_t first, int64_t n, const RowGradient& row_gradient) {
     parallel_for(num_parts(n), 1, [&](int64_t begin, int64_t end) {
@@ -67,10 +78,6 @@ class BFloat16Gradients {
   // operand takes 1 MiB of a 2 MiB L2
   static constexpr int64_t kPart = 256;
 
- public:
-  static constexpr int64_t kKeptTokens = kPart;  // in a chunk of kept logits
-
- private:
   struct TokenBuffers {
     explicit TokenBuffers(const BFloat16Gradients& op)
         : scratch(op.products_.scratch_bytes(std::max(op.dim_, op.rows_), kPart)),
@@ -129,6 +136,7 @@ class BFloat16Gradients {
     products_.pack_rows({grad_logits() + t, 1, stride}, n, rows_, buffers.packed.data);
     const MatrixView<BFloat16> columns = matrix_view<BFloat16>(hidden_columns_);
     BFloat16* out = static_cast<BFloat16*>(grads_.weight.mutable_data_ptr());
+    make_pages(out + (first + t) * dim_, n * dim_ * sizeof(BFloat16));
     for (int64_t d = 0; d < dim_; d += kPart) {
       const int64_t width = std::min(kPart, dim_ - d);
       multiply({columns.row(d), columns.row_stride, 1}, width, rows_, buffers.packed, n,

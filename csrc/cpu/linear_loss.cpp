@@ -6,9 +6,10 @@
 //
 // linear_oput_loss_sum knows beforehand how much each row counts and makes the gradients at once.
 // It keeps the logits of some rows (KeptLogits) between finding a row's logsumexp and using it:
-// three products remain. If there are more rows, float32 takes them in sweeps, each of which adds
-// to the weight's gradient. A 16-bit gradient cannot be added to without rounding it several
-// times, so there the logits of the rows that are not kept are computed again.
+// three products remain. In bfloat16 they lie in the memory of the weight's gradient, which is
+// written after them. If there are more rows, float32 takes them in sweeps, each of which adds to
+// the weight's gradient. A 16-bit gradient cannot be added to without rounding it several times, so
+// there the logits of the rows that are not kept are computed again.
 #include <array>
 
 #include "cpu/cross_entropy.h"
@@ -125,6 +126,7 @@ void reduce_losses(const LossProblem& problem, const Sweep& sweep) {
         torch::stable::narrow(buffer, 0, 0, m), weight, problem.bias, -1,
         [&](int64_t i, LossState& state, const TileKernels<float>& kernels, const float* x,
             int64_t n, int64_t first_id) {
+          if (i == 0 && sweep.keeps(first_row)) sweep.kept.make_chunk_pages(first_id);
           if (sweep.keeps(first_row + i)) {
             std::copy_n(x, n, sweep.kept.at(first_row + i - sweep.first_row, first_id));
           }
@@ -151,17 +153,15 @@ void reduce_losses(const LossProblem& problem, const Sweep& sweep) {
 template <class Gradients>
 void fill_losses_and_gradients(const LossProblem& problem, const LogitGradients& row_gradient,
                                Gradients& gradients) {
-  const int64_t rows = problem.stacked.size();
-  const int64_t vocab = problem.weight.size(0), dim = problem.weight.size(1);
-  const int64_t most_kept = std::min(rows, KeptLogits::most_rows(vocab, dim));
-  int64_t sweep_rows = rows;
+  const int64_t rows = problem.stacked.size(), vocab = problem.weight.size(0);
+  Sweep sweep{0, rows, {}};
   if (Gradients::takes_sweeps(problem.weight.scalar_type())) {
+    const int64_t most_kept = KeptLogits::most_rows(vocab, problem.weight.size(1));
     const int64_t sweeps = (rows + most_kept - 1) / most_kept;
-    sweep_rows = (rows + sweeps - 1) / sweeps;
+    sweep.num_rows = (rows + sweeps - 1) / sweeps;
   }
-  Sweep sweep{
-      0, sweep_rows,
-      KeptLogits(problem.weight, std::min(sweep_rows, most_kept), vocab, Gradients::kKeptTokens)};
+  const int64_t sweep_rows = sweep.num_rows;
+  sweep.kept = gradients.kept_logits(sweep_rows);
   for (; sweep.first_row < rows; sweep.first_row += sweep_rows) {
     sweep.num_rows = std::min(sweep_rows, rows - sweep.first_row);
     reduce_losses(problem, sweep);

@@ -4,6 +4,7 @@
 #include "common/dispatch.h"
 #include "common/row_view.h"
 #include "cpu/cross_entropy.h"
+#include "cpu/fresh_pages.h"
 #include "cpu/stacked_passes.h"
 #include "cpu/vocab_scan.h"
 
@@ -118,6 +119,7 @@ Tensor oput_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor
     parallel_for_rows(view.rows, vocab, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         T* y = out + row * vocab;
+        make_pages(y, vocab * sizeof(T));
         if (targets[row] == ignore_index) {
           fill_zero(y, vocab * sizeof(T));
           continue;
