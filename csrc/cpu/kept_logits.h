@@ -91,7 +91,7 @@ struct Sweep {
   int64_t end() const { return first_row + num_rows; }
   // Rows from `row` on, at most `most`, that are either all kept or all not
   int64_t part(int64_t row, int64_t most) const {
-    const int64_t kept_end = first_row + kept.rows();
+    const int64_t kept_end = std::min(first_row + kept.rows(), end());  // the last sweep is shorter
     return std::min(most, (row < kept_end ? kept_end : end()) - row);
   }
   bool keeps(int64_t row) const { return row < first_row + kept.rows(); }

@@ -70,7 +70,7 @@ class RoundedProducts {
   }
 
  private:
-  // Columns packed at once: with kSoftTokens tokens each, 256 KiB
+  // Columns packed at once: with kSoftTokens tokens each, 512 KiB
   static constexpr int64_t kColumns = 256;
 
   const BFloat16Products* products_ = bfloat16_products();
