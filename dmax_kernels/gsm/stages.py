@@ -129,7 +129,8 @@ class Recipe:
         """For a CPU: a sixth of the parameters and half the batch, for few and easy templates."""
 
         def halved(stage: Stage, steps: int) -> Stage:
-            return replace(stage, config=replace(stage.config, batch_size=64, steps=steps))
+            config = replace(stage.config, batch_size=64, steps=steps, save_every=200)
+            return replace(stage, config=config)
 
         return replace(
             self,
@@ -139,7 +140,7 @@ class Recipe:
                 "num_attention_heads": 4,
                 "intermediate_size": 512,
             },
-            bases=(halved(BASE_BLOCK16, 800), halved(BASE, 1600)),
+            bases=(halved(BASE_BLOCK16, 500), halved(BASE, 1000)),
         )
 
     def continued(self, steps: int) -> Recipe:
