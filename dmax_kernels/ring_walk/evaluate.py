@@ -22,6 +22,9 @@ TAUS = (0.95, 0.5, 0.0)  # the paper's Table 3
 POINTS = (0.95, 0.8, 0.5, 0.0)  # the thresholds over which a method's AUP is taken
 MAX_NEW_TOKENS = 96  # three blocks of 32: the longest right derivation of 6 moves has 73 tokens
 MEASURES = ("answer", "strict")
+# Problems decoded together. On one core of a Zen 4 a cell of 500 took 0.80 to 0.87 of the time that
+# it takes in one batch, whose activations do not fit into the cache.
+BATCH = 100
 
 # What each method's model is decoded with: rules and their thresholds, for the paper's tables and
 # for what they leave out. "uniform" has no threshold. The AUP of SPD on the uniform model is there
@@ -132,7 +135,9 @@ def evaluate_cell(model: Any, problems: list[task.Problem], cell: Cell, ops: str
     """What happens to each problem, as `evaluate` has it (see `run_cell`)."""
     options = options_for(model, ops)
     encoded = measured_problems(problems, options["block_length"])
-    return run_cell(model, _tokenizer(), encoded, cell, task.grade_response, options)
+    return run_cell(
+        *(model, _tokenizer(), encoded, cell, task.grade_response, options), batch_size=BATCH
+    )
 
 
 def evaluate_cells(
@@ -149,7 +154,9 @@ def evaluate_cells(
     """
     names = {label: str(checkpoint) for label, checkpoint in checkpoints.items()}
     setup = with_models(partial(_evaluate, problems, ops), names)
-    return run_tasks(setup, cells, workers=workers)
+    # High thresholds take most passes. They come first, so that no process works alone at the end
+    longest_first = sorted(cells, key=lambda cell: -cell.tau_dec)
+    return run_tasks(setup, longest_first, workers=workers)
 
 
 def _evaluate(problems: list[task.Problem], ops: str, models: Models, cell: Cell) -> Outcome:
