@@ -141,6 +141,8 @@ class Recipe:
                 "intermediate_size": 512,
             },
             bases=(halved(BASE_BLOCK16, 500), halved(BASE, 1000)),
+            distill_batch=64,  # whose activations fit into a cache
+            measured_batch=64,
         )
 
     def continued(self, steps: int) -> Recipe:
