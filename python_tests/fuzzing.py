@@ -20,6 +20,7 @@ from triton_device import DEVICE
 
 import dmax_kernels
 from dmax_kernels import reference
+from dmax_kernels.ops._temperature import read_temperature
 from dmax_kernels.ops.edit_step import EDIT_RULES
 from dmax_kernels.ops.spd_step import SEMANTICS
 from dmax_kernels.ops.transform import penalty_options
@@ -45,7 +46,8 @@ VISIBILITY = ("suppress_tokens", "allowed", "vocab_limit")
 
 
 def with_visibility(op):
-    """Triton's op with the options of the public function that say which tokens count."""
+    """Triton's op with the options of the public function: those that say which tokens count, and
+    a temperature of each row."""
 
     def call(rows, *arguments, suppress_token=-1, **options):
         which = {name: options.pop(name) for name in VISIBILITY if name in options}
@@ -58,6 +60,9 @@ def with_visibility(op):
             rows, suppress_token, allowed = visible_rows(op, rows, **which)
         if not which["as_mask"]:
             options["suppress_token"] = suppress_token
+        if op == "row_statistics":
+            number, of_rows = read_temperature(rows, options["temperature"])
+            options |= {"temperature": number, "temperatures": of_rows}
         return IMPLEMENTATIONS[op](rows, *arguments, allowed=allowed, **options)
 
     return call
@@ -76,7 +81,7 @@ def spd_step_of_triton(logits, embedding, *, semantics="settled", **arguments):
 
 
 def edit_step_of_triton(logits, *, rule="threshold", edit_threshold=0.0, **arguments):
-    IMPLEMENTATIONS["edit_step_"](
+    with_visibility("edit_step_")(
         logits, edit_threshold=edit_threshold, rule=EDIT_RULES.index(rule), **arguments
     )
 

@@ -6,6 +6,7 @@ from edit_cases import EDIT_OPTIONS, copy_of, edit_case, new_state
 from edit_in_python import ENGINES, Engine
 from fuzzing import FLOATS, FUNCTIONS, LAYOUTS, everywhere, on, random_generator, run_examples
 from hypothesis import strategies as st
+from masks import packed
 from tolerances import REFERENCE_RTOL, assert_close
 
 import dmax_kernels
@@ -213,6 +214,19 @@ def exact(value):
     return torch.tensor(value).item()
 
 
+HIDDEN = (11, 12, 13, 14)  # ids that no prediction below has
+
+
+@st.composite
+def hiding(draw, batch):
+    """Options that hide these ids, by a mask for all rows or of each, or one by one."""
+    if draw(st.booleans()):
+        return {"suppress_tokens": HIDDEN}
+    bits = torch.ones(*draw(st.sampled_from([(1, 1), (batch, 1)])), 32, dtype=torch.bool)
+    bits[..., HIDDEN] = False
+    return {"allowed": packed(bits)}
+
+
 def follow_the_engines(draw, backend, rule):
     """A batch of requests, each against its engine alone, to the last bit of every decision."""
     slow = backend == "triton"
@@ -235,6 +249,9 @@ def follow_the_engines(draw, backend, rule):
         options |= {"threshold": 0.0, "thresholds": torch.tensor(taus)}
 
     layout, dtype = LAYOUTS[draw(st.sampled_from(KEEPING_VALUES))], draw(FLOATS)
+    hides = draw(st.booleans())
+    if hides:
+        options |= draw(hiding(batch))
     state = state_of(token, prompt)
     done = [False] * batch
     for _ in range(4 if slow else 7):
@@ -243,7 +260,10 @@ def follow_the_engines(draw, backend, rule):
             [(y, min(m, 1) if y == MASK else m) for y, m in zip(*row, strict=True)]
             for row in zip(y, m, strict=True)
         ]
-        take_step(backend, layout(logits_of(pairs).to(dtype)), state, **options)
+        logits = logits_of(pairs)
+        if hides:
+            logits[..., HIDDEN] = 9.0  # more than any other
+        take_step(backend, layout(logits.to(dtype)), state, **options)
         for b in range(batch):
             if done[b]:
                 continue

@@ -69,6 +69,12 @@ def test_row_statistics(draw, backend):
     which, x = draw(visibility(whole))
     keywords = draw(options(x.shape[-1]))
     expected = float64.row_statistics(x, **keywords)
+    if draw(st.booleans()):
+        choices = torch.tensor([1.0, 0.1, 0.7, 3.0])
+        which_one = torch.randint(4, x.shape[:-1], generator=random_generator(draw))
+        keywords["temperature"] = choices[which_one]
+        of_rows = {**keywords, "temperature": choices.double()[which_one].unsqueeze(-1)}
+        expected = float64.row_statistics(x, **of_rows)
     # 5: at temperature 0.1 a float32 exponent of 100 is good to 1e-5
     assert_statistics(fused("row_statistics", backend, [whole], keywords | which), expected, 5.0)
 
