@@ -113,7 +113,7 @@ gpu: ## Build, check, measure, test and sanitize on this machine's NVIDIA GPU.
 gpu-peers: ## Pack the GPU peers into .peers, to be timed beside ours on a machine without a network.
 	$(GPU_PYTHON) bench/carry_peers.py
 
-CXX_FILES = git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'
+CXX_FILES = git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'python_tests/*.cpp'
 
 lint: $(ENVIRONMENT) ## Check the style, the spelling and the types of the sources.
 	ruff check .

@@ -2,6 +2,7 @@
 
 import random
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from dmax_kernels.__main__ import main
 from dmax_kernels.evaluation.cells import Cell, Outcome, Response
-from dmax_kernels.gsm import claims, problems, recipe, report, show, task
+from dmax_kernels.gsm import claims, command, problems, recipe, report, show, task
 from dmax_kernels.gsm.bundle import Bundle
 from dmax_kernels.gsm.place import Place
 from dmax_kernels.gsm.rows import ROWS, Row, append_row, read_rows, spread_over_templates
@@ -255,10 +256,39 @@ def test_templates_of_large_numbers_are_left_out(records):
     narrow = problems.all_problems(below=40)
     assert {r["template"] for r in narrow if r["split"] != "new_template"} == {3}
     assert {r["template"] for r in narrow if r["split"] == "new_template"} == {8}
-    training = [r for r in problems.all_problems(train=3) if r["split"] == "train"]
+    training = [r for r in problems.all_problems(counts={"train": 3}) if r["split"] == "train"]
     assert sum(r["template"] == 0 for r in training) == 3
     record = {"prompt": "12 and 7.5", "response": "12 + 7.5 = 19.5, 7.5 + 12 = 20"}
     assert problems.computed(record) == 20
+
+
+def test_the_file_has_as_many_problems_as_asked_for(records, tmp_path, monkeypatch, capsys):
+    def write(*options):
+        path = tmp_path / "problems.jsonl"
+        monkeypatch.setattr(sys, "argv", ["problems", "--output", str(path), *options])
+        return problems.main(), path
+
+    status, path = write("--train", "9", "--distill", "3", "--test", "2")
+    assert status == 0
+    splits = task.read_problems(path)
+    sizes = {name: sum(r["template"] == 0 for r in found) for name, found in splits.items()}
+    assert sizes == {"train": 9, "distill": 3, "test": 2, "new_template": 0}
+    assert write("--test", "0")[0] == 1
+    assert capsys.readouterr().err == "error: --test must be at least 1, got 0\n"
+
+
+def test_the_small_recipe(records, tmp_path, monkeypatch):
+    data, output = tmp_path / "problems.jsonl", tmp_path / "run"
+    problems.write_problems(data, records)
+    started = []
+    monkeypatch.setattr(command, "run_recipe", lambda place, **options: started.append(place))
+    options = ["--small", "--data", str(data), "--output", str(output), "--device", "cpu"]
+    assert main(["train", "--config", "gsm", *options]) == 0
+    (place,) = started
+    assert place.build_model().num_parameters() < Recipe().small().sizes["hidden_size"] ** 2 * 60
+    assert [stage.config.batch_size for stage in place.recipe.bases] == [64, 64]
+    assert place.recipe.continued(7).bases[0].config.batch_size == 64
+    assert place.recipe.arms == Recipe().arms
 
 
 def test_a_run_on_other_data_is_refused(place, records, monkeypatch):

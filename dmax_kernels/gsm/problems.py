@@ -129,7 +129,7 @@ TRAINING = ["distill", "train"]
 def all_problems(
     seed: int = 0, below: float = math.inf, counts: dict[str, int] | None = None
 ) -> list[dict[str, Any]]:
-    """`counts` says how many problems of each template a split has, where it differs from COUNTS."""
+    """`counts`: problems of each template in a split, where not those of COUNTS."""
     counts = {**COUNTS, **(counts or {})}
     problems = []
     for place, (template, generator) in enumerate(generators().items()):
