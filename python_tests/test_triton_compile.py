@@ -66,10 +66,11 @@ def report(request):
 
 
 def test_no_spill_and_no_stack_frame(report):
-    # On sm_100 alone, Triton leaves these frames in kernels that have registers to spare
+    # On sm_100, Triton leaves these frames in kernels that have registers to spare; 3.6 leaves one
+    # on sm_80 in one form of the filtered draw
     allowed = {"soft_embedding_kernel": 16}
     if triton.__version__.startswith("3.6"):
-        allowed["table_grad_kernel"] = 8
+        allowed |= {"table_grad_kernel": 8, "sample_filtered_kernel": 8}
     bad = {
         kernel: figures
         for kernel, figures in report["kernels"].items()

@@ -98,6 +98,10 @@ def load_checkpoint(
             f"load_checkpoint: name must be one of {', '.join(SHIPPED)}, a folder with a "
             f"config.json, or OWNER/NAME on the Hugging Face hub, got {str(name)!r}"
         )
+    if shipped and dtype is None:
+        # Some of the files hold float16, and transformers before 4.56 does not see what their
+        # configs say
+        dtype = torch.float32
     trust = {} if shipped else {"trust_remote_code": True}
     try:
         with no_progress_bar(), code_for_transformers_4():
