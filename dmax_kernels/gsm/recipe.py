@@ -7,6 +7,7 @@ measured by several processes at a time.
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import time
 import zlib
@@ -14,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,7 +106,15 @@ def check_cells(place: Place) -> None:
 
 
 def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
+    return torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):  # Linux alone has this file
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':')[1].strip()} ({platform.machine()})"
+    return f"CPU ({platform.machine()})"
 
 
 def answer_log(place: Place) -> answering.AnswerLog:

@@ -16,9 +16,6 @@ from dmax_kernels.gsm.claims import verdicts
 from dmax_kernels.gsm.recipe import LOG
 from dmax_kernels.gsm.stages import Recipe
 
-COMMAND = (
-    "python -m dmax_kernels train --config gsm --data problems.jsonl.gz --output gsm_checkpoints"
-)
 METHODS = {
     ("base", "threshold"): "masked diffusion, threshold (the base)",
     ("base", "hierarchical"): "the base, hierarchical decoding",
@@ -81,7 +78,7 @@ def as_page(folder: Path) -> dict[str, Any]:
     steps = {name: stage["config"]["steps"] for name, stage in log["stages"].items()}
     return {
         "title": "Real language: GSM-Symbolic's templates",
-        "command": COMMAND,
+        "command": log["command"],
         "made_with": (
             f"{log['device']}, torch {log['versions']['torch']}, {log['parameters']:,} parameters, "
             f"one seed, Muon and AdamW, greedy rollout, steps "
