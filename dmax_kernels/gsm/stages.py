@@ -141,6 +141,7 @@ class Recipe:
                 "intermediate_size": 512,
             },
             bases=(halved(BASE_BLOCK16, 500), halved(BASE, 1000)),
+            least=4,
             distill_batch=64,  # whose activations fit into a cache
             measured_batch=64,
         )
