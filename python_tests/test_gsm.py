@@ -256,6 +256,7 @@ def test_templates_of_large_numbers_are_left_out(records):
     narrow = problems.all_problems(below=40)
     assert {r["template"] for r in narrow if r["split"] != "new_template"} == {3}
     assert {r["template"] for r in narrow if r["split"] == "new_template"} == {8}
+    assert problems.all_problems(below=40) == problems.all_problems(only=[3])
     training = [r for r in problems.all_problems(counts={"train": 3}) if r["split"] == "train"]
     assert sum(r["template"] == 0 for r in training) == 3
     record = {"prompt": "12 and 7.5", "response": "12 + 7.5 = 19.5, 7.5 + 12 = 20"}
