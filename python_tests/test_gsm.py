@@ -192,6 +192,11 @@ def test_the_recipe_trains_exports_measures_and_resumes(place, monkeypatch, caps
 
     page = report.as_page(place.export)
     assert [len(table["rows"]) for table in page["tables"]] == [10, 2]
+    note = page["tables"][0]["note"]
+    assert re.search(r"right, or the best 2, since fewer do\. They are 0 \(\d+%\), 3 ", note), note
+    shares = {"distillation": {"share_right": {"0": 0.9, "3": 1.0, "8": 0.0}}}
+    assert "2 of the 3 templates" in report.narrowing(bundle, shares)
+    assert "right. They are 0 (90%), 3 (100%)." in report.narrowing(bundle, shares)
     assert {claim["verdict"] for claim in page["claims"]} <= {
         "holds",
         "fails",

@@ -119,11 +119,14 @@ def narrowing(bundle: Bundle, log: dict[str, Any]) -> str:
             "distillation was complete: nothing was narrowed, and only the base was trained."
         )
     drawn = log["distillation"]["share_right"]
-    shares = ", ".join(f"{number} ({drawn[str(number)]:.0%})" for number in learnt)
+    found = {number: drawn[str(number)] for number in learnt}
+    shares = ", ".join(f"{number} ({share:.0%})" for number, share in found.items())
+    enough = Recipe().learnt
+    best = "" if min(found.values()) >= enough else f", or the best {len(learnt)}, since fewer do"
     return (
         f"{count} held-out problems of {len(learnt)} of the {len(drawn)} templates: those of which "
-        f"the base model answers at least {Recipe().learnt:.0%} of fresh training problems right, "
-        f"or the best {Recipe().least} if fewer do. They are {shares}."
+        f"the base model answers at least {enough:.0%} of fresh training problems right{best}. "
+        f"They are {shares}."
     )
 
 
