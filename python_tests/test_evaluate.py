@@ -1,7 +1,12 @@
 """`python -m dmax_kernels evaluate`: its figures, its table, its files, and mistakes."""
 
 import json
+import os
 import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from stand_in import save_stand_in
@@ -15,6 +20,8 @@ from dmax_kernels.models.checkpoint import load_checkpoint
 from dmax_kernels.models.pretrained import load_pretrained
 from dmax_kernels.ring_walk import evaluate, task
 from dmax_kernels.ring_walk.evaluate import Cell
+
+ROOT = Path(__file__).resolve().parents[1]
 
 PNG = b"\x89PNG"
 FIRST = 10  # problems after which a row may stop
@@ -357,3 +364,52 @@ def test_help_explains_itself(capsys):
     for word in ("--rule", "--extract", "--grade", "--baseline", "AUP", "paired by problem"):
         assert word in text
     assert command.DEFAULTS["max_new_tokens"] == 2048
+
+
+PARENT = """\
+import os, sys, time
+from dmax_kernels.models.workers import run_tasks
+
+def setup(number):
+    return sleep
+
+def sleep(path):
+    with open(path, "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(600)
+
+if __name__ == "__main__":
+    list(run_tasks(setup, sys.argv[1:], workers=2))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """They would go on to write into the folder of the next run."""
+    script, files = tmp_path / "parent.py", [tmp_path / "one", tmp_path / "other"]
+    script.write_text(PARENT)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    parent = subprocess.Popen(
+        [sys.executable, str(script), *map(str, files)], env={**os.environ, "PYTHONPATH": path}
+    )
+
+    def wait_until(done):
+        end = time.monotonic() + 120
+        while not done():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+    def has_ended(file):
+        try:
+            state = Path(f"/proc/{file.read_text()}/stat").read_text()
+        except OSError:
+            return True
+        return state.rpartition(")")[2].split()[0] == "Z"  # nobody may be there to collect it
+
+    try:
+        wait_until(lambda: all(file.exists() and file.read_text() for file in files))
+        assert not any(map(has_ended, files))
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: all(map(has_ended, files)))

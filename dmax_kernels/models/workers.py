@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -106,11 +107,21 @@ _held: dict[str, Any] = {}  # one worker's work, and what makes it
 
 def _start(setup: Setup, threads: int, counter: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent reports an interrupt, in one line
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     with counter.get_lock():
         number = counter.value
         counter.value += 1
     _held["setup"] = partial(setup, number)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot stop its workers, which would go on to write what a second run
+    writes too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(task: Any) -> Any:
