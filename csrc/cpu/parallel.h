@@ -33,7 +33,7 @@ inline void wait_for(const std::atomic<int64_t>& counter, int64_t value) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
-    asm volatile("yield");
+    asm volatile("isb");  // most of these CPUs do not wait in a yield
 #endif
   }
 }

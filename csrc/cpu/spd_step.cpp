@@ -129,7 +129,7 @@ void spd_step_(Tensor logits, Tensor embedding, Tensor editable, Tensor masked, 
   const AllowedMask mask(allowed, vocab);
   dispatch_float(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    const VocabScan scan{vocab, suppress_token, temperature};
+    const VocabScan scan{sizes.vocab, suppress_token, temperature};
     const T* data = static_cast<const T*>(view.tensor.const_data_ptr());
     const auto row_of = [&](int64_t i) {
       return ScannedRow<T>(data + active[i] * view.row_stride, mask.row(active[i]));

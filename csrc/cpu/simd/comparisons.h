@@ -129,27 +129,28 @@ int64_t find_above(const T* x, int64_t n, float threshold) {
   return find_first(x, n, [&](VecF v) { return (v > bound) | (v != v); });
 }
 
+template <class T, class Test>
+DMAX_INLINE int64_t count_where(const T* x, int64_t n, const Test& test) {
+  VecI passed = splat<int32_t>(0);  // minus one for every element that passes
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) passed = passed + test(load(x + i));
+  if (i < n) {
+    const int left = static_cast<int>(n - i);
+    const VecI lanes = test(load_tail(x + i, left, 0.0f));
+    passed = passed + (lanes & (lane_index() < splat(left)));
+  }
+  int64_t total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total -= passed[lane];
+  return total;
+}
+
 // How many elements are not below the threshold (or, if they must exceed it, not equal to it
 // either); a NaN is neither
 template <class T>
 int64_t count_before(const T* x, int64_t n, float threshold, bool exceed) {
   const VecF bound = splat(threshold);
-  VecI passed = splat<int32_t>(0);  // minus one for every element that passes
-  const auto count = [&](const auto& test) {
-    for_each_vector(x, n, -kInfinity, [&](VecF v, int64_t i) {
-      VecI lanes = test(v);
-      if (n - i < kLanes) lanes = lanes & (lane_index() < splat(static_cast<int32_t>(n - i)));
-      passed = passed + lanes;
-    });
-  };
-  if (exceed) {
-    count([&](VecF v) { return (v > bound) | (v != v); });
-  } else {
-    count([&](VecF v) { return (v >= bound) | (v != v); });
-  }
-  int64_t total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total -= passed[lane];
-  return total;
+  if (exceed) return count_where(x, n, [&](VecF v) { return (v > bound) | (v != v); });
+  return count_where(x, n, [&](VecF v) { return (v >= bound) | (v != v); });
 }
 
 }  // namespace

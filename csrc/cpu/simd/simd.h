@@ -167,6 +167,20 @@ DMAX_INLINE void store(float* p, VecF x) {
   }
 }
 
+#if !defined(__AVX2__)
+// One native vector of 16-bit words. The half vector is widened as part of a whole one: on aarch64,
+// gcc 12 converts a vector of 64 bits through general registers.
+DMAX_INLINE VecU::Native load_words(const uint16_t* p) {
+  typedef uint16_t Words __attribute__((vector_size(16)));
+  typedef uint64_t Halves __attribute__((vector_size(16)));
+  typedef uint32_t Wide __attribute__((vector_size(32)));
+  uint64_t half;
+  __builtin_memcpy(&half, p, sizeof(half));
+  const Wide wide = __builtin_convertvector((Words)Halves{half, 0}, Wide);
+  return VecU::Native{wide[0], wide[1], wide[2], wide[3]};
+}
+#endif
+
 DMAX_INLINE VecF::Native load_part(const BFloat16* p) {
 #if defined(__AVX512F__)  // gcc 12 widens in two halves, or four
   const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -175,10 +189,7 @@ DMAX_INLINE VecF::Native load_part(const BFloat16* p) {
   const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   const VecU::Native bits = (VecU::Native)_mm256_cvtepu16_epi32(words);
 #else
-  typedef uint16_t Narrow __attribute__((vector_size(kNativeLanes * 2)));
-  Narrow words;
-  __builtin_memcpy(&words, p, sizeof(words));
-  const VecU::Native bits = __builtin_convertvector(words, VecU::Native);
+  const VecU::Native bits = load_words(&p->bits);
 #endif
   return (VecF::Native)(bits << 16);
 }
@@ -231,10 +242,7 @@ DMAX_INLINE void store(Float16* p, VecF x) {
 }
 #else
 DMAX_INLINE VecF::Native load_part(const Float16* p) {
-  typedef uint16_t Narrow __attribute__((vector_size(kNativeLanes * 2)));
-  Narrow words;
-  __builtin_memcpy(&words, p, sizeof(words));
-  const VecU::Native bits = __builtin_convertvector(words, VecU::Native);
+  const VecU::Native bits = load_words(&p->bits);
   const VecU::Native sign = (bits & 0x8000u) << 16;
   const VecU::Native exponent = (bits >> 10) & 0x1fu;
   const VecU::Native normal = ((bits & 0x7fffu) << 13) + (112u << 23);

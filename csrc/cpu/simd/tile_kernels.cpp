@@ -72,7 +72,7 @@ InstructionSet allowed() {
 }
 
 InstructionSet detect() {
-  const InstructionSet most = allowed();
+  [[maybe_unused]] const InstructionSet most = allowed();
 #if defined(DMAX_HAVE_AVX512)
   if (most >= InstructionSet::kAvx512 && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
