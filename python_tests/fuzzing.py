@@ -61,7 +61,7 @@ def with_visibility(op):
         if not which["as_mask"]:
             options["suppress_token"] = suppress_token
         if op == "row_statistics":
-            number, of_rows = read_temperature(rows, options["temperature"])
+            number, of_rows = read_temperature(rows, options.get("temperature", 1.0))
             options |= {"temperature": number, "temperatures": of_rows}
         return IMPLEMENTATIONS[op](rows, *arguments, allowed=allowed, **options)
 

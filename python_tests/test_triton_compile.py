@@ -66,11 +66,13 @@ def report(request):
 
 
 def test_no_spill_and_no_stack_frame(report):
-    # On sm_100, Triton leaves these frames in kernels that have registers to spare; 3.6 leaves one
-    # on sm_80 in one form of the filtered draw
+    # On sm_100, Triton leaves this frame in a kernel that has registers to spare. Releases other than
+    # the one in requirements.lock leave some in one form of a kernel, on one architecture
     allowed = {"soft_embedding_kernel": 16}
     if triton.__version__.startswith("3.6"):
         allowed |= {"table_grad_kernel": 8, "sample_filtered_kernel": 8}
+    if triton.__version__.startswith("3.8"):
+        allowed |= {"tile_statistics_kernel": 8, "linear_statistics_kernel": 40}
     bad = {
         kernel: figures
         for kernel, figures in report["kernels"].items()
