@@ -66,8 +66,8 @@ def report(request):
 
 
 def test_no_spill_and_no_stack_frame(report):
-    # On sm_100, Triton leaves this frame in a kernel that has registers to spare. Releases other than
-    # the one in requirements.lock leave some in one form of a kernel, on one architecture
+    # On sm_100, Triton leaves this frame in a kernel that has registers to spare. Releases other
+    # than the one in requirements.lock leave some in one form of a kernel, on one architecture
     allowed = {"soft_embedding_kernel": 16}
     if triton.__version__.startswith("3.6"):
         allowed |= {"table_grad_kernel": 8, "sample_filtered_kernel": 8}
