@@ -6,6 +6,7 @@ import codecs
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,15 @@ def check_output(what: str, path: Path) -> None:
     """To be called before the minutes of work whose result goes to the file."""
     if not path.parent.is_dir() or path.is_dir():
         raise ValueError(f"{what} must be a file in a folder that exists, got {path}")
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():  # see write_atomically
+        return
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        need = "a file in a folder that can be written to"
+        raise ValueError(f"{what} must be {need}, got {path} ({error.strerror})") from None
 
 
 def read_lines(path: Path, what: str) -> Iterator[tuple[str, str | ValueError]]:

@@ -12,7 +12,9 @@ REDUCTIONS = ("none", "sum", "mean")
 def autocast_operands(*operands: Tensor | None) -> tuple[Any, ...]:
     """Under autocast, its dtype for all of them, as ``nn.Linear`` would have them; else as is."""
     device_type = next(t.device.type for t in operands if t is not None)
-    if not torch.is_autocast_enabled(device_type):
+    # PyTorch does not answer for the meta device
+    available = torch.amp.is_autocast_available(device_type)
+    if not available or not torch.is_autocast_enabled(device_type):
         return operands
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(None if t is None else t.to(dtype) for t in operands)
@@ -119,7 +121,7 @@ def reduce_loss(
         if loss is None:
             return None
         if token_weight is not None:
-            loss = loss * token_weight
+            loss = loss * token_weight.to(loss.dtype)
         return loss if pass_weight == 1.0 else loss * pass_weight
 
     masked, predicted = map(weigh, losses, pass_weights)

@@ -1,5 +1,6 @@
 """The losses over a sharded vocabulary: what a rank of distributed_process.py checks."""
 
+import pytest
 import torch
 from ranks import Ranks
 from tolerances import (
@@ -11,6 +12,7 @@ from tolerances import (
 
 import dmax_kernels
 from dmax_kernels import distributed, reference
+from dmax_kernels.vocabulary import mask_words
 
 LOSS_OPTIONS = (
     {},
@@ -71,6 +73,34 @@ def check_loss(ranks: Ranks) -> None:
     one = distributed.oput_loss(None, mine[1], target, **layout)
     assert one[0] is None
     assert_close(one[1].detach(), dmax_kernels.oput_loss(None, passes[1], target)[1], 2e-6, 2e-7)
+
+
+def check_what_breaks_a_gradient(ranks: Ranks) -> None:
+    """Ids that change before the backward pass, as in static buffers, and second derivatives."""
+    mask = torch.full((1, mask_words(20 * ranks.num_ranks)), -1, dtype=torch.int32)
+    logits, hidden, weight = ranks.randn(6, 20), ranks.randn(6, 4), ranks.randn(20, 4)
+    target = torch.arange(6)
+    ids, masked = (target,), (target, mask)
+    of = distributed
+    for leaf, function, changes in (
+        (logits, lambda x: of.oput_loss(x, None, target)[0], ids),
+        (logits, lambda x: of.target_logprobs(x, target).logprob, ids),
+        (logits, lambda x: of.token_logprobs(x, target, allowed=mask).logprob, masked),
+        (hidden, lambda h: of.linear_oput_loss(h, None, weight, target)[0], ids),
+        (hidden, lambda h: of.linear_oput_loss(h, None, weight, target, reduction="sum"), ()),
+        (hidden, lambda h: of.linear_target_logprobs(h, weight, target).logprob, ids),
+        (hidden, lambda h: of.linear_token_logprobs(h, weight, target, allowed=mask)[0], masked),
+    ):
+        leaf.requires_grad_()
+        total = function(leaf * leaf).sum()
+        (gradient,) = torch.autograd.grad(total, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="has no second derivative"):
+            gradient.square().sum().backward()
+        for change in changes:
+            total = function(leaf).sum()
+            change.add_(0)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                total.backward()
 
 
 def check_autocast(ranks, hidden, weight, target) -> None:

@@ -18,6 +18,7 @@ from distributed_losses import (
     check_linear_target_logprobs,
     check_loss,
     check_target_logprobs,
+    check_what_breaks_a_gradient,
 )
 from distributed_statistics import (
     check_row_statistics,
@@ -356,6 +357,7 @@ CHECKS = (
     check_linear_loss,
     check_target_logprobs,
     check_linear_target_logprobs,
+    check_what_breaks_a_gradient,
     check_token_logprobs,
     check_linear_token_logprobs,
     check_row_statistics,

@@ -146,12 +146,46 @@ def other_default_dtype(request):
 @pytest.mark.parametrize("rule", RULES)
 def test_the_default_dtype_changes_nothing(rule, other_default_dtype):
     model, prompts = RandomModel(), random_prompts(2, 11)
-    options = {"rule": rule, "tau_dec": 0.3, "top_k": 2, "trace": True}
+    options = {"rule": rule, "tau_dec": 0.3, "top_k": 2, "trace": True, "logprobs": True}
     expected = decode(model, prompts, **options)
     other_default_dtype()
     output = decode(model, prompts, **options)
     assert torch.equal(output.sequences, expected.sequences)
+    assert output.logprobs.dtype == torch.float32
+    assert torch.equal(output.logprobs, expected.logprobs)
     assert output.trace.to_dict() == expected.trace.to_dict()
+
+
+@pytest.fixture
+def default_device_elsewhere():
+    """As `torch.set_default_device("cuda")` is for what has to be on the host."""
+    yield lambda: torch.set_default_device("meta")
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_default_device_changes_nothing(rule, default_device_elsewhere):
+    model, prompts = RandomModel(), random_prompts(2, 11).tolist()
+    options = {"rule": rule, "thresholds": [[0.3, 0.9], [0.4, 0.8]], "logprobs": True}
+    options |= {"repetition_penalty": [1.2, 1.0], "logit_bias": [{3: 1.0}, None]}
+    expected = decode(model, prompts, **options)
+    default_device_elsewhere()
+    output = decode(model, prompts, **options)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert torch.equal(output.logprobs, expected.logprobs)
+
+
+def test_the_default_device_changes_no_canvas(default_device_elsewhere):
+    model, prompts = RandomModel(), random_prompts(2, 5).tolist()
+
+    def paths():
+        canvas = Canvas.build([[4], [5]], [3, 3], [6], 2)
+        output = nap_generate(model, prompts, canvas, block_length=24)
+        return [canvas.read(answer) for answer in output.answers]
+
+    expected = paths()
+    default_device_elsewhere()
+    assert paths() == expected
 
 
 def test_the_default_dtype_changes_no_corruption(other_default_dtype):

@@ -100,8 +100,8 @@ def test_a_configuration_file_is_the_options_that_are_not_typed(tmp_path):
     }
     config.write_text(json.dumps(values))
 
-    def rows(output, *more):
-        argv = ["evaluate", "--config", str(config), "--json", str(output), *more]
+    def rows(output, *more, option="--config"):
+        argv = ["evaluate", option, str(config), "--json", str(output), *more]
         assert main(argv) == 0
         report = json.loads(output.read_text())
         assert report["options"]["max_new_tokens"] == 16
@@ -109,7 +109,9 @@ def test_a_configuration_file_is_the_options_that_are_not_typed(tmp_path):
 
     rules = ("spd", "threshold")
     assert rows(whole) == [(model, rule, 2) for model in ("base", "own") for rule in rules]
-    assert rows(typed, "--model", "oput", "--problems=1") == [("oput", rule, 1) for rule in rules]
+    one = [("oput", rule, 1) for rule in rules]
+    assert rows(typed, "--model", "oput", "--problems=1") == one
+    assert rows(typed, "--mod=oput", "--problems=1", option="--conf") == one  # as argparse abbreviates
 
 
 def test_samples_depend_on_the_problem_and_its_seed_alone(tmp_path):
@@ -232,6 +234,10 @@ def test_an_evaluation_goes_on_from_its_finished_rows(tmp_path, monkeypatch, cap
     assert "must belong to a run with data = 3 prompts" in one_line(capsys)
     assert run("--model", "oput=base", *more[2:], "--rule", "spd:0.5") == 1
     assert "must belong to a run with model = base, got oput" in one_line(capsys)
+    (broken,) = rows.glob("oput-spd-0.5-*")
+    broken.write_text("{")
+    assert run(*more, "--rule", "spd:0.5") == 1
+    assert f"the row {broken}: must be JSON" in one_line(capsys)
     assert len(decoded) == count
 
 

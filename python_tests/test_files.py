@@ -2,6 +2,7 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,11 @@ def test_outputs_are_refused_before_the_work(tmp_path):
         with pytest.raises(ValueError, match="--json must be a file in a folder that exists, got"):
             check_output("--json", path)
     check_output("--json", tmp_path / "a.json")
+    check_output("--json", Path(os.devnull))
+    if Path("/proc/self").exists():  # where not even root can make a file
+        with pytest.raises(ValueError, match=r"a folder that can be written to, got /proc/a\.json"):
+            check_output("--json", Path("/proc/a.json"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_lines_of_text(tmp_path):

@@ -301,6 +301,15 @@ def test_gradient_of_several_ids_with_a_mask(name, dtype, one_mask):
     assert actual[5].abs().sum() > 0
 
 
+def test_a_mask_that_changes_before_the_backward_pass_is_an_error():
+    allowed = torch.tensor([[0b1011]], dtype=torch.int32)
+    logits = torch.randn(2, 4, requires_grad=True)
+    found = dmax_kernels.token_logprobs(logits, torch.ones(2).long(), allowed=allowed)
+    allowed.fill_(-1)  # as a decoding loop refills it
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.logprob.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("logits", "ids", "options", "message"),
     [

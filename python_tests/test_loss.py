@@ -223,6 +223,9 @@ def test_reductions(op):
     plain = op.oput_loss(masked, predicted, target)
     for weighted, loss in zip(losses, plain, strict=True):
         assert torch.equal(weighted, loss * weight)
+    wide, _ = op.oput_loss(masked, None, target, token_weight=weight.double())
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide, losses[0])
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

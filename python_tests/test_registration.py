@@ -249,6 +249,31 @@ def test_fullgraph_compile_of_training_with_dynamic_rows():
             torch.testing.assert_close(grad, expected)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_fullgraph_compile_of_log_probabilities(dynamic):
+    """Functions of their own autograd and not ops; a target out of range is an error here too."""
+
+    def scores(hidden, weight, target):
+        logits = hidden @ weight.t()
+        return (
+            *dmax_kernels.target_logprobs(logits, target)[:2],
+            *dmax_kernels.linear_target_logprobs(hidden, weight, target)[:2],
+            dmax_kernels.certainty_forcing_loss(logits, target),
+            dmax_kernels.linear_certainty_forcing_loss(hidden, weight, target, temperature=0.5),
+        )
+
+    compiled = torch.compile(scores, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    leaves = [torch.randn(n, 8, requires_grad=True) for n in (6, 40)]
+    target = torch.tensor([3, 0, -100, 39, 7, 7])
+    results = [of(*leaves, target) for of in (compiled, scores)]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(sum(each.sum() for each in result), leaves) for result in results)
+    )
+    with pytest.raises(RuntimeError, match="^target_logprobs: target must be -100"):
+        compiled(*leaves, target + 1)
+
+
 def test_meta_tensors():
     """Shapes without memory: what a planner asks before it allocates."""
     logits = torch.empty(4096, 157184, dtype=torch.bfloat16, device="meta")
@@ -258,6 +283,17 @@ def test_meta_tensors():
     loss, absent = dmax_kernels.oput_loss(logits, None, torch.empty(4096, device="meta").long())
     assert loss.shape == (4096,)
     assert absent is None
+    hidden, weight = (
+        torch.empty(n, 64, device="meta", requires_grad=True) for n in (4096, 157184)
+    )
+    target = torch.empty(4096, device="meta").long()
+    for total in (
+        dmax_kernels.linear_oput_loss(hidden, hidden, weight, target, reduction="mean"),
+        dmax_kernels.linear_target_logprobs(hidden, weight, target).logprob.sum(),
+        dmax_kernels.linear_token_logprobs(hidden, weight, target).logprob.sum(),
+    ):
+        grads = torch.autograd.grad(total, (hidden, weight))
+        assert [grad.shape for grad in grads] == [hidden.shape, weight.shape]
 
 
 def test_inference_mode():

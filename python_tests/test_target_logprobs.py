@@ -146,6 +146,27 @@ def test_head(dtype, monkeypatch):
         assert_close(grad, right, ROUNDING[dtype], 3 * share * right.abs().max().item())
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h, w, t: dmax_kernels.target_logprobs(h @ w.t(), t).logprob,
+        lambda h, w, t: dmax_kernels.target_logprobs(h @ w.t(), t).entropy,
+        lambda h, w, t: dmax_kernels.linear_target_logprobs(h * h, w, t).logprob,
+        lambda h, w, t: dmax_kernels.linear_token_logprobs(h * h, w, t).logprob,
+    ],
+)
+def test_a_second_derivative_is_an_error(function):
+    """What is around the function has one, from which the function's own part would be missing."""
+    generator = torch.manual_seed(10)
+    hidden, weight = (torch.randn(n, 8, generator=generator).requires_grad_() for n in (5, 40))
+    total = function(hidden, weight, torch.arange(5)).sum()
+    (gradient,) = torch.autograd.grad(total, hidden, create_graph=True)
+    (once,) = torch.autograd.grad(function(hidden, weight, torch.arange(5)).sum(), hidden)
+    assert torch.equal(gradient, once)
+    with pytest.raises(RuntimeError, match=r"^(linear_)?t.*_logprobs: has no second derivative"):
+        gradient.square().sum().backward()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("op", [reference, dmax_kernels], ids=["reference", "fused"])
 def test_certainty_forcing(op, temperature):

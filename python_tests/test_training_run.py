@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,13 +127,27 @@ def test_a_resumed_run_is_the_same_bit_for_bit(folder, whole, tmp_path, capsys):
 
 def test_a_run_is_not_resumed_as_another(folder, whole, tmp_path, capsys):
     other = write_walks(tmp_path / "other.jsonl", count=5)
+    shutil.copytree(folder / "model", tmp_path / "model")
     cases = [
         (["--learning-rate", "0.5"], "belong to a run with learning_rate = 0.5, got 0.01"),
         (["--data", str(other)], "belong to a run with data = 5 examples"),
+        (["--model", str(tmp_path / "model")], f"model = {tmp_path / 'model'}, got {folder}"),
+        (["--mask-token-id", "5"], "belong to a run with mask_token_id = 5, got "),
     ]
     for more, message in cases:
         assert main(arguments(folder, whole, *more)) == 1
         assert message in one_line(capsys)
+
+
+def test_a_broken_record_of_a_run_names_its_file(folder, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    record = tmp_path / "run/checkpoints/step-00000006/training_state/run.json"
+    record.write_text("{")
+    assert main(arguments(folder, tmp_path / "run")) == 1
+    assert f"the checkpoint's record {record}: must be JSON" in one_line(capsys)
+    record.unlink()
+    assert main(arguments(folder, tmp_path / "run")) == 1
+    assert f"the checkpoint's record must be a file, got no file {record}" in one_line(capsys)
 
 
 def one_line(capsys):

@@ -38,7 +38,8 @@ class ConfigFile:
         Raises:
             ValueError: no such file, or one that holds anything but options of this command.
         """
-        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        # Abbreviations count, as they do where the command's own parser reads them
+        finder = argparse.ArgumentParser(add_help=False)
         finder.add_argument("--config", nargs="?")
         config = finder.parse_known_args(typed)[0].config
         if config is None or config in self.named:
@@ -60,7 +61,7 @@ class ConfigFile:
         except ValueError as error:
             raise ValueError(f"--config {path}: {error}") from None
         for name in self.repeated:
-            if any(word.partition("=")[0] == _flag(name) for word in typed):
+            if any(_is_flag(word, _flag(name)) for word in typed):
                 words.pop(name, None)
         return [*(word for each in words.values() for word in each), *typed]
 
@@ -83,6 +84,12 @@ class ConfigFile:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _is_flag(word: str, flag: str) -> bool:
+    """Whether a word that was typed is this option, or an abbreviation of it, perhaps with "="."""
+    begin = word.partition("=")[0]
+    return len(begin) > len("--") and flag.startswith(begin)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -252,13 +252,13 @@ def to_host(source: Tensor) -> Tensor:
     """A copy on the host, made without waiting for a GPU."""
     if source.device.type == "cpu":
         return source.clone()
-    copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+    copy = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True)
     return copy.copy_(source, non_blocking=True)
 
 
 def to_device(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The host's values on the device, sent without waiting for a GPU."""
-    source = torch.tensor(values, dtype=dtype)
+    source = torch.tensor(values, dtype=dtype, device="cpu")
     if device.type == "cpu":
         return source
     return source.pin_memory().to(device, non_blocking=True)

@@ -70,7 +70,7 @@ def embedding_table(model: Any, mask_token_id: int) -> Tensor:
     if is_lookup(module):
         return weight
     vocabulary = weight.shape[0]
-    table = run(module, torch.arange(vocabulary))
+    table = run(module, torch.arange(vocabulary, device="cpu"))
     require(
         type(table) is Tensor
         and not table.is_meta
@@ -84,7 +84,7 @@ def embedding_table(model: Any, mask_token_id: int) -> Tensor:
     if type(weight) is Tensor and weight.device == table.device and torch.equal(weight, table):
         return weight
     # Ids at other positions beside other ids: their vectors must not depend on either
-    probe = torch.tensor([mask_token_id, 0, mask_token_id])
+    probe = torch.tensor([mask_token_id, 0, mask_token_id], device="cpu")
     again, rows = run(module, probe), table[probe.to(table.device)]
     limit = TOLERANCE * rows.abs().amax(dim=-1, keepdim=True)
     require(
@@ -99,7 +99,9 @@ def embedding_table(model: Any, mask_token_id: int) -> Tensor:
 def embedding_device(model: Any) -> torch.device:
     """The device of the table that `embedding_table` makes."""
     module = model.get_input_embeddings()
-    return module.weight.device if is_lookup(module) else run(module, torch.zeros(1).long()).device
+    if is_lookup(module):
+        return module.weight.device
+    return run(module, torch.zeros(1, dtype=torch.int64, device="cpu")).device
 
 
 def run(module: Any, ids: Tensor) -> Tensor:

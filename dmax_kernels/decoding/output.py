@@ -96,18 +96,22 @@ def assemble(
 ) -> GenerationOutput:
     longest = max(map(len, prompts))
     length = longest + config.max_new_tokens
-    sequences = torch.full((len(prompts), length), config.pad_token_id)
+    sequences = torch.full((len(prompts), length), config.pad_token_id, device="cpu")
     for sequence, prompt, request in zip(sequences, prompts, requests, strict=True):
         answer_end = longest + len(request.answer)
         sequence[longest - len(prompt) : longest] = prompt
-        sequence[longest:answer_end] = torch.tensor(request.answer)
+        sequence[longest:answer_end] = torch.tensor(request.answer, device="cpu")
     shape = (len(prompts), config.max_new_tokens)
-    step_map = torch.zeros(shape, dtype=torch.int64)
-    logprobs = torch.zeros(shape)
+    step_map = torch.zeros(shape, dtype=torch.int64, device="cpu")
+    logprobs = torch.zeros(shape, dtype=torch.float32, device="cpu")
     for row, request in enumerate(requests):
-        step_map[row, : len(request.step_map)] = torch.tensor(request.step_map)
-        logprobs[row, : len(request.logprobs)] = torch.tensor(request.logprobs)
-    forwards = pad_sequence([torch.tensor(each.block_forwards) for each in requests], True)
+        step_map[row, : len(request.step_map)] = torch.tensor(request.step_map, device="cpu")
+        logprobs[row, : len(request.logprobs)] = torch.tensor(
+            request.logprobs, dtype=torch.float32, device="cpu"
+        )
+    forwards = pad_sequence(
+        [torch.tensor(each.block_forwards, device="cpu") for each in requests], True
+    )
     blocks = (forwards > 0).sum(dim=1)
     return GenerationOutput(
         sequences=sequences.to(device),

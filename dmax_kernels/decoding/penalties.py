@@ -54,7 +54,7 @@ class Penalties:
                 [pack_mask(prompt.bincount(minlength=shape[1]) > 0) for prompt in prompts]
             )
             # Of committed blocks
-            self.of_rows["output_counts"] = torch.zeros(shape, dtype=torch.int32)
+            self.of_rows["output_counts"] = torch.zeros(shape, dtype=torch.int32, device="cpu")
         for several in (self.shared, self.of_rows):
             several.update({name: each.to(embedding.device) for name, each in several.items()})
 
@@ -116,15 +116,15 @@ def read_bias(value: Any, rows: int, vocabulary: int) -> Tensor | None:
         need = f"one for all, or one for each of the {rows} prompts"
         require(len(value) == rows, BIAS, need, f"{len(value)} of them")
         each = [read_bias(of_row, rows, vocabulary) for of_row in value]
-        none = torch.zeros(vocabulary, dtype=torch.float32)
+        none = torch.zeros(vocabulary, dtype=torch.float32, device="cpu")
         given = any(bias is not None for bias in each)
         return torch.stack([none if bias is None else bias for bias in each]) if given else None
     if isinstance(value, Mapping):
         for token in value:
             need = f"of token ids in [0, {vocabulary}), the model's vocabulary"
             require(token < vocabulary, BIAS, need, token)
-        bias = torch.zeros(vocabulary, dtype=torch.float32)
-        bias[list(value)] = torch.tensor(list(value.values()), dtype=torch.float32)
+        bias = torch.zeros(vocabulary, dtype=torch.float32, device="cpu")
+        bias[list(value)] = torch.tensor(list(value.values()), dtype=torch.float32, device="cpu")
         return bias
     fits = list(value.shape) in ([vocabulary], [rows, vocabulary])
     need = f"[{vocabulary}] or [{rows}, {vocabulary}] where it is a tensor"

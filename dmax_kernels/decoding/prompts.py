@@ -61,7 +61,7 @@ def read_rows(argument: str, content: str, rows: Rows) -> list[Tensor]:
     tensors = []
     for row in rows.cpu() if isinstance(rows, Tensor) else rows:
         try:
-            tensor = torch.as_tensor(row).cpu()
+            tensor = torch.as_tensor(row, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             require(False, what, need, f"a row that is {type(row).__name__}")
         dims = tensor.dim()
@@ -118,10 +118,10 @@ def row_thresholds(
 ) -> Tensor:
     """float32 [B, 2] on the CPU: each row's (tau_dec, tau_acc)."""
     if thresholds is None:
-        pair = torch.tensor([[config.tau_dec, config.tau_acc]], dtype=torch.float32)
+        pair = torch.tensor([[config.tau_dec, config.tau_acc]], dtype=torch.float32, device="cpu")
         return pair.repeat(rows, 1)
     # A copy: rows of the batch change places in it
-    table = torch.as_tensor(thresholds, dtype=torch.float32).cpu().clone()
+    table = torch.as_tensor(thresholds, dtype=torch.float32, device="cpu").clone()
     need = f"[{rows}, 2]: (tau_dec, tau_acc) of each row"
     argument = "spd_generate: thresholds"
     require(table.shape == (rows, 2), argument, need, list(table.shape))
@@ -143,4 +143,4 @@ def row_values(config: RunConfig, name: str, rows: int) -> Tensor:
         need = f"a number, or one for each of the {rows} prompts"
         require(len(value) == rows, f"spd_generate: {name}", need, f"{len(value)} of them")
     dtype = torch.int64 if name == "seed" else torch.float32
-    return torch.tensor(value, dtype=dtype).expand(rows).contiguous()
+    return torch.tensor(value, dtype=dtype, device="cpu").expand(rows).contiguous()

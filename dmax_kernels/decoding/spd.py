@@ -171,7 +171,9 @@ def prefill(
     """Put the prompts' whole blocks into a new KV cache."""
     length = config.block_length
     longest = max(map(len, prompts)) + config.max_new_tokens
-    tokens = torch.full((len(prompts), -(-longest // length) * length), config.pad_token_id)
+    tokens = torch.full(
+        (len(prompts), -(-longest // length) * length), config.pad_token_id, device="cpu"
+    )
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     tokens = tokens.to(embedding.device)

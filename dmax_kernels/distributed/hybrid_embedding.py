@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from dmax_kernels import ops
 from dmax_kernels.distributed.collectives import sum_of_disjoint
 from dmax_kernels.distributed.layout import VocabShard, read_shard, visible
+from dmax_kernels.ops._register import once_differentiable
 
 
 def hybrid_embedding(
@@ -124,7 +124,7 @@ class _ShardedHybrid(torch.autograd.Function):
         return ops.hybrid_embedding(table, needed.place, confidence, masked, 0)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("hybrid_embedding")
     def backward(ctx, grad_output):
         table, place, confidence, masked, local, mine = ctx.saved_tensors
         grad_table, grad_confidence = torch.ops.dmax.hybrid_embedding_backward(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dmax_kernels.distributed.collectives import gather, sum_over_ranks
 from dmax_kernels.distributed.layout import VocabShard
 from dmax_kernels.distributed.linear import ShardedHead, float32_product
 from dmax_kernels.distributed.loss_parts import LossParts, Targets
+from dmax_kernels.ops._register import once_differentiable
 
 # Logits that a sum keeps between the loss and the gradient
 KEPT_BYTES = 1 << 30
@@ -62,17 +62,15 @@ class ShardedLinearLoss(torch.autograd.Function):
         head = ShardedHead(weight, bias, shard)
         (loss, logsumexp, nll), _ = losses(head, hidden, targets, parts, kept_bytes=0)
         ctx.shard, ctx.targets, ctx.parts = shard, targets, parts
-        ctx.save_for_backward(hidden, weight, bias, logsumexp, nll)
+        ctx.save_for_backward(hidden, weight, bias, targets.ids, logsumexp, nll)
         return loss.view(targets.shape)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear_oput_loss")
     def backward(ctx, grad):
-        hidden, weight, bias, logsumexp, nll = ctx.saved_tensors
-        head = ShardedHead(weight, bias, ctx.shard)
-        grads = gradients(
-            head, hidden, ctx.targets, ctx.parts, grad.reshape(-1), logsumexp, nll, []
-        )
+        hidden, weight, bias, ids, logsumexp, nll = ctx.saved_tensors
+        head, targets = ShardedHead(weight, bias, ctx.shard), ctx.targets._replace(ids=ids)
+        grads = gradients(head, hidden, targets, ctx.parts, grad.reshape(-1), logsumexp, nll, [])
         return *grads, None, None, None
 
 
@@ -89,20 +87,20 @@ class ShardedLinearLossSum(torch.autograd.Function):
         (loss, logsumexp, nll), kept = losses(head, hidden, targets, parts, KEPT_BYTES)
         ctx.grads = gradients(head, hidden, targets, parts, factors, logsumexp, nll, kept)
         ctx.shard, ctx.targets, ctx.parts = shard, targets, parts
-        ctx.save_for_backward(hidden, weight, bias, factors, logsumexp, nll)
+        ctx.save_for_backward(hidden, weight, bias, targets.ids, factors, logsumexp, nll)
         addends = (loss * factors).view(targets.shape[0], -1).sum(1)
         ctx.mark_non_differentiable(addends)
         return addends.sum(), addends
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear_oput_loss")
     def backward(ctx, grad, _):
         grads, ctx.grads = ctx.grads, None
         if grads is None:  # a second backward pass
-            hidden, weight, bias, factors, logsumexp, nll = ctx.saved_tensors
-            head = ShardedHead(weight, bias, ctx.shard)
+            hidden, weight, bias, ids, factors, logsumexp, nll = ctx.saved_tensors
+            head, targets = ShardedHead(weight, bias, ctx.shard), ctx.targets._replace(ids=ids)
             grads = gradients(
-                head, hidden, ctx.targets, ctx.parts, grad * factors, logsumexp, nll, []
+                head, hidden, targets, ctx.parts, grad * factors, logsumexp, nll, []
             )
         else:
             for each in grads:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from dmax_kernels import ops
@@ -15,6 +14,7 @@ from dmax_kernels.distributed.layout import VocabShard, read_shard, visible
 from dmax_kernels.distributed.linear import read_head
 from dmax_kernels.distributed.linear_loss import ShardedLinearLoss, ShardedLinearLossSum
 from dmax_kernels.distributed.loss_parts import LossParts, Targets
+from dmax_kernels.ops._register import once_differentiable
 from dmax_kernels.ops.linear import gradients_come_with_the_loss
 from dmax_kernels.reduction import autocast_operands, check_reduction, reduce_loss, token_factors
 
@@ -118,14 +118,16 @@ class _ShardedLoss(torch.autograd.Function):
         (gathered,) = gather(parts.op, parts.shard, logits[0].dtype, (fields,))
         merged = [parts.merge(gathered[:, i], targets) for i in range(len(logits))]
         ctx.targets, ctx.parts = targets, parts
-        ctx.save_for_backward(*passes, *(each for _, *kept in merged for each in kept))
+        sums = [each for _, *of_pass in merged for each in of_pass]
+        ctx.save_for_backward(*passes, targets.ids, *sums)
         losses = iter(loss.view(targets.shape) for loss, *_ in merged)
         return tuple(None if x is None else next(losses) for x in passes)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("oput_loss")
     def backward(ctx, *grads):
-        logits, kept = ctx.saved_tensors[:2], iter(ctx.saved_tensors[2:])
+        *logits, ids = ctx.saved_tensors[:3]
+        kept, targets = iter(ctx.saved_tensors[3:]), ctx.targets._replace(ids=ids)
         result = []
         for x, grad, needed in zip(logits, grads, ctx.needs_input_grad[:2], strict=True):
             if x is None:
@@ -136,7 +138,7 @@ class _ShardedLoss(torch.autograd.Function):
                 result.append(None)
                 continue
             mine = ctx.parts.grad_logits(
-                grad.reshape(-1), _visible_rows(x, ctx.parts.shard), ctx.targets, 0, logsumexp, nll
+                grad.reshape(-1), _visible_rows(x, ctx.parts.shard), targets, 0, logsumexp, nll
             )
             padding = x.shape[-1] - mine.shape[-1]
             if padding:

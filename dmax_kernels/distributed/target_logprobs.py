@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from dmax_kernels import ops
@@ -24,6 +23,7 @@ from dmax_kernels.ops._logprob_blocks import (
     no_rows,
     rows_of_head,
 )
+from dmax_kernels.ops._register import once_differentiable
 from dmax_kernels.ops.target_logprobs import TargetLogprobs, check_target
 from dmax_kernels.reduction import autocast_operands
 
@@ -143,7 +143,7 @@ class _FromShard(torch.autograd.Function):
         return finish(ctx, (logits,), rows, ids, target, temperature, ignore_index)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("target_logprobs")
     def backward(ctx, grad_logprob, grad_entropy, *_):
         logits, ids, *rows = ctx.saved_tensors
         flat, upstream = logits.reshape(len(ids), logits.shape[-1]), (grad_logprob, grad_entropy)
@@ -163,7 +163,7 @@ class _FromShardedHead(torch.autograd.Function):
         return finish(ctx, (flat, weight, bias), rows, ids, target, temperature, ignore_index)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear_target_logprobs")
     def backward(ctx, grad_logprob, grad_entropy, *_):
         flat, weight, bias, ids, *rows = ctx.saved_tensors
         head = ShardedHead(weight, bias, ctx.shard)

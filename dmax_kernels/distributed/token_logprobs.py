@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from dmax_kernels import ops
@@ -16,6 +15,7 @@ from dmax_kernels.distributed.logprob_parts import Found, Wanted, over_ranks
 from dmax_kernels.distributed.visible_tokens import read_masked_logits, read_visible
 from dmax_kernels.ops._linear_logprobs_autograd import check_one_id
 from dmax_kernels.ops._logprob_blocks import Rows, gradients_of_head, kept_rows
+from dmax_kernels.ops._register import once_differentiable
 from dmax_kernels.ops.logprobs import TokenLogprobs, gradient_of_several
 
 
@@ -144,14 +144,14 @@ class _FromShard(torch.autograd.Function):
         flat = logits.reshape(len(wanted.ids), wanted.shard.width)
         found = over_ranks(flat, wanted, logits.dtype)
         logsumexp = found.best.double() / wanted.temperature + found.log_sum
-        ctx.save_for_backward(logits, logsumexp)
+        ctx.save_for_backward(logits, wanted.ids, wanted.allowed, logsumexp)
         return _returned(ctx, found, wanted, logits.shape[:-1])
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("token_logprobs")
     def backward(ctx, grad_logprob, *_):
-        logits, logsumexp = ctx.saved_tensors
-        wanted: Wanted = ctx.wanted
+        logits, ids, allowed, logsumexp = ctx.saved_tensors
+        wanted: Wanted = ctx.wanted._replace(ids=ids, allowed=allowed)
         if logits.numel() == 0:
             return torch.zeros_like(logits), None
         flat = logits.reshape(len(wanted.ids), logits.shape[-1])
@@ -175,14 +175,15 @@ class _FromShardedHead(torch.autograd.Function):
             for span in head.row_blocks(len(flat))
         ]  # fmt: skip
         found = Found(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
-        ctx.save_for_backward(hidden, weight, bias, found.best, found.log_sum)
+        kept = (wanted.ids, wanted.allowed, found.best, found.log_sum)
+        ctx.save_for_backward(hidden, weight, bias, *kept)
         return _returned(ctx, found, wanted, hidden.shape[:-1])
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear_token_logprobs")
     def backward(ctx, grad_logprob, *_):
-        hidden, weight, bias, best, log_sum = ctx.saved_tensors
-        wanted: Wanted = ctx.wanted
+        hidden, weight, bias, ids, allowed, best, log_sum = ctx.saved_tensors
+        wanted: Wanted = ctx.wanted._replace(ids=ids, allowed=allowed)
         check_one_id(wanted.shape, hidden)
         ids = wanted.ids.squeeze(1)
         flat = kept_rows(hidden, ids, wanted.ignore_index)

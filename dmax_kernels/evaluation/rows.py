@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dmax_kernels.evaluation.cells import Cell, Outcome
-from dmax_kernels.files import save_json
+from dmax_kernels.files import read_json, save_json
 from dmax_kernels.models.prompt_file import Prompt, fingerprint
 from dmax_kernels.training.config import check_same_run
 
@@ -39,7 +39,7 @@ class Rows:
         """
         if self.folder is None or not self.path(cell).exists():
             return None
-        saved = json.loads(self.path(cell).read_text("utf-8"))
+        saved = read_json(self.path(cell), "the row")
         check_same_run(saved["settings"], self.settings_of(cell), self.path(cell))
         return Outcome(**saved["outcome"])
 

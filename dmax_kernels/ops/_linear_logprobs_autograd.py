@@ -1,9 +1,9 @@
 """The gradient of linear_token_logprobs, from logits computed again."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from dmax_kernels.ops._logprob_blocks import Rows, blocks_of, gradients_of_head, kept_rows
+from dmax_kernels.ops._register import once_differentiable
 
 
 def setup_context(ctx, inputs, options, output):
@@ -21,7 +21,7 @@ def check_one_id(ids_shape: torch.Size, hidden: torch.Tensor) -> None:
         )
 
 
-@once_differentiable
+@once_differentiable("linear_token_logprobs")
 def backward(ctx, grad_logprob, *_):
     # Its products are no op of ours that could refuse a second derivative, which would be wrong
     if torch._C._are_functorch_transforms_active():

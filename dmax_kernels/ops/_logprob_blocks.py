@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dmax_kernels.ops._register import once_differentiable
 from dmax_kernels.vocabulary import allowed_tokens, shard_mask
 
 # Float32 logits that exist at a time, unless LEAST_COLUMNS of all rows take more
@@ -171,6 +171,8 @@ def grad_of_logits(
 
 
 def float32_product(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_meta:  # has no autocast
+        return a.float() @ b.float()
     with torch.autocast(a.device.type, enabled=False):  # autocast would round the result to 16 bits
         if a.is_cuda and a.dtype != torch.float32:
             return torch.mm(a, b, out_dtype=torch.float32)
@@ -255,7 +257,7 @@ class FromLogits(torch.autograd.Function):
         return finish(ctx, (logits,), rows, ids, target, temperature, ignore_index)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("target_logprobs")
     def backward(ctx, grad_logprob, grad_entropy, *_):
         logits, ids, *rows = ctx.saved_tensors
         flat = logits.reshape(-1, logits.shape[-1])
@@ -273,7 +275,7 @@ class FromHidden(torch.autograd.Function):
         return finish(ctx, (flat, weight, bias), rows, ids, target, temperature, ignore_index)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear_target_logprobs")
     def backward(ctx, grad_logprob, grad_entropy, *_):
         flat, weight, bias, ids, *rows = ctx.saved_tensors
         grad_hidden, *grads = gradients_of_head(

@@ -1,6 +1,7 @@
 """Helpers for the Python half of an op: what LibTorch's stable C++ API has no call for."""
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -93,6 +94,30 @@ def register_not_differentiable(name: str, advice: str) -> None:
         raise RuntimeError(f"{name}: has no gradient; {advice}")
 
     register_autograd(name, backward, setup_context=lambda *_: None)
+
+
+def once_differentiable(name: str) -> Callable:
+    """Makes the second derivative an error, for a backward pass (ctx, *grads) of whose parts not
+    every one is an op that refuses it.
+
+    PyTorch's decorator of this name raises only where the upstream gradient requires a gradient
+    itself. Elsewhere the second derivative would silently lack what this backward pass adds to it.
+    """
+    problem = f"{name}: has no second derivative"
+
+    def decorate(backward: Callable) -> Callable:
+        @wraps(backward)
+        def wrapper(ctx, *grads):
+            with torch.no_grad():
+                outputs = backward(ctx, *grads)
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return outputs
+            refuse = torch._C._functions.DelayedError(problem, len(outputs))
+            return refuse(*(None if t is None else t.detach().requires_grad_() for t in outputs))
+
+        return wrapper
+
+    return decorate
 
 
 def register_in_place(name: str) -> None:

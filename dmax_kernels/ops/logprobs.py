@@ -103,21 +103,20 @@ def _setup_context(ctx, inputs, options, output):
     logits, ids = inputs
     _, rank, top_ids, top_logprobs, logsumexp = output
     ctx.options = {name: options[name] for name in ("ignore_index", "temperature")}
-    ctx.allowed = options["allowed"]
     ctx.mark_non_differentiable(rank, top_ids, top_logprobs, logsumexp)
-    ctx.save_for_backward(logits, ids, logsumexp)
+    ctx.save_for_backward(logits, ids, logsumexp, options["allowed"])
 
 
 def _backward(ctx, grad_logprob, *_):
-    logits, ids, logsumexp = ctx.saved_tensors
+    logits, ids, logsumexp, allowed = ctx.saved_tensors
     if ids.dim() == logits.dim():
         grad = gradient_of_several(grad_logprob, logits, ids, logsumexp, **ctx.options)
     else:  # the loss of a token is minus its log-probability
         grad = torch.ops.dmax.oput_loss_backward(
             -grad_logprob, logits, ids, logsumexp, **ctx.options
         )
-    if ctx.allowed is not None:
-        grad = grad.masked_fill(~allowed_tokens(ctx.allowed, logits.shape[-1]), 0.0)
+    if allowed is not None:
+        grad = grad.masked_fill(~allowed_tokens(allowed, logits.shape[-1]), 0.0)
     return grad, None
 
 

@@ -227,7 +227,10 @@ def check_target(
     if target.device.type != "cpu":
         return
     outside = (target != ignore_index) & ((target < 0) | (target >= vocab))
-    if outside.any():
+    if torch.compiler.is_compiling():  # a graph has no branch on a value
+        need = f"{ignore_index} (ignore_index) or a token id of the vocabulary"
+        torch._assert_async(~outside.any(), f"{op}: target must be {need}")
+    elif outside.any():
         place = int(outside.flatten().nonzero()[0])
         raise ValueError(
             f"{op}: target must be {ignore_index} (ignore_index) or a token id in [0, {vocab}), "

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dmax_kernels.decoding import spd_generate
 from dmax_kernels.evaluation.cells import in_batches, with_seeds
-from dmax_kernels.files import save_json, write_atomically
+from dmax_kernels.files import read_json, save_json, write_atomically
 from dmax_kernels.models.prompt_file import Prompt, encode_prompts
 from dmax_kernels.models.workers import Models
 from dmax_kernels.training.config import check_same_run
@@ -54,7 +54,7 @@ class AnswerLog:
 
     def __init__(self, folder: Path, settings: dict[str, Any], rank: int = 0) -> None:
         if (folder / RUN).exists():
-            check_same_run(json.loads((folder / RUN).read_text("utf-8")), settings, folder)
+            check_same_run(read_json(folder / RUN, "the run's record"), settings, folder)
         self.folder = folder
         self.settings = settings
         self.path = folder / PART.format(rank)

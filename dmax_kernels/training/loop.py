@@ -173,6 +173,7 @@ def fit(
     output: Path,
     *,
     data: str,
+    begun_with: dict[str, Any] | None = None,
     eos_token_id: int,
     save_model: Callable[[Any, dict[str, torch.Tensor], Path], None],
     group: Processes,
@@ -188,6 +189,7 @@ def fit(
     Args:
         stream: called with a step's number, it gives the examples of that step and the later ones.
         data: identifies the data; a run is not resumed on other data.
+        begun_with: what else a run is not resumed without, by name, as JSON values.
         save_model: writes a Hugging Face folder from (model, state dict).
         stop_after: stop after this many steps in all, with a checkpoint.
 
@@ -197,7 +199,7 @@ def fit(
         CheckpointNotWritten: the last good checkpoint is still there.
     """
     checkpoints = Checkpoints(output / "checkpoints", config.keep, group)
-    settings = {**config.as_dict(), "data": data}
+    settings = {**config.as_dict(), "data": data, **(begun_with or {})}
     resumed, first_step, seconds_before = checkpoints.newest(), 0, 0.0
     if resumed is not None:
         run = read_run(resumed)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import AdamW, Optimizer
 
-from dmax_kernels.files import replace_folder, save_json, write_atomically
+from dmax_kernels.files import read_json, replace_folder, save_json, write_atomically
 from dmax_kernels.training.parallel import Processes
 
 STATE = "training_state"  # the folder in a checkpoint that holds tensor shards and run.json
@@ -111,7 +111,7 @@ class Checkpoints:
 
 
 def read_run(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / STATE / "run.json").read_text())
+    return read_json(checkpoint / STATE / "run.json", "the checkpoint's record")
 
 
 def load_state(checkpoint: Path, state: dict[str, Tensor]) -> None:

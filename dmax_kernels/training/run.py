@@ -88,6 +88,7 @@ def run_training(options: dict[str, Any], output: Path) -> list[dict[str, Any]]:
             step_examples(examples, config),
             output,
             data=examples.fingerprint,
+            begun_with={"model": str(run.model), "mask_token_id": model.config.mask_token_id},
             eos_token_id=loaded.eos_token_ids[0],
             save_model=lambda model, weights, path: write_like(
                 source, model, loaded.tokenizer, weights, path

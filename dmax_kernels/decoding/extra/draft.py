@@ -140,7 +140,7 @@ def draft_generate(
         require(not options.get(name), f"draft_generate: {name}", "left out", options.get(name))
     prompts = read_prompts(*unwrap(input_ids, attention_mask))
     if thresholds is not None:
-        thresholds = torch.as_tensor(thresholds).repeat_interleave(drafts, 0)
+        thresholds = torch.as_tensor(thresholds, device="cpu").repeat_interleave(drafts, 0)
     for name in (*PENALTIES, "logit_bias"):
         if name in options:
             options[name] = for_drafts(name, options[name], drafts)

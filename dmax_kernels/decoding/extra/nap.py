@@ -78,8 +78,8 @@ class Canvas:
             token += [*header, *[0] * length, *closing]
             slot += [TAG] * len(header) + [number] * length + [TAG] * len(closing)
         return cls(
-            torch.tensor(token, dtype=torch.int64),
-            torch.tensor(slot, dtype=torch.int64),
+            torch.tensor(token, dtype=torch.int64, device="cpu"),
+            torch.tensor(slot, dtype=torch.int64, device="cpu"),
             len(headers),
         )
 
@@ -89,7 +89,7 @@ class Canvas:
 
     def read(self, answer: Sequence[int] | Tensor) -> list[list[int]]:
         """The token ids of each slot, the summary's last, of one of the output's `answers`."""
-        tokens = torch.as_tensor(answer)[: self.length].cpu()
+        tokens = torch.as_tensor(answer, device="cpu")[: self.length]
         require(
             len(tokens) == self.length,
             "Canvas.read: answer",
@@ -124,7 +124,8 @@ class CanvasRule(FixedCount):
     ) -> CanvasRule:
         """Each canvas after its prompt's tail in a block of `block_length` positions."""
         shape = (len(canvases), block_length)
-        slot, token = torch.full(shape, OUTSIDE), torch.zeros(shape, dtype=torch.int64)
+        slot = torch.full(shape, OUTSIDE, device="cpu")
+        token = torch.zeros(shape, dtype=torch.int64, device="cpu")
         for row, (canvas, tail) in enumerate(zip(canvases, tails, strict=True)):
             places = slice(tail, tail + canvas.length)
             slot[row, places], token[row, places] = canvas.slot, canvas.token
