@@ -111,7 +111,8 @@ def test_a_configuration_file_is_the_options_that_are_not_typed(tmp_path):
     assert rows(whole) == [(model, rule, 2) for model in ("base", "own") for rule in rules]
     one = [("oput", rule, 1) for rule in rules]
     assert rows(typed, "--model", "oput", "--problems=1") == one
-    assert rows(typed, "--mod=oput", "--problems=1", option="--conf") == one  # as argparse abbreviates
+    # As argparse abbreviates
+    assert rows(typed, "--mod=oput", "--problems=1", option="--conf") == one
 
 
 def test_samples_depend_on_the_problem_and_its_seed_alone(tmp_path):
