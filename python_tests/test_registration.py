@@ -283,9 +283,7 @@ def test_meta_tensors():
     loss, absent = dmax_kernels.oput_loss(logits, None, torch.empty(4096, device="meta").long())
     assert loss.shape == (4096,)
     assert absent is None
-    hidden, weight = (
-        torch.empty(n, 64, device="meta", requires_grad=True) for n in (4096, 157184)
-    )
+    hidden, weight = (torch.empty(n, 64, device="meta", requires_grad=True) for n in (4096, 157184))
     target = torch.empty(4096, device="meta").long()
     for total in (
         dmax_kernels.linear_oput_loss(hidden, hidden, weight, target, reduction="mean"),

@@ -99,9 +99,7 @@ class ShardedLinearLossSum(torch.autograd.Function):
         if grads is None:  # a second backward pass
             hidden, weight, bias, ids, factors, logsumexp, nll = ctx.saved_tensors
             head, targets = ShardedHead(weight, bias, ctx.shard), ctx.targets._replace(ids=ids)
-            grads = gradients(
-                head, hidden, targets, ctx.parts, grad * factors, logsumexp, nll, []
-            )
+            grads = gradients(head, hidden, targets, ctx.parts, grad * factors, logsumexp, nll, [])
         else:
             for each in grads:
                 if each is not None:
