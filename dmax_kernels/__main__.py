@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 
 # name: one line for --help; each is dmax_kernels/cli/<name>.py with add_arguments and run, and with
@@ -22,6 +23,10 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
+    if argv is None:  # minutes of work must not end in a letter that the terminal does not have
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="python -m dmax_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = arguments[0] if arguments else None

@@ -115,6 +115,15 @@ def test_a_configuration_file_is_the_options_that_are_not_typed(tmp_path):
     assert rows(typed, "--mod=oput", "--problems=1", option="--conf") == one
 
 
+def test_a_terminal_without_the_letters_of_the_table():
+    command = [sys.executable, "-m", "dmax_kernels", "evaluate", "--model", "oput"]
+    command += ["--data", "ring_walk", "--problems", "1", "--max-new-tokens", "8"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, "--device", "cpu"], cwd=ROOT, env=env, capture_output=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert rb" \xb1 " in result.stdout
+
+
 def test_samples_depend_on_the_problem_and_its_seed_alone(tmp_path):
     """Whatever the batch is; another seed samples other answers, and problem n has seed N + n."""
 
