@@ -80,16 +80,15 @@ def check_what_breaks_a_gradient(ranks: Ranks) -> None:
     mask = torch.full((1, mask_words(20 * ranks.num_ranks)), -1, dtype=torch.int32)
     logits, hidden, weight = ranks.randn(6, 20), ranks.randn(6, 4), ranks.randn(20, 4)
     target = torch.arange(6)
-    ids, masked = (target,), (target, mask)
-    of = distributed
+    ids, of = (target,), distributed  # elsewhere, and of the mask, a copy is saved
     for leaf, function, changes in (
         (logits, lambda x: of.oput_loss(x, None, target)[0], ids),
         (logits, lambda x: of.target_logprobs(x, target).logprob, ids),
-        (logits, lambda x: of.token_logprobs(x, target, allowed=mask).logprob, masked),
-        (hidden, lambda h: of.linear_oput_loss(h, None, weight, target)[0], ids),
+        (logits, lambda x: of.token_logprobs(x, target, allowed=mask).logprob, ids),
+        (hidden, lambda h: of.linear_oput_loss(h, None, weight, target)[0], ()),
         (hidden, lambda h: of.linear_oput_loss(h, None, weight, target, reduction="sum"), ()),
         (hidden, lambda h: of.linear_target_logprobs(h, weight, target).logprob, ids),
-        (hidden, lambda h: of.linear_token_logprobs(h, weight, target, allowed=mask)[0], masked),
+        (hidden, lambda h: of.linear_token_logprobs(h, weight, target, allowed=mask)[0], ids),
     ):
         leaf.requires_grad_()
         total = function(leaf * leaf).sum()
