@@ -16,7 +16,8 @@
 namespace dmax::cpu {
 
 // Tokens per block: the weights of kSoftRows rows take 1 MiB. Over eager PyTorch, two threads of a
-// Zen 4 with flat logits, V = 157,184 and D = 2,048:
+// Zen 4 with flat logits, V = 157,184 and D = 2,048, one run each (they differ by 0.1; for 256 rows
+// bench/results has 1.01 and 0.97):
 //
 //   tokens                     512    1,024   2,048
 //   float32, 32 rows           1.10   1.21    1.25
