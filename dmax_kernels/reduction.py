@@ -12,9 +12,9 @@ REDUCTIONS = ("none", "sum", "mean")
 def autocast_operands(*operands: Tensor | None) -> tuple[Any, ...]:
     """Under autocast, its dtype for all of them, as ``nn.Linear`` would have them; else as is."""
     device_type = next(t.device.type for t in operands if t is not None)
-    # PyTorch does not answer for the meta device
-    available = torch.amp.is_autocast_available(device_type)
-    if not available or not torch.is_autocast_enabled(device_type):
+    # PyTorch does not answer for the meta device, and up to 2.11 torch.compile cannot trace the
+    # function that says for which devices it does
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return operands
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(None if t is None else t.to(dtype) for t in operands)

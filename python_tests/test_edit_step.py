@@ -218,11 +218,11 @@ HIDDEN = (11, 12, 13, 14)  # ids that no prediction below has
 
 
 @st.composite
-def hiding(draw, batch):
+def hiding(draw, batch, block):
     """Options that hide these ids, by a mask for all rows or of each, or one by one."""
     if draw(st.booleans()):
         return {"suppress_tokens": HIDDEN}
-    bits = torch.ones(*draw(st.sampled_from([(1, 1), (batch, 1)])), 32, dtype=torch.bool)
+    bits = torch.ones(*draw(st.sampled_from([(1, 1), (batch, block)])), 32, dtype=torch.bool)
     bits[..., HIDDEN] = False
     return {"allowed": packed(bits)}
 
@@ -251,7 +251,7 @@ def follow_the_engines(draw, backend, rule):
     layout, dtype = LAYOUTS[draw(st.sampled_from(KEEPING_VALUES))], draw(FLOATS)
     hides = draw(st.booleans())
     if hides:
-        options |= draw(hiding(batch))
+        options |= draw(hiding(batch, block))
     state = state_of(token, prompt)
     done = [False] * batch
     for _ in range(4 if slow else 7):

@@ -47,7 +47,7 @@ def test_row_statistics():
     actual = [x.cpu() for x in TRITON["row_statistics"](logits, temperature=0.7)]
     assert_statistics(actual, cpp_op("row_statistics", logits.cpu(), temperature=0.7), 2)
     assert torch.equal(actual[1], TRITON["top1_confidence"](logits, temperature=0.7)[1].cpu())
-    per_row = TRITON["row_statistics"](logits, temperatures=logits.new_full((32,), 0.7).float())
+    per_row = TRITON["row_statistics"](logits, temperatures=torch.full((32,), 0.7, device="cuda"))
     number = torch.tensor(0.7).item()  # of float32, as the tensor's
     for a, b in zip(per_row, TRITON["row_statistics"](logits, temperature=number), strict=True):
         assert torch.equal(a, b)
