@@ -296,6 +296,14 @@ def test_the_small_recipe(records, tmp_path, monkeypatch):
     assert place.recipe.continued(7).bases[0].config.batch_size == 64
     assert place.recipe.arms == Recipe().arms
 
+    assert main(["train", "--config", "gsm", *options, "--scale", "0.5", "--base-scale", "4"]) == 0
+    small, changed = Recipe().small(), started[1].recipe
+    for stages, others, factor in (
+        (changed.bases, small.bases, 2),
+        (changed.arms, small.arms, 0.5),
+    ):
+        assert [s.config.steps for s in stages] == [s.config.steps * factor for s in others]
+
 
 def test_a_run_on_other_data_is_refused(place, records, monkeypatch):
     stage = place.recipe.bases[0]
@@ -343,6 +351,7 @@ def test_aup_claims_compare_methods_over_all_their_thresholds():
         (["--data", "none.jsonl"], "--data must be a file, got no file"),
         (["--data", "none.jsonl", "--steps", "3"], "--config gsm takes .*, got --steps"),
         (["--data", "none.jsonl", "--scale", "0"], "--scale must be positive"),
+        (["--data", "none.jsonl", "--base-scale", "inf"], "--base-scale must be positive"),
         (["--data", "none.jsonl", "--workers", "0"], "--workers must be at least 1"),
     ],
 )

@@ -76,6 +76,18 @@ __device__ __forceinline__ float element<Float16>(const uint4& raw, int e) {
   return half_to_float(static_cast<uint16_t>(e % 2 == 0 ? pair : pair >> 16));
 }
 
+// The same for an e that is known only when the code runs
+template <class T>
+__device__ __forceinline__ float element_at(const uint4& raw, int e) {
+  constexpr int kInWord = sizeof(uint32_t) / sizeof(T);
+  const int place = e / kInWord;
+  const uint32_t low = (place & 1) == 0 ? raw.x : raw.y;
+  const uint32_t high = (place & 1) == 0 ? raw.z : raw.w;
+  const uint32_t bits = (place & 2) == 0 ? low : high;
+  const uint4 its_word{bits, bits, bits, bits};
+  return e % kInWord == 0 ? element<T>(its_word, 0) : element<T>(its_word, kInWord - 1);
+}
+
 // The largest element, NaN left out. The 16-bit types are compared packed: converted elements, kept
 // from here to their exponentials, would not fit into registers.
 template <class T>

@@ -14,6 +14,7 @@ namespace dmax::cuda {
 
 constexpr int kBins = 1024;
 constexpr int kListed = 2048;
+constexpr int kReadTogether = 4;  // blocks whose bins a thread reads in one go: registers limit it
 
 struct Sums {
   uint64_t count, mass;
@@ -34,8 +35,12 @@ struct alignas(16) Exchanged {
 };
 
 struct FilteredShared {
-  unsigned count[kBins], mass_low[kBins], mass_high[kBins];
-  Rank list[kListed];
+  union {  // every pass over the row fills one of the two
+    struct {
+      unsigned count[kBins], mass_low[kBins], mass_high[kBins];
+    };
+    Rank list[kListed];
+  };
   unsigned listed;
   Exchanged of_warps[kRowWarps];
   // Of all blocks. Exchanges take turns: a block may still read the last one
@@ -62,26 +67,31 @@ __device__ __forceinline__ Value from_words(const Exchanged& words) {
   return value;
 }
 
-// combine() is associative up to rounding; the result is the same on every thread
+// The lanes' values by steps of `lanes`, `lanes` / 2, ..., 1. Not unrolled, here and wherever a loop
+// runs once a row: the kernel's code is read through the instruction cache once a row too.
 template <class Value, class Combine>
-__device__ __forceinline__ Value block_reduce(Value mine, const Combine& combine) {
-  FilteredShared& shared = filtered_shared();
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
+__device__ __forceinline__ Value reduce_lanes(Value mine, int lanes, const Combine& combine) {
+#pragma unroll 1
+  for (; lanes > 0; lanes /= 2) {
     Exchanged other = as_words(mine);
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(Value) / 4); ++i)
       other.words[i] = __shfl_xor_sync(kFullMask, other.words[i], lanes);
     mine = combine(mine, from_words<Value>(other));
   }
+  return mine;
+}
+
+// combine() is associative and commutative; the result is the same on every thread
+template <class Value, class Combine>
+__device__ __forceinline__ Value block_reduce(Value mine, const Combine& combine) {
+  FilteredShared& shared = filtered_shared();
+  mine = reduce_lanes(mine, kWarpSize / 2, combine);
   if (lane_id() == 0) shared.of_warps[warp_id()] = as_words(mine);
   __syncthreads();
-  Value all = from_words<Value>(shared.of_warps[0]);
-#pragma unroll
-  for (int warp = 1; warp < kRowWarps; ++warp)
-    all = combine(all, from_words<Value>(shared.of_warps[warp]));
+  mine = from_words<Value>(shared.of_warps[lane_id() % kRowWarps]);
   __syncthreads();
-  return all;
+  return reduce_lanes(mine, kRowWarps / 2, combine);
 }
 
 __device__ __forceinline__ int block_min(int mine) {
@@ -139,6 +149,7 @@ class Team {
     if constexpr (!kCluster) return of_block;
     const Exchanged* const blocks = exchange(of_block);
     Value all = from_words<Value>(blocks[0]);
+#pragma unroll 1
     for (int i = 1; i < size; ++i) all = combine(all, from_words<Value>(blocks[i]));
     return all;
   }
@@ -189,21 +200,24 @@ __device__ __forceinline__ void share_bins(const Team<kCluster>& team) {
     const int each = kBins / team.size;
     const int first = team.rank() * each;
     for (int i = first + static_cast<int>(threadIdx.x); i < first + each; i += kRowThreads) {
-      unsigned counts[kMostClusterBlocks], low[kMostClusterBlocks], high[kMostClusterBlocks];
-#pragma unroll
-      for (int block = 0; block < kMostClusterBlocks; ++block) {  // all loads before the first use
-        const bool there = block < team.size;
-        const FilteredShared& other = team.shared_of(there ? block : 0);
-        counts[block] = there ? other.count[i] : 0u;
-        low[block] = there ? other.mass_low[i] : 0u;
-        high[block] = there ? other.mass_high[i] : 0u;
-      }
       unsigned count = 0;
       uint64_t mass = 0;
+#pragma unroll 1
+      for (int begin = 0; begin < team.size; begin += kReadTogether) {
+        unsigned counts[kReadTogether], low[kReadTogether], high[kReadTogether];
 #pragma unroll
-      for (int block = 0; block < kMostClusterBlocks; ++block) {
-        count += counts[block];
-        mass += static_cast<uint64_t>(high[block]) << 32 | low[block];
+        for (int j = 0; j < kReadTogether; ++j) {  // all loads before the first use
+          const bool there = begin + j < team.size;
+          const FilteredShared& other = team.shared_of(there ? begin + j : begin);
+          counts[j] = there ? other.count[i] : 0u;
+          low[j] = there ? other.mass_low[i] : 0u;
+          high[j] = there ? other.mass_high[i] : 0u;
+        }
+#pragma unroll
+        for (int j = 0; j < kReadTogether; ++j) {
+          count += counts[j];
+          mass += static_cast<uint64_t>(high[j]) << 32 | low[j];
+        }
       }
       // No other block reads this share
       shared.count[i] = count;
@@ -220,16 +234,10 @@ __device__ __forceinline__ void clear_list() {
   if (threadIdx.x == 0) filtered_shared().listed = 0;
   __syncthreads();
 }
-// Whole warps call it; lists `rank` on the lanes that say so
-__device__ __forceinline__ void put_on_list(Rank rank, bool lists) {
-  const uint32_t lanes = __ballot_sync(kFullMask, lists);
-  if (lanes == 0) return;
+__device__ __forceinline__ void put_on_list(Rank rank) {
   FilteredShared& shared = filtered_shared();
-  unsigned first = 0;
-  if (lane_id() == 0) first = atomicAdd(&shared.listed, static_cast<unsigned>(__popc(lanes)));
-  first = __shfl_sync(kFullMask, first, 0);
-  const unsigned place = first + __popc(lanes & ((1u << lane_id()) - 1u));
-  if (lists && place < kListed) shared.list[place] = rank;
+  const unsigned place = atomicAdd(&shared.listed, 1u);
+  if (place < kListed) shared.list[place] = rank;
 }
 __device__ __forceinline__ bool list_is_full() {
   unsigned listed = 0;
@@ -238,16 +246,16 @@ __device__ __forceinline__ bool list_is_full() {
 }
 
 // Brings the blocks' lists together in block 0, if they fit into its list. Returns how many there
-// are, and sums up `outside`
+// are, and sums up `outside`, which is the same on every thread of a block
 template <bool kCluster>
 __device__ __forceinline__ Sums gather_lists(Team<kCluster>* team, uint64_t outside) {
   FilteredShared& shared = filtered_shared();
-  outside = block_reduce(outside, [](uint64_t a, uint64_t b) { return a + b; });
   const uint64_t mine = shared.listed;
   if constexpr (!kCluster) return {mine, 0, outside};
   const Exchanged* const blocks = team->exchange(Sums{mine, 0, outside});
   uint64_t before = 0;
   Sums all{0, 0, 0};
+#pragma unroll 1
   for (int i = 0; i < team->size; ++i) {
     const Sums of_block = from_words<Sums>(blocks[i]);
     if (i == team->rank()) before = all.count;

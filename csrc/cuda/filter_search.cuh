@@ -11,18 +11,28 @@
 
 namespace dmax::cuda {
 
-// The tokens that the filters keep
+// The tokens that the filters keep, of a row without NaN
 struct Kept {
-  Rank cut;   // the last of them
+  float least;  // the last of them
+  int last_id;
   float max;  // of the row
   float inverse_temperature;
   float least_depth;  // log(min_p); -inf: off
+
+  // A cut of 0 keeps every token
+  __device__ __forceinline__ Kept(Rank cut, float max_, float inverse_temperature_,
+                                  float least_depth_)
+      : least(cut == 0 ? -INFINITY : value_of(cut)),
+        last_id(cut == 0 ? kNoId : dmax::cuda::id_of(cut)),
+        max(max_),
+        inverse_temperature(inverse_temperature_),
+        least_depth(least_depth_) {}
 
   __device__ __forceinline__ bool deep(float x) const {
     return (x - max) * inverse_temperature < least_depth;
   }
   __device__ __forceinline__ bool operator()(int id, float x) const {
-    return rank_of(x, id) >= cut && !deep(x);
+    return (x > least || (x == least && id <= last_id)) && !deep(x);
   }
   // Whether a draw tile with this maximum may hold one of them
   __device__ __forceinline__ bool in_tile(float tile_max) const { return (*this)(0, tile_max); }
@@ -78,6 +88,7 @@ struct FilteredRow : TeamRow<T, kCluster> {
   __device__ __forceinline__ Lane scan(int first, int n, const Entry& entry) const {
     const int each = (n + kWarpSize - 1) / kWarpSize;
     Lane lane{first + min(lane_id() * each, n), first + min((lane_id() + 1) * each, n), {}, {}};
+#pragma unroll 1
     for (int i = lane.begin; i < lane.end; ++i) {
       const Sums sums = entry(i);
       lane.own.count += sums.count;
@@ -106,6 +117,7 @@ struct FilteredRow : TeamRow<T, kCluster> {
     Sums running{lane.through.count - lane.own.count, lane.through.mass - lane.own.mass, 0};
     Found found{};
     found.target = search.target;
+#pragma unroll 1
     for (int i = lane.begin; i < lane.end; ++i) {
       found.count_before = running.count + before.count + search.count_before;
       found.mass_before = running.mass + before.mass + search.mass_before;
@@ -189,6 +201,7 @@ struct FilteredRow : TeamRow<T, kCluster> {
   };
 
   enum class Pass {
+    kMaxima,   // bins of the draw tiles' maxima, which bound the cut from below
     kListAll,  // lists every token above the bound
     kBins,     // finds the bin that the cut is in
     kBounds,   // more tokens lie in it than the list holds, such as equal ones: their ranks' range
@@ -196,32 +209,48 @@ struct FilteredRow : TeamRow<T, kCluster> {
     kListBin,  // lists the tokens of that bin
   };
 
-  // The cut at which the count, or the mass in units of mass_unit(), first reaches the target. A
+  // Adds the elements of `taken`, one bit each, to their bins: half a vector at a time, whose
+  // additions are all on their way before the first carry is looked at
+  __device__ __forceinline__ void add_all(uint4 raw, uint32_t taken) const {
+    constexpr int kHalf = kWidth<T> / 2;
+    FilteredShared& shared = filtered_shared();
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half, taken >>= kHalf, raw.x = raw.z, raw.y = raw.w) {
+      int bins[kHalf];
+      uint64_t masses[kHalf];
+      unsigned sums[kHalf];
+#pragma unroll
+      for (int e = 0; e < kHalf; ++e) {
+        const float x = element<T>(raw, e);
+        bins[e] = bin_of(x);
+        masses[e] = mass_of(x);
+        sums[e] = ~0u;
+        if ((taken >> e & 1) == 0) continue;
+        const auto low = static_cast<unsigned>(masses[e]);
+        atomicAdd(&shared.count[bins[e]], 1u);
+        sums[e] = atomicAdd(&shared.mass_low[bins[e]], low) + low;
+      }
+#pragma unroll
+      for (int e = 0; e < kHalf; ++e) {
+        const bool carries = sums[e] < static_cast<unsigned>(masses[e]);
+        const unsigned high = static_cast<unsigned>(masses[e] >> 32) + (carries ? 1u : 0u);
+        if ((taken >> e & 1) != 0 && high != 0) atomicAdd(&shared.mass_high[bins[e]], high);
+      }
+    }
+  }
+
+  // The cut at which the count, or the mass in units of mass_unit, first reaches the target. A
   // fraction below 1 sets the target: that part of all the row's mass.
   __device__ __forceinline__ Selected select(bool by_mass, double target, double fraction) {
-    FilteredShared& shared = filtered_shared();
-
-    // The maxima alone reach the target in this bin at the latest
-    clear_bins();
-    for_draw_tiles([&](int, const DrawTile& tile) { add(bin_of(tile.max), mass_of(tile.max)); });
-    const double approximately = 1.00001 * static_cast<double>(total) * mass_unit();
-    const Found bound =
-        reach_in_bins({by_mass, fraction < 1 ? fraction * approximately : target, 1.0, 0, 0}, 0);
-    int deepest = min(bound.place, kBins - 1);
-    // How many draw tiles reach above the bound, with at least a token each
-    const uint64_t wanted = bound.count_before + bound.count;
-
-    uint64_t outside = 0;  // the mass of those that do not
-    for_draw_tiles([&](int, const DrawTile& tile) {
-      if (bin_of(tile.max) > deepest) outside += mass_of(tile);
-    });
-
+    const auto add_up = [](uint64_t a, uint64_t b) { return a + b; };
+    int deepest = kBins - 1;  // the bin of the bound, later of the cut
+    uint64_t outside = 0;     // of draw tiles below the bound: this thread's mass
     uint64_t count_before = 0;
     uint64_t mass_before = 0;
     Rank first = ~Rank{0};
     Rank last = 0;
     int shift = 0;
-    Pass pass = wanted <= kListed ? Pass::kListAll : Pass::kBins;
+    Pass pass = Pass::kMaxima;
 #pragma unroll 1
     for (;;) {
       const bool lists = pass == Pass::kListAll || pass == Pass::kListBin;
@@ -233,38 +262,62 @@ struct FilteredRow : TeamRow<T, kCluster> {
       uint64_t unlisted = 0;
       Rank highest = 0;
       Rank lowest = ~Rank{0};
-      for_units([&](float tile_max) { return bin_of(tile_max) <= deepest; },
-                [&] { return lists && list_is_full(); },
-                [&](const uint4& raw, int unit) {
+      // The bins whose elements this pass takes
+      const bool one_bin = pass != Pass::kListAll && pass != Pass::kBins;
+      const int least_bin = one_bin ? deepest : 0;
+      const int most_bin = pass == Pass::kBins ? kBins - 1 : deepest;
+      const auto take = [&](const uint4& raw, int unit) {
+        uint32_t visible = 0;
+        uint32_t taken = 0;
 #pragma unroll
-                  for (int e = 0; e < kWidth<T>; ++e) {
-                    const float x = element<T>(raw, e);
-                    const bool visible = x > -INFINITY;
-                    const int bin = visible ? bin_of(x) : kBins;
-                    if (pass == Pass::kBins) {
-                      if (visible) add(bin, mass_of(x));
-                      continue;
-                    }
-                    if (pass == Pass::kListAll && visible && bin > deepest) unlisted += mass_of(x);
-                    const Rank rank = rank_of(x, id_of(unit, e));
-                    const bool in_bin = pass == Pass::kListAll ? bin <= deepest : bin == deepest;
-                    const bool chosen = in_bin && rank <= first && rank >= last;
-                    if (lists) {
-                      put_on_list(rank, chosen);
-                    } else if (chosen && pass == Pass::kNarrow) {
-                      add(static_cast<int>((first - rank) >> shift), mass_of(x));
-                    } else if (chosen) {
-                      highest = rank > highest ? rank : highest;
-                      lowest = rank < lowest ? rank : lowest;
-                    }
-                  }
-                });
+        for (int e = 0; e < kWidth<T>; ++e) {
+          const float x = element<T>(raw, e);
+          const int bin = bin_of(x);
+          if (!(x > -INFINITY)) continue;
+          visible |= 1u << e;
+          if (bin >= least_bin && bin <= most_bin) taken |= 1u << e;
+        }
+        if (pass == Pass::kBins) {
+          add_all(raw, taken);
+          return;
+        }
+        if (pass == Pass::kListAll && fraction < 1) {
+#pragma unroll 1
+          for (uint32_t left = visible & ~taken; left != 0; left &= left - 1)
+            unlisted += mass_of(element_at<T>(raw, __ffs(left) - 1));
+        }
+#pragma unroll 1
+        for (; taken != 0; taken &= taken - 1) {
+          const int e = __ffs(taken) - 1;
+          const float x = element_at<T>(raw, e);
+          const Rank rank = rank_of(x, id_of(unit, e));
+          if (rank > first || rank < last) continue;
+          if (lists) {
+            put_on_list(rank);
+          } else if (pass == Pass::kNarrow) {
+            add(static_cast<int>((first - rank) >> shift), mass_of(x));
+          } else {
+            highest = rank > highest ? rank : highest;
+            lowest = rank < lowest ? rank : lowest;
+          }
+        }
+      };
+      if (pass == Pass::kMaxima) {
+        for_draw_tiles(
+            [&](int, const DrawTile& tile) { add(bin_of(tile.max), mass_of(tile.max)); });
+      } else {
+        for_units([&](float tile_max) { return bin_of(tile_max) <= deepest; },
+                  [&] { return lists && list_is_full(); }, take);
+      }
+      __syncthreads();
 
+      Reach search{by_mass, target, fraction, count_before, mass_before};
       if (lists) {
-        const Sums gathered = gather_lists(&team, outside + unlisted);
+        const uint64_t not_listed =
+            fraction < 1 ? block_reduce(outside + unlisted, add_up) : uint64_t{0};
+        const Sums gathered = gather_lists(&team, not_listed);
         if (gathered.count <= kListed) {
-          const Found found =
-              reach_in_list({by_mass, target, fraction, count_before, mass_before}, gathered);
+          const Found found = reach_in_list(search, gathered);
           if (found.place > kListed) return {0, 0};
           return {found.cut, found.mass_through};
         }
@@ -283,9 +336,26 @@ struct FilteredRow : TeamRow<T, kCluster> {
         first = bounds.highest;
         last = bounds.lowest;
       } else {
-        const Found found =
-            reach_in_bins({by_mass, target, fraction, count_before, mass_before}, outside);
+        if (pass == Pass::kMaxima) {
+          // The maxima alone reach the target in this bin at the latest
+          const double approximately = 1.00001 * static_cast<double>(total) * mass_unit;
+          search = {by_mass, fraction < 1 ? fraction * approximately : target, 1.0, 0, 0};
+        }
+        const uint64_t not_binned =
+            search.fraction < 1 ? block_reduce(outside, add_up) : uint64_t{0};
+        const Found found = reach_in_bins(search, not_binned);
         const int bin = found.place;
+        if (pass == Pass::kMaxima) {
+          deepest = min(bin, kBins - 1);
+          if (fraction < 1) {
+            for_draw_tiles([&](int, const DrawTile& tile) {
+              if (bin_of(tile.max) > deepest) outside += mass_of(tile);
+            });
+          }
+          // So many draw tiles reach above the bound, with at least a token each
+          pass = found.count_before + found.count <= kListed ? Pass::kListAll : Pass::kBins;
+          continue;
+        }
         if (bin == kBins) return {0, 0};
         target = found.target;
         fraction = 1.0;

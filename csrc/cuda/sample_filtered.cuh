@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(kRowThreads, kFilteredResident)
        static_cast<float>(1.0 / temperature),
        -INFINITY,
        -INFINITY,
-       0.0f},
+       0.0f,
+       TeamRow<T, kCluster>::mass_unit_for(logits.vocab)},
       0.0f};
   Team<kCluster>& team = row.team;
 
@@ -198,7 +199,8 @@ RowLaunch choose_filtered_launch(const RowWork& work, const Device& device) {
         static_cast<int64_t>(device.max_shared_per_block / (held + sizeof(FilteredShared) + 1024));
     const int64_t resident = room < kFilteredResident ? room : kFilteredResident;
     if (resident == 0) continue;
-    const int64_t at_once = resident * device.multiprocessors * 15 / 16 / blocks;
+    const int64_t slots = resident * device.multiprocessors;
+    const int64_t at_once = (blocks > 4 ? slots * 15 / 16 : slots) / blocks;
     const int64_t waves = at_once > 0 ? (work.rows + at_once - 1) / at_once : work.rows;
     const int64_t cost = waves * (1 + most / blocks);
     if (least_cost > 0 && cost >= least_cost) continue;

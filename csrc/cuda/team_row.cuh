@@ -20,8 +20,9 @@ struct TeamRow : VisibleRow<T> {
   float scale;  // log2(e) / temperature
   float inverse_temperature;
   float max;
-  float lowest;  // of the draw tiles' maxima
-  float total;   // sum of exp((x - max) / temperature)
+  float lowest;     // of the draw tiles' maxima
+  float total;      // sum of exp((x - max) / temperature)
+  float mass_unit;  // see mass_unit_for()
 
   // ---- This block's part of the row ----
 
@@ -130,21 +131,21 @@ struct TeamRow : VisibleRow<T> {
     return {largest, sum * exponent.factor()};
   }
 
-  // Fixed point with room for the sum of all masses, each at most 1
-  __device__ __forceinline__ float mass_unit() const {
-    int bits = 62;
-    for (int ids = row.vocab; ids > 0; ids /= 2) --bits;
+  // Fixed point with room for the sum of all masses, each at most 1: 2^62 over a power of two above
+  // the number of ids
+  static __device__ __forceinline__ float mass_unit_for(int vocab) {
+    const int bits = 30 + __clz(vocab);
     return __uint_as_float(static_cast<uint32_t>(127 + bits) << 23);
   }
   // Of all elements of a draw tile
   __device__ __forceinline__ uint64_t mass_of(const DrawTile& tile) const {
-    return static_cast<uint64_t>(tile.sum * exp2_approx((tile.max - max) * scale) * mass_unit());
+    return static_cast<uint64_t>(tile.sum * exp2_approx((tile.max - max) * scale) * mass_unit);
   }
   __device__ __forceinline__ float to_sum(uint64_t mass) const {
-    return static_cast<float>(mass) / mass_unit();
+    return static_cast<float>(mass) / mass_unit;
   }
   __device__ __forceinline__ uint64_t mass_of(float x) const {
-    return static_cast<uint64_t>(exp2_approx((x - max) * scale) * mass_unit());
+    return static_cast<uint64_t>(exp2_approx((x - max) * scale) * mass_unit);
   }
 };
 

@@ -80,7 +80,7 @@ SECTIONS = {
 RECIPE = "ring_walk"
 LADDER = "ring_walk_ladder"
 GSM = "gsm"
-ONLY_GSM = ("small", "base", "base_steps", "scale", "export")
+ONLY_GSM = ("small", "base", "base_steps", "base_scale", "scale", "export")
 # What each of them takes, and its --output by default
 RECIPES = {
     RECIPE: (("config", "output", "ops", "threads"), "ring_walk_checkpoints"),
@@ -178,11 +178,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gsm.add_argument(
         "--small",
         action="store_true",
-        help="for a CPU: a sixth of the parameters, half the batch (for --data of few templates, "
+        help="for a CPU: a sixth of the parameters, less to a batch (for --data of few templates, "
         "see `gsm.problems --below`)",
     )
     gsm.add_argument("--base", type=Path, metavar="DIR", help="a base model of an earlier run")
     gsm.add_argument("--base-steps", type=int, metavar="N", help="its further steps (default: 0)")
+    gsm.add_argument(
+        "--base-scale", type=float, metavar="X", help="multiplies the base's steps (default: 1)"
+    )
     gsm.add_argument("--scale", type=float, metavar="X", help="multiplies all steps (default: 1)")
     gsm.add_argument(
         "--export",

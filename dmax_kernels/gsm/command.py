@@ -14,9 +14,11 @@ from dmax_kernels.gsm.stages import Recipe
 
 
 def run(options: dict[str, Any], output: Path, threads: int) -> int:
-    scale, workers = options.get("scale", 1.0), options.get("workers", 1)
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"--scale must be positive, got {scale:g}")
+    scale, base_scale = (options.get(name, 1.0) for name in ("scale", "base_scale"))
+    for name, value in (("--scale", scale), ("--base-scale", base_scale)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be positive, got {value:g}")
+    workers = options.get("workers", 1)
     paths = options.get("data") or []
     if len(paths) != 1:
         raise ValueError(
@@ -37,7 +39,7 @@ def run(options: dict[str, Any], output: Path, threads: int) -> int:
         options.get("export", output),
         device,
         options.get("ops", "reference"),
-        plan.scaled(scale),
+        plan.scaled(scale * base_scale, scale),
         base,
     )
     words = []

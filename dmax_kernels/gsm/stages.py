@@ -26,10 +26,10 @@ BASE_BLOCK16 = Stage(
     start_from=None,
     data="train",
     config=gsm_config(
-        batch_size=128,
+        batch_size=256,
         objective="mdlm",
         block_length=16,
-        steps=900,
+        steps=2000,
         muon_learning_rate=0.02,
         learning_rate=3e-3,
         decay_from=0.7,
@@ -41,9 +41,9 @@ BASE = Stage(
     start_from="base_block16",
     data="train",
     config=gsm_config(
-        batch_size=128,
+        batch_size=256,
         objective="mdlm",
-        steps=1100,
+        steps=2600,
         muon_learning_rate=0.02,
         learning_rate=2e-3,
         decay_from=0.3,
@@ -126,7 +126,7 @@ class Recipe:
         return ("base", *(stage.name for stage in self.arms))
 
     def small(self) -> Recipe:
-        """For a CPU: a sixth of the parameters and half the batch, for few and easy templates."""
+        """For a CPU: a sixth of the parameters, a quarter of the batch, for few easy templates."""
 
         def halved(stage: Stage, steps: int) -> Stage:
             config = replace(stage.config, batch_size=64, steps=steps, save_every=200)
@@ -152,11 +152,14 @@ class Recipe:
         more = () if config is None else (Stage("base", GIVEN, "train", config),)
         return replace(self, bases=more)
 
-    def scaled(self, factor: float) -> Recipe:
+    def scaled(self, of_bases: float, of_arms: float) -> Recipe:
         """The same with so many times the training steps."""
 
-        def scale(stage: Stage) -> Stage:
-            steps = max(1, round(stage.config.steps * factor))
-            return replace(stage, config=replace(stage.config, steps=steps))
+        def scale(stages: tuple[Stage, ...], factor: float) -> tuple[Stage, ...]:
+            steps = [max(1, round(stage.config.steps * factor)) for stage in stages]
+            return tuple(
+                replace(stage, config=replace(stage.config, steps=n))
+                for stage, n in zip(stages, steps, strict=True)
+            )
 
-        return replace(self, bases=tuple(map(scale, self.bases)), arms=tuple(map(scale, self.arms)))
+        return replace(self, bases=scale(self.bases, of_bases), arms=scale(self.arms, of_arms))
