@@ -76,6 +76,16 @@ def row_calls(logits: torch.Tensor) -> Iterator[tuple[str, Call]]:
     yield "token_logprobs", simple(dmax_kernels.token_logprobs, ids, top_n=3)
     yield "sample_tokens", simple(dmax_kernels.sample_tokens, seed)
 
+    def filtered(device, **options):
+        ties = logits.round()  # more equal ones than the search for the cut can list
+        draws = (dmax_kernels.sample_tokens(x.to(device), seed.to(device), **options)
+                 for x in (logits, ties))  # fmt: skip
+        return [result for draw in draws for result in draw]
+
+    yield "sample_tokens top_k", lambda device: filtered(device, top_k=max(vocab // 2, 1))
+    yield "sample_tokens top_p", lambda device: filtered(device, top_p=0.9)
+    yield "sample_tokens both", lambda device: filtered(device, top_k=5, top_p=0.5, min_p=0.01)
+
     counts = torch.arange(vocab, dtype=torch.int32) % 3
     words = torch.full((-(-vocab // 32),), 5, dtype=torch.int32)
     penalties = {"output_counts": counts, "prompt_tokens": words, "repetition_penalty": 1.3}
