@@ -273,14 +273,25 @@ __device__ __forceinline__ Sums gather_lists(Team<kCluster>* team, uint64_t outs
   return all;
 }
 
-// Best first: a bitonic sort, padded with rank 0, which no element has
+// Best first: if every thread has one entry, to the place that the entries above it leave; else by
+// a bitonic sort, padded with rank 0, which no element has
 __device__ __forceinline__ void sort_list() {
   FilteredShared& shared = filtered_shared();
   __syncthreads();
   const auto n = static_cast<int>(shared.listed);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (n <= kRowThreads) {
+    const Rank mine = thread < n ? shared.list[thread] : 0;
+    int above = 0;
+#pragma unroll 4
+    for (int i = 0; i < n; ++i) above += shared.list[i] > mine ? 1 : 0;
+    __syncthreads();
+    if (thread < n) shared.list[above] = mine;
+    __syncthreads();
+    return;
+  }
   int size = 2;
   while (size < n) size *= 2;
-  const int thread = static_cast<int>(threadIdx.x);
   for (int i = n + thread; i < size; i += kRowThreads) shared.list[i] = 0;
   __syncthreads();
   for (int run = 2; run <= size; run *= 2) {

@@ -26,6 +26,9 @@ extern __shared__ uint4 dynamic_shared[];
 // Dynamic shared memory that a kernel gets without asking: 48 KB less 1 KB for its static arrays,
 // which count towards the 48 KB
 constexpr size_t kDefaultDynamicShared = 47 * 1024;
+// From so much shared memory a block on, a multiprocessor gives its memory to that and not to its
+// L1: the driver's own division leaves room for one block
+constexpr size_t kMuchShared = 32 * 1024;
 
 struct LaunchShape {
   unsigned blocks;
@@ -61,12 +64,16 @@ cudaError_t launch(const LaunchShape& shape, Stream stream, void (*kernel)(Param
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
-  if (shape.shared_bytes + shape.static_bytes > kDefaultDynamicShared) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shape.shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  const auto set = [&](cudaFuncAttribute what, int value) {
+    return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), what, value);
+  };
+  cudaError_t error = cudaSuccess;
+  const size_t shared = shape.shared_bytes + shape.static_bytes;
+  if (shared > kMuchShared)
+    error = set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess && shared > kDefaultDynamicShared)
+    error = set(cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+  if (error != cudaSuccess) return error;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

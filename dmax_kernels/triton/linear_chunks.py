@@ -13,9 +13,8 @@ from torch import Tensor
 from dmax_kernels.triton.launch import Mask, Rows
 
 CHUNK_TOKENS = 1024  # a multiple of which a chunk has
-# On an H100 top-1 of 4,096 bfloat16 rows took 5.1 ms in chunks of this size, the whole product and
-# top-1 after it 3.8, and chunks of 6 MB 6.8. Larger chunks were not measured.
-CHUNK_BYTES = 64 << 20
+# Few and large chunks, since each costs some launches: see bench/results/gpu-h100-tried.md
+CHUNK_BYTES = 256 << 20
 
 
 def float32_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
