@@ -67,8 +67,8 @@ __device__ __forceinline__ Value from_words(const Exchanged& words) {
   return value;
 }
 
-// The lanes' values by steps of `lanes`, `lanes` / 2, ..., 1. Not unrolled, here and wherever a loop
-// runs once a row: the kernel's code is read through the instruction cache once a row too.
+// The lanes' values by steps of `lanes`, `lanes` / 2, ..., 1. Not unrolled, here and wherever a
+// loop runs once a row: the kernel's code is read through the instruction cache once a row too.
 template <class Value, class Combine>
 __device__ __forceinline__ Value reduce_lanes(Value mine, int lanes, const Combine& combine) {
 #pragma unroll 1
