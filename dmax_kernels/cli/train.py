@@ -178,7 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gsm.add_argument(
         "--small",
         action="store_true",
-        help="for a CPU: a sixth of the parameters, less to a batch (for --data of few templates, "
+        help="for a CPU: a sixth of the parameters, half the batch (for --data of few templates, "
         "see `gsm.problems --below`)",
     )
     gsm.add_argument("--base", type=Path, metavar="DIR", help="a base model of an earlier run")

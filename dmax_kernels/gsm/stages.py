@@ -26,10 +26,10 @@ BASE_BLOCK16 = Stage(
     start_from=None,
     data="train",
     config=gsm_config(
-        batch_size=256,
+        batch_size=128,
         objective="mdlm",
         block_length=16,
-        steps=2000,
+        steps=900,
         muon_learning_rate=0.02,
         learning_rate=3e-3,
         decay_from=0.7,
@@ -41,9 +41,9 @@ BASE = Stage(
     start_from="base_block16",
     data="train",
     config=gsm_config(
-        batch_size=256,
+        batch_size=128,
         objective="mdlm",
-        steps=2600,
+        steps=1100,
         muon_learning_rate=0.02,
         learning_rate=2e-3,
         decay_from=0.3,
@@ -126,7 +126,7 @@ class Recipe:
         return ("base", *(stage.name for stage in self.arms))
 
     def small(self) -> Recipe:
-        """For a CPU: a sixth of the parameters, a quarter of the batch, for few easy templates."""
+        """For a CPU: a sixth of the parameters and half the batch, for few and easy templates."""
 
         def halved(stage: Stage, steps: int) -> Stage:
             config = replace(stage.config, batch_size=64, steps=steps, save_every=200)
