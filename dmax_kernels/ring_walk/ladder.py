@@ -8,7 +8,6 @@ no snapshot of a longer one. The same call continues what it finds in its folder
 
 from __future__ import annotations
 
-import platform
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import nn
 
 from dmax_kernels.files import save_json
 from dmax_kernels.models.checkpoint import load_checkpoint
+from dmax_kernels.models.machine import device_name
 from dmax_kernels.models.workers import run_tasks
 from dmax_kernels.ring_walk.distill import distill, distilled_examples
 from dmax_kernels.ring_walk.export import save_checkpoint
@@ -113,11 +113,7 @@ def save_rounded(model: nn.Module, path: Path) -> None:
 
 
 def made_with(device: str) -> dict[str, str]:
-    on_gpu = device.startswith("cuda")
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU",
-        **versions(),
-    }
+    return {"device": device_name(device), **versions()}
 
 
 def train_ladder(

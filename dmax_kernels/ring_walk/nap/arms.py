@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,6 +18,7 @@ from dmax_kernels.decoding import Autoregressive, GenerationOutput, Random, TopN
 from dmax_kernels.decoding.extra import fair_arness, global_arness, nap_generate
 from dmax_kernels.files import save_json, write_atomically
 from dmax_kernels.models.checkpoint import load_checkpoint
+from dmax_kernels.models.machine import device_name
 from dmax_kernels.ring_walk import task
 from dmax_kernels.ring_walk.model import TinyDlmConfig, TinyDlmForCausalLM
 from dmax_kernels.ring_walk.nap import data
@@ -166,9 +168,18 @@ def save_weights(
     write_atomically(path, lambda file: save_file(kept, file, metadata))
 
 
+def machine(device: str) -> str:
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{device_name(device)}, {versions}"
+
+
+def outcome_path(folder: Path, chosen: Task) -> Path:
+    return folder / "outcomes" / f"{chosen.name}.json"
+
+
 def run_task(settings: Settings, folder: Path, chosen: Task) -> dict[str, Any]:
     """The outcome of a task, which is also kept in FOLDER/outcomes."""
-    path = folder / "outcomes" / f"{chosen.name}.json"
+    path = outcome_path(folder, chosen)
     if path.exists():
         outcome = json.loads(path.read_text("utf-8"))
         check_same_run(outcome["settings"], settings.of_outcome(), path)
@@ -177,6 +188,7 @@ def run_task(settings: Settings, folder: Path, chosen: Task) -> dict[str, Any]:
     problems = task.evaluation_problems(settings.problems, data.NUM_MOVES)
     outcome = {
         "settings": asdict(settings),
+        "made_with": machine(settings.device),
         **asdict(chosen),
         "cells": [
             evaluate(model, chosen, how, problems, settings) for how in decodings(chosen.arm)

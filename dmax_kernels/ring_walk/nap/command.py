@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -17,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from dmax_kernels.decoding.extra import write_order_picture
 from dmax_kernels.files import save_json
 from dmax_kernels.models.workers import run_tasks
 from dmax_kernels.ring_walk.nap import report, scorer
-from dmax_kernels.ring_walk.nap.arms import Decoding, Settings, Task, run_task, train
+from dmax_kernels.ring_walk.nap.arms import Decoding, Settings, Task, outcome_path, run_task, train
 from dmax_kernels.ring_walk.nap.data import ARMS
 
 SCORER = "scorer"
@@ -83,18 +81,19 @@ def main() -> int:
     )
     setup = partial(work, settings, args.output, args.scorer_steps)
     base = Task("base", 0)
-    train(settings, base, args.output)  # first: all others start from it
     arms = [Task(arm, seed) for seed in range(args.seeds) for arm in ARMS[1:]]
+    if not all(outcome_path(args.output, each).exists() for each in (base, *arms)):
+        train(settings, base, args.output)  # first: all others start from it
     done = dict(run_tasks(setup, [base, *arms, SCORER], workers=args.workers))
     scored = done.pop(SCORER)
     outcomes = list(done.values())
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    machines = sorted({outcome["made_with"] for outcome in outcomes})
     found = {
         "command": "python -m dmax_kernels.ring_walk.nap " + " ".join(sys.argv[1:]),
-        "made_with": f"{device}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}: the base {args.base_steps} steps after the demo's base, each "
-        f"arm {args.steps} steps after that, {args.batch_size} sequences a step, {args.examples} "
-        f"training problems; training seeds: {args.seeds}, {args.problems} held-out problems.",
+        "made_with": f"{'; '.join(machines)}: the base {args.base_steps} steps after the demo's "
+        f"base, each arm {args.steps} steps after that, {args.batch_size} sequences a step, "
+        f"{args.examples} training problems; training seeds: {args.seeds}, {args.problems} "
+        "held-out problems.",
         "settings": {**asdict(settings), "seeds": args.seeds},
         **report.report(outcomes, scored),
         "picture": "At which step each position of the first problem was decoded, a token per step",
