@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import os
 import shutil
@@ -10,6 +11,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def check_input(what: str, path: Path) -> None:
@@ -33,6 +39,27 @@ def check_output(what: str, path: Path) -> None:
     except OSError as error:
         need = "a file in a folder that can be written to"
         raise ValueError(f"{what} must be {need}, got {path} ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Refuses a folder that another process holds in the same way; it is let go with this process.
+
+    Where the system or the file system has no such locks, nothing is refused.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{folder} is being written by another process") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def read_lines(path: Path, what: str) -> Iterator[tuple[str, str | ValueError]]:

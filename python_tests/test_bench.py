@@ -145,8 +145,9 @@ def test_command_prints_a_table_and_writes_json(capsys, tmp_path):
     ("arguments", "message"),
     [
         (["softmax"], "no benchmark of 'softmax'; there are: "),
-        (["top1_confidence", "--shape", "3y4"], "--shape must be positive numbers joined by x"),
-        (["top1_confidence", "--shape", "0x4"], "--shape must be positive numbers joined by x"),
+        (["top1_confidence", "--shape", "3y4"], "--shape must be positive numbers below"),
+        (["top1_confidence", "--shape", "0x4"], "--shape must be positive numbers below"),
+        (["top1_confidence", "--shape", "1x" + "9" * 19], "--shape must be positive numbers below"),
         (["top1_confidence", "--shape", "1x2x3"], "has the sizes rows x vocab, got 1x2x3"),
         (["top1_confidence", "--repetitions", "2"], "--repetitions must be at least 5, got 2"),
     ],

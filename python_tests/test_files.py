@@ -8,6 +8,8 @@ import pytest
 
 from dmax_kernels.files import (
     check_output,
+    fcntl,
+    one_writer,
     read_json,
     read_lines,
     replace_folder,
@@ -67,6 +69,14 @@ def test_outputs_are_refused_before_the_work(tmp_path):
         with pytest.raises(ValueError, match=r"a folder that can be written to, got /proc/a\.json"):
             check_output("--json", Path("/proc/a.json"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(fcntl is None, reason="the system has no such locks")
+def test_a_folder_has_one_writer(tmp_path):
+    with one_writer(tmp_path), pytest.raises(ValueError, match="written by another process"):
+        one_writer(tmp_path).__enter__()
+    with one_writer(tmp_path):
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_lines_of_text(tmp_path):

@@ -224,7 +224,7 @@ def test_raw_prompts_from_files(folder, loaded, capsys, tmp_path):
 
 PROMPT_FILES = {
     "a line end only to Python": ("a.jsonl", '{"prompt": "a\u2028b"}', ["a\u2028b"]),
-    "another": ("b.jsonl", '{"prompt": "a\u0085b"}\r\n{"prompt": "c"}\r\n', ["a\u0085b", "c"]),
+    "another": ("b.JSONL", '{"prompt": "a\u0085b"}\r\n{"prompt": "c"}\r\n', ["a\u0085b", "c"]),
     "in a text": ("c.txt", "a\u2028b\x0cc\n d ", ["a\u2028b\x0cc", " d "]),
     "byte-order mark": ("d.jsonl", '\ufeff{"prompt": "a"}', ["a"]),
     "byte-order mark, text": ("e.txt", "\ufeffWhat is 2+2?\n", ["What is 2+2?"]),

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from training_models import random_llama, save_random_model, write_walks
 
+from dmax_kernels import files
 from dmax_kernels.__main__ import main
 from dmax_kernels.decoding import spd_generate
 from dmax_kernels.models.checkpoint import load_checkpoint
@@ -90,6 +91,16 @@ def whole(folder):
     """An uninterrupted run."""
     train(folder, folder / "whole")
     return folder / "whole"
+
+
+def test_a_run_that_is_still_going_on_is_left_alone(folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    train(folder, output, "--stop-after", "2")
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with files.one_writer(output):
+        assert main(arguments(folder, output)) == 1
+    assert f"{output} is being written by another process" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
 def test_what_a_run_leaves(folder, whole):

@@ -98,8 +98,9 @@ def parse_shape(text: str) -> tuple[int, ...]:
         sizes = tuple(int(part) for part in text.split("x")) if text else ()
     except ValueError:
         sizes = (0,)
-    if any(size < 1 for size in sizes):
-        raise ValueError(f"--shape must be positive numbers joined by x, as 32x157184, got {text}")
+    if any(not 0 < size < 2**63 for size in sizes):
+        need = "positive numbers below 2^63 joined by x, as 32x157184"
+        raise ValueError(f"--shape must be {need}, got {text}")
     return sizes
 
 

@@ -134,10 +134,11 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
     path = args.prompt_file
     if path is not None:
-        read = read_jsonl if path.suffix == ".jsonl" else read_lines
+        is_jsonl = path.suffix.lower() == ".jsonl"
+        read = read_jsonl if is_jsonl else read_lines
         for place, line in read(path, "--prompt-file"):
             try:
-                prompts.append(prompt_of(line, path.suffix == ".jsonl"))
+                prompts.append(prompt_of(line, is_jsonl))
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
     if not prompts:

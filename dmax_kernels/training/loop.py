@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 import dmax_kernels
 import dmax_kernels.reference
+from dmax_kernels.files import one_writer
 from dmax_kernels.training.baselines import Certainty, Mdlm, Uniform
 from dmax_kernels.training.config import TrainConfig, check_same_run
 from dmax_kernels.training.corrupt import CorruptedBatch, TrainBatch
@@ -194,7 +196,7 @@ def fit(
         stop_after: stop after this many steps in all, with a checkpoint.
 
     Raises:
-        ValueError: the run in OUTPUT was begun with other settings or data.
+        ValueError: the run in OUTPUT was begun with other settings or data, or is still going on.
         RuntimeError: a loss or the gradient is not finite.
         CheckpointNotWritten: the last good checkpoint is still there.
     """
@@ -210,7 +212,6 @@ def fit(
     if resumed is not None:
         load_state(resumed, trainer.state())
         trainer.weights.publish()
-    metrics = Metrics(output, first_step) if group.is_first else None
     end_step = min(config.steps, stop_after or config.steps)
     started = time.perf_counter()
 
@@ -226,13 +227,18 @@ def fit(
         if metrics is not None and draw:
             metrics.draw()
 
-    with tqdm(
-        total=config.steps,
-        initial=first_step,
-        desc=title,
-        unit="step",
-        disable=not group.is_first,
-    ) as bar:
+    output.mkdir(parents=True, exist_ok=True)
+    with (
+        one_writer(output) if group.is_first else nullcontext(),
+        tqdm(
+            total=config.steps,
+            initial=first_step,
+            desc=title,
+            unit="step",
+            disable=not group.is_first,
+        ) as bar,
+    ):
+        metrics = Metrics(output, first_step) if group.is_first else None
         batches = stream(first_step)
         for step in range(first_step, end_step):
             step_started = time.perf_counter()
