@@ -172,23 +172,29 @@ struct FilteredRow : TeamRow<T, kCluster> {
   }
   // The same in the list that gather_lists() has brought together; a place past its end if none
   // does
-  __device__ __forceinline__ Found reach_in_list(Reach search, const Sums& gathered) {
+  __device__ __forceinline__ Found reach_in_list(const Reach& search, const Sums& gathered) {
+    if (team.rank() == 0) sort_list();
+    return reach_in_sorted(search, gathered);
+  }
+  // Once more, in the list as it is
+  __device__ __forceinline__ Found reach_again(const Reach& search, const Sums& gathered) {
+    team.sync();  // all have read what was told last
+    return reach_in_sorted(search, gathered);
+  }
+  __device__ __forceinline__ Found reach_in_sorted(Reach search, const Sums& gathered) {
     const FilteredShared& shared = filtered_shared();
-    if (team.rank() == 0) {
-      sort_list();
-      if (warp_id() == 0) {
-        const auto entry = [&](int i) { return Sums{1, mass_of(value_of(shared.list[i])), 0}; };
-        const Lane lane = scan(0, static_cast<int>(shared.listed), entry);
-        const Sums all{gathered.count, __shfl_sync(kFullMask, lane.through.mass, kWarpSize - 1),
-                       gathered.outside};
-        search.set_target(all);
-        if (lane_id() == 0 && !search.reached(all, {0, 0, 0})) {
-          Found none{};
-          none.place = kListed + 1;
-          team.tell(none);
-        }
-        tell_first(search, lane, {0, 0, 0}, entry, [&](int i) { return shared.list[i]; });
+    if (team.rank() == 0 && warp_id() == 0) {
+      const auto entry = [&](int i) { return Sums{1, mass_of(value_of(shared.list[i])), 0}; };
+      const Lane lane = scan(0, static_cast<int>(shared.listed), entry);
+      const Sums all{gathered.count, __shfl_sync(kFullMask, lane.through.mass, kWarpSize - 1),
+                     gathered.outside};
+      search.set_target(all);
+      if (lane_id() == 0 && !search.reached(all, {0, 0, 0})) {
+        Found none{};
+        none.place = kListed + 1;
+        team.tell(none);
       }
+      tell_first(search, lane, {0, 0, 0}, entry, [&](int i) { return shared.list[i]; });
     }
     return team.told();
   }
@@ -198,6 +204,7 @@ struct FilteredRow : TeamRow<T, kCluster> {
   struct Selected {
     Rank cut;       // 0: every token
     uint64_t mass;  // of the tokens up to the cut
+    bool with_next;
   };
 
   enum class Pass {
@@ -240,8 +247,10 @@ struct FilteredRow : TeamRow<T, kCluster> {
   }
 
   // The cut at which the count, or the mass in units of mass_unit, first reaches the target. A
-  // fraction below 1 sets the target: that part of all the row's mass.
-  __device__ __forceinline__ Selected select(bool by_mass, double target, double fraction) {
+  // fraction below 1 sets the target: that part of all the row's mass. With `next` below 1, the cut
+  // at that part of the mass up to that cut, where the same list has it: with_next says so.
+  __device__ __forceinline__ Selected select(bool by_mass, double target, double fraction,
+                                             double next) {
     const auto add_up = [](uint64_t a, uint64_t b) { return a + b; };
     int deepest = kBins - 1;  // the bin of the bound, later of the cut
     uint64_t outside = 0;     // of draw tiles below the bound: this thread's mass
@@ -317,9 +326,12 @@ struct FilteredRow : TeamRow<T, kCluster> {
             fraction < 1 ? block_reduce(outside + unlisted, add_up) : uint64_t{0};
         const Sums gathered = gather_lists(&team, not_listed);
         if (gathered.count <= kListed) {
-          const Found found = reach_in_list(search, gathered);
-          if (found.place > kListed) return {0, 0};
-          return {found.cut, found.mass_through};
+          Found found = reach_in_list(search, gathered);
+          if (found.place > kListed) return {0, 0, false};
+          const double next_target = next * static_cast<double>(found.mass_through);
+          const bool with_next = next < 1 && next_target > static_cast<double>(mass_before);
+          if (with_next) found = reach_again({true, next_target, 1.0, 0, mass_before}, gathered);
+          return {found.cut, found.mass_through, with_next};
         }
         pass = Pass::kBins;
         continue;
@@ -356,7 +368,7 @@ struct FilteredRow : TeamRow<T, kCluster> {
           pass = found.count_before + found.count <= kListed ? Pass::kListAll : Pass::kBins;
           continue;
         }
-        if (bin == kBins) return {0, 0};
+        if (bin == kBins) return {0, 0, false};
         target = found.target;
         fraction = 1.0;
         count_before = found.count_before;
@@ -386,14 +398,14 @@ struct FilteredRow : TeamRow<T, kCluster> {
   // `options` has a filter on
   __device__ __forceinline__ Kept keep(const DrawOptions& options) {
     const float top_p = static_cast<float>(options.top_p);
-    Selected selected{0, 0};
+    Selected selected{0, 0, false};
 #pragma unroll 1
     for (int filter = 0; filter < 2; ++filter) {
       const bool by_mass = filter == 1;
       double target = options.top_k;
       double fraction = 1.0;
       if (by_mass) {
-        if (!(top_p < 1)) continue;
+        if (!(top_p < 1) || selected.with_next) continue;
         // All tokens further than this below max have together less than 1 - top_p of its mass
         const float depth = logf(static_cast<float>(row.vocab) / (1.0f - top_p)) + 1.0f;
         bins_per_unit = fminf(kBins * inverse_temperature / depth, 3e38f);
@@ -406,7 +418,7 @@ struct FilteredRow : TeamRow<T, kCluster> {
         if (!(options.top_k > 0 && options.top_k < row.vocab)) continue;
         bins_per_unit = fminf(kBins / (max - lowest), 3e38f);
       }
-      selected = select(by_mass, target, fraction);
+      selected = select(by_mass, target, fraction, by_mass ? 1.0 : top_p);
     }
     const float least_depth =
         options.min_p > 0 ? logf(static_cast<float>(options.min_p)) : -INFINITY;
