@@ -175,7 +175,13 @@ def long_rows(kind):
 def test_sample_filters_of_long_rows(kind):
     logits = long_rows(kind)
     seed, _ = seeds(3)
-    for options in ({"top_k": 5000}, {"top_p": 0.9}, {"top_k": 6000, "top_p": 0.5}):
+    # Of top_k's list of a bin, top_p's cut is in it or before it
+    for options in (
+        {"top_k": 5000},
+        {"top_p": 0.9},
+        {"top_k": 6000, "top_p": 0.5},
+        {"top_k": 6000, "top_p": 0.9999},
+    ):
         # A cluster of blocks has the row, or its last block, or the one block that reads it
         for gpu, cluster in ((H200, True), (A100, False), (A100_ONE_MULTIPROCESSOR, False)):
             sample = simt_ops.sample_tokens(logits, seed, **options, gpu=gpu)
@@ -183,7 +189,7 @@ def test_sample_filters_of_long_rows(kind):
             assert_same_samples(sample, logits, seed, **options)
 
 
-# On a GPU of nine multiprocessors three clusters of four blocks run at once, and two of eight: the
+# On a GPU of nine multiprocessors four clusters of two blocks run at once, and one of eight: the
 # number of blocks follows the number of rows, and no bit does
 def test_sample_filters_do_not_depend_on_the_number_of_rows():
     gpu = (9, *H200[1:])
