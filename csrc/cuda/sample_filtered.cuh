@@ -58,21 +58,21 @@ __global__ void __launch_bounds__(kRowThreads, kFilteredResident)
   const uint32_t* allowed =
       draw.allowed == nullptr ? nullptr : draw.allowed + range.row * draw.allowed_stride;
   FilteredRow<T, kCluster> row{
-      {{logits.row(range.row), logits.suppress, reinterpret_cast<const uint8_t*>(allowed), tiles,
-        split.tiles},
-       Team<kCluster>(split.splits),
-       range.begin,
-       range.end,
-       dynamic_shared,
-       reinterpret_cast<DrawTile*>(dynamic_shared +
-                                   (range.end - range.begin) * kVectors * kWarpSize),
-       static_cast<float>(kLog2EDouble / temperature),
-       static_cast<float>(1.0 / temperature),
-       -INFINITY,
-       -INFINITY,
-       0.0f,
-       TeamRow<T, kCluster>::mass_unit_for(logits.vocab)},
-      0.0f};
+      {{{logits.row(range.row), logits.suppress, reinterpret_cast<const uint8_t*>(allowed), tiles,
+         split.tiles},
+        Team<kCluster>(split.splits),
+        range.begin,
+        range.end,
+        dynamic_shared,
+        reinterpret_cast<DrawTile*>(dynamic_shared +
+                                    (range.end - range.begin) * kVectors * kWarpSize),
+        static_cast<float>(kLog2EDouble / temperature),
+        static_cast<float>(1.0 / temperature),
+        -INFINITY,
+        -INFINITY,
+        0.0f,
+        TeamRow<T, kCluster>::mass_unit_for(logits.vocab)},
+       0.0f}};
   Team<kCluster>& team = row.team;
 
   if (valid) {
