@@ -189,6 +189,18 @@ def test_sample_filters_of_long_rows(kind):
             assert_same_samples(sample, logits, seed, **options)
 
 
+# The draw tiles' maxima reach a small part of a flat row's mass; for 0.1 it takes more than 2,048
+# of them, so that bins follow. The mass of the tiles below the bound counts for the target, once.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sample_top_p_counts_what_lies_below_the_bound(dtype):
+    logits = random_rows(2, 160_001, dtype, scale=1.0)
+    seed, _ = seeds(2)
+    for top_p in (0.05, 0.09, 0.1):
+        for gpu in (H200, A100_ONE_MULTIPROCESSOR):
+            sample = simt_ops.sample_tokens(logits, seed, top_p=top_p, gpu=gpu)
+            assert_same_samples(sample, logits, seed, top_p=top_p)
+
+
 # On a GPU of nine multiprocessors four clusters of two blocks run at once, and one of eight: the
 # number of blocks follows the number of rows, and no bit does
 def test_sample_filters_do_not_depend_on_the_number_of_rows():

@@ -93,10 +93,10 @@ struct ReachRow : TeamRow<T, kCluster> {
   }
 
   // The first of the team's bins with which the running count, or mass, reaches the target; kBins
-  // if all do not, and then count_before is that of all. `outside` is this block's.
+  // if all do not, and then count_before is that of all. `outside` is this block's, the same on all
+  // of its threads.
   __device__ __forceinline__ Found reach_in_bins(Reach search, uint64_t outside) {
     const FilteredShared& shared = filtered_shared();
-    outside = block_reduce(outside, [](uint64_t a, uint64_t b) { return a + b; });
     share_bins(team);
     const auto entry = [&](int i) {
       return Sums{shared.count[i],
@@ -110,6 +110,7 @@ struct ReachRow : TeamRow<T, kCluster> {
                            __shfl_sync(kFullMask, lane.through.mass, kWarpSize - 1), outside});
     Sums before{0, 0, 0};
     Sums all{0, 0, 0};
+#pragma unroll 1
     for (int i = 0; i < team.size; ++i) {
       const Sums of_block = from_words<Sums>(blocks[i]);
       if (i == team.rank()) before = all;

@@ -184,8 +184,8 @@ inline bool needs_filtered_kernel(const DrawOptions& options, int64_t vocab, boo
 // The costs follow an H100's times of 1 to 128 rows (bench/results/gpu-h100-tried.md): what the
 // blocks of a row do not share out, the exchanges, takes as long as 18 tiles. A cluster lies within
 // one group of multiprocessors, of which an H100 has eight, of sixteen and eighteen, and one block
-// ran on a multiprocessor at a time, although registers and memory would do for two. Rows of
-// float32 took longer in fewer blocks, however many waited.
+// ran on a multiprocessor at a time, although registers and memory would do for two. Flat rows
+// of float32 took longer in fewer blocks, however many waited.
 template <class T>
 RowLaunch choose_filtered_launch(const RowWork& work, const Device& device) {
   constexpr int kExchanges = 18;

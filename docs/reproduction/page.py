@@ -96,14 +96,14 @@ NAP_CLAIMS = (
 
 # What a reader of a section must know that its figures do not say
 REMARKS = {
-    "gsm": "The base was trained on an H100 in 101 seconds, by the guide's commands; the command "
-    "above trains the others on its answers, on a CPU. On problems whose numbers never occurred "
-    "together in training the base is right in 90 %. The others lose 10 to 18 points of that, the "
-    "control too: 250 answers for each template, seen three times, are few enough to learn their "
-    "numbers by heart (the guide now distils more). And what OPUT repairs is hardly broken here: "
-    "texts from a template are so regular that the base fills 25 tokens a pass and loses nothing. "
-    "SPD without OPUT loses 23 points. On templates that no model has seen nothing is "
-    "learnt.",
+    "gsm": "The base was trained on an H100 in 101 seconds, by the guide's commands with "
+    "`--distill 250`; the command above trains the others on its answers, on a CPU. On problems "
+    "whose numbers never occurred together in training the base is right in 90 %. The others lose "
+    "10 to 18 points of that, the control too: 250 answers for each template, seen three times, "
+    "are few enough to learn their numbers by heart (the guide now distils more). And what OPUT "
+    "repairs is hardly broken here: texts from a template are so regular that the base fills 25 "
+    "tokens a pass and loses nothing. SPD without OPUT loses 23 points. On templates that no "
+    "model has seen nothing is learnt.",
     "nap": "The model that scores sequential dependence was trained on a CPU. From one seed to the "
     "other a cell differs by up to 20 points, most at 8 and 16 tokens per step. A response ends in "
     "end tokens, many of which AO decodes before the reasoning (see the picture), and ARness "
