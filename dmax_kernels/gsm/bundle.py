@@ -57,14 +57,12 @@ class Bundle:
         return sorted(path.stem for path in self.folder.glob("*.safetensors"))
 
     def model(self, name: str) -> nn.Module:
-        """In float32: the file's float16 values, exactly."""
         path = self.folder / f"{name}.safetensors"
         if not path.is_file():
             need = f"one of those in {self.folder} ({', '.join(self.names)})"
             raise ValueError(f"the model must be {need}, got {name}")
-        weights = safetensors.torch.load_file(path)
         model = task.build_model(len(self.words), **self.sizes)
-        model.load_state_dict({key: value.to(torch.float32) for key, value in weights.items()})
+        load_half(model, path)
         return model.eval()
 
     def measured(self, records: list[dict[str, Any]]) -> list[Problem]:
@@ -81,3 +79,9 @@ class Bundle:
 
     def rows(self) -> list[Row]:
         return read_rows(self.folder / ROWS)
+
+
+def load_half(model: nn.Module, path: Path) -> None:
+    """Into a model in float32: the file's float16 values, exactly."""
+    weights = safetensors.torch.load_file(path)
+    model.load_state_dict({key: value.to(torch.float32) for key, value in weights.items()})

@@ -15,7 +15,7 @@ from torch import nn
 
 from dmax_kernels.files import write_atomically
 from dmax_kernels.gsm import task
-from dmax_kernels.gsm.bundle import Bundle
+from dmax_kernels.gsm.bundle import Bundle, load_half
 from dmax_kernels.gsm.stages import Recipe
 from dmax_kernels.ring_walk.data import repeated_examples, stream_of
 from dmax_kernels.ring_walk.recipe import new_model, stage_log
@@ -83,9 +83,9 @@ class Place:
         return safetensors.torch.load_file(self.output / "weights" / f"{name}.safetensors")
 
     def model(self, name: str) -> nn.Module:
-        """A trained model, ready to decode."""
+        """A trained model as it is exported, ready to decode."""
         model = self.build_model()
-        model.load_state_dict(self.weights(name))
+        load_half(model, self.export / f"{name}.safetensors")
         return model.to(self.device).eval()
 
     def examples(self, records: list[dict[str, Any]]) -> list[Example]:

@@ -20,7 +20,7 @@ def gsm_config(batch_size: int, **changes: Any) -> TrainConfig:
     return replace(stage_config(**changes), batch_size=batch_size, save_every=600, warmup_steps=50)
 
 
-# The rates are the ring walk's. As there, the first stage has blocks of half the length.
+# The bases' rates are the ring walk's. As there, the first stage has blocks of half the length.
 BASE_BLOCK16 = Stage(
     name="base_block16",
     start_from=None,
@@ -50,11 +50,13 @@ BASE = Stage(
         seed=2,
     ),
 )
+# Half the ring walk's rates, and larger batches: at the ring walk's, 150 steps of 32 on 250 answers
+# of each template lost 12 points of the base's accuracy even in plain masked training
 ON_DISTILLED = {
-    "batch_size": 32,
-    "steps": 300,
-    "muon_learning_rate": 0.01,
-    "learning_rate": 1e-3,
+    "batch_size": 128,
+    "steps": 400,
+    "muon_learning_rate": 0.005,
+    "learning_rate": 5e-4,
     "seed": 4,
 }
 OBJECTIVES = {"oput": "oput", "control": "mdlm", "uniform": "uniform", "certainty": "certainty"}
@@ -141,6 +143,7 @@ class Recipe:
                 "intermediate_size": 512,
             },
             bases=(halved(BASE_BLOCK16, 500), halved(BASE, 1000)),
+            arms=tuple(halved(stage, 300) for stage in ARMS),
             least=4,
             distill_batch=64,  # whose activations fit into a cache
             measured_batch=64,
