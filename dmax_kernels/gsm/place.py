@@ -102,12 +102,9 @@ class Place:
     def train(self, stage: Stage, examples: list[Example]) -> dict[str, Any]:
         """Runs or continues the stage and writes its weights; returns what the log has of it."""
         on_gpu = self.device.startswith("cuda")
-        config = replace(
-            stage.config,
-            ops=self.ops,
-            precision="bf16-autocast" if on_gpu else "float32",
-        )
-
+        precision = "bf16-autocast" if on_gpu else "float32"
+        config = replace(stage.config, ops=self.ops, precision=precision)
+        stage = replace(stage, config=config)
         source = partial(repeated_examples, examples, config.seed)
         model = self.new_model(stage)
         metrics = fit(

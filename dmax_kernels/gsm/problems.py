@@ -27,6 +27,7 @@ from typing import Any
 
 from dmax_kernels.files import check_output, write_atomically
 from dmax_kernels.gsm.task import EOS, PROMPT_TOKENS, RESPONSE_TOKENS, TOKEN, final_number
+from dmax_kernels.gsm.wording import reworded
 
 PACKAGE = "reasoning_gym.arithmetic.gsm_symbolic"
 HELD_OUT_ONE_IN = 8  # combinations of a template and its numbers
@@ -62,9 +63,13 @@ def generators() -> dict[int, Generator]:
 NAMES = ("generators_00_49", "generators_50_99")
 
 
-def draw(template: int, generator: Generator, rng: random.Random) -> dict[str, Any]:
+def draw(
+    template: int, generator: Generator, rng: random.Random, wordings: bool = False
+) -> dict[str, Any]:
     drawn = generator(rng, 1.0)
     response = drawn["metadata"]["answer_cot"]
+    if wordings:
+        response = reworded(response, rng)
     return {
         "template": template,
         "prompt": drawn["question"],
@@ -97,10 +102,11 @@ def template_problems(
     seed: int,
     below: float,
     counts: dict[str, int],
+    wordings: bool = False,
 ) -> list[dict]:
     """The problems of one template, none of them twice; none if it does not fit."""
     rng = random.Random(f"gsm {template} {seed}")
-    probed = [draw(template, generator, rng) for _ in range(PROBED)]
+    probed = [draw(template, generator, rng, wordings) for _ in range(PROBED)]
     if not all(fits(record) and record["answer"] is not None for record in probed):
         return []
     if not new and sorted(map(computed, probed))[int(MOSTLY * PROBED)] >= below:
@@ -109,7 +115,7 @@ def template_problems(
     chosen: dict[str, list[dict]] = {name: [] for name in wanted}
     seen = set()
     for _ in range(TRIES * sum(wanted.values())):
-        record = draw(template, generator, rng)
+        record = draw(template, generator, rng, wordings)
         if record["prompt"] in seen or not fits(record):
             continue
         seen.add(record["prompt"])
@@ -131,16 +137,17 @@ def all_problems(
     below: float = math.inf,
     counts: dict[str, int] | None = None,
     only: list[int] | None = None,
+    wordings: bool = False,
 ) -> list[dict[str, Any]]:
     """`counts`: problems of each template in a split, where not those of COUNTS. `only`: the
-    templates that are not held out whole, where not all."""
+    templates that are not held out whole, where not all. `wordings`: see `wording.py`."""
     counts = {**COUNTS, **(counts or {})}
     problems = []
     for place, (template, generator) in enumerate(generators().items()):
         new = place % NEW_TEMPLATE_ONE_IN == NEW_TEMPLATE_ONE_IN - 1
         if not new and only is not None and template not in only:
             continue
-        problems += template_problems(template, generator, new, seed, below, counts)
+        problems += template_problems(template, generator, new, seed, below, counts, wordings)
     random.Random(seed).shuffle(problems)
     return problems
 
@@ -181,6 +188,12 @@ def main() -> int:
         metavar="N",
         help="only these templates, and those that are held out whole (default: all)",
     )
+    parser.add_argument(
+        "--wordings",
+        action="store_true",
+        help="word every chain of thought in one of many ways, drawn anew (default: as the "
+        "template does)",
+    )
     args = parser.parse_args()
     try:
         check_output("--output", args.output)
@@ -188,7 +201,7 @@ def main() -> int:
         for split, count in counts.items():
             if count < 1:
                 raise ValueError(f"--{split} must be at least 1, got {count}")
-        problems = all_problems(args.seed, args.below, counts, args.templates)
+        problems = all_problems(args.seed, args.below, counts, args.templates, args.wordings)
         write_problems(args.output, problems)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

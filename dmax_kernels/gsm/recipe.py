@@ -62,6 +62,9 @@ def run_recipe(place: Place, *, workers: int, threads: int, command: str = "") -
     export_task(place, learnt)
     if learnt:
         examples = distilled_examples(place, answers, learnt)
+        if not examples:
+            need = f"complete some of its {len(answers)} answers for the others to learn from"
+            raise ValueError(f"the base model must {need}, got none: it needs more steps")
         # A new place, because the caches of this one would be sent along. The base comes last: it
         # is only measured.
         work = partial(worker, replace(place), examples, learnt)

@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dmax_kernels.evaluation.grading import same_answer
 from dmax_kernels.files import check_input
+from dmax_kernels.gsm.wording import plain
 from dmax_kernels.ring_walk.model import TinyDlmConfig, TinyDlmForCausalLM
 
 if TYPE_CHECKING:
@@ -141,9 +142,9 @@ def final_number(text: str) -> str | None:
 
 
 def grade(response: Response, record: dict[str, Any]) -> dict[str, bool]:
-    """`answer`: the final number is right. `strict`: every character is the template's."""
+    """`answer`: the final number is right. `strict`: the text is the template's, however worded."""
     found = final_number(response.text)
     return {
         "answer": found is not None and same_answer(found, record["answer"]),
-        "strict": response.complete and response.text == record["response"],
+        "strict": response.complete and plain(response.text) == plain(record["response"]),
     }
