@@ -179,8 +179,10 @@ def test_the_recipe_trains_exports_measures_and_resumes(place, monkeypatch, caps
 
     bundle = Bundle.open(place.export)
     assert bundle.names == ["base", "certainty", "control", "oput", "uniform"]
-    exact, half = place.model("oput").state_dict(), bundle.model("oput").state_dict()
+    exact, half = place.weights("oput"), bundle.model("oput").state_dict()
     assert all((half[name] == value.half()).all() for name, value in exact.items())
+    measured = place.model("oput").state_dict()
+    assert all((half[name] == value).all() for name, value in measured.items())
 
     def no_step(*args):
         raise AssertionError("a finished stage must not be trained again")
@@ -211,6 +213,12 @@ def test_the_recipe_trains_exports_measures_and_resumes(place, monkeypatch, caps
     html = (place.export / show.PAGE).read_text()
     assert '"oput, spd, \\u03c4 0.5"' in html
     assert '"#### "' not in html
+
+
+def test_a_base_model_that_completes_no_answer_is_an_error(place, monkeypatch):
+    monkeypatch.setattr(recipe, "distilled_examples", lambda *args: [])
+    with pytest.raises(ValueError, match="must complete some of its 4 answers .* got none"):
+        recipe.run_recipe(place, workers=1, threads=1)
 
 
 def test_learnt_templates_and_their_complete_answers_are_what_is_distilled(place):
