@@ -184,9 +184,9 @@ inline bool needs_filtered_kernel(const DrawOptions& options, int64_t vocab, boo
 // The costs follow an H100's times of 1 to 128 rows (bench/results/gpu-h100-tried.md): what the
 // blocks of a row do not share out, the exchanges, takes as long as 18 tiles. A cluster lies within
 // one group of multiprocessors, of which an H100 has eight, of sixteen and eighteen. Two blocks fit
-// on a multiprocessor, but then 30 clusters of eight run at once, or 62 of four, and the usual 32 and
-// 64 rows would take a second round for two of them: so one block per multiprocessor is counted.
-// Flat rows of float32 took longer in fewer blocks, however many waited.
+// on a multiprocessor, but then 30 clusters of eight run at once, or 62 of four, and the usual 32
+// and 64 rows would take a second round for two of them: so one block per multiprocessor is
+// counted. Flat rows of float32 took longer in fewer blocks, however many waited.
 template <class T>
 RowLaunch choose_filtered_launch(const RowWork& work, const Device& device) {
   constexpr int kExchanges = 18;
