@@ -24,7 +24,7 @@ SHOWN = (
     Cell("base", "threshold", 0.95),
     Cell("base", "threshold", 0.5),
     Cell("control", "threshold", 0.8),
-    Cell("certainty", "threshold", 0.8),
+    Cell("certainty", "threshold", 0.95),
     Cell("uniform", "uniform", 0.0),
 )
 
