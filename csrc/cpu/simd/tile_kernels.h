@@ -62,6 +62,9 @@ struct TileKernels {
   void (*store_scaled)(T* y, const float* x, float factor, int64_t n);
   // y = x, exactly
   void (*widen)(float* y, const T* x, int64_t n);
+  // values[i] = x[places[i]], exactly, and x[places[i]] = values[i], rounded to T
+  void (*gather)(const T* x, const int64_t* places, float* values, int64_t n);
+  void (*scatter)(T* x, const int64_t* places, const float* values, int64_t n);
   // products[i * stride + t] = a_i . x_t. The num_rows float32 rows of a lie `dim` elements apart,
   // the tokens x_stride elements.
   void (*row_products)(const T* x, int64_t x_stride, int64_t tokens, const float* a,

@@ -172,6 +172,21 @@ void widen(float* y, const T* x, int64_t n) {
 }
 
 template <class T>
+void gather(const T* x, const int64_t* places, float* values, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) values[i] = load_one(x + places[i]);
+}
+
+template <class T>
+void scatter(T* x, const int64_t* places, const float* values, int64_t n) {
+  T rounded[kLanes];
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int count = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+    store(rounded, count == kLanes ? load(values + i) : load_tail(values + i, count, 0.0f));
+    for (int j = 0; j < count; ++j) x[places[i + j]] = rounded[j];
+  }
+}
+
+template <class T>
 void row_products(const T* x, int64_t x_stride, int64_t tokens, const float* a, int64_t num_rows,
                   int64_t dim, float* products, int64_t stride) {
   // Eight chains of sums in native registers are enough to hide the latency of an addition. Sums of
@@ -222,6 +237,8 @@ constexpr TileKernels<T> kernels() {
           add_mixed<T>,
           store_scaled<T>,
           widen<T>,
+          gather<T>,
+          scatter<T>,
           row_products<T>};
 }
 
