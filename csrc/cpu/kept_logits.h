@@ -60,10 +60,22 @@ class KeptLogits {
     return reinterpret_cast<float*>(data_ + start * token_bytes_) + row * width + first - start;
   }
 
-  // Before the logits from token `first` on are written: the memory of the chunk that starts there
-  void make_chunk_pages(int64_t first) const {
-    if (first % chunk_ != 0) return;
-    make_pages(at(0, first), rows_ * std::min(chunk_, vocab_ - first) * kBytes);
+  // Keeps the logits of n tokens from `first` on
+  void keep(int64_t row, int64_t first, const float* x, int64_t n) const {
+    for (int64_t done = 0; done < n;) {
+      const int64_t count = std::min(n - done, chunk_ - (first + done) % chunk_);
+      std::copy_n(x + done, count, at(row, first + done));
+      done += count;
+    }
+  }
+
+  // Before any of n tokens' logits from `first` on are kept: the memory of the chunks that start
+  // among them
+  void make_chunk_pages(int64_t first, int64_t n) const {
+    for (int64_t start = (first + chunk_ - 1) / chunk_ * chunk_; start < first + n;
+         start += chunk_) {
+      make_pages(at(0, start), rows_ * std::min(chunk_, vocab_ - start) * kBytes);
+    }
   }
 
  private:

@@ -39,8 +39,9 @@ namespace dmax::cpu {
 
 // Rows that share one reading of the weight. At D = 2,048 they take 2 MiB in float32.
 constexpr int64_t kLinearRows = 256;
-// Tokens multiplied and reduced at once: 256 KiB of logits for those rows
-constexpr int64_t kLinearTokens = 256;
+// Tokens multiplied and reduced at once: 512 KiB of logits for those rows. With 256, a draw from
+// 256 rows took 8 % longer; with 1,024, their maxima took 3 % longer.
+constexpr int64_t kLinearTokens = 512;
 // Rows up to which our dot products are faster
 constexpr int64_t kFewRows = 8;
 

@@ -126,9 +126,9 @@ void reduce_losses(const LossProblem& problem, const Sweep& sweep) {
         torch::stable::narrow(buffer, 0, 0, m), weight, problem.bias, -1,
         [&](int64_t i, LossState& state, const TileKernels<float>& kernels, const float* x,
             int64_t n, int64_t first_id) {
-          if (i == 0 && sweep.keeps(first_row)) sweep.kept.make_chunk_pages(first_id);
+          if (i == 0 && sweep.keeps(first_row)) sweep.kept.make_chunk_pages(first_id, n);
           if (sweep.keeps(first_row + i)) {
-            std::copy_n(x, n, sweep.kept.at(first_row + i - sweep.first_row, first_id));
+            sweep.kept.keep(first_row + i - sweep.first_row, first_id, x, n);
           }
           state.stats.add(kernels, x, n, first_id, options.temperature);
           const int64_t place = targets[row_of(i).row] - first_id;

@@ -87,6 +87,12 @@ struct StreamedDraw {
   }
 };
 
+// A draw tile that does not beat an earlier group's best one is lost when they are merged: none
+// need be drawn from before
+inline void follow(StreamedDraw& state, const StreamedDraw& earlier) {
+  state.best.score = earlier.best.score;
+}
+
 // Where a row is read more than once, its logits are stored: of as many rows at a time as fit into
 // this memory
 constexpr int64_t kStoredLogits = int64_t{64} << 20;  // bytes

@@ -14,6 +14,12 @@ namespace dmax::cpu {
 // Bounds the partial results: 256 groups x 256 rows x 40 bytes
 constexpr int64_t kMostGroups = 256;
 
+// Called before a thread adds to `state`, whose group follows that of `earlier`: what is known
+// there may spare work, but must not show in the row's result, as a thread's first group has none
+// before.
+template <class State>
+void follow(State& /*state*/, const State& /*earlier*/) {}
+
 // State is what one row keeps about the tokens it has seen. add(row, state, x, n, first_id) adds
 // the logits x of n tokens to it, merge(state, later) adds the tokens of a later group, and
 // done(row, state) receives every row once.
@@ -55,7 +61,9 @@ void reduce_linear_rows_of(const Tensor& hidden, const Tensor& weight, const Opt
         const int64_t n = std::min(kLinearTokens, last - first);
         products.compute(first, n, scratch, logits.data());
         State* group_states = states.data() + first / group_tokens * most_rows;
+        const bool follows = first % group_tokens == 0 && first > begin * group_tokens;
         for (int64_t i = 0; i < m; ++i) {
+          if (follows) follow(group_states[i], group_states[i - most_rows]);
           float* x = logits.data() + i * kLinearTokens;
           if (bias_data) tile_kernels<T>().add_scaled(x, bias_data + first, 1.0f, n);
           if (suppress_token >= first && suppress_token < first + n) {

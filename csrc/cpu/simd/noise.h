@@ -6,8 +6,9 @@
 
 namespace dmax::cpu::DMAX_ISA {
 
-// Exp(1) noise of the counters 64 * chunk .. 64 * chunk + 63, which are ids or tiles
-inline void exponential_noise(uint32_t chunk, const NoiseKey& key, float* noise) {
+// The uniform numbers in (0, 1) of the counters 64 * chunk .. 64 * chunk + 63, which are ids or
+// tiles: that of counter 4 * g + j is v[j][g]
+inline void uniform_noise(uint32_t chunk, const NoiseKey& key, VecF* v) {
   VecU c[4] = {bits_as<uint32_t>(lane_index()) + chunk * 16u, splat(key.row),
                splat(static_cast<uint32_t>(key.offset)),
                splat(static_cast<uint32_t>(key.offset >> 32))};
@@ -25,12 +26,18 @@ inline void exponential_noise(uint32_t chunk, const NoiseKey& key, float* noise)
     k1 += 0xBB67AE85u;
   }
   for (int j = 0; j < 4; ++j) {
-    const VecF v = min((convert<float>(c[j]) + 0.5f) * 2.3283064365386963e-10f,  // 2^-32
-                       splat(1.0f - 5.9604644775390625e-8f));
-    // -log1p(-v) = -log(u) + (v - (1 - u)) / u with u = 1 - v rounded: exact down to tiny v
+    v[j] = min((convert<float>(c[j]) + 0.5f) * 2.3283064365386963e-10f,  // 2^-32
+               splat(1.0f - 5.9604644775390625e-8f));
+  }
+}
+
+// Exp(1) noise of those counters, -log1p(-v), in their order
+inline void exponential_noise(const VecF* v, float* noise) {
+  for (int j = 0; j < 4; ++j) {
+    // -log(u) + (v - (1 - u)) / u with u = 1 - v rounded: exact down to tiny v
     const VecF one = splat(1.0f);
-    const VecF u = one - v;
-    const VecF e = (v - (one - u)) / u - log(u);
+    const VecF u = one - v[j];
+    const VecF e = (v[j] - (one - u)) / u - log(u);
     for (int g = 0; g < kLanes; ++g) noise[4 * g + j] = e[g];
   }
 }
