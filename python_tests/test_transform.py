@@ -125,6 +125,23 @@ def test_penalties_are_vllms_to_the_bit(backend):
 
 
 @on_backends
+@pytest.mark.parametrize("vocab", [1, 31, 33, 70, 4100])
+def test_bits_past_the_vocabulary_and_counts_below_1_say_nothing(backend, vocab):
+    logits = torch.linspace(-3, 3, vocab)
+    words = torch.zeros(-(-vocab // 32), dtype=torch.int32)
+    if vocab % 32:
+        words[-1] = -1 << vocab % 32  # every bit that is no token's
+    counts = torch.full((vocab,), -5, dtype=torch.int32)
+    counts[vocab // 2] = 2
+    options = {"repetition_penalty": 2.0, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    got = call(backend, logits, output_counts=counts, prompt_tokens=words, **options)
+    expected = logits.clone()
+    x = logits[vocab // 2]
+    expected[vocab // 2] = (x / 2 if x > 0 else x * 2) - 0.25 * 2 - 0.5
+    assert torch.equal(got, expected)
+
+
+@on_backends
 def test_tokens_that_have_not_occurred_keep_their_bits(backend):
     """Without soft cap and bias nothing else is written, whatever is there: NaN payloads, -0."""
     bits = torch.arange(-(2**31), 2**31, 2**21 + 12345).int()
