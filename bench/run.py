@@ -245,7 +245,9 @@ def run(options: argparse.Namespace) -> int:
     record: dict = {"machine": machine_facts(), "results": []}
     retried: set[str] = set()  # without the peers, one of which may have been the cause
     if options.append:
-        found = earlier_results(options.output, record["machine"])
+        before = earlier_record(options.output, record["machine"])
+        found = before.get("results", [])
+        record = before | record  # with what else it holds, how cost grows for one
         retried = {row["case"] for row in found if lost_context(row) and "peers" not in row}
         record["results"] = [row for row in found if row["case"] not in retried]
         names = {row["case"] for row in record["results"]}
@@ -301,13 +303,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def earlier_results(path: Path, machine: dict) -> list[dict]:
-    """The rows of an earlier record, if it has the same commit and machine."""
+def earlier_record(path: Path, machine: dict) -> dict:
+    """An earlier record, if it has the same commit and machine."""
     if not path.exists():
-        return []
+        return {}
     record = json.loads(path.read_text())
     same = all(record["machine"].get(key) == machine[key] for key in ("commit", "GPU", "CPU"))
-    return record["results"] if same else []
+    return record if same else {}
 
 
 if __name__ == "__main__":

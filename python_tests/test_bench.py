@@ -127,6 +127,19 @@ def test_row_count_of_the_dispatch():
     assert least_chunked_rows(rows(CHUNKED), "linear_sample_tokens", "float32") is None
 
 
+def test_a_record_is_continued_only_at_its_commit_and_on_its_machine(tmp_path):
+    from bench.run import earlier_record
+
+    machine = {"commit": "1a", "GPU": "", "CPU": "this one"}
+    record = {"machine": machine, "results": [{"case": "x"}], "scaling": [1]}
+    path = tmp_path / "record.json"
+    assert earlier_record(path, machine) == {}
+    path.write_text(json.dumps(record))
+    assert earlier_record(path, machine | {"date": "later"}) == record
+    for key in machine:
+        assert earlier_record(path, machine | {key: "another"}) == {}
+
+
 def test_command_prints_a_table_and_writes_json(capsys, tmp_path):
     path = tmp_path / "result.json"
     arguments = ["--shape", "3x64", "--repetitions", "5", "--json", str(path)]

@@ -14,6 +14,7 @@ import dmax_kernels
 from dmax_kernels import reference
 from dmax_kernels.vocabulary import allowed_tokens, pack_mask
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's overflows
 NAN, INF = float("nan"), float("inf")
 VOCABS = (1, 7, 127, 2049, 5000)
 on_backends = pytest.mark.parametrize("backend", gpu_marked(BACKENDS))

@@ -12,6 +12,8 @@ from triton_device import triton_op
 import dmax_kernels.triton
 from dmax_kernels.triton import IMPLEMENTATIONS, check_triton_version
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's log(0)
+
 X, T = torch.ones(3, 9), torch.zeros(3, dtype=torch.int64)
 E, C, M = torch.ones(6, 4), torch.ones(3), torch.zeros(3, dtype=torch.bool)
 SEED = torch.tensor([1, 2])
