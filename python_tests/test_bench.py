@@ -7,7 +7,7 @@ import torch
 
 from bench import report
 from bench.cases import CANDIDATES, cases_of
-from bench.run import run_cases
+from bench.run import earlier_record, run_cases
 from dmax_kernels.__main__ import main
 from dmax_kernels.bench.timer import Machine
 from dmax_kernels.bench.workload import WORKLOADS, Inputs
@@ -128,8 +128,6 @@ def test_row_count_of_the_dispatch():
 
 
 def test_a_record_is_continued_only_at_its_commit_and_on_its_machine(tmp_path):
-    from bench.run import earlier_record
-
     machine = {"commit": "1a", "GPU": "", "CPU": "this one"}
     record = {"machine": machine, "results": [{"case": "x"}], "scaling": [1]}
     path = tmp_path / "record.json"
