@@ -88,6 +88,18 @@ def test_large_vocabulary(num_rows):
     assert_same_samples("cpu", logits, SEED, temperature=1.7, suppress_token=156895)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_long_flat_rows(offset):
+    """Most draw tiles are ruled out by their uniform numbers alone, with a margin for roundings."""
+    logits = 0.1 * torch.randn(48, 30_000, generator=torch.manual_seed(6)) + offset
+    assert_same_samples("cpu", logits, SEED)
+    assert_same_samples("cpu", logits[:8], SEED, temperature=0.05)
+    # The linear op goes through groups of tokens, and rules out by what the groups before reached
+    same = logits[:1].expand(48, -1)
+    drawn = dmax_kernels.linear_sample_tokens(torch.ones(48, 1), logits[0, :, None], SEED)
+    assert torch.equal(drawn.token, dmax_kernels.sample_tokens(same, SEED).token)
+
+
 @everywhere
 def test_undefined_rows(backend):
     names, logits = stacked_rows(127 if backend == "triton" else 5000, torch.float32)

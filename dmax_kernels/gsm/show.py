@@ -31,9 +31,8 @@ SHOWN = (
 
 PAGE = "dmax_gsm.html"
 PROBLEMS = 96
-SHIPPED = (
-    Path(__file__).parent / "weights"
-)  # base, OPUT and, of the greatest AUP, certainty forcing
+# The base, OPUT, and certainty forcing, which has the greatest AUP
+SHIPPED = Path(__file__).parent / "weights"
 
 
 def run_demo(args: argparse.Namespace) -> int:
